@@ -1,0 +1,126 @@
+"""Logical axis names to mesh axes: three rule tables and one strict resolver.
+
+Every dim of a parameter and every dim of an important activation has a name. A table gives each name one mesh axis, or
+None where the dim is not split. Nothing is split, or left whole, without standing here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.trees import Tree, map_paths
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class IfDivides:
+    """Split over `axis` when the dim divides by it, whole on every device otherwise (KV heads fewer than tp)."""
+
+    axis: str
+
+
+Rules = Mapping[str, str | IfDivides | None]
+Constrain = Callable[[Array, Names], Array]
+
+
+def train_rules(strategy: ParallelStrategy) -> Rules:
+    """Returns the table for parameters and activations of a training step."""
+    return {
+        # parameters
+        "layers": "pipe",
+        "vocab": "tensor",
+        "embed": "data" if strategy.zero_stage == 3 else None,
+        "q_heads": "tensor",
+        "kv_heads": IfDivides("tensor"),
+        "head_dim": None,
+        "ffn": "tensor",
+        "norm": None,
+        "score": None,
+        # activations
+        "rows": "data",
+        "time": None,
+        "residual_time": "tensor" if strategy.sequence_parallel else None,
+        "act_embed": None,
+        "act_vocab": "tensor",
+        "act_ffn": "tensor",
+    }
+
+
+def optimizer_rules(strategy: ParallelStrategy) -> Rules:
+    """Returns the training table with the optimizer state (and fp32 masters' updates) split over data from stage 1 on."""
+    return {**train_rules(strategy), "embed": "data" if strategy.zero_stage >= 1 else None}
+
+
+def inference_rules(strategy: ParallelStrategy) -> Rules:
+    """Returns the table of a forward pass without gradients."""
+    return train_rules(strategy)
+
+
+def generate_rules(strategy: ParallelStrategy) -> Rules:
+    """Returns the table of prefill and decode. One token a row leaves no sequence to split."""
+    return {**train_rules(strategy), "residual_time": None, "cache_rows": "data", "cache_time": None}
+
+
+def resolve(names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, subject: str) -> PartitionSpec:
+    """Returns the PartitionSpec of an array `subject` whose dims have the logical `names`.
+
+    Raises ValueError for an unknown name, a mesh axis used twice, a rank that differs, or a dim that does not divide.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"{subject}: {len(names)} axis names {names} for shape {shape}; name every dim")
+    sizes = layout.mesh.shape
+    spec: list[str | None] = []
+    for dim, (name, size) in enumerate(zip(names, shape)):
+        if name not in rules:
+            raise ValueError(
+                f"{subject}: dim {dim} has the unknown axis name '{name}'; known: {', '.join(sorted(rules))}"
+            )
+        axis = rules[name]
+        if isinstance(axis, IfDivides):
+            axis = axis.axis if size % sizes[axis.axis] == 0 else None
+        if axis is not None and axis in spec:
+            raise ValueError(
+                f"{subject}: mesh axis '{axis}' is used for two dims of {names}; change the rule of '{name}'"
+            )
+        if axis is not None and size % sizes[axis] != 0:
+            raise ValueError(
+                f"{subject}: dim {dim} ('{name}') of size {size} does not divide over mesh axis '{axis}' of size {sizes[axis]}; "
+                f"{_remedy(axis, name, size)}"
+            )
+        spec.append(axis)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def _remedy(axis: str, name: str, size: int) -> str:
+    divisors = [n for n in range(1, min(size, 512) + 1) if size % n == 0]
+    option = {"tensor": "model_parallel_size", "pipe": "pipeline_parallel_size", "data": "data_parallel_size"}[axis]
+    stage = " or zero_stage=0" if axis == "data" and name == "embed" else ""
+    return f"use a {option} among {divisors}{stage}"
+
+
+def tree_shardings(axes: Tree, abstract: Tree, rules: Rules, layout: Layout, memory_kind: str | None = None) -> Tree:
+    """Returns the tree of NamedShardings of parameters (or of anything of their shapes) in `layout`."""
+
+    def one(path: str, leaf, names: Names) -> NamedSharding:
+        return NamedSharding(layout.mesh, resolve(names, leaf.shape, rules, layout, path), memory_kind=memory_kind)
+
+    return map_paths(one, abstract, axes)
+
+
+def make_constrain(rules: Rules, layout: Layout) -> Constrain:
+    """Returns `constrain(x, names)`, which tells XLA how an activation is split; the identity on one device."""
+    if layout.strategy.size == 1:
+        return lambda x, names: x
+
+    def constrain(x: Array, names: Names) -> Array:
+        spec = resolve(names, x.shape, rules, layout, f"activation {names}")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+    return constrain

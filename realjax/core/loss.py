@@ -1,0 +1,53 @@
+"""What a loss function returns: sums and weights, so that nothing depends on how a batch was split."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax import Array
+
+from realjax.core.batch import Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mean:
+    """A weighted sum on its way to a mean; parts of a batch add up."""
+
+    sum: Array
+    weight: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Total:
+    """A plain sum over the batch, such as a number of tokens."""
+
+    sum: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossSums:
+    """The loss summed over its units (tokens, pairs, ...), the number of units, and metrics to report beside it."""
+
+    loss: Mean
+    metrics: dict[str, Mean | Total]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An algorithm's loss and the model outputs it reads, all `[R, T]` float32 and aligned with their token.
+
+    head `nll`: outputs `nll` (scalar, differentiable) = -sum(loss_mask * logprobs) and `logprobs` (no gradient).
+    head `logprobs`: outputs `logprobs`, differentiable. head `values`: outputs `values`, differentiable.
+    """
+
+    head: Literal["nll", "logprobs", "values"]
+    fn: Callable[[Mapping[str, Array], Batch], LossSums]
+
+
+def finalize(metrics: Mapping[str, Mean | Total]) -> dict[str, Any]:
+    """Returns the scalars: sum over weight of a mean (nan where the weight is 0), the sum of a total."""
+    return {name: m.sum / m.weight if isinstance(m, Mean) else m.sum for name, m in metrics.items()}

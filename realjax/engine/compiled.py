@@ -1,0 +1,76 @@
+"""Jitted functions that compile once per shape, out loud."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from realjax.core.axes import Rules, resolve
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+
+logger = logging.getLogger("realjax.engine")
+
+
+@dataclass
+class CompileLog:
+    """The programs a run has compiled: `(name, shapes, seconds)` in order."""
+
+    entries: list[tuple[str, str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, _, seconds in self.entries)
+
+
+class Compiled:
+    """A function compiled ahead of its first call for each shape of its arguments.
+
+    Ahead-of-time programs refuse arguments of another shape or layout, where `jax.jit` would compile again without a word.
+    """
+
+    def __init__(self, name: str, fn: Callable[..., Any], log: CompileLog, **jit_options: Any) -> None:
+        self.name, self.log = name, log
+        self.jitted = jax.jit(fn, **jit_options)
+        self.programs: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
+        if key not in self.programs:
+            self.programs[key] = self._compile(args)
+        return self.programs[key](*args)
+
+    def _compile(self, args: tuple[Any, ...]) -> Any:
+        start = time.perf_counter()
+        program = self.jitted.lower(*args).compile()
+        seconds = time.perf_counter() - start
+        shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
+        self.log.entries.append((self.name, shapes, seconds))
+        logger.info(
+            "compiled %s for rows %s in %.1f s (program %d of this run)",
+            self.name,
+            shapes,
+            seconds,
+            len(self.log.entries),
+        )
+        return program
+
+
+def place_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
+    """Returns the batch on the layout's devices, rows split over the data axis.
+
+    Raises ValueError when the rows do not divide over it.
+    """
+
+    def place(key: str, array: np.ndarray) -> jax.Array:
+        names = ("rows",) + ("time",) * (array.ndim - 1)
+        spec = resolve(names, array.shape, rules, layout, f"batch key '{key}'")
+        return jax.device_put(array, NamedSharding(layout.mesh, spec))
+
+    return Batch(arrays={key: place(key, batch[key]) for key in batch.keys()})  # noqa: SIM118 - Batch is no dict

@@ -1,0 +1,88 @@
+"""One forward pass in one layout: parameters and a batch in, the outputs a loss or a caller reads out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from realjax.core.axes import Rules, make_constrain, tree_shardings
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+from realjax.core.trees import Tree
+from realjax.models import heads
+from realjax.models.attention import make_attention
+from realjax.models.build import Model
+from realjax.models.transformer import Forward
+
+OutputsFn = Callable[[Tree, Batch], Mapping[str, Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Compute dtype of the forward and backward pass. Master weights, reductions and losses are float32."""
+
+    compute: str = "float32"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """What a user may choose about a forward pass; the defaults suit any machine."""
+
+    precision: Precision = Precision()
+    attention: str = "auto"
+    remat: bool = False
+    loss_chunk_tokens: int | None = None  # positions of every row whose logits are held at once; None: by memory
+
+
+def make_compute_copy(model: Model, rules: Rules, layout: Layout, precision: Precision) -> Callable[[Tree], Tree]:
+    """Returns `fn(master) -> params`: cast to the compute dtype, then spread as the layout's rules say.
+
+    The cast comes first, so that what ZeRO gathers from its shards is half as many bytes in bf16.
+    """
+    shardings = tree_shardings(model.axes, model.abstract, rules, layout)
+
+    def compute_copy(master: Tree) -> Tree:
+        cast = jax.tree.map(lambda x: x.astype(precision.dtype), master)
+        return jax.tree.map(jax.lax.with_sharding_constraint, cast, shardings)
+
+    return compute_copy
+
+
+def make_outputs(model: Model, head: str, rules: Rules, layout: Layout, options: ForwardOptions) -> OutputsFn:
+    """Returns `fn(params, batch) -> outputs` of the head, see `core.loss.Loss`; params in the compute dtype."""
+    constrain = make_constrain(rules, layout)
+    strategy = layout.strategy
+    forward = Forward(
+        constrain=constrain, attention_fn=make_attention(options.attention, strategy.tp), remat=options.remat
+    )
+
+    def chunk_len(batch: Batch) -> int:
+        if options.loss_chunk_tokens is not None:
+            return heads.chunk_len(batch.row_len, 1, 1, 4 * options.loss_chunk_tokens)
+        rows = max(1, batch.num_rows // strategy.dp)
+        return heads.chunk_len(batch.row_len, rows, max(1, model.config.vocab_size // strategy.tp))
+
+    def outputs(params: Tree, batch: Batch) -> Mapping[str, Array]:
+        transformer = model.bind(params)
+        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+        hidden = transformer(tokens, batch["positions"], segment_ids, forward)
+        kernel = transformer.head_kernel()
+        if head == "values":
+            return {"values": heads.token_values(hidden, kernel)}
+        if head == "logprobs":
+            logprobs = heads.token_logprobs(
+                hidden, kernel, tokens, segment_ids, size=chunk_len(batch), constrain=constrain
+            )
+            return {"logprobs": logprobs}
+        nll, logprobs = heads.weighted_nll(
+            hidden, kernel, tokens, segment_ids, batch["loss_mask"], size=chunk_len(batch), constrain=constrain
+        )
+        return {"nll": nll, "logprobs": logprobs}
+
+    return outputs

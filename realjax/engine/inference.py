@@ -1,0 +1,31 @@
+"""Forward passes without gradients: outputs for other calls, and the loss of an evaluation."""
+
+from collections.abc import Callable, Mapping
+
+from jax import Array
+
+from realjax.core.axes import inference_rules
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+from realjax.core.loss import Loss, LossSums
+from realjax.core.trees import Tree
+from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.models.build import Model
+
+
+def make_inference(
+    model: Model, head: str, layout: Layout, options: ForwardOptions
+) -> Callable[[Tree, Batch], Mapping[str, Array]]:
+    """Returns `fn(params, batch) -> outputs` of the head; params of any dtype."""
+    rules = inference_rules(layout.strategy)
+    compute_copy = make_compute_copy(model, rules, layout, options.precision)
+    outputs_fn = make_outputs(model, head, rules, layout, options)
+    return lambda params, batch: outputs_fn(compute_copy(params), batch)
+
+
+def make_evaluation(
+    model: Model, loss: Loss, layout: Layout, options: ForwardOptions
+) -> Callable[[Tree, Batch], LossSums]:
+    """Returns `fn(params, batch) -> sums` of the loss; add them over batches, then divide once."""
+    inference = make_inference(model, loss.head, layout, options)
+    return lambda params, batch: loss.fn(inference(params, batch), batch)

@@ -1,0 +1,96 @@
+"""The training step: value_and_grad, one division by the global weight, clip, update."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+from realjax.core.loss import Loss, LossSums, finalize
+from realjax.core.trees import Tree
+from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.engine.optim import clip_by_norm
+from realjax.engine.state import TrainState
+from realjax.models.build import Model
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Array]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a training step is computed; none of it changes the result beyond rounding."""
+
+    forward: ForwardOptions = ForwardOptions()
+    num_mbs: int = 1  # micro-batches whose gradients are summed
+
+
+def make_gradients(
+    model: Model, loss: Loss, layout: Layout, options: TrainOptions
+) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
+    """Returns `fn(master_params, batch) -> (gradients of the summed loss, sums)`, float32, spread like the optimizer state."""
+    rules = train_rules(layout.strategy)
+    compute_copy = make_compute_copy(model, rules, layout, options.forward.precision)
+    outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward)
+    shardings = tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout)
+
+    def summed_loss(params: Tree, batch: Batch) -> tuple[Array, LossSums]:
+        sums = loss.fn(outputs_fn(params, batch), batch)
+        return sums.loss.sum, sums
+
+    def of_micro_batch(params: Tree, batch: Batch) -> tuple[Tree, LossSums]:
+        (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(params, batch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings), sums
+
+    def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
+        params = compute_copy(master)
+        if options.num_mbs == 1:
+            return of_micro_batch(params, batch)
+        micro_batches = split_rows(batch, options.num_mbs)
+        first = jax.eval_shape(of_micro_batch, params, jax.tree.map(lambda x: x[0], micro_batches))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        add = lambda total, mb: (jax.tree.map(jnp.add, total, of_micro_batch(params, mb)), None)
+        return jax.lax.scan(add, zeros, micro_batches)[0]
+
+    return gradients
+
+
+def split_rows(batch: Batch, num_parts: int) -> Batch:
+    """Returns arrays `[num_parts, R/num_parts, ...]`. Rows are dealt out in turn, so that each stays on its own device."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0), batch)
+
+
+def make_train_step(
+    model: Model,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float,
+    layout: Layout,
+    options: TrainOptions,
+) -> TrainStep:
+    """Returns `step(state, batch) -> (state, metrics)`. An update whose gradient is not finite is skipped and counted."""
+    gradients = make_gradients(model, loss, layout, options)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:
+        grads, sums = gradients(state.params, batch)
+        weight = jnp.maximum(sums.loss.weight, 1e-8)
+        grads, grad_norm = clip_by_norm(jax.tree.map(lambda g: g / weight, grads), max_grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updated = TrainState(
+            optax.apply_updates(state.params, updates),
+            opt_state,
+            state.num_updates + 1,
+            jnp.zeros_like(state.num_skipped),
+        )
+        is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss.sum)
+        skipped = state.replace(num_skipped=state.num_skipped + 1)
+        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, skipped)
+        metrics = {"loss": sums.loss.sum / weight, **finalize(sums.metrics)}
+        return state, metrics | {"grad_norm": grad_norm, "num_skipped": state.num_skipped}
+
+    return step

@@ -1,0 +1,120 @@
+"""Attention over packed rows: the module, and the backends behind one function.
+
+A token attends to the tokens of its own segment at or before it (within the sliding window, if any). Padding is segment 0
+and attends to padding only, so every row of scores has a finite maximum.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from realjax.core.axes import Constrain
+from realjax.models.config import ModelConfig
+from realjax.models.layers import Linear, RMSNorm, apply_rope
+
+# attention_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, window) -> RTNH
+AttentionFn = Callable[[Array, Array, Array, Array, int | None], Array]
+
+
+def packed_mask(q_segments: Array, k_segments: Array, q_start: int, window: int | None) -> Array:
+    """Returns the mask `[R, T, S]`, True where query t (at row index q_start + t) may see key s."""
+    t = q_start + jnp.arange(q_segments.shape[1])[:, None]
+    s = jnp.arange(k_segments.shape[1])[None, :]
+    near = s <= t if window is None else (s <= t) & (s > t - window)
+    return (q_segments[:, :, None] == k_segments[:, None, :]) & near
+
+
+def masked_attention(q_RTNH: Array, k_RSKH: Array, v_RSKH: Array, mask_RTS: Array) -> Array:
+    """Returns softmax(q k^T / sqrt(H)) v over the allowed keys, grouped heads, softmax in float32: `[R, T, N, H]`."""
+    R, T, N, H = q_RTNH.shape
+    K = k_RSKH.shape[2]
+    q = (q_RTNH * H**-0.5).reshape(R, T, K, N // K, H)
+    scores = jnp.einsum("RTKGH,RSKH->RKGTS", q, k_RSKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_RTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_RSKH.dtype)
+    return jnp.einsum("RKGTS,RSKH->RTKGH", probs, v_RSKH).reshape(R, T, N, H)
+
+
+def dense_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+    """The reference: one `[T, T]` score matrix per row and head."""
+    return masked_attention(q, k, v, packed_mask(segment_ids, segment_ids, 0, window))
+
+
+def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+    """Causal blocks of queries against their own prefix of keys: half the work and a fraction of the memory of `dense`.
+
+    Each block is rematerialised in the backward pass, so no `[T, T]` matrix is kept.
+    """
+    T = q.shape[1]
+    size = _block_len(T)
+    outputs = []
+    for start in range(0, T, size):
+        end = start + size
+        first = 0 if window is None else max(0, (start - window + 1) // size * size)
+        mask = packed_mask(segment_ids[:, start:end], segment_ids[:, first:end], start - first, window)
+        attend = jax.checkpoint(masked_attention) if T > size else masked_attention
+        outputs.append(attend(q[:, start:end], k[:, first:end], v[:, first:end], mask))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _block_len(row_len: int) -> int:
+    """Returns the largest divisor of the row length that is at most an eighth of it, or 64 if that is more."""
+    limit = max(64, row_len // 8)
+    return next(n for n in range(min(limit, row_len), 0, -1) if row_len % n == 0)
+
+
+BACKENDS: dict[str, AttentionFn] = {"dense": dense_attention, "blocked": blocked_attention}
+
+
+def make_attention(backend: str, num_shards: int = 1) -> AttentionFn:
+    """Returns the backend's function for heads split over `num_shards` devices.
+
+    Key-value heads that do not divide over the shards are repeated to one per query head, so that each shard holds its own.
+    Raises ValueError for an unknown backend.
+    """
+    name = "blocked" if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend: found '{backend}'; use one of auto, {', '.join(BACKENDS)}")
+    attend = BACKENDS[name]
+
+    def attention_fn(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+        if k.shape[2] % num_shards:
+            k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        return attend(q, k, v, segment_ids, window)
+
+    return attention_fn
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped key-value heads and rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        D, H = {"embed": config.hidden_size}, {"head_dim": config.head_dim}
+        queries, keys = {"q_heads": config.num_q_heads, **H}, {"kv_heads": config.num_kv_heads, **H}
+        self.q = Linear(D, queries, config.qkv_bias)
+        self.k = Linear(D, keys, config.qkv_bias)
+        self.v = Linear(D, keys, config.qkv_bias)
+        self.o = Linear(queries, D, config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, "head_dim") if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, "head_dim") if config.qk_norm else None
+        self.window = config.sliding_window
+
+    def project(self, x_RTD: Array, cos: Array, sin: Array, constrain: Constrain) -> tuple[Array, Array, Array]:
+        """Returns rotated q `[R, T, N, H]` and k, and v `[R, T, K, H]`."""
+        q, k, v = self.q(x_RTD), self.k(x_RTD), self.v(x_RTD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = constrain(apply_rope(q, cos, sin), ("rows", "time", "q_heads", "head_dim"))
+        k = constrain(apply_rope(k, cos, sin), ("rows", "time", "kv_heads", "head_dim"))
+        return q, k, constrain(v, ("rows", "time", "kv_heads", "head_dim"))
+
+    def __call__(
+        self, x_RTD: Array, cos: Array, sin: Array, segment_ids: Array, attention_fn: AttentionFn, constrain: Constrain
+    ) -> Array:
+        q, k, v = self.project(x_RTD, cos, sin, constrain)
+        return self.o(
+            constrain(attention_fn(q, k, v, segment_ids, self.window), ("rows", "time", "q_heads", "head_dim"))
+        )

@@ -1,0 +1,73 @@
+"""From a config to a model: its recipe, the abstract tree of its parameters, and random values for them."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from realjax.core.trees import Tree, map_paths
+from realjax.models.config import ModelConfig
+from realjax.models.transformer import Transformer
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """An architecture, built once and used in every layout. Parameters are a plain nested dict beside it."""
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    abstract: Tree  # jax.ShapeDtypeStruct leaves, float32
+    axes: Tree  # tuples of logical axis names
+
+    def bind(self, params: Tree) -> Transformer:
+        """Returns the module with these parameters, ready to be called inside a jitted function."""
+        return nnx.merge(self.graphdef, params)
+
+
+@lru_cache(maxsize=32)
+def build_model(config: ModelConfig) -> Model:
+    """Returns the model of `config`; nothing is allocated."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config)))
+    specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+    abstract = nnx.to_pure_dict(state)
+    axes = map_paths(lambda path, spec: tuple(spec), specs)
+    return Model(config, graphdef, abstract, axes)
+
+
+def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type = np.float32) -> Tree:
+    """Returns random parameters: norms 1, biases 0, the rest normal with deviation 0.02.
+
+    Values depend on (seed, path, layer) only, never on the layout, and are drawn on the host a layer at a time: no compile.
+    """
+
+    def one(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+        fill = make_fill(path, leaf.shape, seed)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: fill(index).astype(dtype), dtype=dtype)
+
+    return map_paths(one, model.abstract, shardings)
+
+
+def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """Returns `fill(index)`, the initial values of that slice of the parameter at `path`."""
+    name = path.rsplit("/", 1)[-1]
+    stacked = path.startswith("layers/")
+
+    @lru_cache(maxsize=None)
+    def whole(layer: int) -> np.ndarray:
+        rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode()) << 16 | layer]))
+        return rng.standard_normal(shape[1:] if stacked else shape, np.float32) * np.float32(0.02)
+
+    def fill(index: tuple[slice, ...]) -> np.ndarray:
+        dims = [len(range(*s.indices(n))) for s, n in zip(index, shape)]
+        if name in ("scale", "bias"):
+            return np.full(dims, float(name == "scale"), np.float32)
+        if not stacked:
+            return whole(0)[index]
+        return np.stack([whole(layer)[index[1:]] for layer in range(*index[0].indices(shape[0]))])
+
+    return fill

@@ -1,0 +1,143 @@
+"""From hidden states to log-probabilities and scores, without ever holding `[tokens, V]` of a whole batch.
+
+Results are aligned with the token they speak of: entry t is about `tokens[t]` given the tokens of its segment before it, and
+is 0 at the first token of a segment and on padding.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from realjax.core.axes import Constrain
+
+# Largest float32 logits one chunk may hold on one device.
+CHUNK_BYTES = 1 << 28
+
+
+def chunk_len(row_len: int, rows_per_device: int, vocab_per_device: int, max_bytes: int = CHUNK_BYTES) -> int:
+    """Returns the largest divisor of the row length whose chunk of logits stays under `max_bytes` (at least 1)."""
+    limit = max(1, max_bytes // (4 * rows_per_device * vocab_per_device))
+    return next(n for n in range(min(limit, row_len), 0, -1) if row_len % n == 0)
+
+
+def shift_to_token(next_RT: Array, segment_ids: Array) -> Array:
+    """Moves entries about the following token onto that token; 0 where a segment starts and on padding."""
+    shifted = jnp.pad(next_RT, ((0, 0), (1, 0)))[:, :-1]
+    previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.where((segment_ids == previous) & (segment_ids > 0), shifted, 0)
+
+
+def shift_to_previous(token_RT: Array, segment_ids: Array) -> Array:
+    """The adjoint of `shift_to_token`: entries about a token move to the position that predicts it."""
+    following = jnp.pad(segment_ids, ((0, 0), (0, 1)))[:, 1:]
+    shifted = jnp.pad(token_RT, ((0, 0), (0, 1)))[:, 1:]
+    return jnp.where((segment_ids == following) & (segment_ids > 0), shifted, 0)
+
+
+def _split(x: Array, size: int) -> Array:
+    """`[R, T, ...]` -> `[T/size, R, size, ...]`: chunks along the row, so that rows stay where they are."""
+    R, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(R, T // size, size, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    """The inverse of `_split`."""
+    C, R, size = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(R, C * size, *x.shape[3:])
+
+
+def _chunk_logits(hidden: Array, kernel: Array, constrain: Constrain) -> Array:
+    logits = jnp.einsum("RTD,DV->RTV", hidden, kernel, preferred_element_type=jnp.float32)
+    return constrain(logits, ("rows", "time", "act_vocab"))
+
+
+def _target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Returns the log-probabilities of the targets and the log normaliser, `[R, T]` each, and works on split vocabularies."""
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+    return jnp.sum(jnp.where(is_target, logits, 0), axis=-1) - normaliser, normaliser
+
+
+def token_logprobs(
+    hidden: Array,
+    kernel: Array,
+    tokens: Array,
+    segment_ids: Array,
+    *,
+    size: int,
+    constrain: Constrain,
+    temperature: float = 1.0,
+) -> Array:
+    """Returns float32 log-probabilities `[R, T]` of the tokens under softmax(logits / temperature).
+
+    `hidden` `[R, T, D]`, `kernel` `[D, V]`. `size` positions a chunk; the backward pass recomputes a chunk's logits.
+    """
+    targets = jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
+
+    @jax.checkpoint
+    def chunk(hidden_chunk: Array, targets_chunk: Array) -> Array:
+        return _target_logprobs(_chunk_logits(hidden_chunk, kernel, constrain) / temperature, targets_chunk)[0]
+
+    logprobs = jax.lax.map(lambda xs: chunk(*xs), (_split(hidden, size), _split(targets, size)))
+    return shift_to_token(_join(logprobs), segment_ids)
+
+
+def weighted_nll(
+    hidden: Array, kernel: Array, tokens: Array, segment_ids: Array, weights: Array, *, size: int, constrain: Constrain
+) -> tuple[Array, Array]:
+    """Returns -sum(weights * logprobs), a float32 scalar, and the log-probabilities `[R, T]` (no gradient through these).
+
+    The gradient of a sum whose weights are known beforehand is formed while a chunk's logits are at hand, so the head's
+    product is not computed a second time in the backward pass.
+    """
+    targets = jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
+    weights_next = shift_to_previous(weights.astype(jnp.float32), segment_ids)
+    nll, logprobs = _fused_nll(hidden, kernel, targets, weights_next, size, constrain)
+    return nll, shift_to_token(jax.lax.stop_gradient(logprobs), segment_ids)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused_nll(
+    hidden: Array, kernel: Array, targets: Array, weights: Array, size: int, constrain: Constrain
+) -> tuple[Array, Array]:
+    def chunk(hidden_chunk: Array, targets_chunk: Array) -> Array:
+        return _target_logprobs(_chunk_logits(hidden_chunk, kernel, constrain), targets_chunk)[0]
+
+    logprobs = _join(jax.lax.map(lambda xs: chunk(*xs), (_split(hidden, size), _split(targets, size))))
+    return -jnp.sum(weights * logprobs), logprobs
+
+
+def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Array, size: int, constrain: Constrain):
+    def chunk(grad_kernel: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        hidden_chunk, targets_chunk, weights_chunk = xs
+        logits = _chunk_logits(hidden_chunk, kernel, constrain)
+        logprobs, normaliser = _target_logprobs(logits, targets_chunk)
+        is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_chunk[..., None]
+        grad_logits = (jnp.exp(logits - normaliser[..., None]) - is_target) * weights_chunk[..., None]
+        grad_logits = grad_logits.astype(hidden.dtype)
+        grad_hidden = jnp.einsum("RTV,DV->RTD", grad_logits, kernel)
+        grad_kernel += jnp.einsum("RTD,RTV->DV", hidden_chunk, grad_logits, preferred_element_type=jnp.float32)
+        return grad_kernel, (logprobs, grad_hidden)
+
+    chunks = (_split(hidden, size), _split(targets, size), _split(weights, size))
+    grad_kernel, (logprobs, grad_hidden) = jax.lax.scan(chunk, jnp.zeros(kernel.shape, jnp.float32), chunks)
+    logprobs = _join(logprobs)
+    return (-jnp.sum(weights * logprobs), logprobs), (_join(grad_hidden), grad_kernel.astype(kernel.dtype))
+
+
+def _fused_nll_backward(
+    size: int, constrain: Constrain, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
+):
+    grad_hidden, grad_kernel = residuals
+    scale = cotangents[0]
+    return (grad_hidden * scale.astype(grad_hidden.dtype), grad_kernel * scale.astype(grad_kernel.dtype), None, None)
+
+
+_fused_nll.defvjp(_fused_nll_forward, _fused_nll_backward)
+
+
+def token_values(hidden: Array, kernel: Array) -> Array:
+    """Returns the scalar head's float32 outputs `[R, T]`; entry t has seen tokens up to and including t."""
+    return jnp.einsum("RTD,DO->RTO", hidden, kernel, preferred_element_type=jnp.float32)[..., 0]

@@ -1,0 +1,118 @@
+"""The one decoder-only transformer: embedding, stacked blocks, final norm. Heads are in `heads.py`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from realjax.core.axes import Constrain
+from realjax.models.attention import Attention, AttentionFn, dense_attention
+from realjax.models.config import ModelConfig
+from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+# block_fn(layer_params, x_RTD, per_row) -> x_RTD; run_layers_fn(block_fn, stacked_params, x_RTD, per_row) -> x_RTD.
+# `per_row` is a tree of arrays with leading dim R that every block reads.
+BlockFn = Callable[[Any, Array, Any], Array]
+RunLayersFn = Callable[[BlockFn, Any, Array, Any], Array]
+
+
+def scan_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any) -> Array:
+    """Runs the blocks one after another; one block is compiled, whatever their number."""
+    return jax.lax.scan(lambda carry, layer: (block_fn(layer, carry, per_row), None), x, stacked)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """How a forward pass runs: all that a layout or a platform decides and the weights do not."""
+
+    constrain: Constrain = lambda x, names: x
+    attention_fn: AttentionFn = dense_attention
+    run_layers_fn: RunLayersFn = scan_layers
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        D, F = {"embed": config.hidden_size}, {"ffn": config.ffn_size}
+        self.gate = Linear(D, F, config.mlp_bias)
+        self.up = Linear(D, F, config.mlp_bias)
+        self.down = Linear(F, D, config.mlp_bias)
+        self.activation = config.activation
+
+    def __call__(self, x_RTD: Array, constrain: Constrain) -> Array:
+        hidden = ACTIVATIONS[self.activation](self.gate(x_RTD)) * self.up(x_RTD)
+        return self.down(constrain(hidden, ("rows", "time", "act_ffn")))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: Array, per_row: tuple[Array, Array, Array], forward: Forward) -> Array:
+        cos, sin, segment_ids = per_row
+        constrain = forward.constrain
+        # Norms and residuals may be split along the row; projections read whole rows.
+        whole = lambda h: constrain(h, ("rows", "time", "act_embed"))
+        split = lambda h: constrain(h, ("rows", "residual_time", "act_embed"))
+        x = x + split(self.attn(whole(self.attn_norm(x)), cos, sin, segment_ids, forward.attention_fn, constrain))
+        return x + split(self.mlp(whole(self.mlp_norm(x)), constrain))
+
+
+class Embedding(nnx.Module):
+    """The token table `[V, D]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.table = make_param((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.table[...], tokens, axis=0, mode="clip")
+
+
+class Transformer(nnx.Module):
+    """Tokens to final hidden states. `layers` holds every block's parameters stacked on a leading dim L."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.embed = Embedding(config)
+        stack = nnx.vmap(
+            lambda _: Block(config), axis_size=config.num_layers, transform_metadata={nnx.PARTITION_NAME: "layers"}
+        )
+        self.layers = stack(jnp.zeros(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tied:
+            out = {"score": 1} if config.is_critic else {"vocab": config.vocab_size}
+            self.head = Linear({"embed": config.hidden_size}, out)
+
+    def __call__(self, tokens: Array, positions: Array, segment_ids: Array, forward: Forward = Forward()) -> Array:  # noqa: B008
+        """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`."""
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def block_fn(layer: Any, x: Array, per_row: Any) -> Array:
+            return nnx.merge(graphdef, layer)(x, per_row, forward)
+
+        x = forward.constrain(self.embed(tokens), ("rows", "residual_time", "act_embed"))
+        block_fn = jax.checkpoint(block_fn) if forward.remat else block_fn
+        x = forward.run_layers_fn(block_fn, nnx.to_pure_dict(stacked), x, (cos, sin, segment_ids))
+        return forward.constrain(self.norm(x), ("rows", "time", "act_embed"))
+
+    def head_kernel(self) -> Array:
+        """Returns the head's matrix: `[D, V]`, the transposed embedding when tied, or `[D, 1]` for a critic."""
+        return self.embed.table[...].T if self.config.tied else self.head.kernel[...]
