@@ -1,6 +1,6 @@
 """The value that travels down the graph: named arrays that share a leading row dim."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,9 @@ class Batch:
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays, sorted."""
         return tuple(sorted(self.arrays))
@@ -66,9 +69,7 @@ class Batch:
         for key, array in arrays.items():
             if key in self.arrays and self.arrays[key] is not array:
                 raise ValueError(f"batch: key {key!r} is there already; give the new array another name")
-        # A key that is the same object stays that object: converting could copy it.
-        new = {key: _as_conventional(key, array) for key, array in arrays.items() if key not in self.arrays}
-        merged = self.arrays | new
+        merged = self.arrays | {key: _as_conventional(key, array) for key, array in arrays.items()}
         _check_rows(merged)
         return Batch(arrays=merged)
 

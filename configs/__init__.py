@@ -1,0 +1,1 @@
+"""Recipes: each `get_config()` returns an experiment's options as a ConfigDict."""

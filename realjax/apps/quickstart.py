@@ -1,0 +1,189 @@
+"""The command line: `python3 -m realjax.apps.quickstart <experiment> key=value ...`, also installed as `realjax`."""
+
+import importlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from realjax.options.checks import list_notices, resolve_names, validate
+from realjax.options.common import CommonExperimentConfig
+from realjax.options.describe import describe_options
+from realjax.options.experiments import SFTConfig
+from realjax.options.parsing import nearest_names, parse_overrides
+from realjax.options.paths import check_writable, run_paths
+from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
+
+logger = logging.getLogger("realjax.quickstart")
+HELP_FLAGS = ("--help", "-h", "help")
+# The program that shows whether a launcher exists on this machine, and the variable it sets inside an allocation.
+LAUNCHERS = {"slurm": ("squeue", "SLURM_JOB_ID"), "ray": ("ray", "RAY_ADDRESS")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment's options, and the module whose `build(config, devices)` makes its run."""
+
+    config_cls: type[CommonExperimentConfig]
+    module: str
+    summary: str
+
+    def build(self, config: CommonExperimentConfig, devices: Sequence[jax.Device]) -> Any:
+        # Imported here: help and bad options should not wait for everything that a run needs.
+        return importlib.import_module(self.module).build(config, devices)
+
+
+EXPERIMENTS = {
+    "sft": Experiment(
+        config_cls=SFTConfig, module="realjax.experiments.sft", summary="supervised fine-tuning on prompts and answers"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    return report_errors(lambda: _run_command(args))
+
+
+def report_errors(command: Callable[[], int]) -> int:
+    """Returns the command's exit code; a ValueError becomes one line on stderr and the code 2."""
+    try:
+        return command()
+    except ValueError as error:
+        if os.environ.get("REALJAX_TRACEBACK") == "1":
+            raise
+        print(f"realjax: error: {error}", file=sys.stderr)
+        return 2
+
+
+def find_experiment(name: str) -> Experiment:
+    """Returns the experiment called `name`; ValueError with the nearest name if there is none."""
+    if name not in EXPERIMENTS:
+        near = nearest_names(name, EXPERIMENTS, count=1)
+        hint = f"did you mean {near[0]}?" if near else "see realjax --help"
+        raise ValueError(f"unknown experiment '{name}': the experiments are {', '.join(EXPERIMENTS)}; {hint}")
+    return EXPERIMENTS[name]
+
+
+def run_experiment(name: str, config: CommonExperimentConfig) -> int:
+    """Checks `config`, prepares the devices and runs the experiment; returns the exit code.
+
+    ValueError, before any device work, for whatever the user can mend.
+    """
+    experiment = find_experiment(name)
+    configure_logging()
+    config = resolve_names(config, name)
+    validate(config)
+    paths = run_paths(config)
+    check_writable(paths)
+    logger.info("Running %s experiment.", name)
+    logger.info("Logs will be dumped to %s", paths.logs)
+    logger.info("Model checkpoints will be saved to %s", paths.checkpoints)
+    for notice in list_notices(config):
+        logger.info(notice)
+    check_mode(config.mode)
+    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, str(paths.compilation_cache))
+    from realjax.runtime import loop
+
+    loop.run(experiment.build(config, devices))
+    return 0
+
+
+def configure_logging() -> None:
+    """Sends realjax's log to the console, in place of what an earlier call set up."""
+    root = logging.getLogger("realjax")
+    for handler in [h for h in root.handlers if isinstance(h, ConsoleHandler)]:
+        root.removeHandler(handler)
+    handler = ConsoleHandler(make_console())
+    handler.setFormatter(ShortNameFormatter(LOG_FORMAT, LOG_TIME_FORMAT))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    # Libraries give the root logger handlers of their own, which would print every line again.
+    root.propagate = False
+
+
+class ShortNameFormatter(logging.Formatter):
+    """Shows the logger `realjax.quickstart` as `quickstart`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        short = logging.makeLogRecord(record.__dict__ | {"name": record.name.removeprefix("realjax.")})
+        return super().format(short)
+
+
+def check_mode(mode: str) -> None:
+    """Warns when `mode` names a launcher that this machine lacks, and a run stays in this process.
+
+    ValueError when the launcher is there but this process is not inside an allocation: such a run belongs elsewhere.
+    """
+    if mode == "local":
+        return
+    program, variable = LAUNCHERS[mode]
+    if shutil.which(program) is None:
+        logger.warning(
+            "mode=%s: no `%s` on this machine, so the run stays in this process, as with mode=local.", mode, program
+        )
+    elif variable not in os.environ:
+        raise ValueError(
+            f"mode: found {mode}, but this process is in no {mode} job ({variable} is not set), and realjax "
+            "submits none; start the command inside a job, or set mode=local"
+        )
+
+
+def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) -> tuple[jax.Device, ...]:
+    """Returns the first n_nodes*n_gpus_per_node devices, virtual ones where there is no accelerator.
+
+    ValueError when there are accelerators, but too few. Programs compiled earlier come from `compilation_cache`.
+    """
+    needed = n_nodes * n_gpus_per_node
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", compilation_cache)
+    if jax.config.jax_num_cpu_devices < needed:
+        # Only possible before the first use of a device.
+        jax.config.update("jax_num_cpu_devices", needed)
+    devices, platform = jax.devices(), jax.default_backend()
+    if len(devices) < needed:
+        raise ValueError(
+            f"n_nodes*n_gpus_per_node: {n_nodes}*{n_gpus_per_node} = {needed} devices wanted, but this machine has "
+            f"{len(devices)} ({platform}); set n_nodes, n_gpus_per_node and the parallel sizes to what there is, or "
+            "set JAX_PLATFORMS=cpu to use virtual CPU devices"
+        )
+    if platform == "cpu":
+        logger.info("No accelerator found: %d virtual CPU devices stand in.", needed)
+    return tuple(devices[:needed])
+
+
+def _run_command(args: list[str]) -> int:
+    if not args or args[0] in HELP_FLAGS:
+        print(_usage())
+        return 0 if args else 2
+    name, *overrides = args
+    experiment = find_experiment(name)
+    if any(override in HELP_FLAGS for override in overrides):
+        print(describe_options(experiment.config_cls, name), end="")
+        return 0
+    configure_logging()
+    return run_experiment(name, parse_overrides(experiment.config_cls, overrides))
+
+
+def _usage() -> str:
+    lines = [f"  {name:8} {experiment.summary}" for name, experiment in EXPERIMENTS.items()]
+    return "\n".join(
+        [
+            "Usage: realjax <experiment> key=value ...",
+            "",
+            "Experiments:",
+            *lines,
+            "",
+            "realjax <experiment> --help lists every option. REALJAX_TRACEBACK=1 shows the traceback of an error.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From files to packed rows: jsonl -> datasets -> packing -> loader."""

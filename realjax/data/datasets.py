@@ -1,0 +1,143 @@
+"""Tokenised examples of each dataset kind: what the loader packs."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from realjax.data.jsonl import load_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+# Offsets cost ~150 bytes a token while a call lasts: a bound on rows per call bounds the memory of large files.
+_ROWS_PER_CALL = 16_384
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptAnswerDataset:
+    """N examples for SFT, flat: example i is `tokens[offsets[i]:offsets[i+1]]`, learned in `target_spans[i]`."""
+
+    ids: tuple[str | int, ...]
+    tokens: np.ndarray  # int32, all examples one after the other
+    offsets: np.ndarray  # int64 [N+1]
+    target_spans: np.ndarray  # int32 [N, 2]: first target and one past the last, within the example
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int32 [N]."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def example(self, index: int) -> dict[str, np.ndarray]:
+        """`tokens` int32 [L] and `loss_mask` bool [L], True at the answer's tokens and EOS."""
+        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        loss_mask = np.zeros(len(tokens), np.bool_)
+        loss_mask[slice(*self.target_spans[index])] = True
+        return {"tokens": tokens, "loss_mask": loss_mask}
+
+
+def load_prompt_answer(
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_seqlen: int,
+    pad_to_max_length: bool = False,
+    name: str = "dataset.train_path",
+) -> PromptAnswerDataset:
+    """Dataset of the file's `prompt`+`answer`+EOS, cut on the right to `max_seqlen` tokens.
+
+    `pad_to_max_length` (benchmarks) extends every example to `max_seqlen` with EOS tokens that are no targets.
+    Raises ValueError for a bad file (see `load_rows`), a tokenizer without EOS, or when no row keeps a target.
+    """
+    rows = load_rows(path, {"prompt": str, "answer": str}, name)
+    prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+    eos = _eos_id(tokenizer)
+    tokens: list[np.ndarray] = []
+    spans: list[tuple[int, int]] = []
+    for example, answer_start in tokenize_answers(prompts, answers, tokenizer, max_seqlen=max_seqlen):
+        # A sequence's first token is predicted from nothing, so it is no target even when the prompt is empty.
+        spans.append((max(answer_start, 1), len(example)))
+        if pad_to_max_length:
+            example = np.pad(example, (0, max_seqlen - len(example)), constant_values=eos)
+        tokens.append(example)
+
+    num_empty = sum(start >= end for start, end in spans)
+    if num_empty == len(rows):
+        raise ValueError(
+            f"{name}: {path!r}: no row of {len(rows)} has an answer token within dataset.max_seqlen={max_seqlen}, "
+            "so there is nothing to learn; raise dataset.max_seqlen or shorten the prompts"
+        )
+    if num_empty:
+        cause = f"their prompts fill max_seqlen={max_seqlen}"
+        _log.warning("%s: %d of %d rows have no token to learn: %s", name, num_empty, len(rows), cause)
+    return PromptAnswerDataset(
+        ids=tuple(row["id"] for row in rows),
+        tokens=np.concatenate(tokens),
+        offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        target_spans=np.array(spans, np.int32),
+    )
+
+
+def tokenize_answers(
+    prompts: Sequence[str], answers: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_seqlen: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Tokens int32 [L] of each prompt+answer+EOS, L <= max_seqlen, and the index of the first answer token.
+
+    The text is tokenised whole; a token that ends after the prompt's last character belongs to the answer. A BOS that
+    the tokenizer adds belongs to the prompt. The index is L where nothing of the answer is left.
+    Raises ValueError for a tokenizer without EOS.
+    """
+    eos = _eos_id(tokenizer)
+    if max_seqlen < 1:
+        raise ValueError(f"dataset.max_seqlen: found {max_seqlen}; needed at least 1")
+    for first in range(0, len(prompts), _ROWS_PER_CALL):
+        part = slice(first, first + _ROWS_PER_CALL)
+        texts = [prompt + answer for prompt, answer in zip(prompts[part], answers[part], strict=True)]
+        encoded = _encode(texts, tokenizer, return_offsets_mapping=bool(tokenizer.is_fast))
+        starts = _starts_by_offsets if tokenizer.is_fast else _starts_by_prompts
+        for ids, start in zip(encoded["input_ids"], starts(encoded, prompts[part], tokenizer), strict=True):
+            # Some tokenizers add EOS by themselves: one is enough.
+            ids = ids if ids and ids[-1] == eos else [*ids, eos]
+            tokens = np.array(ids[:max_seqlen], np.int32)
+            yield tokens, min(start, len(ids) - 1, len(tokens))
+
+
+def _eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    eos: Any = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(
+            f"tokenizer: {tokenizer.name_or_path!r} has no EOS token, which ends every answer; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return eos
+
+
+def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", return_offsets_mapping: bool = False) -> Any:
+    # The caller truncates, as a tokenizer's files may set another side or length; verbose would remark on long texts.
+    return tokenizer(
+        list(texts),
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_offsets_mapping=return_offsets_mapping,
+        verbose=False,
+    )
+
+
+def _starts_by_offsets(encoded: Any, prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[int]:
+    for offsets, prompt in zip(encoded["offset_mapping"], prompts, strict=True):
+        yield next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
+
+
+def _starts_by_prompts(encoded: Any, prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[int]:
+    # Without offsets, the prompt is what its own tokens and the whole text's have in common.
+    for ids, prompt_ids in zip(encoded["input_ids"], _encode(prompts, tokenizer)["input_ids"], strict=True):
+        pairs = enumerate(zip(ids, prompt_ids, strict=False))
+        yield next((i for i, (a, b) in pairs if a != b), min(len(ids), len(prompt_ids)))

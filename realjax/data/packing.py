@@ -1,0 +1,178 @@
+"""Sequences of different lengths into rows of one length, and back."""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from realjax.core.batch import Array, Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackPlan:
+    """Which sequence sits in which row, in order from the left; a row may be empty."""
+
+    row_len: int
+    rows: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def num_segments(self) -> int:
+        """S, the sequences of the fullest row; never T, so that an array's width tells per-sequence from per-token."""
+        most = max(map(len, self.rows), default=0)
+        return most + 1 if most == self.row_len else most
+
+
+def bucket_len(n: int, buckets: Sequence[int] | None = None) -> int:
+    """Smallest bucket >= n: by default 32, 64, 96, 128, then powers of two and their midpoints (192, 256, 384, ...)."""
+    if n < 1:
+        raise ValueError(f"bucket_len: found {n} tokens; needed at least 1")
+    if buckets is not None:
+        fitting = [bucket for bucket in buckets if bucket >= n]
+        if not fitting:
+            raise ValueError(
+                f"bucket_len: {n} tokens are more than the largest bucket of {list(buckets)}; add a larger"
+            )
+        return min(fitting)
+    if n <= 128:
+        return -(-n // 32) * 32
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if n <= power * 3 // 4 else power
+
+
+def pack_rows(
+    lengths: Sequence[int] | np.ndarray, row_len: int, *, num_rows: int | None = None, num_shards: int = 1
+) -> PackPlan:
+    """Plan by best-fit decreasing, with equal contiguous blocks of rows (one per shard) balanced in tokens.
+
+    Gives `num_rows` rows, by default the fewest that `num_shards` divides; rows left over are empty. The blocks' tokens
+    differ by no more than the fullest row. Raises ValueError for a length outside [1, row_len], too few rows, or
+    rows that do not divide.
+    """
+    lengths = tuple(int(length) for length in lengths)
+    packed = _fit_rows(lengths, row_len)
+    if num_rows is None:
+        num_rows = -(-len(packed) // num_shards) * num_shards
+    if num_rows < len(packed):
+        raise ValueError(
+            f"packing: {len(lengths)} sequences fill {len(packed)} rows of {row_len}; found {num_rows} rows"
+        )
+    if num_rows % num_shards:
+        raise ValueError(
+            f"packing: {num_rows} rows do not divide over {num_shards} shards; use a multiple of {num_shards}"
+        )
+    packed += [()] * (num_rows - len(packed))
+    return PackPlan(row_len=row_len, rows=_balance(packed, lengths, num_shards), lengths=lengths)
+
+
+def _fit_rows(lengths: tuple[int, ...], row_len: int) -> list[tuple[int, ...]]:
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted, so the tightest fit is found by bisection
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if not 1 <= length <= row_len:
+            raise ValueError(
+                f"packing: sequence {index} has {length} tokens; needed 1 to {row_len}, the row length: "
+                "truncate the sequences or use longer rows"
+            )
+        place = bisect_left(spaces, (length, 0))
+        if place < len(spaces):
+            free, row = spaces.pop(place)
+        else:
+            free, row = row_len, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if free > length:
+            insort(spaces, (free - length, row))
+    return [tuple(row) for row in rows]
+
+
+def _balance(rows: list[tuple[int, ...]], lengths: tuple[int, ...], num_shards: int) -> tuple[tuple[int, ...], ...]:
+    # Dealt from the fullest row down, turning round after each deal so that no block is always served first.
+    ordered = sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
+    blocks: list[list[tuple[int, ...]]] = [[] for _ in range(num_shards)]
+    for start in range(0, len(ordered), num_shards):
+        deal = ordered[start : start + num_shards]
+        for block, row in zip(blocks if start // num_shards % 2 == 0 else reversed(blocks), deal, strict=True):
+            block.append(row)
+    return tuple(row for block in blocks for row in block)
+
+
+def pack(
+    examples: Sequence[dict[str, np.ndarray]],
+    plan: PackPlan,
+    num_rows: int | None = None,
+    num_segments: int | None = None,
+) -> Batch:
+    """Batch of `num_rows` rows (default: the plan's) with every key of the examples, `segment_ids` and `positions`.
+
+    Arrays [L, ...] become [R, T, ...]; 0-d values become [R, S]; padding is 0 or False. Rows beyond the plan's come
+    last: a plan balanced over shards should have them itself. Raises ValueError where the examples do not match each
+    other or the plan, or do not fit.
+    """
+    num_rows = len(plan.rows) if num_rows is None else num_rows
+    num_segments = plan.num_segments if num_segments is None else num_segments
+    if len(examples) != len(plan.lengths) or not examples:
+        raise ValueError(f"packing: found {len(examples)} examples for a plan of {len(plan.lengths)}; needed as many")
+    if num_rows < len(plan.rows) or num_segments < plan.num_segments or num_segments == plan.row_len:
+        raise ValueError(
+            f"packing: found {num_rows} rows of {num_segments} segments; needed at least {len(plan.rows)} rows, "
+            f"at least {plan.num_segments} segments and not {plan.row_len} of them, the row length"
+        )
+    _check_examples(examples, plan)
+    arrays = {key: _zeros_like(value, num_rows, num_segments, plan) for key, value in examples[0].items()}
+    segment_ids = np.zeros((num_rows, plan.row_len), np.int32)
+    positions = np.zeros((num_rows, plan.row_len), np.int32)
+    for index, row, segment, tokens in _places(plan):
+        segment_ids[row, tokens] = segment + 1
+        positions[row, tokens] = np.arange(plan.lengths[index])
+        for key, value in examples[index].items():
+            arrays[key][row, segment if np.ndim(value) == 0 else tokens] = value
+    return Batch.of(segment_ids=segment_ids, positions=positions).with_arrays(**arrays)
+
+
+def unpack(array: Array, plan: PackPlan) -> list[np.ndarray]:
+    """The inverse of `pack` for one array, in the order of the sequences: [L, ...] from [R, T, ...], 0-d from [R, S].
+
+    Raises ValueError when the array's rows or width cannot be the plan's.
+    """
+    array = np.asarray(array)
+    per_token = array.ndim >= 2 and array.shape[1] == plan.row_len
+    if array.ndim < 2 or array.shape[0] < len(plan.rows) or not (per_token or array.shape[1] >= plan.num_segments):
+        raise ValueError(
+            f"packing: found an array of shape {array.shape}; needed at least {len(plan.rows)} rows, of {plan.row_len} "
+            f"tokens or of {plan.num_segments} or more segments"
+        )
+    values: list[np.ndarray] = [array[:0]] * len(plan.lengths)
+    for index, row, segment, tokens in _places(plan):
+        values[index] = array[row, tokens] if per_token else array[row, segment]
+    return values
+
+
+def _zeros_like(value: np.ndarray, num_rows: int, num_segments: int, plan: PackPlan) -> np.ndarray:
+    value = np.asarray(value)
+    width = num_segments if value.ndim == 0 else plan.row_len
+    return np.zeros((num_rows, width, *value.shape[1:]), value.dtype)
+
+
+def _places(plan: PackPlan) -> Iterator[tuple[int, int, int, slice]]:
+    """Yields (sequence, row, segment from 0, slice of tokens)."""
+    for row, members in enumerate(plan.rows):
+        start = 0
+        for segment, index in enumerate(members):
+            end = start + plan.lengths[index]
+            yield index, row, segment, slice(start, end)
+            start = end
+
+
+def _check_examples(examples: Sequence[dict[str, np.ndarray]], plan: PackPlan) -> None:
+    for index, (example, length) in enumerate(zip(examples, plan.lengths, strict=True)):
+        if example.keys() != examples[0].keys():
+            raise ValueError(f"packing: example {index} has keys {sorted(example)}, the first {sorted(examples[0])}")
+        for key, value in example.items():
+            if np.ndim(value) != np.ndim(examples[0][key]) or (np.ndim(value) and len(value) != length):
+                shape = np.shape(value)
+                raise ValueError(
+                    f"packing: {key!r} of example {index} has shape {shape}; needed {length} tokens or 0-d"
+                )

@@ -1,0 +1,84 @@
+"""The description of a whole run: what an experiment makes of its options and the runtime carries out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from realjax.core.layout import Layout
+from realjax.core.loss import Loss
+from realjax.core.optimizer_config import OptimizerConfig
+from realjax.data.loader import Loader
+from realjax.dataflow.graph import DataflowGraph
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """One model of a run: where it comes from and how it computes."""
+
+    name: str
+    path: Path  # local directory with config and tokenizer, and weights unless from scratch
+    is_critic: bool = False
+    init_from_scratch: bool = False
+    init_critic_from_actor: bool = False
+    compute_dtype: str = "float32"
+    attention: str = "auto"
+    remat: bool = True
+    loss_chunk_tokens: int | None = None
+    optimizer: OptimizerConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A loss measured on held-out batches with a role's current parameters."""
+
+    role: str
+    loss: Loss
+    loader: Loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frequency:
+    """When something happens: at the end of every so many epochs, or steps, or after so many seconds. None: not by that."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    secs: float | None = None
+
+    @property
+    def is_set(self) -> bool:
+        return any((self.epochs, self.steps, self.secs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPaths:
+    """Directories of a run, beneath fileroot; none of them need exist."""
+
+    logs: Path
+    checkpoints: Path
+    recover: Path
+    compilation_cache: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything the runtime needs to know of a run. Frozen: the run changes none of it."""
+
+    experiment: str
+    title: str
+    config_json: str
+    paths: RunPaths
+    graph: DataflowGraph
+    layouts: Mapping[str, Layout]  # by call name
+    roles: Mapping[str, RoleSpec]
+    loader: Loader
+    num_epochs: int
+    evaluation: Evaluation | None
+    save: Frequency
+    evaluate: Frequency
+    seed: int
+    benchmark_steps: int | None = None
+    recover_mode: str = "disabled"
+    max_recover_saves: int = 2
+    max_nonfinite_steps: int = 5
+    wandb_mode: str = "disabled"
+    max_shard_bytes: float = 5e9

@@ -1,0 +1,61 @@
+"""Supervised fine-tuning: one role, one training call."""
+
+from collections.abc import Sequence
+
+import jax
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.data.datasets import load_prompt_answer
+from realjax.data.loader import Loader
+from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.run import Evaluation, RunSpec
+from realjax.experiments import common
+from realjax.options.experiments import SFTConfig
+
+
+def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
+    """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
+    role = common.role_spec("default", config.model, devices, is_trained=True)
+    layout = common.call_layout(config, config.allocation, config.model, devices, is_train=True)
+    tokenizer = common.load_tokenizer(role.path)
+    data, dp, num_mbs = config.dataset, layout.strategy.dp, config.allocation.n_mbs or 1
+    if data.train_bs_n_seqs < dp * num_mbs:
+        raise ValueError(
+            f"dataset.train_bs_n_seqs: {data.train_bs_n_seqs} sequences cannot be divided over {dp} data-parallel devices x "
+            f"{num_mbs} micro-batches; use at least {dp * num_mbs}"
+        )
+    train = load_prompt_answer(
+        data.train_path, tokenizer, max_seqlen=data.max_seqlen, pad_to_max_length=data.pad_to_max_length, name="dataset.train_path"
+    )
+    evaluation = None
+    if data.valid_path:
+        valid = load_prompt_answer(data.valid_path, tokenizer, max_seqlen=data.max_seqlen, name="dataset.valid_path")
+        loader = Loader(
+            valid, batch_size=data.valid_bs_n_seqs, num_epochs=1, seed=config.seed, num_shards=dp, shuffle=False, allow_partial=True
+        )
+        evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=loader)
+    mfc = MFC(
+        name="trainDefault",
+        role="default",
+        call="train_step",
+        inputs=("tokens", "loss_mask"),
+        loss=SFT_LOSS,
+        num_mbs=config.allocation.n_mbs,
+        max_tokens_per_mb=config.allocation.max_tokens_per_mb,
+    )
+    return common.run_spec(
+        config,
+        experiment="sft",
+        graph=DataflowGraph((mfc,), frozenset({"tokens", "loss_mask"})),
+        layouts={mfc.name: layout},
+        roles={role.name: role},
+        loader=Loader(
+            train,
+            batch_size=data.train_bs_n_seqs,
+            num_epochs=config.exp_ctrl.total_train_epochs,
+            seed=config.seed,
+            row_multiple=dp * num_mbs,
+            num_shards=dp,
+        ),
+        evaluation=evaluation,
+    )

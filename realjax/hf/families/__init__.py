@@ -1,0 +1,66 @@
+"""The supported architectures. Adding one is one small file here and one line in `FAMILIES`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from realjax.hf.families import llama, qwen2, qwen3
+from realjax.hf.rules import Family
+from realjax.models.config import ModelConfig
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+
+def find_family(name: str) -> Family:
+    """Returns the family called `name` (`ModelConfig.family`). Raises ValueError naming the known ones."""
+    if name not in FAMILIES:
+        raise ValueError(f"model family '{name}' is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def config_from_hf(hf: Mapping[str, Any], subject: str) -> ModelConfig:
+    """Returns the model that a config.json describes. Raises ValueError, naming `subject`, when it is not supported.
+
+    A `*ForSequenceClassification` of one label is a critic (or reward model), a `*ForCausalLM` a language model.
+    """
+    found = (hf.get("architectures") or [None])[0] or hf.get("model_type")
+    for family in FAMILIES.values():
+        if found in (family.causal_class, family.critic_class, family.name):
+            break
+    else:
+        supported = ", ".join(f"{family.causal_class} (critic: {family.critic_class})" for family in FAMILIES.values())
+        raise ValueError(f"{subject}: architecture '{found}' is not supported; supported: {supported}")
+    if "quantization_config" in hf:
+        raise ValueError(f"{subject}: the checkpoint is quantised; training needs the unquantised one")
+    is_critic = found == family.critic_class
+    labels = len(hf.get("id2label") or "ab")  # transformers leaves out its default of two labels
+    if is_critic and hf.get("num_labels", labels) != 1:
+        raise ValueError(f"{subject}: {found} with {hf.get('num_labels', labels)} labels; a critic has one")
+    try:
+        return family.config_from_hf(hf, is_critic)
+    except KeyError as error:
+        raise ValueError(f"{subject}: no key {error}; a {found} config needs it") from error
+    except ValueError as error:
+        raise ValueError(f"{subject}: {error}") from error
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json of a model, in spellings that transformers 4 and 5 both read.
+
+    Raises ValueError when the family cannot say what `config` says (a sliding window in llama, a bias qwen2 has not).
+    """
+    family = find_family(config.family)
+    hf: dict[str, Any] = {"model_type": family.name, **family.config_to_hf(config)}
+    if config.is_critic:
+        hf |= {"architectures": [family.critic_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    else:
+        hf |= {"architectures": [family.causal_class]}
+    read_back = config_from_hf(hf, "config.json")
+    if read_back != config:
+        names = [name for name in config.__dataclass_fields__ if getattr(config, name) != getattr(read_back, name)]
+        asked = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+        raise ValueError(f"model config: a HuggingFace {hf['architectures'][0]} cannot have {asked}")
+    return hf

@@ -1,0 +1,156 @@
+"""What every Llama-like decoder shares: its tensors, and the config keys of sizes, activation, rotary and window."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from realjax.hf.rules import Rule
+from realjax.models.config import ModelConfig, RopeConfig
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+_LAYER = "model.layers.{layer}."
+
+# Biases and q/k norms stand here once for all families: a rule is used only where the model has the leaf.
+RULES = (
+    Rule("embed/table", "model.embed_tokens.weight", "V D -> V D"),
+    Rule("layers/attn_norm/scale", _LAYER + "input_layernorm.weight", "D -> D"),
+    Rule("layers/attn/q/kernel", _LAYER + "self_attn.q_proj.weight", "(N H) D -> D N H"),
+    Rule("layers/attn/k/kernel", _LAYER + "self_attn.k_proj.weight", "(K H) D -> D K H"),
+    Rule("layers/attn/v/kernel", _LAYER + "self_attn.v_proj.weight", "(K H) D -> D K H"),
+    Rule("layers/attn/q/bias", _LAYER + "self_attn.q_proj.bias", "(N H) -> N H"),
+    Rule("layers/attn/k/bias", _LAYER + "self_attn.k_proj.bias", "(K H) -> K H"),
+    Rule("layers/attn/v/bias", _LAYER + "self_attn.v_proj.bias", "(K H) -> K H"),
+    Rule("layers/attn/q_norm/scale", _LAYER + "self_attn.q_norm.weight", "H -> H"),
+    Rule("layers/attn/k_norm/scale", _LAYER + "self_attn.k_norm.weight", "H -> H"),
+    Rule("layers/attn/o/kernel", _LAYER + "self_attn.o_proj.weight", "D (N H) -> N H D"),
+    Rule("layers/attn/o/bias", _LAYER + "self_attn.o_proj.bias", "D -> D"),
+    Rule("layers/mlp_norm/scale", _LAYER + "post_attention_layernorm.weight", "D -> D"),
+    Rule("layers/mlp/gate/kernel", _LAYER + "mlp.gate_proj.weight", "F D -> D F"),
+    Rule("layers/mlp/up/kernel", _LAYER + "mlp.up_proj.weight", "F D -> D F"),
+    Rule("layers/mlp/down/kernel", _LAYER + "mlp.down_proj.weight", "D F -> F D"),
+    Rule("layers/mlp/gate/bias", _LAYER + "mlp.gate_proj.bias", "F -> F"),
+    Rule("layers/mlp/up/bias", _LAYER + "mlp.up_proj.bias", "F -> F"),
+    Rule("layers/mlp/down/bias", _LAYER + "mlp.down_proj.bias", "D -> D"),
+    Rule("norm/scale", "model.norm.weight", "D -> D"),
+    Rule("head/kernel", "lm_head.weight", "V D -> D V"),
+)
+
+
+def read_sizes(hf: Mapping[str, Any], is_critic: bool) -> dict[str, Any]:
+    """Returns the `ModelConfig` fields that all families spell alike, with transformers' defaults for absent keys.
+
+    Raises KeyError for a size that has no default, ValueError for an activation or rotary scaling we do not compute.
+    """
+    if (activation := hf.get("hidden_act", "silu")) not in ACTIVATIONS:
+        raise ValueError(f"hidden_act '{activation}' is not supported; supported: {', '.join(ACTIVATIONS)}")
+    num_q_heads = hf["num_attention_heads"]
+    return {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or num_q_heads,
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // num_q_heads,
+        "ffn_size": hf["intermediate_size"],
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "activation": ACTIVATIONS[activation],
+        "rope": read_rope(hf),
+        "tied": bool(hf.get("tie_word_embeddings", False)) and not is_critic,
+        "is_critic": is_critic,
+    }
+
+
+def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
+    """Returns the rotary embedding from transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
+    params = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = params.get("rope_type", params.get("type", "default"))
+    theta = float(params.get("rope_theta", hf.get("rope_theta") or 10000.0))
+    if params.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is not supported; use a model with full rotary embedding")
+    if kind == "default" and set(params) <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, scaling="linear", factor=float(params["factor"]))
+    if kind == "llama3":
+        return RopeConfig(
+            theta=theta,
+            scaling="llama3",
+            factor=float(params["factor"]),
+            low_freq_factor=float(params["low_freq_factor"]),
+            high_freq_factor=float(params["high_freq_factor"]),
+            original_max_positions=int(params["original_max_position_embeddings"]),
+        )
+    raise ValueError(
+        f"rotary embedding {dict(params)} is not supported (supported rope_type: default, linear, llama3); to train at "
+        "the original length, remove it from config.json and set max_position_embeddings to that length"
+    )
+
+
+def read_window(hf: Mapping[str, Any]) -> int | None:
+    """Returns the attention window of all layers, or None without one. Raises ValueError when only some layers have it.
+
+    transformers gives the window to layers from `max_window_layers` on, or to those that `layer_types` names.
+    """
+    num_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
+    if not hf.get("use_sliding_window", False) or window is None:
+        return None
+    first = hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
+    ]
+    num_sliding = kinds.count("sliding_attention")
+    if num_sliding == 0:
+        return None
+    if num_sliding == num_layers:
+        return window
+    raise ValueError(
+        f"a sliding window in {num_sliding} of {num_layers} layers is not supported; for sequences up to {window} "
+        "tokens it changes nothing: set use_sliding_window to false in config.json"
+    )
+
+
+def write_sizes(config: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json keys of `read_sizes`; its inverse."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_q_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_size,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": HF_ACTIVATIONS[config.activation],
+        "tie_word_embeddings": config.tied,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _write_scaling(config.rope),
+    }
+
+
+def write_window(config: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json keys of `read_window`; its inverse."""
+    if config.sliding_window is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    return {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": 0}
+
+
+def _write_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.scaling == "none":
+        return None
+    if rope.scaling == "linear":
+        return {"rope_type": "linear", "factor": rope.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_positions,
+    }

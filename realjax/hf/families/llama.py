@@ -1,0 +1,34 @@
+"""Llama, and what is published in its form (CodeLlama, DeepSeek LLM, SmolLM2)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from realjax.hf.families.decoder import RULES, read_sizes, write_sizes
+from realjax.hf.rules import Family
+from realjax.models.config import ModelConfig
+
+
+def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
+    bias = bool(hf.get("attention_bias", False))  # one switch for q, k, v and o
+    return ModelConfig(
+        family="llama",
+        **read_sizes(hf, is_critic),
+        max_positions=hf.get("max_position_embeddings", 2048),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bool(hf.get("mlp_bias", False)),
+    )
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return {**write_sizes(config), "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+
+
+FAMILY = Family(
+    name="llama",
+    causal_class="LlamaForCausalLM",
+    critic_class="LlamaForSequenceClassification",
+    rules=RULES,
+    config_from_hf=_config_from_hf,
+    config_to_hf=_config_to_hf,
+)

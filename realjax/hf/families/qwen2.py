@@ -1,0 +1,32 @@
+"""Qwen2 and Qwen2.5: always a bias on q, k and v, never on o; an optional sliding window."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from realjax.hf.families.decoder import RULES, read_sizes, read_window, write_sizes, write_window
+from realjax.hf.rules import Family
+from realjax.models.config import ModelConfig
+
+
+def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
+    return ModelConfig(
+        family="qwen2",
+        **read_sizes(hf, is_critic),
+        max_positions=hf.get("max_position_embeddings", 32768),
+        qkv_bias=True,
+        sliding_window=read_window(hf),
+    )
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return {**write_sizes(config), **write_window(config)}
+
+
+FAMILY = Family(
+    name="qwen2",
+    causal_class="Qwen2ForCausalLM",
+    critic_class="Qwen2ForSequenceClassification",
+    rules=RULES,
+    config_from_hf=_config_from_hf,
+    config_to_hf=_config_to_hf,
+)

@@ -1,0 +1,36 @@
+"""Qwen3 (dense): a norm over each head of q and k, a head size of its own, an optional sliding window."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from realjax.hf.families.decoder import RULES, read_sizes, read_window, write_sizes, write_window
+from realjax.hf.rules import Family
+from realjax.models.config import ModelConfig
+
+
+def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
+    bias = bool(hf.get("attention_bias", False))
+    sizes = {**read_sizes(hf, is_critic), "head_dim": hf.get("head_dim", 128)}  # not hidden_size over heads
+    return ModelConfig(
+        family="qwen3",
+        **sizes,
+        max_positions=hf.get("max_position_embeddings", 32768),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        sliding_window=read_window(hf),
+    )
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return {**write_sizes(config), **write_window(config), "attention_bias": config.qkv_bias}
+
+
+FAMILY = Family(
+    name="qwen3",
+    causal_class="Qwen3ForCausalLM",
+    critic_class="Qwen3ForSequenceClassification",
+    rules=RULES,
+    config_from_hf=_config_from_hf,
+    config_to_hf=_config_to_hf,
+)

@@ -1,0 +1,124 @@
+"""From a checkpoint directory to a sharded parameter tree; a process reads only what its devices hold."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from realjax.core.trees import Tree, flatten_paths, unflatten_paths
+from realjax.hf.families import config_from_hf, find_family
+from realjax.hf.files import CONFIG, DTYPES, CheckpointFiles, read_json
+from realjax.hf.rules import CRITIC_HEAD_NAME, HEAD, Rule, Shape, check_tensors, hf_tensors, leaf_rules
+from realjax.models.build import Model
+from realjax.models.config import ModelConfig
+
+FillFn = Callable[[tuple[slice, ...]], np.ndarray]  # the values of a slice of a leaf
+CastFn = Callable[[tuple[slice, ...], np.dtype], np.ndarray]  # the same in a dtype
+LM_HEAD_NAME = "lm_head.weight"
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Returns the model that a directory's config.json describes. Raises ValueError when there is none we know."""
+    file = Path(path) / CONFIG
+    return config_from_hf(read_json(file, "model path"), str(file))
+
+
+def load_params(
+    path: str | Path,
+    model: Model,
+    shardings: Tree,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    fresh: Mapping[str, FillFn] | None = None,
+) -> Tree:
+    """Returns the parameters of `model` in `dtype`, placed by `shardings`, from the directory `path`.
+
+    Leaf by leaf and device by device: host memory stays near one device's part of one leaf. Every process calls this.
+    A critic's `head/kernel` comes from the checkpoint if that is a critic, else from `fresh["head/kernel"]`.
+    Raises ValueError, before any tensor is read, when the checkpoint's tensors are not the model's.
+    """
+    files = CheckpointFiles.open(path)
+    shapes = {name: leaf.shape for name, leaf in flatten_paths(model.abstract).items()}
+    rules = _match(files, model.config, shapes, fresh or {})
+    places = flatten_paths(shardings)
+    leaves = {}
+    for name, shape in shapes.items():
+        fill = _make_fill(files, rules[name], shape) if name in rules else _without_files((fresh or {})[name])
+        leaves[name] = _place(fill, shape, places[name], jnp.dtype(dtype))
+    return unflatten_paths(leaves)
+
+
+def has_critic_head(path: str | Path) -> bool:
+    """Returns whether a checkpoint holds a scalar head, as critics and reward models saved here or by ReaL do."""
+    return _critic_head_name(CheckpointFiles.open(path)) is not None
+
+
+def _critic_head_name(files: CheckpointFiles) -> str | None:
+    for name in (CRITIC_HEAD_NAME, LM_HEAD_NAME):
+        if name in files.tensors and files.tensors[name].shape[0] == 1:
+            return name
+    return None
+
+
+def _match(
+    files: CheckpointFiles, config: ModelConfig, shapes: Mapping[str, Shape], fresh: Mapping[str, FillFn]
+) -> dict[str, Rule]:
+    """Returns the rule of every leaf to be read from `files`. Raises ValueError when tensors and model differ."""
+    rules = leaf_rules(find_family(config.family), config, shapes)
+    optional: set[str] = set()
+    if config.tied:
+        optional.add(LM_HEAD_NAME)  # some writers store the table twice
+    if config.is_critic:
+        if (name := _critic_head_name(files)) is not None:
+            rules[HEAD] = Rule(HEAD, name, rules[HEAD].dims)
+        elif HEAD in fresh:
+            del rules[HEAD]
+            optional.add(LM_HEAD_NAME)
+    expected = {tensor.name: tensor.shape for tensor in hf_tensors(rules, shapes)}
+    subject = f"checkpoint '{files.directory}'"
+    check_tensors(subject, expected, files.shapes, frozenset(optional))
+    for name in expected:
+        if (stored := files.tensors[name].dtype) not in DTYPES:
+            raise ValueError(
+                f"{subject}: tensor '{name}' is stored as {stored}; needed one of {', '.join(DTYPES)}: "
+                "give the unquantised checkpoint"
+            )
+    return rules
+
+
+def _make_fill(files: CheckpointFiles, rule: Rule, shape: Shape) -> CastFn:
+    """Returns `fill(index, dtype)`, which reads that slice of the leaf, layer after layer into one array."""
+
+    def fill(index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape)], dtype)
+        with files.reader() as read:
+            if not rule.stacked:
+                out[...] = rule.read(read, rule.name, shape, index)
+                return out
+            for i, layer in enumerate(range(*index[0].indices(shape[0]))):
+                out[i] = rule.read(read, rule.name.format(layer=layer), shape[1:], index[1:])
+        return out
+
+    return fill
+
+
+def _without_files(fill: FillFn) -> CastFn:
+    return lambda index, dtype: fill(index).astype(dtype)
+
+
+def _place(fill: CastFn, shape: Shape, sharding: Sharding, dtype: np.dtype) -> jax.Array:
+    """Returns the array, filled one distinct slice at a time: replicas share a read, no two slices wait on the host."""
+    by_slice: dict[tuple, list[jax.Device]] = {}
+    indices = sharding.addressable_devices_indices_map(shape)
+    for device, index in indices.items():
+        by_slice.setdefault(tuple(s.indices(n) for s, n in zip(index, shape)), []).append(device)
+    shards: list[jax.Array] = []
+    for devices in by_slice.values():
+        part = fill(indices[devices[0]], dtype)
+        targets = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
+        shards += jax.block_until_ready([jax.device_put(part, target) for target in targets])
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)

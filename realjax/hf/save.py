@@ -1,0 +1,243 @@
+"""From a sharded parameter tree to a HuggingFace checkpoint; one tensor at a time passes through the host."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from realjax.core.trees import Tree, flatten_paths
+from realjax.hf.families import config_from_hf, config_to_hf, find_family
+from realjax.hf.files import CONFIG, DTYPES, EXTRAS, INDEXES, SINGLES, CheckpointFiles, read_json
+from realjax.hf.rules import HFTensor, hf_tensors, leaf_rules
+from realjax.models.config import ModelConfig
+
+DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+FetchFn = Callable[[HFTensor], np.ndarray]
+# Other spellings of what `config_to_hf` writes: left in a changed config they would contradict it.
+STALE_KEYS = ("rope_parameters", "dtype", "layer_types", "num_labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutTensor:
+    """A tensor to be written and the dtype it is written in."""
+
+    tensor: HFTensor
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.tensor.shape) * self.dtype.itemsize
+
+
+def save_hf(
+    params: Tree,
+    config: ModelConfig,
+    out_dir: str | Path,
+    *,
+    source_dir: str | Path | None = None,
+    dtype: DTypeLike | str = "source",
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> None:
+    """Writes `params` as a HuggingFace directory that appears whole or not at all.
+
+    Tokenizer, generation config and unknown config keys come from `source_dir`. `dtype` "source" keeps each tensor's
+    dtype there, or that of `params` without a source. Every process calls this; the first that holds `params` writes.
+    Raises ValueError when `out_dir` exists (unless `overwrite`) or the parameters are not those of `config`.
+    """
+    out_dir = Path(out_dir)
+    refuse_existing(out_dir, overwrite)
+    leaves = flatten_paths(params)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    rules = leaf_rules(find_family(config.family), config, shapes)
+    for path, rule in rules.items():
+        if rule.stacked and shapes[path][0] != config.num_layers:
+            raise ValueError(f"save: '{path}' has {shapes[path][0]} layers, the model config {config.num_layers}")
+    out = _choose_dtypes(list(hf_tensors(rules, shapes)), leaves, source_dir, dtype)
+    shards = _group(out, max_shard_bytes)
+    fetch = _make_fetch(leaves)
+    devices = next(iter(leaves.values())).sharding.device_set
+    _wait_for_all("save_hf: checked")  # nobody may see the new directory and refuse it
+    if jax.process_index() == min(device.process_index for device in devices):
+        with new_directory(out_dir, overwrite) as temp:
+            write_config(config, temp, source_dir, widest(item.dtype for item in out))
+            _write_shards(temp, shards, fetch)
+    else:
+        for item in out:
+            fetch(item.tensor)
+    _wait_for_all("save_hf: written")
+
+
+def write_config(config: ModelConfig, out_dir: Path, source_dir: str | Path | None, dtype: np.dtype) -> None:
+    """Writes config.json for weights of `dtype`, and copies tokenizer and generation files from `source_dir`.
+
+    A source config that describes the same model is kept key for key, the dtype apart.
+    """
+    source = read_json(Path(source_dir) / CONFIG, "save: source") if source_dir else {}
+    if source and config_from_hf(source, "save: source") == config:
+        hf = {**source, ("dtype" if "dtype" in source else "torch_dtype"): dtype.name}
+    else:
+        kept = {key: value for key, value in source.items() if key not in STALE_KEYS}
+        hf = {**kept, **config_to_hf(config), "torch_dtype": dtype.name}
+    (out_dir / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    for pattern in EXTRAS if source_dir else ():
+        for file in Path(source_dir).glob(pattern):
+            if file.is_file() and not (config.is_critic and file.name == "generation_config.json"):
+                shutil.copyfile(file, out_dir / file.name)
+
+
+def refuse_existing(out_dir: Path, overwrite: bool = False) -> None:
+    """Raises ValueError when `out_dir` exists and may not be replaced."""
+    if out_dir.exists() and not overwrite:
+        raise ValueError(f"save: '{out_dir}' exists; name another directory, remove it, or ask to overwrite")
+
+
+@contextmanager
+def new_directory(out_dir: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a directory beside `out_dir` that takes its name when the block ends well and is removed when not."""
+    refuse_existing(out_dir, overwrite)
+    temp, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("writing", "replaced"))
+    shutil.rmtree(temp, ignore_errors=True)  # left by a killed run
+    try:
+        temp.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"save: cannot write in '{out_dir.parent}' ({error}); choose a writable directory") from error
+    try:
+        yield temp
+        shutil.rmtree(old, ignore_errors=True)
+        if out_dir.exists():
+            os.replace(out_dir, old)
+        os.replace(temp, out_dir)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Returns the narrowest dtype that holds all of `dtypes` exactly."""
+    return np.result_type(*set(dtypes))
+
+
+def _choose_dtypes(
+    tensors: list[HFTensor], leaves: Mapping[str, jax.Array], source_dir: str | Path | None, dtype: DTypeLike | str
+) -> list[OutTensor]:
+    """Returns each tensor with the dtype to write: `dtype`, else its own in the source, else its leaf's."""
+    if isinstance(dtype, str) and dtype == "source":
+        files = CheckpointFiles.open(source_dir) if source_dir else None
+
+        def choose(tensor: HFTensor) -> np.dtype:
+            if files is None:
+                return np.dtype(leaves[tensor.rule.path].dtype)
+            info = files.tensors.get(tensor.name)
+            return np.dtype(DTYPES[info.dtype]) if info and info.dtype in DTYPES else files.dtype
+    else:
+        fixed = np.dtype(dtype)
+
+        def choose(tensor: HFTensor) -> np.dtype:
+            return fixed
+
+    return [OutTensor(tensor=tensor, dtype=choose(tensor)) for tensor in tensors]
+
+
+def _group(tensors: list[OutTensor], max_shard_bytes: float) -> list[list[OutTensor]]:
+    """Returns the tensors cut into runs of at most `max_shard_bytes`; a larger tensor stands alone."""
+    shards: list[list[OutTensor]] = [[]]
+    size = 0
+    for item in tensors:
+        if shards[-1] and size + item.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.num_bytes
+    return shards
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _write_shards(out_dir: Path, shards: list[list[OutTensor]], fetch: FetchFn) -> None:
+    stem, suffix = os.path.splitext(SINGLES[0])
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = SINGLES[0] if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}{suffix}"
+        weight_map |= {item.tensor.name: name for item in shard}
+        with open(out_dir / name, "wb") as file:
+            _write_header(file, shard)
+            for item in shard:
+                x = fetch(item.tensor)
+                file.write(np.ascontiguousarray(item.tensor.rule.to_hf(x).astype(item.dtype)).view(np.uint8).data)
+    if len(shards) > 1:
+        total = sum(item.num_bytes for shard in shards for item in shard)
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out_dir / INDEXES[0]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_header(file: BinaryIO, shard: list[OutTensor]) -> None:
+    """Writes safetensors' head: the length of a json of names, dtypes, shapes and offsets, then that json.
+
+    `safetensors.save_file` would need all tensors of the file in memory, twice; with the head first they stream.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for item in shard:
+        end = offset + item.num_bytes
+        shape = list(item.tensor.shape)
+        header[item.tensor.name] = {"dtype": DTYPE_NAMES[item.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _make_fetch(leaves: Mapping[str, jax.Array]) -> FetchFn:
+    """Returns `fetch(tensor)`: our leaf, or its layer, whole on this host (of no meaning outside the leaf's mesh)."""
+    sharding = next(iter(leaves.values())).sharding
+    if len({device.process_index for device in sharding.device_set}) == 1:
+        return lambda tensor: _assemble(leaves[tensor.rule.path], tensor.layer)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    take_layer = jax.jit(_take_layer, out_shardings=whole)
+    take_all = jax.jit(lambda x: x, out_shardings=whole)
+
+    def fetch(tensor: HFTensor) -> np.ndarray:
+        leaf = leaves[tensor.rule.path]
+        x = take_all(leaf) if tensor.layer is None else take_layer(leaf, tensor.layer)
+        return np.asarray(x.addressable_data(0)) if x.addressable_shards else np.empty(x.shape, x.dtype)
+
+    return fetch
+
+
+def _take_layer(x: jax.Array, layer: int) -> jax.Array:
+    """Returns `x[layer]`, bit for bit: a masked sum stays sharded, while indexing would first gather every layer."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    chosen = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == layer
+    return jax.lax.bitcast_convert_type(jnp.where(chosen, bits, 0).sum(0, dtype=bits.dtype), x.dtype)
+
+
+def _assemble(leaf: jax.Array, layer: int | None) -> np.ndarray:
+    """Returns the leaf, or one layer of it, put together from its shards without a replica on any device."""
+    stacked = layer is not None
+    out = np.empty(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id != 0:
+            continue
+        if not stacked:
+            out[shard.index] = np.asarray(shard.data)
+            continue
+        start, stop, _ = shard.index[0].indices(leaf.shape[0])
+        if start <= layer < stop:
+            out[shard.index[1:]] = np.asarray(shard.data[layer - start])
+    return out

@@ -1,0 +1,106 @@
+"""Checks that look at more than one option, made before any device work; and the values that a run fills in itself."""
+
+import dataclasses
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from realjax.options.common import CommonExperimentConfig
+from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswerDatasetConfig, PromptOnlyDatasetConfig
+from realjax.options.fields import instances_of
+from realjax.options.model import ModelTrainEvalConfig
+from realjax.options.parallel import MFCConfig, ParallelismConfig, resolve_parallelism
+from realjax.options.paths import find_fileroot
+
+Config = TypeVar("Config", bound=CommonExperimentConfig)
+DatasetConfig = PromptAnswerDatasetConfig | PairedComparisonDatasetConfig | PromptOnlyDatasetConfig
+
+
+def resolve_names(config: Config, experiment: str) -> Config:
+    """Returns `config` with experiment_name, trial_name and fileroot filled in where they are null."""
+    return dataclasses.replace(
+        config,
+        experiment_name=f"quickstart-{experiment}" if config.experiment_name is None else config.experiment_name,
+        trial_name=f"run{datetime.now():%Y-%m-%d-%H-%M-%S}" if config.trial_name is None else config.trial_name,
+        fileroot=str(find_fileroot(config.fileroot)),
+    )
+
+
+def validate(config: CommonExperimentConfig) -> None:
+    """Raises ValueError for the first thing in a resolved `config` that cannot run."""
+    for name in ("experiment_name", "trial_name"):
+        _check_directory_name(name, getattr(config, name))
+    for name, call in instances_of(config, MFCConfig).items():
+        _check_devices(config, name, call)
+    for name, model in instances_of(config, ModelTrainEvalConfig).items():
+        if not model.path:
+            raise ValueError(
+                f"{name}.path: nothing given; it needs a Hugging Face checkpoint directory or hub identifier"
+            )
+    for name, dataset in instances_of(config, DatasetConfig).items():
+        _check_data_files(config, name, dataset)
+
+
+def list_notices(config: CommonExperimentConfig) -> list[str]:
+    """Returns lines for the log about options that do something other than their words say."""
+    notices = []
+    for name, model in instances_of(config, ModelTrainEvalConfig).items():
+        if model.enable_fp16:
+            notices.append(
+                f"{name}.enable_fp16: computing in bfloat16, which has float32's range and needs no loss scale."
+            )
+    if config.allocation_mode != "manual":
+        for name, call in instances_of(config, MFCConfig).items():
+            if call.parallel != ParallelismConfig():
+                notices.append(f"{name}.parallel is not used: allocation_mode={config.allocation_mode} sets the sizes.")
+    return notices
+
+
+def _check_directory_name(name: str, value: str) -> None:
+    if not re.fullmatch(r"[^\s/\\]+", value) or value in (".", ".."):
+        raise ValueError(f"{name}: found {value!r}; it names a directory, so it needs text without spaces and slashes")
+
+
+def _check_devices(config: CommonExperimentConfig, name: str, call: MFCConfig) -> None:
+    mode = config.allocation_mode
+    if mode == "heuristic" and config.HAS_HEURISTIC:
+        return
+    if mode in ("heuristic", "search"):
+        lacking = "has no rules for this experiment" if mode == "heuristic" else "is not available"
+        raise ValueError(
+            f"allocation_mode: {mode} {lacking}; use manual with {name}.parallel.*, pipe_model, pipe_data, "
+            "or sizes such as d2p1m4"
+        )
+    if call.device_mesh is not None:
+        raise ValueError(
+            f"{name}.device_mesh: found {call.device_mesh!r}; calls on a part of the devices are not available "
+            "for this experiment, leave it null and set n_nodes and n_gpus_per_node to what the run should use"
+        )
+    machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
+    sizes = resolve_parallelism(mode, call.parallel, **machine, is_train=True)
+    needed, present = sizes.num_devices, config.n_nodes * config.n_gpus_per_node
+    if needed != present:
+        product = f"{sizes.data_parallel_size}*{sizes.pipeline_parallel_size}*{sizes.model_parallel_size}"
+        subject = f"{name}.parallel" if mode == "manual" else f"allocation_mode: {mode}"
+        remedy = f"set n_gpus_per_node={needed} or " if config.n_nodes == 1 else ""
+        raise ValueError(
+            f"{subject}: data*pipeline*model = {product} = {needed} devices, but n_nodes*n_gpus_per_node = {present}; "
+            f"{remedy}choose sizes whose product is {present}"
+        )
+
+
+def _check_data_files(config: CommonExperimentConfig, name: str, dataset: Any) -> None:
+    required = "path" if isinstance(dataset, PromptOnlyDatasetConfig) else "train_path"
+    if not getattr(dataset, required):
+        raise ValueError(f"{name}.{required}: nothing given; it needs a .json or .jsonl file")
+    if config.EVALUATES and config.exp_ctrl.evaluates and not dataset.valid_path:
+        raise ValueError(
+            f"{name}.valid_path: nothing given, but eval_freq_* asks for evaluations; give a .json or .jsonl file, "
+            "or set eval_freq_*=null"
+        )
+    for option in (required, "valid_path"):
+        path = getattr(dataset, option, None)
+        if path and not Path(path).expanduser().is_file():
+            found = "a directory" if Path(path).expanduser().is_dir() else "no such file"
+            raise ValueError(f"{name}.{option}: '{path}' is {found}; it needs a .json or .jsonl file")

@@ -1,0 +1,94 @@
+"""Options that every experiment has: names, machine, seeds, and when to stop, save and evaluate."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from realjax.options.fields import check_bounds, group, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSaveEvalControl:
+    """How long to train, and when to save and evaluate. Any satisfied trigger fires; null turns a trigger off."""
+
+    total_train_epochs: int = option(1, "passes over the training data", at_least=1)
+    save_freq_epochs: int | None = option(None, "save every so many epochs", at_least=1)
+    save_freq_steps: int | None = option(None, "save every so many steps", at_least=1)
+    save_freq_secs: int | None = option(None, "save at the first step end after so many seconds", at_least=1)
+    eval_freq_epochs: int | None = option(None, "evaluate at the end of every so many epochs", at_least=1)
+    eval_freq_steps: int | None = option(None, "evaluate every so many steps", at_least=1)
+    eval_freq_secs: int | None = option(None, "evaluate at the first step end after so many seconds", at_least=1)
+    benchmark_steps: int | None = option(None, "stop after so many steps and print the mean step time", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @property
+    def evaluates(self) -> bool:
+        """True when any evaluation trigger is set."""
+        return any((self.eval_freq_epochs, self.eval_freq_steps, self.eval_freq_secs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonExperimentConfig:
+    """Options shared by all experiments."""
+
+    experiment_name: str | None = option(None, "name of the experiment; null gives quickstart-<experiment>")
+    trial_name: str | None = option(None, "name of this run of it; null gives run<date and time>")
+    fileroot: str | None = option(
+        None, "directory of logs and checkpoints; null takes REALJAX_FILEROOT, else ~/.cache/realjax"
+    )
+    mode: Literal["slurm", "local", "ray"] = option(
+        "slurm", "where processes run; slurm and ray mean this process when this machine has no such cluster"
+    )
+    allocation_mode: str = option(
+        "pipe_model",
+        "how calls are laid out: manual (each call's own sizes), pipe_model, pipe_data, sizes such as d2p1m4 "
+        "(data, pipeline, model), heuristic, search",
+    )
+    n_nodes: int = option(1, "machines", at_least=1)
+    n_gpus_per_node: int = option(
+        8, "accelerators of one machine; without any, as many virtual CPU devices", at_least=1
+    )
+    seed: int = option(1, "seed of everything random: data order, initial weights, sampling", at_least=0)
+    max_nonfinite_steps: int = option(5, "stop after so many updates in a row with nan or inf gradients", at_least=1)
+    wandb_mode: Literal["disabled", "online", "offline"] = option(
+        "disabled", "log to Weights & Biases too; needs the extra realjax[wandb]"
+    )
+    recover_mode: Literal["disabled", "auto", "save", "resume"] = option(
+        "disabled",
+        "training state: disabled neither saves nor loads it, save only saves, auto also continues from the last "
+        "complete save if there is one, resume must find one",
+    )
+    max_recover_saves_to_keep: int = option(2, "training states kept; older ones are deleted", at_least=1)
+    exp_ctrl: ExperimentSaveEvalControl = group(ExperimentSaveEvalControl)
+
+    # The older release has these at the top level.
+    ALIASES: ClassVar[dict[str, str]] = {
+        name: f"exp_ctrl.{name}"
+        for name in (
+            "total_train_epochs",
+            "save_freq_epochs",
+            "save_freq_steps",
+            "save_freq_secs",
+            "eval_freq_epochs",
+            "eval_freq_steps",
+            "eval_freq_secs",
+            "benchmark_steps",
+        )
+    }
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "debug": "checks are always on",
+        "partition": "realjax runs inside an allocation, it does not ask for one",
+        "image_name": "realjax starts no containers",
+        "nodelist": "every call runs on all devices of the run, so machines need no names",
+        "cache_clear_freq": "XLA manages device memory, there is no cache to clear",
+        "recover_retries": "a failed run is continued by starting it again with recover_mode=auto",
+        "ignore_worker_error": "there are no worker processes",
+        "allocation_use_cache": "there is no saved search result to use",
+    }
+    # What an experiment class can do; the checks read it.
+    EVALUATES: ClassVar[bool] = False
+    HAS_HEURISTIC: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

@@ -1,0 +1,48 @@
+"""Options of the datasets, one dataclass per kind of data file."""
+
+from dataclasses import dataclass
+
+from realjax.options.fields import check_bounds, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptAnswerDatasetConfig:
+    """Rows with a `prompt` and an `answer`, for supervised fine-tuning."""
+
+    train_path: str = option("", "training data, .json or .jsonl")
+    valid_path: str | None = option(None, "validation data, .json or .jsonl; null evaluates nothing")
+    max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2)
+    train_bs_n_seqs: int = option(256, "sequences in a training batch", at_least=1)
+    valid_bs_n_seqs: int = option(256, "sequences in a validation batch", at_least=1)
+    pad_to_max_length: bool = option(False, "make every training row max_seqlen long; for benchmarks only")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedComparisonDatasetConfig:
+    """Rows with a `prompt`, `pos_answers` and `neg_answers`, for reward modelling and DPO."""
+
+    train_path: str = option("", "training data, .json or .jsonl")
+    valid_path: str | None = option(None, "validation data, .json or .jsonl; null evaluates nothing")
+    max_pairs_per_prompt: int = option(2, "answer pairs drawn from a prompt each time it is used", at_least=1)
+    max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2)
+    train_bs_n_seqs: int = option(256, "prompts in a training batch", at_least=1)
+    valid_bs_n_seqs: int = option(256, "prompts in a validation batch", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOnlyDatasetConfig:
+    """Rows with a `prompt`, for generation and reinforcement learning."""
+
+    path: str = option("", "prompts, .json or .jsonl")
+    max_prompt_len: int = option(256, "tokens of a prompt; longer prompts are cut", at_least=1)
+    train_bs_n_seqs: int = option(256, "prompts in a step", at_least=1)
+    pad_to_max_length: bool = option(False, "make every prompt max_prompt_len long; for benchmarks only")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

@@ -1,0 +1,84 @@
+"""Options of one model of an experiment: what it is, where it comes from, how it computes."""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from realjax.core.optimizer_config import OptimizerConfig
+from realjax.options.fields import check_bounds, group, option
+
+ModelClass = Literal["llama", "codellama", "deepseek", "gpt2", "qwen2", "qwen3", "gemma", "mistral", "mixtral"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """What kind of model this is. Also written in one word, as `type=llama-7` or `type=llama-7-critic`."""
+
+    _class: ModelClass = option("llama", "architecture family; type=llama-7-critic sets all three at once")
+    size: int = option(0, "billions of parameters; only heuristic and search allocation use it", at_least=0)
+    is_critic: bool = option(False, "a scalar head (reward model, critic) instead of a language-model head")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @classmethod
+    def from_text(cls, text: str, name: str) -> "ModelFamily":
+        """Returns the family that `<class>-<size>[-critic]` describes; ValueError naming the option `name`."""
+        match = re.fullmatch(r"([a-z0-9]+)-(\d+)(-critic)?", text)
+        known = ModelClass.__args__
+        if match is None or match[1] not in known:
+            raise ValueError(
+                f"{name}: found {text!r}; it needs <class>-<size> or <class>-<size>-critic, such as llama-7-critic, "
+                f"with class one of {', '.join(known)}"
+            )
+        return cls(_class=match[1], size=int(match[2]), is_critic=match[3] is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTrainEvalConfig:
+    """One model: its checkpoint, precision, memory and optimizer."""
+
+    type: ModelFamily = group(ModelFamily, size=7)
+    path: str = option("", "Hugging Face checkpoint: a local directory or a hub identifier")
+    init_from_scratch: bool = option(False, "random weights; configuration and tokenizer still come from path")
+    init_critic_from_actor: bool = option(
+        False, "path holds a language model: drop its head and start a new scalar head; implies a critic"
+    )
+    gradient_checkpointing: bool = option(True, "recompute each layer in the backward pass instead of keeping it")
+    enable_bf16: bool | None = option(
+        None, "compute in bfloat16 (True) or float32 (False); null is bfloat16 on accelerators, float32 on CPUs"
+    )
+    enable_fp16: bool | None = option(None, "half precision; computed in bfloat16, which needs no loss scale")
+    attention: Literal["auto", "dense", "blocked", "cudnn"] = option("auto", "attention implementation")
+    loss_chunk_tokens: int | None = option(
+        None, "tokens whose logits are in memory at once while the loss is computed; null chooses", at_least=1
+    )
+    zero_stage: Literal[0, 1, 2, 3] = option(
+        2, "what data parallelism shards: 0 nothing, 1 and 2 the optimizer state, 3 the parameters too"
+    )
+    offload: bool | None = option(None, "keep parameters in host memory between calls; null decides by need")
+    lora: str | None = option(None, "only null: low-rank adapters are not available, all parameters are trained")
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "backend": "every model trains with the JAX engine, and any of them can be reallocated",
+    }
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.enable_bf16 and self.enable_fp16:
+            raise ValueError("enable_bf16: found True together with enable_fp16=True; set one of them to False or null")
+        if self.lora is not None:
+            raise ValueError(f"lora: found {self.lora!r}; low-rank adapters are not available, leave it null")
+
+    @property
+    def dtype(self) -> Literal["auto", "bfloat16", "float32"]:
+        """Type of the computation, masters being float32; `auto` is bfloat16 on accelerators and float32 on CPUs."""
+        if self.enable_bf16 or self.enable_fp16:
+            return "bfloat16"
+        return "float32" if self.enable_bf16 is False else "auto"
+
+    @property
+    def is_critic(self) -> bool:
+        """True when the model ends in a scalar head."""
+        return self.type.is_critic or self.init_critic_from_actor

@@ -1,0 +1,169 @@
+"""`key=value` arguments and nested mappings to an instance of an options dataclass."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from difflib import SequenceMatcher
+from typing import Any, TypeVar, get_type_hints
+
+from realjax.options.fields import default_of, list_options
+from realjax.options.values import convert, type_label, wrong_type
+
+logger = logging.getLogger("realjax.options")
+Config = TypeVar("Config")
+LEAST_SIMILARITY = 0.6
+# Names this much less like the key than the nearest one would only distract from it.
+SIMILARITY_SPREAD = 0.15
+
+
+def parse_overrides(cls: type[Config], overrides: Sequence[str]) -> Config:
+    """Returns `cls` with `a.b=c` arguments applied, the last of each key winning.
+
+    Hydra's spellings are read too: a leading `+`, quotes, backslash escapes, `null`. ValueError for an unknown key, a
+    value of another type, two spellings of one option with different values, or a required option left out.
+    """
+    pairs = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip().lstrip("+")
+        if not equals or not key or key.startswith("-"):
+            raise ValueError(f"argument {override!r}: expected key=value, such as total_train_epochs=2 (or --help)")
+        pairs.append((key, text.strip()))
+    return _assemble(cls, pairs)
+
+
+def build(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
+    """Returns `cls` with the values of a nested mapping, checked as `parse_overrides` checks them."""
+    return _assemble(cls, list(_flatten(mapping, "")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a key means: the option or group at `path`, or, with a `no_effect` reason, nothing."""
+
+    path: str
+    annotation: Any = None
+    no_effect: str | None = None
+
+
+def locate(cls: type, key: str) -> Target:
+    """Returns what the dotted `key` means under `cls`, through its aliases. ValueError with near names if nothing."""
+    owner, path, parts = cls, [], key.split(".")
+    while parts:
+        name = parts.pop(0)
+        if name in getattr(owner, "ALIASES", {}):
+            parts = owner.ALIASES[name].split(".") + parts
+            continue
+        if name in getattr(owner, "NO_EFFECT", {}):
+            return Target(path=".".join([*path, name]), no_effect=owner.NO_EFFECT[name])
+        hints = get_type_hints(owner)
+        if name not in {field.name for field in dataclasses.fields(owner)}:
+            raise _unknown_key(cls, key, ".".join(path), name)
+        path.append(name)
+        annotation = hints[name]
+        if dataclasses.is_dataclass(annotation):
+            owner = annotation
+        elif parts:
+            raise ValueError(f"{key}: {'.'.join(path)} is one value ({type_label(annotation)}), it has no '{parts[0]}'")
+    return Target(path=".".join(path), annotation=annotation)
+
+
+def _assemble(cls: type[Config], pairs: Iterable[tuple[str, Any]]) -> Config:
+    given: dict[str, tuple[str, Any]] = {}
+    for key, value in pairs:
+        target = locate(cls, key)
+        if target.no_effect is not None:
+            # A recipe lists such names with None; only a value that somebody wrote is worth a line.
+            if value is not None:
+                logger.info("%s has no effect here: %s", key, target.no_effect)
+            continue
+        for path, spelling, converted in _convert_target(target, key, value):
+            earlier, earlier_value = given.get(path, (spelling, converted))
+            if earlier != spelling and earlier_value != converted:
+                raise ValueError(
+                    f"{spelling}={converted} and {earlier}={earlier_value} are two spellings of one option with "
+                    "different values; keep one"
+                )
+            given[path] = (spelling, converted)
+    return _construct(cls, _nest({path: value for path, (_, value) in given.items()}), None, "")
+
+
+def _convert_target(target: Target, key: str, value: Any) -> list[tuple[str, str, Any]]:
+    """Returns (path, spelling, value) of each option that `key=value` sets: one, or all of a group given in short."""
+    if not dataclasses.is_dataclass(target.annotation):
+        return [(target.path, key, convert(value, target.annotation, key))]
+    if not hasattr(target.annotation, "from_text"):
+        names = ", ".join(field.name for field in dataclasses.fields(target.annotation))
+        raise wrong_type(key, value, f"{key}.<name>=value, since it is a group of options: {names}")
+    short = target.annotation.from_text(convert(value, str, key), key)
+    return [(f"{target.path}.{name}",) * 2 + (item,) for name, item in dataclasses.asdict(short).items()]
+
+
+def _construct(cls: type, tree: Mapping[str, Any], default: Any, path: str) -> Any:
+    """Builds children before parents, so that every check runs on the final values; errors get the full name."""
+    hints, changes, missing = get_type_hints(cls), {}, []
+    for field in dataclasses.fields(cls):
+        name, kept = field.name, default_of(field, default)
+        full_name = f"{path}.{name}".lstrip(".")
+        if dataclasses.is_dataclass(hints[name]):
+            if name in tree or kept is MISSING:
+                child_default = None if kept is MISSING else kept
+                changes[name] = _construct(hints[name], tree.get(name, {}), child_default, full_name)
+        elif name in tree:
+            changes[name] = tree[name]
+        elif kept is MISSING:
+            missing.append(f"{full_name} ({type_label(hints[name])})")
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: required, but not given; add {missing[0].split(' ')[0]}=...")
+    try:
+        return cls(**changes) if default is None else dataclasses.replace(default, **changes)
+    except ValueError as error:
+        raise ValueError(_qualify(str(error), path)) from error
+
+
+def _qualify(message: str, path: str) -> str:
+    """Returns a group's own message with the full name of the option in front."""
+    parent, _, name = path.rpartition(".")
+    prefix = parent if message.startswith(f"{name}.") else path
+    return f"{prefix}.{message}" if prefix else message
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def _unknown_key(cls: type, key: str, where: str, name: str) -> ValueError:
+    near = nearest_names(key, [option.path for option in list_options(cls)] + list(getattr(cls, "ALIASES", {})))
+    hint = f"did you mean {' or '.join(near)}?" if near else "run with --help to list all options"
+    place = f"'{where}' has no option '{name}'" if where else f"there is no option '{name}' at the top level"
+    return ValueError(f"unknown option {key}: {place}; {hint}")
+
+
+def nearest_names(key: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """Returns up to `count` of the dotted `names` most like `key`, judged as a whole and by their last part."""
+
+    def similarity(name: str) -> float:
+        whole = SequenceMatcher(None, key, name).ratio()
+        last = SequenceMatcher(None, key.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1]).ratio()
+        # The last part decides whether a name is near at all, the whole which of several it is.
+        return max(whole, 0.8 * last + 0.2 * whole)
+
+    ranked = sorted(((similarity(name), name) for name in names), key=lambda pair: (-pair[0], pair[1]))
+    least = max(LEAST_SIMILARITY, ranked[0][0] - SIMILARITY_SPREAD) if ranked else LEAST_SIMILARITY
+    return [name for score, name in ranked[:count] if score >= least]

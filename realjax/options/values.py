@@ -1,0 +1,116 @@
+"""One value: text of the command line, or a value of a recipe, to the type that an option is annotated with."""
+
+import math
+import re
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+NULL_TEXTS = ("null", "None", "none", "~")
+BOOL_TEXTS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+# A backslash before one of these is Hydra's or the shell's escape; before anything else it belongs to the value.
+ESCAPED = re.compile(r"\\(?=[\\'\",:=()\[\]{} ])")
+
+
+def convert(value: Any, annotation: Any, name: str) -> Any:
+    """Returns `value` as the annotated type. ValueError naming option, value and needed type when it is not one."""
+    members = optional_members(annotation)
+    if members is not None:
+        if value is None or value in NULL_TEXTS:
+            return None
+        annotation = members
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return _choice(value, annotation, name)
+    if origin in (list, tuple):
+        return origin(convert(item, get_args(annotation)[0], name) for item in _split_list(value, annotation, name))
+    return _CONVERTERS[annotation](value, name)
+
+
+def optional_members(annotation: Any) -> Any:
+    """Returns X for the annotation `X | None`, and None for any other."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return None
+    members = [member for member in get_args(annotation) if member is not types.NoneType]
+    if len(members) != 1:
+        raise TypeError(f"{annotation}: an option holds one type, or one type and None")
+    return members[0]
+
+
+def type_label(annotation: Any) -> str:
+    """Returns the type as help and errors name it, such as `int or null` or `adam|empty`."""
+    members = optional_members(annotation)
+    if members is not None:
+        return f"{type_label(members)} or null"
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {type_label(get_args(annotation)[0])}"
+    return annotation.__name__
+
+
+def unquote(text: str) -> str:
+    """Returns `text` without the escapes and the outer quotes that Hydra's grammar asks for."""
+    text = ESCAPED.sub("", text)
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return text
+
+
+def wrong_type(name: str, value: Any, needed: str) -> ValueError:
+    found = "null" if value is None else repr(value)
+    return ValueError(f"{name}: found {found}; it needs {needed}")
+
+
+def _to_bool(value: Any, name: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    known = BOOL_TEXTS.get(unquote(value).lower() if isinstance(value, str) else str(value))
+    if known is None:
+        raise wrong_type(name, value, "bool (True or False)")
+    return known
+
+
+def _to_int(value: Any, name: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(_\d+)*", unquote(value)):
+        return int(unquote(value))
+    raise wrong_type(name, value, "int (a whole number such as 1 or 1_000)")
+
+
+def _to_float(value: Any, name: str) -> float:
+    try:
+        number = float("" if isinstance(value, bool) else unquote(value) if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        raise wrong_type(name, value, "float (a number such as 0.1 or 1e-5)") from None
+    if not math.isfinite(number):
+        raise wrong_type(name, value, "a finite float")
+    return number
+
+
+def _to_str(value: Any, name: str) -> str:
+    if not isinstance(value, str) or value in NULL_TEXTS:
+        raise wrong_type(name, value, "str")
+    return unquote(value)
+
+
+_CONVERTERS = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
+
+
+def _choice(value: Any, annotation: Any, name: str) -> Any:
+    text = unquote(value) if isinstance(value, str) else str(value)
+    for choice in get_args(annotation):
+        if text == str(choice):
+            return choice
+    raise wrong_type(name, value, f"one of {', '.join(str(choice) for choice in get_args(annotation))}")
+
+
+def _split_list(value: Any, annotation: Any, name: str) -> list:
+    if isinstance(value, list | tuple):
+        return list(value)
+    if not isinstance(value, str):
+        raise wrong_type(name, value, type_label(annotation))
+    inner = unquote(value).strip()
+    if inner[:1] + inner[-1:] in ("[]", "()"):
+        inner = inner[1:-1]
+    return [item.strip() for item in inner.split(",")] if inner.strip() else []

@@ -1,0 +1,63 @@
+"""The run's state on disk: everything a resumed run needs, in one place, saved whole or not at all."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+logger = logging.getLogger("realjax.checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What changes from step to step. Whatever a later algorithm must carry over a restart goes in here.
+
+    The loader's position, the shuffle and all randomness follow from (seed, step), so `step` stands for them.
+    """
+
+    step: int  # steps finished
+    roles: Mapping[str, Any]  # trained roles' TrainStates (or, to restore into, their abstract ones)
+    counters: Mapping[str, Any] = field(default_factory=dict)  # small JSON values: the seed, controllers, best metrics
+
+
+class RunCheckpointer:
+    """Saves and restores RunStates in a directory of numbered steps."""
+
+    def __init__(self, directory: Path, max_to_keep: int) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(directory, options=options)
+        self.directory = directory
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the last complete save, None without one."""
+        return self._manager.latest_step()
+
+    def save(self, state: RunState) -> None:
+        """Copies the state off the devices and writes it in the background; a step saved before is left as it is."""
+        if state.step in self._manager.all_steps():
+            return
+        roles = {f"role_{name}": ocp.args.StandardSave(role) for name, role in state.roles.items()}
+        run = {"step": state.step, "counters": dict(state.counters)}
+        self._manager.save(state.step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles))
+
+    def restore(self, abstract_roles: Mapping[str, Any]) -> RunState:
+        """Returns the last complete save, laid out as the abstract states say; raises ValueError without one."""
+        step = self.latest_step
+        if step is None:
+            raise ValueError(f"recover: no complete save in {self.directory}; start with recover_mode=auto or disabled")
+        roles = {f"role_{name}": ocp.args.StandardRestore(role) for name, role in abstract_roles.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **roles))
+        states = {name: restored[f"role_{name}"] for name in abstract_roles}
+        logger.info("continuing after step %d, saved in %s", step, self.directory)
+        return RunState(step=restored["run"]["step"], roles=states, counters=restored["run"]["counters"])
+
+    def __enter__(self) -> "RunCheckpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Closing waits until the last save is complete, also when an error ends the run.
+        self._manager.close()

@@ -1,0 +1,148 @@
+"""Console lines of a run: one line per step, and a progress bar under them when the output is a terminal."""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+LOG_FORMAT = "%(asctime)s.%(msecs)03d %(name)s %(levelname)s: %(message)s"
+LOG_TIME_FORMAT = "%Y%m%d-%H:%M:%S"
+# The first steps compile and warm caches, so they say nothing about the steps to come.
+NUM_UNTIMED_STEPS = 2
+VALUE_FORMATS = {
+    "loss": ".4f",
+    "ppl": ",.2f",
+    "lr": ".1e",
+    "grad_norm": ".3f",
+    "seconds": ",.2f",
+    "tokens_per_second": ",.0f",
+}
+VALUE_UNITS = {"seconds": "s", "tokens_per_second": "tokens/s"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLine:
+    """One finished step: counters start at 1, `seconds` is its wall time, `metrics` keep their order in the line."""
+
+    epoch: int
+    num_epochs: int
+    epoch_step: int
+    steps_per_epoch: int
+    global_step: int
+    seconds: float
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    def text(self, eta_seconds: float | None = None) -> str:
+        """`Epoch 1/8 step 3/16 (global step 3): loss 2.3456, ..., 0.83 s, ETA 0:01:40`."""
+        parts = [label_value(name, value) for name, value in self.metrics.items()]
+        parts.append(label_value("seconds", self.seconds))
+        if eta_seconds is not None:
+            parts.append(f"ETA {format_seconds(eta_seconds)}")
+        return (
+            f"Epoch {self.epoch}/{self.num_epochs} step {self.epoch_step}/{self.steps_per_epoch} "
+            f"(global step {self.global_step}): {', '.join(parts)}"
+        )
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records on a rich console; on the console of a `ProgressDisplay` they appear above its bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self.setFormatter(logging.Formatter(LOG_FORMAT, LOG_TIME_FORMAT))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Log text is data, not rich markup, and a line of the log stays one line however narrow the terminal.
+        self.console.print(self.format(record), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+class ProgressDisplay:
+    """Shows the steps of a run: a bar when `console` is a terminal, and always one plain log line per step.
+
+    `done_steps` of `total_steps` were done by an earlier process of the run. Use as a context manager: leaving it, also
+    by an exception, gives the terminal back.
+    """
+
+    def __init__(self, total_steps: int, console: Console | None = None, done_steps: int = 0) -> None:
+        self.console = make_console() if console is None else console
+        self._handler = ConsoleHandler(self.console)
+        self._steps_left = total_steps - done_steps
+        self._num_timed = -NUM_UNTIMED_STEPS
+        self._timed_seconds = 0.0
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_interactive,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=done_steps)
+
+    def log(self, text: str, name: str = "realjax") -> None:
+        """Prints one stamped log line above the bar."""
+        self._handler.handle(logging.makeLogRecord({"name": name, "levelname": "INFO", "msg": text}))
+
+    def finish_step(self, line: StepLine) -> None:
+        """Logs the line of a finished step with the time left, and moves the bar."""
+        self._steps_left -= 1
+        self._num_timed += 1
+        if self._num_timed > 0:
+            self._timed_seconds += line.seconds
+        eta_seconds = self.eta_seconds()
+        self.log(line.text(eta_seconds))
+        eta = "" if eta_seconds is None else f"ETA {format_seconds(eta_seconds)}"
+        self._progress.update(self._task, advance=1, description=eta)
+
+    def eta_seconds(self) -> float | None:
+        """Mean step time without this process's first two steps, times the steps left; None before the third."""
+        if self._num_timed <= 0:
+            return None
+        return self._timed_seconds / self._num_timed * max(self._steps_left, 0)
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+
+def make_console(file: TextIO | None = None) -> Console:
+    """A console on `file` (stdout) that writes control characters to a terminal only, whatever FORCE_COLOR says."""
+    stream = sys.stdout if file is None else file
+    return Console(file=stream, force_terminal=stream.isatty())
+
+
+def label_value(name: str, value: float | int | str) -> str:
+    """`loss 2.3456`, or `12,345 tokens/s` for a metric that its unit names."""
+    text = format_value(name, value)
+    return f"{text} {VALUE_UNITS[name]}" if name in VALUE_UNITS else f"{name} {text}"
+
+
+def format_value(name: str, value: float | int | str) -> str:
+    """A metric's value as a person reads it; the last part of `name` (`actor/loss`) picks the number of decimals."""
+    if isinstance(value, str):
+        return value
+    style = VALUE_FORMATS.get(name.rsplit("/", 1)[-1])
+    if isinstance(value, int) and style is None:
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return str(value)
+    # A fixed number of decimals would print a small value as zero and a huge one as a row of digits.
+    if style is None or not (value == 0 or 1e-3 <= abs(value) < 1e7):
+        style = ".1e" if style == ".1e" else ".4g"
+    return format(value, style)
+
+
+def format_seconds(seconds: float) -> str:
+    """Hours, minutes and seconds as `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

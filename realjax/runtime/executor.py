@@ -1,0 +1,110 @@
+"""Runs a dataflow graph: take inputs, bring parameters to the call's layout, call, merge outputs."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax import Array
+
+from realjax.core.axes import inference_rules, train_rules
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+from realjax.core.loss import LossSums
+from realjax.core.trees import Tree
+from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.run import Evaluation
+from realjax.engine.compiled import Compiled, CompileLog, place_batch
+from realjax.engine.inference import make_evaluation, make_inference
+from realjax.engine.state import TrainState, train_state_shardings
+from realjax.engine.train import TrainOptions, make_train_step
+from realjax.runtime.roles import Role
+
+PACKING_KEYS = ("tokens", "segment_ids", "positions")
+
+
+class Executor:
+    """Holds the states of all roles, the one thing that changes during a run, and the compiled calls on them."""
+
+    def __init__(
+        self,
+        graph: DataflowGraph,
+        layouts: Mapping[str, Layout],
+        roles: Mapping[str, Role],
+        states: dict[str, TrainState | Tree],
+    ) -> None:
+        self.graph, self.layouts, self.roles, self.states = graph, layouts, roles, states
+        self.compile_log = CompileLog()
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def step(self, batch: Batch) -> dict[str, Mapping[str, Array]]:
+        """Runs every call once on a host batch; returns the metrics of each training call, still on the devices."""
+        metrics: dict[str, Mapping[str, Array]] = {}
+        for mfc in self.graph.order:
+            layout = self.layouts[mfc.name]
+            inputs = place_batch(batch.select({*PACKING_KEYS, *mfc.inputs}), train_rules(layout.strategy), layout)
+            program = self._program(mfc, inputs)
+            if mfc.call == "train_step":
+                self.states[mfc.role], metrics[mfc.name] = program(self.states[mfc.role], inputs)
+            else:
+                batch = batch.with_arrays(**program(self.params(mfc.role), inputs))
+        return metrics
+
+    def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
+        """Returns the loss sums of a held-out batch under the role's current parameters, on the role's home layout."""
+        role = self.roles[evaluation.role]
+        key = ("evaluate", evaluation.role, evaluation.loss)
+        if key not in self._programs:
+            fn = make_evaluation(role.model, evaluation.loss, role.home, role.forward_options)
+            self._programs[key] = Compiled("evaluate", fn, self.compile_log, out_shardings=role.home.replicated)
+        inputs = place_batch(batch, inference_rules(role.home.strategy), role.home)
+        return self._programs[key](self.params(evaluation.role), inputs)
+
+    def params(self, role: str) -> Tree:
+        """Returns the role's parameters as they stand now."""
+        state = self.states[role]
+        return state.params if isinstance(state, TrainState) else state
+
+    def _program(self, mfc: MFC, inputs: Batch) -> Callable[..., Any]:
+        num_mbs = num_micro_batches(mfc, inputs, self.layouts[mfc.name])
+        key = (mfc.name, num_mbs)
+        if key not in self._programs:
+            make = self._make_train if mfc.call == "train_step" else self._make_inference
+            self._programs[key] = make(mfc, num_mbs)
+        return self._programs[key]
+
+    def _make_train(self, mfc: MFC, num_mbs: int) -> Compiled:
+        role, layout = self.roles[mfc.role], self.layouts[mfc.name]
+        assert mfc.loss and role.optimizer and role.spec.optimizer, f"{mfc.name}: a training call has a loss and an optimizer"
+        options = TrainOptions(forward=role.forward_options, num_mbs=num_mbs)
+        max_norm = role.spec.optimizer.gradient_clipping
+        step = make_train_step(role.model, mfc.loss, role.optimizer, max_norm, layout, options)
+        out = (train_state_shardings(role.model, role.optimizer, layout), layout.replicated)
+        return Compiled(mfc.name, step, self.compile_log, donate_argnums=0, out_shardings=out)
+
+    def _make_inference(self, mfc: MFC, num_mbs: int) -> Compiled:
+        role, layout = self.roles[mfc.role], self.layouts[mfc.name]
+        assert mfc.head, f"{mfc.name}: an inference call names the output it computes"
+        return Compiled(mfc.name, make_inference(role.model, mfc.head, layout, role.forward_options), self.compile_log)
+
+
+def num_micro_batches(mfc: MFC, batch: Batch, layout: Layout) -> int:
+    """Returns the number of micro-batches: as given, or the fewest that keep each under `max_tokens_per_mb` tokens.
+
+    Raises ValueError when the rows do not divide, or one row per device is more than the budget.
+    """
+    rows_per_device, dp = batch.num_rows // layout.strategy.dp, layout.strategy.dp
+    if mfc.max_tokens_per_mb is None:
+        wanted = mfc.num_mbs or 1
+        if rows_per_device % wanted:
+            raise ValueError(
+                f"{mfc.name}: {batch.num_rows} rows over dp={dp} leave {rows_per_device} a device, which n_mbs={wanted} does "
+                "not divide; use another n_mbs or batch size"
+            )
+        return wanted
+    if mfc.max_tokens_per_mb < dp * batch.row_len:
+        raise ValueError(
+            f"{mfc.name}: max_tokens_per_mb={mfc.max_tokens_per_mb} is less than one row of {batch.row_len} tokens on each of "
+            f"dp={dp} devices; set it to at least {dp * batch.row_len}"
+        )
+    least = math.ceil(batch.num_rows * batch.row_len / mfc.max_tokens_per_mb)
+    return next(n for n in range(least, rows_per_device + 1) if rows_per_device % n == 0)

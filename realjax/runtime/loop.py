@@ -1,0 +1,237 @@
+"""The run: restore or load, step, log, evaluate, save, report."""
+
+import dataclasses
+import logging
+import math
+import time
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from realjax.core.loss import LossSums, finalize
+from realjax.core.trees import num_params
+from realjax.data.loader import Position
+from realjax.dataflow.run import RunSpec
+from realjax.engine.state import TrainState
+from realjax.hf.save import save_hf
+from realjax.runtime.checkpoint import RunCheckpointer, RunState
+from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
+from realjax.runtime.executor import Executor
+from realjax.runtime.metrics import MetricsWriter
+from realjax.runtime.report import Section, write_report
+from realjax.runtime.roles import Role, build_role, load_role
+from realjax.runtime.rundir import open_run_directory
+from realjax.runtime.triggers import StopSignal, Trigger
+
+logger = logging.getLogger("realjax.loop")
+STOPPED = 143  # the shell's code for a process ended by SIGTERM
+
+
+def run(spec: RunSpec, console: Console | None = None) -> int:
+    """Carries out a run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it after a save."""
+    has_state = open_run_directory(spec)
+    total_updates = spec.loader.total_steps
+    homes = {name: spec.layouts[_home_call(spec, name)] for name in spec.roles}
+    roles = {name: build_role(role, homes[name], total_updates) for name, role in spec.roles.items()}
+    with RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
+        state = _first_state(spec, roles, checkpointer if has_state else None)
+        executor = Executor(spec.graph, spec.layouts, roles, dict(state.roles))
+        with MetricsWriter(spec.paths.logs, spec.wandb_mode, resume_step=state.step) as metrics, StopSignal() as stop:
+            session = Session(spec, roles, executor, checkpointer, metrics, state.step, console)
+            return session.run(stop)
+
+
+def _home_call(spec: RunSpec, role: str) -> str:
+    """Returns the call whose layout the role lives in: the one that trains it, else its first."""
+    train = spec.graph.train_call(role)
+    return train.name if train else next(mfc.name for mfc in spec.graph.mfcs if mfc.role == role)
+
+
+def _first_state(spec: RunSpec, roles: dict[str, Role], checkpointer: RunCheckpointer | None) -> RunState:
+    """Returns the last complete save when there is one to continue from, else the state at step 0."""
+    trained = {name: role for name, role in roles.items() if role.optimizer is not None}
+    if checkpointer is None or checkpointer.latest_step is None:
+        return RunState(step=0, roles={name: load_role(role, spec.seed) for name, role in roles.items()})
+    state = checkpointer.restore({name: role.abstract_state() for name, role in trained.items()})
+    if (seed := state.counters["seed"]) != spec.seed:
+        raise ValueError(
+            f"seed: found {spec.seed}, but the save in {spec.paths.recover} was made with {seed}; the data order would "
+            f"change: continue with seed={seed}, or use another trial_name"
+        )
+    fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in trained}
+    return dataclasses.replace(state, roles={**fixed, **state.roles})
+
+
+class Session:
+    """One process's part of a run, from its first step to its last."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        roles: dict[str, Role],
+        executor: Executor,
+        checkpointer: RunCheckpointer,
+        metrics: MetricsWriter,
+        first_step: int,
+        console: Console | None,
+    ) -> None:
+        self.spec, self.roles, self.executor = spec, roles, executor
+        self.checkpointer, self.metrics = checkpointer, metrics
+        self.first_step, self.started = first_step, time.monotonic()
+        self.last_step = min(spec.loader.total_steps, first_step + (spec.benchmark_steps or spec.loader.total_steps))
+        self.step_seconds: list[float] = []
+        self.num_tokens = 0
+        self.display = ProgressDisplay(self.last_step, console, done_steps=first_step)
+
+    def run(self, stop: StopSignal) -> int:
+        """Takes the remaining steps, then saves and reports."""
+        spec, save, evaluate = self.spec, Trigger(self.spec.save), Trigger(self.spec.evaluate)
+        _log_start(spec, self.first_step)
+        if spec.evaluation and spec.evaluate.is_set and self.first_step == 0:
+            self.evaluate(0)
+        with self.display:
+            for step in range(self.first_step, self.last_step):
+                position = self.train(step)
+                if spec.evaluation and evaluate.fires(position):
+                    self.evaluate(step + 1)
+                is_last = step + 1 == self.last_step
+                if is_last or stop.received or save.fires(position):
+                    self.save(position, export=not stop.received)
+                if stop.received and not is_last:
+                    logger.warning("stopped by SIGTERM after step %d; recover_mode=auto continues from here", step + 1)
+                    return STOPPED
+        self.finish()
+        return 0
+
+    def train(self, step: int) -> Position:
+        """Takes one step and logs it."""
+        start = time.perf_counter()
+        batch, position = self.spec.loader.batch(step), self.spec.loader.position(step)
+        num_compiled = len(self.executor.compile_log.entries)
+        by_call = self.executor.step(batch)
+        values = {name: float(np.asarray(value)) for name, value in _merge(by_call).items()}
+        seconds = time.perf_counter() - start
+        self._refuse_nonfinite(values, step)
+        values |= self._learning_rates(step) | {"tokens_per_second": batch.num_tokens / seconds, "seconds": seconds}
+        values = {name: values[name] for name in sorted(values, key=_rank)}
+        if len(self.executor.compile_log.entries) == num_compiled:
+            self.step_seconds.append(seconds)
+            self.num_tokens += batch.num_tokens
+        self.metrics.write(step + 1, {**values, "epoch": position.epoch})
+        shown = {name: value for name, value in values.items() if name not in ("seconds", "num_skipped")}
+        self.display.finish_step(
+            StepLine(
+                epoch=position.epoch,
+                num_epochs=self.spec.num_epochs,
+                epoch_step=position.epoch_step,
+                steps_per_epoch=self.spec.loader.steps_per_epoch,
+                global_step=step + 1,
+                seconds=seconds,
+                metrics=shown,
+            )
+        )
+        return position
+
+    def evaluate(self, step: int) -> None:
+        """Measures the held-out loss after `step` steps."""
+        assert (evaluation := self.spec.evaluation) is not None
+        start = time.perf_counter()
+        total: LossSums | None = None
+        for i in range(evaluation.loader.total_steps):
+            sums = self.executor.evaluate(evaluation, evaluation.loader.batch(i))
+            total = sums if total is None else jax.tree.map(np.add, jax.tree.map(np.asarray, sums), total)
+        assert total is not None
+        values = {name: float(np.asarray(x)) for name, x in finalize({"loss": total.loss, **total.metrics}).items()}
+        self.metrics.write(step, values, kind="eval")
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
+
+    def save(self, position: Position, *, export: bool) -> None:
+        """Saves the state to continue from and, when `export`, every trained role as a HuggingFace checkpoint."""
+        trained = {name: s for name, s in self.executor.states.items() if isinstance(s, TrainState)}
+        self.checkpointer.save(RunState(step=position.global_step, roles=trained, counters={"seed": self.spec.seed}))
+        for name, state in trained.items() if export else ():
+            out_dir = self.spec.paths.checkpoints / name / checkpoint_name(position)
+            role = self.roles[name]
+            if out_dir.exists():
+                logger.info("%s is there from before the restart and is kept", out_dir)
+                continue
+            out_dir.parent.mkdir(parents=True, exist_ok=True)
+            save_hf(state.params, role.model.config, out_dir, source_dir=role.spec.path, max_shard_bytes=self.spec.max_shard_bytes)
+            logger.info("saved %s to %s", name, out_dir)
+
+    def finish(self) -> None:
+        """Writes the report and says where everything is."""
+        log = self.executor.compile_log
+        logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
+        if self.step_seconds:
+            mean = float(np.mean(self.step_seconds))
+            logger.info("mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds))
+        if jax.process_index() == 0:
+            report = write_report(self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections())
+            logger.info("report: %s", report)
+
+    def _summary(self) -> dict[str, str]:
+        spec, log = self.spec, self.executor.compile_log
+        tokens_per_second = self.num_tokens / sum(self.step_seconds) if self.step_seconds else math.nan
+        return {
+            "steps": f"{self.first_step} to {self.last_step} of {spec.loader.total_steps}",
+            "parameters": ", ".join(f"{name} {num_params(role.model.abstract):,}" for name, role in self.roles.items()),
+            "layouts": ", ".join(f"{name} {layout}" for name, layout in spec.layouts.items()),
+            "rows x tokens of a batch": f"{spec.loader.shape[0]} x {spec.loader.shape[1]}",
+            "padding": f"{spec.loader.padding_share:.1%} of the tokens computed",
+            "tokens per second": f"{tokens_per_second:,.0f}",
+            "programs compiled": f"{len(log.entries)} in {log.seconds:.1f} s",
+            "time of this process": format_seconds(time.monotonic() - self.started),
+            "checkpoints": str(spec.paths.checkpoints),
+        }
+
+    def _sections(self) -> list[Section]:
+        rows = tuple((name, shapes, f"{seconds:.1f}") for name, shapes, seconds in self.executor.compile_log.entries)
+        return [Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)]
+
+    def _learning_rates(self, step: int) -> dict[str, float]:
+        total = self.spec.loader.total_steps
+        trained = {name: role.spec.optimizer for name, role in self.roles.items() if role.spec.optimizer}
+        rates = {name: float(optimizer.learning_rate(step, total)) for name, optimizer in trained.items()}
+        return {"lr": next(iter(rates.values()))} if len(rates) == 1 else {f"{name}/lr": r for name, r in rates.items()}
+
+    def _refuse_nonfinite(self, values: dict[str, float], step: int) -> None:
+        """Raises RuntimeError when too many updates in a row had gradients that were not finite."""
+        for name, value in values.items():
+            if name.rsplit("/", 1)[-1] != "num_skipped" or value == 0:
+                continue
+            logger.warning("step %d: gradients are not finite, the update was skipped (%d in a row)", step + 1, int(value))
+            if value >= self.spec.max_nonfinite_steps:
+                raise RuntimeError(
+                    f"step {step + 1}: gradients were not finite {int(value)} times in a row (max_nonfinite_steps); the last "
+                    f"good state is in {self.spec.paths.recover}; lower the learning rate or look at the data"
+                )
+
+
+def checkpoint_name(position: Position) -> str:
+    """Returns ReaL's directory name of a checkpoint."""
+    return f"epoch{position.epoch}epochstep{position.epoch_step}globalstep{position.global_step}"
+
+
+def _merge(by_call: dict) -> dict:
+    """Returns one dict of metrics; with several training calls each name starts with its call's."""
+    if len(by_call) == 1:
+        return dict(next(iter(by_call.values())))
+    return {f"{call}/{name}": value for call, metrics in by_call.items() for name, value in metrics.items()}
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Orders metrics as a person looks for them: the loss first, counts last."""
+    order = ("loss", "ppl", "lr", "grad_norm", "tokens_per_second")
+    last = name.rsplit("/", 1)[-1]
+    return (order.index(last) if last in order else len(order), name)
+
+
+def _log_start(spec: RunSpec, first_step: int) -> None:
+    rows, row_len, _ = spec.loader.shape
+    logger.info(
+        "%d steps of %d rows x %d tokens (%.1f%% padding), starting after step %d",
+        spec.loader.total_steps, rows, row_len, 100 * spec.loader.padding_share, first_step,
+    )  # fmt: skip

@@ -1,0 +1,164 @@
+"""Metrics of a run on disk: `metrics.jsonl` (the record), TensorBoard events and, when asked for, Weights & Biases."""
+
+import importlib
+import json
+import math
+import numbers
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_MODES = ("disabled", "offline", "online")
+RECORD_KEYS = ("step", "kind", "time", "nonfinite")
+
+Metric = float | int | str
+
+
+class MetricsWriter:
+    """Appends the metrics of one run; made by one process only, before device work, since it checks its options.
+
+    `resume_step=s > 0` continues a run whose step s was saved: records of later steps are removed. `resume_step=0` starts
+    anew and keeps an earlier file as `metrics.<n>.jsonl`. ValueError: unknown `wandb_mode`, or wandb not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        wandb_mode: str = "disabled",
+        wandb_project: str = "realjax",
+        resume_step: int = 0,
+    ) -> None:
+        run_dir = Path(run_dir)
+        wandb = import_wandb(wandb_mode)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        if path.exists():
+            drop_later_steps(path, resume_step) if resume_step > 0 else set_aside(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(run_dir / "tensorboard"),
+            # TensorBoard hides what an interrupted run wrote from this step on.
+            purge_step=resume_step + 1 if resume_step > 0 else 0,
+            flush_secs=10,
+            # File names carry whole seconds: without the suffix a quick restart would overwrite the earlier events.
+            filename_suffix=f".{os.getpid()}.from_step_{resume_step}",
+        )
+        self._wandb_run = None
+        if wandb is not None:
+            self._wandb_run = start_wandb(wandb, run_dir, wandb_mode, wandb_project, resume_step)
+
+    def write(self, step: int, metrics: Mapping[str, Metric], kind: str = "train") -> None:
+        """Appends one flushed line {step, kind, time, ...metrics}; non-finite numbers become null, named in `nonfinite`."""
+        reserved = [name for name in metrics if name in RECORD_KEYS]
+        if reserved:
+            raise ValueError(f"metrics: names {reserved} are taken by the record itself {RECORD_KEYS}; rename them")
+        values = {name: plain_value(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if isinstance(value, str) or math.isfinite(value)}
+        record: dict[str, Any] = {"step": int(step), "kind": kind, "time": time.time()}
+        record |= {name: finite.get(name) for name in values}
+        if len(finite) < len(values):
+            record["nonfinite"] = [name for name in values if name not in finite]
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb_run is not None:
+            self._wandb_run.log({"step": int(step)} | {f"{kind}/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        """Flushes and closes every output; a second call does nothing."""
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+            self._wandb_run = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a metrics file in written order; a torn last line (killed while writing) is left out.
+
+    ValueError names the line of any other unreadable record.
+    """
+    lines = Path(path).read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:  # bad JSON or bad UTF-8
+            if number < len(lines):
+                raise ValueError(
+                    f"metrics: '{path}' line {number}: not valid JSON ({error}); only a last line may be torn, "
+                    "so remove that line or restore the file"
+                ) from error
+    return records
+
+
+def drop_later_steps(path: str | Path, step: int) -> None:
+    """Rewrites a metrics file without a torn last line and without records after `step`."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def set_aside(path: Path) -> Path:
+    """Renames `name.ext` to the first free `name.<n>.ext`, and returns that path."""
+    number = 1
+    while (target := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Writes a text file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    temporary = Path(f"{path}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def plain_value(value: Any) -> Metric:
+    """A Python str, int or float from those or from a scalar of NumPy or JAX."""
+    if isinstance(value, str):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def import_wandb(mode: str) -> Any:
+    """The wandb module, or None when `mode` is disabled. ValueError: unknown mode, or wandb not installed."""
+    if mode not in WANDB_MODES:
+        raise ValueError(f"wandb_mode: '{mode}' is not a mode; use one of {', '.join(WANDB_MODES)}")
+    if mode == "disabled":
+        return None
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"wandb_mode: '{mode}' needs the package wandb, which does not import here ({error}); "
+            "install the extra with `pip install 'realjax[wandb]'` or set wandb_mode=disabled"
+        ) from error
+
+
+def start_wandb(wandb: Any, run_dir: Path, mode: str, project: str, resume_step: int) -> Any:
+    """A wandb run; a resumed run continues under the id that its start left in `wandb_id`."""
+    id_path = run_dir / "wandb_id"
+    if resume_step == 0 or not id_path.exists():
+        replace_text(id_path, uuid.uuid4().hex[:12])
+    run_id = id_path.read_text(encoding="utf-8")
+    run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), mode=mode, id=run_id, resume="allow")
+    # wandb's own counter refuses to go back, which a resume does: our step is the x axis instead.
+    run.define_metric("*", step_metric="step")
+    return run

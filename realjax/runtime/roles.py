@@ -1,0 +1,90 @@
+"""From a role's description to its model and its first state on the devices of its home layout."""
+
+import logging
+import zlib
+from dataclasses import dataclass
+
+import optax
+
+from realjax.core.axes import inference_rules, tree_shardings
+from realjax.core.layout import Layout
+from realjax.core.trees import Tree, num_params
+from realjax.dataflow.run import RoleSpec
+from realjax.engine.forward import ForwardOptions, Precision
+from realjax.engine.optim import make_optimizer
+from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
+from realjax.hf.load import has_critic_head, load_config, load_params
+from realjax.models.build import Model, build_model, init_params, make_fill
+from realjax.models.config import ModelConfig
+
+logger = logging.getLogger("realjax.roles")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """A role with its model built. `optimizer` is None when it is never trained; `home` is where its parameters live."""
+
+    spec: RoleSpec
+    model: Model
+    home: Layout
+    optimizer: optax.GradientTransformation | None
+
+    @property
+    def forward_options(self) -> ForwardOptions:
+        return ForwardOptions(
+            precision=Precision(compute=self.spec.compute_dtype),
+            attention=self.spec.attention,
+            remat=self.spec.remat,
+            loss_chunk_tokens=self.spec.loss_chunk_tokens,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Returns the training state's shapes and shardings; a saved state is restored into this."""
+        assert self.optimizer is not None, f"role {self.spec.name} is not trained"
+        return abstract_train_state(self.model, self.optimizer, self.home)
+
+
+def role_config(spec: RoleSpec) -> ModelConfig:
+    """Returns the model config of a role. Raises ValueError when the checkpoint's is missing or not supported."""
+    config = load_config(spec.path)
+    return config.as_critic() if spec.is_critic else config
+
+
+def build_role(spec: RoleSpec, home: Layout, total_updates: int) -> Role:
+    """Returns the role, nothing allocated. Raises ValueError when the model does not fit its layout."""
+    model = build_model(role_config(spec))
+    tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
+    optimizer = None if spec.optimizer is None else make_optimizer(spec.optimizer, total_updates)
+    logger.info("role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{num_params(model.abstract):,}", home)
+    return Role(spec=spec, model=model, home=home, optimizer=optimizer)
+
+
+def load_role(role: Role, seed: int) -> TrainState | Tree:
+    """Returns the role's first state: a TrainState when it is trained, else its parameters.
+
+    Random values (from scratch, or a new critic head) depend on the seed, the role's name and the parameter alone.
+    """
+    spec, model = role.spec, role.model
+    role_seed = seed << 32 | zlib.crc32(spec.name.encode())
+    shardings = None if role.optimizer is None else train_state_shardings(model, role.optimizer, role.home)
+    if shardings is None:
+        params_shardings = tree_shardings(model.axes, model.abstract, inference_rules(role.home.strategy), role.home)
+    else:
+        params_shardings = shardings.params
+    if spec.init_from_scratch:
+        params = init_params(model, params_shardings, role_seed)
+    else:
+        params = load_params(spec.path, model, params_shardings, fresh=_fresh_head(role, role_seed))
+    return params if shardings is None else init_train_state(params, role.optimizer, shardings)
+
+
+def _fresh_head(role: Role, seed: int) -> dict | None:
+    """Returns values for a critic's head that its checkpoint lacks, or that is to be started anew."""
+    spec, model = role.spec, role.model
+    if not spec.is_critic:
+        return None
+    if not spec.init_critic_from_actor and has_critic_head(spec.path):
+        return None
+    return {"head/kernel": make_fill("head/kernel", model.abstract["head"]["kernel"].shape, seed)}
+
+

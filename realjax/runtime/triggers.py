@@ -1,0 +1,43 @@
+"""When to save, evaluate and stop."""
+
+import signal
+import time
+from types import FrameType, TracebackType
+
+from realjax.data.loader import Position
+from realjax.dataflow.run import Frequency
+
+
+class Trigger:
+    """Fires at the ends of epochs, at steps and after seconds, whichever of them its frequency sets."""
+
+    def __init__(self, frequency: Frequency) -> None:
+        self.frequency = frequency
+        self._last_fired = time.monotonic()
+
+    def fires(self, position: Position) -> bool:
+        """Returns whether it is due after the step that `position` describes."""
+        f = self.frequency
+        by_epoch = f.epochs is not None and position.ends_epoch and position.epoch % f.epochs == 0
+        by_step = f.steps is not None and position.global_step % f.steps == 0
+        by_time = f.secs is not None and time.monotonic() - self._last_fired >= f.secs
+        if by_time:
+            self._last_fired = time.monotonic()
+        return by_epoch or by_step or by_time
+
+
+class StopSignal:
+    """While entered, SIGTERM only sets `received`, so that the step under way ends and is saved."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True

@@ -1,0 +1,135 @@
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from realjax.data.datasets import PromptAnswerDataset
+from realjax.data.loader import Loader
+
+
+def make_dataset(num_examples: int, longest: int = 60) -> PromptAnswerDataset:
+    """Example i holds the token i+1 only, so a batch tells which examples it has."""
+    lengths = np.random.default_rng(num_examples).integers(2, longest + 1, num_examples)
+    lengths[0] = longest
+    return PromptAnswerDataset(
+        ids=tuple(f"row{i}" for i in range(num_examples)),
+        tokens=np.repeat(np.arange(1, num_examples + 1, dtype=np.int32), lengths),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        target_spans=np.stack([np.ones_like(lengths), lengths], axis=1).astype(np.int32),
+    )
+
+
+def examples_in(batch) -> Counter:
+    """Which ids sit in a batch, by the first token of each sequence."""
+    first = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
+    return Counter(f"row{token - 1}" for token in batch["tokens"][first])
+
+
+SIZES = [(40, 10, 1), (45, 10, 3), (77, 10, 8), (10, 10, 4), (11, 10, 5), (19, 10, 2), (1, 1, 3)]
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size", "num_epochs"), SIZES)
+def test_every_example_is_used_once_per_epoch(num_examples, batch_size, num_epochs):
+    loader = Loader(make_dataset(num_examples), batch_size=batch_size, num_epochs=num_epochs, seed=3)
+    used = []
+    for step in range(loader.total_steps):
+        ids = loader.ids(step)
+        assert examples_in(loader.batch(step)) == Counter(ids)
+        assert len(ids) == batch_size or step == loader.total_steps - 1
+        used += ids
+    epochs = [used[i : i + num_examples] for i in range(0, len(used), num_examples)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(f"row{i}" for i in range(num_examples))] * num_epochs
+    assert num_examples < 10 or len({tuple(epoch) for epoch in epochs}) == num_epochs
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size", "num_epochs"), SIZES)
+def test_positions_count_epochs_and_their_steps(num_examples, batch_size, num_epochs):
+    loader = Loader(make_dataset(num_examples), batch_size=batch_size, num_epochs=num_epochs, seed=3)
+    positions = [loader.position(step) for step in range(loader.total_steps)]
+    assert [position.global_step for position in positions] == list(range(1, loader.total_steps + 1))
+    assert sum(position.ends_epoch for position in positions) == num_epochs and positions[-1].ends_epoch
+    epoch, epoch_step = 1, 0
+    for position in positions:
+        epoch_step += 1
+        assert (position.epoch, position.epoch_step) == (epoch, epoch_step)
+        # The sample that ends the epoch is in this batch, and was in none before.
+        seen = min(position.global_step * batch_size, num_examples * num_epochs)
+        assert position.ends_epoch == (seen >= epoch * num_examples)
+        if position.ends_epoch:
+            assert epoch_step in (loader.steps_per_epoch, loader.steps_per_epoch - 1)
+            epoch, epoch_step = epoch + 1, 0
+
+
+def test_a_second_loader_gives_the_same_batch_at_any_step():
+    def make(seed: int) -> Loader:
+        return Loader(make_dataset(45), batch_size=10, num_epochs=4, seed=seed, num_shards=2)
+
+    first, again = make(seed=5), make(seed=5)
+    for step in (17, 3, 0):
+        one, other = first.batch(step), again.batch(step)
+        assert one.keys() == other.keys() and jax.tree.all(jax.tree.map(np.array_equal, one, other))
+    assert make(seed=6).ids(0) != first.ids(0)
+
+
+def test_a_batch_straddles_two_epochs():
+    dataset = make_dataset(15)
+    loader = Loader(dataset, batch_size=10, num_epochs=2, seed=0)
+    assert loader.total_steps == 3
+    assert set(loader.ids(0) + loader.ids(1)[:5]) == set(dataset.ids) == set(loader.ids(1)[5:] + loader.ids(2))
+    assert [loader.position(step).epoch for step in range(3)] == [1, 1, 2]
+    assert [loader.position(step).ends_epoch for step in range(3)] == [False, True, True]
+
+
+@pytest.mark.parametrize(("row_multiple", "num_shards"), [(1, 1), (8, 2), (6, 4), (1, 8)])
+def test_a_run_has_one_shape(row_multiple, num_shards):
+    dataset = make_dataset(101)
+    sizes = {"batch_size": 25, "num_epochs": 3, "seed": 1}
+    loader = Loader(dataset, **sizes, row_multiple=row_multiple, num_shards=num_shards)
+    num_rows, row_len, num_segments = loader.shape
+    assert num_rows % row_multiple == 0 and num_rows % num_shards == 0 and row_len == 64
+    batches = [loader.batch(step) for step in range(loader.total_steps)]
+    assert {array.shape for batch in batches for array in batch.arrays.values()} == {(num_rows, row_len)}
+    assert max(batch["segment_ids"].max() for batch in batches) <= num_segments
+    # No larger than needed: with one more multiple of rows taken away, the fullest batch would not fit.
+    fewest = max(int((batch["segment_ids"].max(axis=1) > 0).sum()) for batch in batches)
+    assert num_rows - fewest < np.lcm(row_multiple, num_shards)
+    padding = 1 - sum(batch.num_tokens for batch in batches) / (len(batches) * num_rows * row_len)
+    assert loader.padding_share == pytest.approx(padding)
+    for batch in batches[:-1]:
+        loads = (batch["segment_ids"] > 0).reshape(num_shards, -1).sum(axis=1)
+        assert loads.max() - loads.min() <= row_len
+
+
+def test_longer_rows_on_request():
+    dataset = make_dataset(50)
+    loader = Loader(dataset, batch_size=25, num_epochs=1, seed=1, max_row_len=300)
+    assert loader.shape[1] == 300 and loader.batch(1)["tokens"].shape == loader.shape[:2]
+    with pytest.raises(ValueError, match="rows of 59 tokens, but the longest example has 60"):
+        Loader(dataset, batch_size=25, num_epochs=1, seed=1, max_row_len=59)
+
+
+def test_evaluation_keeps_the_order_and_takes_a_partial_batch():
+    dataset = make_dataset(7)
+    loader = Loader(dataset, batch_size=100, num_epochs=1, seed=0, shuffle=False, allow_partial=True)
+    assert loader.total_steps == 1 and loader.ids(0) == list(dataset.ids)
+    assert examples_in(loader.batch(0)) == Counter(dataset.ids)
+
+
+def test_sizes_that_make_no_run_are_refused():
+    dataset = make_dataset(7)
+    good = {"batch_size": 2, "num_epochs": 1, "seed": 0}
+    for change, message in [
+        ({"batch_size": 8}, "train_bs_n_seqs: a batch of 8 is more than the dataset's 7 examples; set it to 7 or less"),
+        ({"batch_size": 0, "name": "dataset.valid_bs_n_seqs"}, "dataset.valid_bs_n_seqs: found 0"),
+        ({"num_epochs": 0}, "epochs: found 0"),
+        ({"row_multiple": 0}, "row_multiple: found 0"),
+        ({"num_shards": -1}, "num_shards: found -1"),
+        ({"seed": -1}, "seed: found -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Loader(dataset, **good | change)
+    loader = Loader(dataset, **good)
+    for step in (-1, loader.total_steps):
+        with pytest.raises(ValueError, match="outside this run's 4 steps"):
+            loader.batch(step)

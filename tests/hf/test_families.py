@@ -1,0 +1,124 @@
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from realjax.hf.families import FAMILIES, config_from_hf, config_to_hf
+from realjax.hf.families.decoder import ACTIVATIONS, HF_ACTIVATIONS
+from realjax.hf.load import load_config
+from realjax.models.config import RopeConfig
+from tests.hf.tiny import KINDS, LLAMA3_ROPE, SIZES, make_checkpoint
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], **SIZES}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], **SIZES}
+
+
+def read(hf):
+    return config_from_hf(hf, "config.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_survives_the_round_trip_and_transformers_reads_what_we_write_as_its_own(kind, tmp_path):
+    theirs = make_checkpoint(tmp_path / "theirs", kind)
+    config = load_config(theirs)
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text(json.dumps(config_to_hf(config)))
+    assert load_config(ours) == config
+    a, b = AutoConfig.from_pretrained(theirs).to_dict(), AutoConfig.from_pretrained(ours).to_dict()
+    told_apart = {"dtype", "transformers_version", "_name_or_path", "pad_token_id", "head_dim"}
+    if config.sliding_window is None:
+        told_apart |= {"sliding_window", "max_window_layers"}
+    assert {k: v for k, v in a.items() if k not in told_apart} == {k: v for k, v in b.items() if k not in told_apart}
+
+
+@pytest.mark.parametrize("hf", [LLAMA, QWEN2])
+def test_old_and_new_spellings_of_rotary_embedding_read_alike(hf):
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    old = read({**hf, "rope_theta": 5e5, "rope_scaling": scaling})
+    assert old == read({**hf, "rope_parameters": LLAMA3_ROPE})
+    assert old.rope.scaling == "llama3" and old.rope.original_max_positions == 32
+    linear = read({**hf, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert linear == read({**hf, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}})
+    assert linear.rope == RopeConfig(theta=1e4, scaling="linear", factor=2.0)
+
+
+def test_absent_keys_have_the_defaults_of_transformers():
+    bare = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "max_position_embeddings")}
+    config = read(bare)
+    assert (config.num_kv_heads, config.head_dim, config.max_positions) == (4, 8, 2048)
+    assert (config.norm_eps, config.rope.theta, config.tied, config.qkv_bias) == (1e-6, 10000.0, False, False)
+    assert read({"model_type": "qwen3", **SIZES}).head_dim == 128
+
+
+def test_activations_are_inverse():
+    assert all(ACTIVATIONS[HF_ACTIVATIONS[name]] == name for name in set(ACTIVATIONS.values()))
+
+
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}, None),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 4}, 8),
+    ],
+)
+def test_a_sliding_window_is_read_as_transformers_applies_it(window, expected):
+    assert read({**QWEN2, **window}).sliding_window == expected
+
+
+def test_a_classifier_of_one_label_is_a_critic_and_never_tied():
+    hf = {**LLAMA, "architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": True}
+    critic = read({**hf, "id2label": {"0": "LABEL_0"}})
+    assert critic.is_critic and not critic.tied
+    assert read(config_to_hf(critic)) == critic
+    with pytest.raises(ValueError, match="with 2 labels; a critic has one"):
+        read(hf)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture 'GPT2LMHeadModel' is not supported; supported: LlamaFor",
+        ),
+        ({"architectures": None}, "architecture 'None' is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ({"quantization_config": {}}, "quantised"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "remove it from config.json"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "supported rope_type: default, linear, llama3"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rotary embedding .* is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "no key 'factor'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_key_value_heads": 3}, "config.json: model config: 4 query heads do not divide"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        read({**LLAMA, **change})
+
+
+def test_a_missing_size_and_a_partly_sliding_model_are_refused():
+    with pytest.raises(ValueError, match="config.json: no key 'hidden_size'; a LlamaForCausalLM config needs it"):
+        read({key: value for key, value in LLAMA.items() if key != "hidden_size"})
+    with pytest.raises(ValueError, match="a sliding window in 2 of 4 layers is not supported"):
+        read({**QWEN2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2})
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        ("llama", {"sliding_window": 8}, "LlamaForCausalLM cannot have sliding_window=8"),
+        ("qwen2", {"o_bias": True}, "Qwen2ForCausalLM cannot have o_bias=True"),
+        ("qwen3", {"qk_norm": False}, "Qwen3ForCausalLM cannot have qk_norm=False"),
+        ("gemma", {}, "model family 'gemma' is not supported; supported: llama, qwen2, qwen3"),
+    ],
+)
+def test_a_config_that_its_family_cannot_express_is_not_written(family, change, message):
+    import dataclasses
+
+    base = read({**LLAMA, "architectures": None, "model_type": family if family in FAMILIES else "llama"})
+    with pytest.raises(ValueError, match=message):
+        config_to_hf(dataclasses.replace(base, family=family, **change))
