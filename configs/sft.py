@@ -11,6 +11,8 @@ Hugging Face checkpoint every 50 steps and at the end, and a report.html; the fi
 set as `--config.<name>=value`; `python -m realjax.apps.quickstart sft --help` lists them.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from realjax.options.config_dict import to_config_dict
@@ -19,7 +21,7 @@ from realjax.options.experiments import SFTConfig
 
 def get_config() -> ConfigDict:
     """Returns the quickstart's values; the paths are the user's to give."""
-    config = to_config_dict(SFTConfig, experiment="sft")
+    config: Any = to_config_dict(SFTConfig, experiment="sft")
     config.experiment_name = "quickstart-sft"
     config.trial_name = "release"
     config.mode = "local"

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -29,15 +30,16 @@ def read_config(argv: Sequence[str]) -> ConfigDict:
             "give a recipe, such as --config=configs/sft.py"
         )
     # Checked here, since absl does not know which options are near the one that was meant.
+    config_cls = find_experiment(str(recipe[EXPERIMENT_KEY])).config_cls
     for override in filter(None, map(OVERRIDE.match, argv)):
-        locate(find_experiment(recipe[EXPERIMENT_KEY]).config_cls, override[1])
+        locate(config_cls, override[1])
     config, unused = _parse_flags(argv)
     if unused:
         raise ValueError(f"command line: {unused[0]!r} is no flag; options are written --config.<name>=value")
     return config
 
 
-def _parse_flags(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+def _parse_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
     """Returns the value of `--config` with the overrides in `argv`, and the words that are no flags."""
     # Flags of this command alone: absl's global ones would mix with those of imported libraries.
     flag_values = flags.FlagValues()
@@ -56,7 +58,7 @@ def _run_recipe(argv: list[str]) -> int:
         print(f"{__doc__}\n\nThe recipe says what to expect, and realjax <experiment> --help lists the options.")
         return 0
     config = read_config(argv)
-    name = config[EXPERIMENT_KEY]
+    name = str(config[EXPERIMENT_KEY])
     configure_logging()
     return run_experiment(name, from_config_dict(find_experiment(name).config_cls, config))
 

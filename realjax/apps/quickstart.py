@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
@@ -77,7 +78,7 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
     ValueError, before any device work, for whatever the user can mend.
     """
     experiment = find_experiment(name)
-    configure_logging()
+    console = configure_logging()
     config = resolve_names(config, name)
     validate(config)
     paths = run_paths(config)
@@ -91,21 +92,22 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
     devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, str(paths.compilation_cache))
     from realjax.runtime import loop
 
-    loop.run(experiment.build(config, devices))
-    return 0
+    return loop.run(experiment.build(config, devices), console)
 
 
-def configure_logging() -> None:
-    """Sends realjax's log to the console, in place of what an earlier call set up."""
+def configure_logging() -> Console:
+    """Sends realjax's log to the console, in place of what an earlier call set up, and returns that console."""
     root = logging.getLogger("realjax")
     for handler in [h for h in root.handlers if isinstance(h, ConsoleHandler)]:
         root.removeHandler(handler)
-    handler = ConsoleHandler(make_console())
+    console = make_console()
+    handler = ConsoleHandler(console)
     handler.setFormatter(ShortNameFormatter(LOG_FORMAT, LOG_TIME_FORMAT))
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     # Libraries give the root logger handlers of their own, which would print every line again.
     root.propagate = False
+    return console
 
 
 class ShortNameFormatter(logging.Formatter):
@@ -141,9 +143,10 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) 
     ValueError when there are accelerators, but too few. Programs compiled earlier come from `compilation_cache`.
     """
     needed = n_nodes * n_gpus_per_node
-    if jax.config.jax_compilation_cache_dir is None:
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
-    if jax.config.jax_num_cpu_devices < needed:
+    if settings.jax_num_cpu_devices < needed:
         # Only possible before the first use of a device.
         jax.config.update("jax_num_cpu_devices", needed)
     devices, platform = jax.devices(), jax.default_backend()

@@ -45,6 +45,7 @@ class TensorInfo:
 class TensorFile(Protocol):
     """One open file of tensors."""
 
+    def __init__(self, path: Path) -> None: ...
     def infos(self) -> dict[str, tuple[Shape, str]]: ...
     def read(self, name: str, window: tuple[slice, ...]) -> np.ndarray: ...
     def close(self) -> None: ...
@@ -222,7 +223,8 @@ def _download(repo: str, need_weights: bool) -> Path:
             _check_directory(found, need_weights)
             return found
         except (OSError, ValueError) as error:  # huggingface_hub raises OSError for all: absent, offline, forbidden
-            tried.append(f"{'cache' if cached else 'hub'}: {str(error).splitlines()[0]}")
+            reason = str(error).splitlines()[0].split(". ")[0]
+            tried += [text] if (text := f"{'cache' if cached else 'hub'}: {reason}") not in tried else []
     raise ValueError(
         f"model path '{repo}' is neither a local directory nor a hub model that could be had ({'; '.join(tried)}); "
         "give an existing directory, or run `hf download` where there is a network"

@@ -112,13 +112,13 @@ def _without_files(fill: FillFn) -> CastFn:
 
 def _place(fill: CastFn, shape: Shape, sharding: Sharding, dtype: np.dtype) -> jax.Array:
     """Returns the array, filled one distinct slice at a time: replicas share a read, no two slices wait on the host."""
-    by_slice: dict[tuple, list[jax.Device]] = {}
-    indices = sharding.addressable_devices_indices_map(shape)
-    for device, index in indices.items():
-        by_slice.setdefault(tuple(s.indices(n) for s, n in zip(index, shape)), []).append(device)
+    by_slice: dict[tuple[tuple[int, int], ...], list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index or [slice(None)] * len(shape), shape))
+        by_slice.setdefault(bounds, []).append(device)
     shards: list[jax.Array] = []
-    for devices in by_slice.values():
-        part = fill(indices[devices[0]], dtype)
+    for bounds, devices in by_slice.items():
+        part = fill(tuple(slice(*pair) for pair in bounds), dtype)
         targets = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
         shards += jax.block_until_ready([jax.device_put(part, target) for target in targets])
     return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)

@@ -92,7 +92,9 @@ def write_config(config: ModelConfig, out_dir: Path, source_dir: str | Path | No
         kept = {key: value for key, value in source.items() if key not in STALE_KEYS}
         hf = {**kept, **config_to_hf(config), "torch_dtype": dtype.name}
     (out_dir / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-    for pattern in EXTRAS if source_dir else ():
+    if source_dir is None:
+        return
+    for pattern in EXTRAS:
         for file in Path(source_dir).glob(pattern):
             if file.is_file() and not (config.is_critic and file.name == "generation_config.json"):
                 shutil.copyfile(file, out_dir / file.name)
@@ -208,6 +210,8 @@ def _make_fetch(leaves: Mapping[str, jax.Array]) -> FetchFn:
     sharding = next(iter(leaves.values())).sharding
     if len({device.process_index for device in sharding.device_set}) == 1:
         return lambda tensor: _assemble(leaves[tensor.rule.path], tensor.layer)
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(f"save: parameters spread over processes by {sharding}; place them by a Layout's shardings")
     whole = NamedSharding(sharding.mesh, PartitionSpec())
     take_layer = jax.jit(_take_layer, out_shardings=whole)
     take_all = jax.jit(lambda x: x, out_shardings=whole)

@@ -10,7 +10,7 @@ from realjax.models.config import RopeConfig
 
 def make_param(shape: tuple[int, ...], names: tuple[str, ...]) -> nnx.Param:
     """Returns a parameter slot with its axis names; `build.init_params` or a checkpoint gives it values."""
-    return nnx.Param(jnp.zeros(shape, jnp.float32), sharding_names=names, eager_sharding=False)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), out_sharding=names, eager_sharding=False)
 
 
 class Linear(nnx.Module):

@@ -50,6 +50,10 @@ def list_notices(config: CommonExperimentConfig) -> list[str]:
             notices.append(
                 f"{name}.enable_fp16: computing in bfloat16, which has float32's range and needs no loss scale."
             )
+        # ReaL's commands hold these; a run that passed over them in silence would surprise by its memory.
+        for option, is_set in {"offload": model.offload, "optimizer.offload": model.optimizer.offload}.items():
+            if is_set:
+                notices.append(f"{name}.{option} has no effect on this run: the training state stays on the devices.")
     if config.allocation_mode != "manual":
         for name, call in instances_of(config, MFCConfig).items():
             if call.parallel != ParallelismConfig():
@@ -91,7 +95,7 @@ def _check_devices(config: CommonExperimentConfig, name: str, call: MFCConfig) -
 
 
 def _check_data_files(config: CommonExperimentConfig, name: str, dataset: Any) -> None:
-    required = "path" if isinstance(dataset, PromptOnlyDatasetConfig) else "train_path"
+    required = "train_path" if hasattr(dataset, "train_path") else "path"
     if not getattr(dataset, required):
         raise ValueError(f"{name}.{required}: nothing given; it needs a .json or .jsonl file")
     if config.EVALUATES and config.exp_ctrl.evaluates and not dataset.valid_path:

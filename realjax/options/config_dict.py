@@ -29,7 +29,7 @@ def to_config_dict(config: Any, *, experiment: str | None = None) -> ConfigDict:
         result[field.name] = to_config_dict(value) if is_group else _holder(value, hints[field.name])
     for name, target in getattr(instance, "ALIASES", {}).items():
         *parents, last = target.split(".")
-        owner = result
+        owner: Any = result
         for parent in parents:
             owner = owner[parent]
         result[name] = owner.get_ref(last)
@@ -50,7 +50,7 @@ def _holder(value: Any, annotation: Any) -> Any:
     return config_dict.FieldReference(value, field_type=str if inner is str else object)
 
 
-def from_config_dict(cls: type[Config], config: Mapping[str, Any]) -> Config:
+def from_config_dict(cls: type[Config], config: ConfigDict | Mapping[str, Any]) -> Config:
     """Returns `cls` with the values of `config`, checked as command-line options are."""
     values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     values.pop(EXPERIMENT_KEY, None)

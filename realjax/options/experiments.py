@@ -27,3 +27,5 @@ class SFTConfig(CommonExperimentConfig):
                 "model.type.is_critic: found a critic; sft trains a language model, so is_critic and "
                 "init_critic_from_actor must be False"
             )
+        if self.model.optimizer.type == "empty":
+            raise ValueError("model.optimizer.type: found empty; sft trains this model, so it needs adam")

@@ -41,7 +41,7 @@ def list_options(cls: type) -> list[Option]:
     return list(_walk(cls, None, ""))
 
 
-def _walk(cls: type, instance: Any, prefix: str) -> Iterator[Option]:
+def _walk(cls: Any, instance: Any, prefix: str) -> Iterator[Option]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         path, annotation, default = prefix + field.name, hints[field.name], default_of(field, instance)
@@ -59,7 +59,7 @@ def default_of(field: dataclasses.Field, instance: Any = None) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def instances_of(config: Any, kind: type) -> dict[str, Any]:
+def instances_of(config: Any, kind: Any) -> dict[str, Any]:
     """Returns the direct fields of `config` that hold a `kind`, by name."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if isinstance(value, kind)}

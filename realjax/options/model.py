@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.options.fields import check_bounds, group, option
@@ -25,13 +25,13 @@ class ModelFamily:
     def from_text(cls, text: str, name: str) -> "ModelFamily":
         """Returns the family that `<class>-<size>[-critic]` describes; ValueError naming the option `name`."""
         match = re.fullmatch(r"([a-z0-9]+)-(\d+)(-critic)?", text)
-        known = ModelClass.__args__
+        known = {name: name for name in get_args(ModelClass)}
         if match is None or match[1] not in known:
             raise ValueError(
                 f"{name}: found {text!r}; it needs <class>-<size> or <class>-<size>-critic, such as llama-7-critic, "
                 f"with class one of {', '.join(known)}"
             )
-        return cls(_class=match[1], size=int(match[2]), is_critic=match[3] is not None)
+        return cls(_class=known[match[1]], size=int(match[2]), is_critic=match[3] is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

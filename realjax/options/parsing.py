@@ -49,7 +49,8 @@ class Target:
 
 def locate(cls: type, key: str) -> Target:
     """Returns what the dotted `key` means under `cls`, through its aliases. ValueError with near names if nothing."""
-    owner, path, parts = cls, [], key.split(".")
+    owner: Any = cls
+    path, parts = [], key.split(".")
     while parts:
         name = parts.pop(0)
         if name in getattr(owner, "ALIASES", {}):
@@ -91,13 +92,16 @@ def _assemble(cls: type[Config], pairs: Iterable[tuple[str, Any]]) -> Config:
 
 def _convert_target(target: Target, key: str, value: Any) -> list[tuple[str, str, Any]]:
     """Returns (path, spelling, value) of each option that `key=value` sets: one, or all of a group given in short."""
-    if not dataclasses.is_dataclass(target.annotation):
-        return [(target.path, key, convert(value, target.annotation, key))]
-    if not hasattr(target.annotation, "from_text"):
-        names = ", ".join(field.name for field in dataclasses.fields(target.annotation))
+    annotation: Any = target.annotation
+    if not dataclasses.is_dataclass(annotation):
+        return [(target.path, key, convert(value, annotation, key))]
+    from_text = getattr(annotation, "from_text", None)
+    if from_text is None:
+        names = ", ".join(field.name for field in dataclasses.fields(annotation))
         raise wrong_type(key, value, f"{key}.<name>=value, since it is a group of options: {names}")
-    short = target.annotation.from_text(convert(value, str, key), key)
-    return [(f"{target.path}.{name}",) * 2 + (item,) for name, item in dataclasses.asdict(short).items()]
+    short = from_text(convert(value, str, key), key)
+    paths = {name: f"{target.path}.{name}" for name in dataclasses.asdict(short)}
+    return [(path, path, getattr(short, name)) for name, path in paths.items()]
 
 
 def _construct(cls: type, tree: Mapping[str, Any], default: Any, path: str) -> Any:

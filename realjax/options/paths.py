@@ -3,20 +3,10 @@
 import getpass
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from realjax.dataflow.run import RunPaths
 from realjax.options.common import CommonExperimentConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPaths:
-    """Directories of one run, beneath fileroot; none of them need exist."""
-
-    logs: Path
-    checkpoints: Path
-    recover: Path
-    compilation_cache: Path
 
 
 def find_fileroot(fileroot: str | None) -> Path:
@@ -27,6 +17,7 @@ def find_fileroot(fileroot: str | None) -> Path:
 
 def run_paths(config: CommonExperimentConfig) -> RunPaths:
     """Returns the directories of the run that `config`, with its names resolved, describes."""
+    assert config.experiment_name and config.trial_name, "resolve_names comes first"
     root = find_fileroot(config.fileroot)
     run = Path(_user_name()) / config.experiment_name / config.trial_name
     return RunPaths(

@@ -158,7 +158,15 @@ class Session:
                 logger.info("%s is there from before the restart and is kept", out_dir)
                 continue
             out_dir.parent.mkdir(parents=True, exist_ok=True)
-            save_hf(state.params, role.model.config, out_dir, source_dir=role.spec.path, max_shard_bytes=self.spec.max_shard_bytes)
+            save_hf(
+                state.params,
+                role.model.config,
+                out_dir,
+                source_dir=role.spec.path,
+                # A model from scratch has no weights to take the precision from: its masters are kept as they are.
+                dtype="float32" if role.spec.init_from_scratch else "source",
+                max_shard_bytes=self.spec.max_shard_bytes,
+            )
             logger.info("saved %s to %s", name, out_dir)
 
     def finish(self) -> None:

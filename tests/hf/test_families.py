@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_classifier_of_one_label_is_a_critic_and_never_tied():
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "architecture 'GPT2LMHeadModel' is not supported; supported: LlamaFor",
+            "architecture 'GPT2LMHeadModel' is not supported; supported: Llama",
         ),
         ({"architectures": None}, "architecture 'None' is not supported"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
@@ -117,8 +118,6 @@ def test_a_missing_size_and_a_partly_sliding_model_are_refused():
     ],
 )
 def test_a_config_that_its_family_cannot_express_is_not_written(family, change, message):
-    import dataclasses
-
     base = read({**LLAMA, "architectures": None, "model_type": family if family in FAMILIES else "llama"})
     with pytest.raises(ValueError, match=message):
         config_to_hf(dataclasses.replace(base, family=family, **change))

@@ -31,7 +31,7 @@ def test_a_slice_read_through_a_rule_is_the_slice_of_the_whole_and_reads_no_more
         hf, index = rule.to_hf(x), random_index(rng, x.shape)
         read_sizes = []
 
-        def read(name, window):
+        def read(name, window, hf=hf, read_sizes=read_sizes):
             read_sizes.append(hf[window].size)
             return hf[window]
 

@@ -32,10 +32,12 @@ KINDS = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
 }
 
 

@@ -1,0 +1,181 @@
+"""The command line from arguments to the run, with the run itself replaced."""
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from launch import main as launch_main
+from realjax.apps import quickstart
+from realjax.options.fields import list_options
+from tests.options.test_config_dict import RECIPE
+from tests.options.test_parsing import QUICKSTART_SFT
+
+# ml_collections 1.1 loads recipes by a method that Python is giving up.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def log_settings():
+    """Gives the logger back as it was: other tests read records where the command line sends none."""
+    root = logging.getLogger("realjax")
+    kept = root.handlers[:], root.level, root.propagate
+    yield
+    root.handlers[:], root.propagate = kept[0], kept[2]
+    root.setLevel(kept[1])
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The (config, devices) of each run that was started; nothing runs and no device is touched."""
+    started = []
+    monkeypatch.setitem(
+        sys.modules,
+        "realjax.experiments.sft",
+        SimpleNamespace(build=lambda config, devices: SimpleNamespace(config=config, devices=devices)),
+    )
+    monkeypatch.setitem(
+        sys.modules, "realjax.runtime.loop", SimpleNamespace(run=lambda spec, console: started.append(spec) or 0)
+    )
+    # `from realjax.runtime import loop` reads the package's attribute when an earlier test imported the real one.
+    monkeypatch.setattr("realjax.runtime.loop", sys.modules["realjax.runtime.loop"], raising=False)
+    monkeypatch.setattr(quickstart, "prepare_devices", lambda *args: args)
+    monkeypatch.delenv("REALJAX_TRACEBACK", raising=False)
+    return started
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The quickstart's words with paths that exist."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "answer": "b"}\n')
+    words = [f"{w.split('=')[0]}={data}" if w.startswith("dataset.") and "path" in w else w for w in QUICKSTART_SFT]
+    return [*words, f"fileroot={tmp_path / 'root'}"]
+
+
+def test_the_quickstart_command_starts_a_run(runs, command, tmp_path, capsys):
+    assert quickstart.main(["sft", *command]) == 0
+    (spec,) = runs
+    assert spec.config.dataset.train_bs_n_seqs == 512
+    assert spec.devices[:2] == (1, 8)
+    lines = capsys.readouterr().out.splitlines()
+    stamp, text = lines[0].split(" ", 1)
+    assert text == "quickstart INFO: Running sft experiment."
+    date, clock = stamp.split("-")
+    assert len(date) == 8 and len(clock) == len("03:10:56.216")
+    logs, checkpoints = (line.split(" quickstart INFO: ")[1] for line in lines[1:3])
+    root = tmp_path / "root"
+    assert logs.startswith(f"Logs will be dumped to {root}/logs/") and logs.endswith("/quickstart-sft/release")
+    assert checkpoints.startswith(f"Model checkpoints will be saved to {root}/checkpoints/")
+    assert len(lines) == 3
+
+
+def test_the_recipe_starts_the_same_run(runs, command):
+    flags = [f"--config.{word}" for word in command if "path" in word or "root" in word]
+    assert quickstart.main(["sft", *command]) == 0
+    assert launch_main.main(["launch", f"--config={RECIPE}", *flags]) == 0
+    assert runs[0] == runs[1]
+
+
+def test_help_lists_experiments_and_options(capsys):
+    assert quickstart.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name, experiment in quickstart.EXPERIMENTS.items():
+        assert f"{name} " in listed and experiment.summary in listed
+        assert quickstart.main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert all(option.path in text for option in list_options(experiment.config_cls))
+    assert quickstart.main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["stf"], "unknown experiment 'stf': .*did you mean sft?"),
+        (["sft", "modle.path=x"], "unknown option modle.path"),
+        (["sft", "n_nodes=0"], "n_nodes: found 0; it must be at least 1"),
+        (["sft", "model.path=x"], "dataset.train_path: nothing given"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(args, message, runs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("REALJAX_FILEROOT", str(tmp_path))
+    assert quickstart.main(args) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("realjax: error: ") and captured.err.count("\n") == 1
+    assert message.split(": .*")[0] in captured.err
+    assert "Running" not in captured.out
+    assert runs == []
+
+
+def test_tracebacks_on_request_and_other_exceptions_always(monkeypatch):
+    def fail(error):
+        raise error
+
+    with pytest.raises(KeyError):
+        quickstart.report_errors(lambda: fail(KeyError("bug")))
+    monkeypatch.setenv("REALJAX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="shown"):
+        quickstart.report_errors(lambda: fail(ValueError("shown")))
+
+
+def test_an_unwritable_fileroot_stops_before_the_run(runs, command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert quickstart.main(["sft", *command, f"fileroot={tmp_path / 'file'}"]) == 2
+    assert "fileroot: cannot write to" in capsys.readouterr().err
+    assert runs == []
+
+
+@pytest.mark.parametrize("mode", ["slurm", "ray"])
+def test_an_absent_launcher_means_this_process(mode, runs, command, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart.shutil, "which", lambda program: None)
+    assert quickstart.main(["sft", *command, f"mode={mode}"]) == 0
+    assert f"quickstart WARNING: mode={mode}: no " in capsys.readouterr().out
+    assert len(runs) == 1
+
+
+def test_a_present_launcher_wants_a_job(runs, command, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart.shutil, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert quickstart.main(["sft", *command, "mode=slurm"]) == 2
+    assert "realjax: error: mode: found slurm, but this process is in no slurm job" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert quickstart.main(["sft", *command, "mode=slurm"]) == 0
+
+
+def test_options_without_effect_say_so_on_the_console(runs, command, capsys):
+    assert quickstart.main(["sft", *command, "model.backend=megatron", "model.enable_fp16=True"]) == 0
+    out = capsys.readouterr().out
+    assert "options INFO: model.backend has no effect here" in out
+    assert "model.enable_fp16: computing in bfloat16" in out
+
+
+def test_logging_is_set_up_once(capsys):
+    quickstart.configure_logging()
+    quickstart.configure_logging()
+    quickstart.logger.info("one [line]")
+    assert capsys.readouterr().out.count("one [line]") == 1
+
+
+@pytest.fixture
+def jax_settings():
+    kept = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", kept)
+
+
+def test_virtual_cpu_devices_stand_in(jax_settings, tmp_path, capsys):
+    quickstart.configure_logging()
+    devices = quickstart.prepare_devices(2, 4, str(tmp_path))
+    assert len(set(devices)) == 8
+    assert devices[0].platform == "cpu"
+    assert "No accelerator found: 8 virtual CPU devices stand in." in capsys.readouterr().out
+    assert quickstart.prepare_devices(1, 2, str(tmp_path)) == devices[:2]
+
+
+def test_too_few_accelerators_are_refused(jax_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart.jax, "devices", lambda: ["gpu0"])
+    monkeypatch.setattr(quickstart.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match=r"^n_nodes\*n_gpus_per_node: 1\*8 = 8 devices wanted, but .* has 1 \(gpu\)"):
+        quickstart.prepare_devices(1, 8, str(tmp_path))

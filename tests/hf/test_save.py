@@ -1,0 +1,167 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realjax.core.axes import train_rules, tree_shardings
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.hf import save
+from realjax.hf.load import load_config, load_params
+from realjax.hf.save import save_hf
+from realjax.models.build import build_model, init_params, make_fill
+from tests.hf.tiny import KINDS, make_bin, make_checkpoint, on_one_device, tensors_of
+
+
+def load(source):
+    model = build_model(load_config(source))
+    return load_params(source, model, on_one_device(model)), model.config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_trip_is_bitwise(kind, dtype, tmp_path):
+    source = make_checkpoint(tmp_path / "hf", kind, dtype=dtype)
+    params, config = load(source)
+    save_hf(params, config, tmp_path / "one", source_dir=source)
+    save_hf(params, config, tmp_path / "many", source_dir=source, max_shard_bytes=20_000)
+    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "many") == tensors_of(source)
+    theirs, ours = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "one"))
+    assert ours == theirs
+
+
+def test_a_round_trip_from_bin_is_bitwise(tmp_path):
+    source = make_bin(make_checkpoint(tmp_path / "hf", "llama", dtype="bfloat16"), tmp_path / "bin", num_files=2)
+    params, config = load(source)
+    save_hf(params, config, tmp_path / "out", source_dir=source)
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+
+
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+@pytest.mark.parametrize("strategy", [ParallelStrategy(dp=2, tp=4), ParallelStrategy(dp=2, pp=2, tp=2, zero_stage=3)])
+def test_every_layout_writes_the_same_tensors(strategy, memory_kind, tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama-biases")
+    model = build_model(load_config(source))
+    layout = Layout.of(strategy)
+    shardings = tree_shardings(model.axes, model.abstract, train_rules(strategy), layout, memory_kind)
+    save_hf(load_params(source, model, shardings), model.config, tmp_path / "out")
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+
+
+def test_a_layer_gathered_across_processes_is_taken_bit_for_bit():
+    bits = np.random.default_rng(0).integers(0, 2**32, (4, 3, 5), dtype=np.uint32)
+    x = jnp.asarray(bits.view(np.float32)).at[2, 0, 0].set(-0.0)  # among them not-a-numbers and signed zeros
+    for layer in range(4):
+        taken = jax.jit(save._take_layer)(x, layer)
+        assert np.asarray(taken).tobytes() == np.asarray(x)[layer].tobytes()
+
+
+def test_shards_keep_to_their_size_and_their_index(tmp_path):
+    params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
+    save_hf(params, config, tmp_path / "out", max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == files and len(files) > 2
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert all((tmp_path / "out" / file).stat().st_size < 25_000 for file in files)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama3-rope", "qwen2", "qwen3"])
+def test_transformers_loads_what_is_written_without_a_source(kind, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = make_checkpoint(tmp_path / "hf", kind)
+    params, config = load(source)
+    save_hf(params, config, tmp_path / "out", max_shard_bytes=20_000)
+    tokens = torch.arange(12)[None]
+    a, b = (AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (source, tmp_path / "out"))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_critic_loads_in_transformers_and_here(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    source = make_checkpoint(tmp_path / "hf", "llama-tied", dtype="bfloat16")
+    model = build_model(load_config(source).as_critic())
+    fresh = {"head/kernel": make_fill("head/kernel", (32, 1), seed=3)}
+    params = load_params(source, model, on_one_device(model), fresh=fresh)
+    save_hf(params, model.config, tmp_path / "out", source_dir=source, dtype="float32")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(theirs.score.weight.detach().numpy(), np.asarray(params["head"]["kernel"]).T)
+    again, config = load(tmp_path / "out")
+    assert config == model.config
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
+    save_hf(params, model.config, tmp_path / "small", source_dir=source)  # the head is no tensor of the source
+    assert {dtype for dtype, _, _ in tensors_of(tmp_path / "small").values()} == {"BF16"}
+
+
+def test_the_source_gives_tokenizer_generation_config_and_unknown_keys(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (source / name).write_text(name)
+    hf = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**hf, "house": "key"}))
+    params, config = load(source)
+    save_hf(params, config, tmp_path / "out", source_dir=source, dtype=jnp.bfloat16)
+    assert {file.name for file in source.iterdir()} == {file.name for file in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "chat_template.jinja"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {**hf, "house": "key", "dtype": "bfloat16"}
+    assert {dtype for dtype, _, _ in tensors_of(tmp_path / "out").values()} == {"BF16"}
+
+
+def test_an_existing_directory_is_kept_unless_told(tmp_path):
+    params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="out' exists; name another directory"):
+        save_hf(params, config, out)
+    assert (out / "mine.txt").read_text() == "kept"
+    save_hf(params, config, out, overwrite=True)
+    assert not (out / "mine.txt").exists() and (out / "model.safetensors").exists()
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
+    out = tmp_path / "out"
+    save_hf(params, config, out)
+    before = tensors_of(out)
+
+    def full(file, shard):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(save, "_write_header", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_hf(params, config, out, overwrite=True)
+    assert tensors_of(out) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path):
+    params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
+    (tmp_path / ".out.writing").mkdir()
+    (tmp_path / ".out.writing" / "model.safetensors").write_text("half")
+    save_hf(params, config, tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_an_unwritable_place_and_wrong_layers_are_refused(tmp_path):
+    params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write in .*choose a writable directory"):
+        save_hf(params, config, tmp_path / "file" / "out")
+    short = jax.tree.map(lambda x: x[:3] if x.shape[0] == 4 else x, params)
+    with pytest.raises(ValueError, match="has 3 layers, the model config 4"):
+        save_hf(short, config, tmp_path / "out")
+
+
+def test_random_parameters_without_a_source_keep_their_dtype(tmp_path):
+    _, config = load(make_checkpoint(tmp_path / "hf", "qwen3"))
+    model = build_model(config)
+    params = init_params(model, on_one_device(model), seed=0, dtype=jnp.bfloat16)
+    save_hf(params, config, tmp_path / "out")
+    again = load_params(tmp_path / "out", model, on_one_device(model), dtype=jnp.bfloat16)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))

@@ -1,0 +1,120 @@
+"""Checks over several options, names that a run fills in, notices, and paths."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from realjax.options.checks import list_notices, resolve_names, validate
+from realjax.options.experiments import SFTConfig
+from realjax.options.parsing import parse_overrides
+from realjax.options.paths import check_writable, find_fileroot, run_paths
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n')
+    return str(path)
+
+
+def parse(data, *overrides):
+    base = ["model.path=m", f"dataset.train_path={data}", f"dataset.valid_path={data}", "eval_freq_epochs=1"]
+    return resolve_names(parse_overrides(SFTConfig, [*base, *overrides]), "sft")
+
+
+def test_a_sound_config_passes(data):
+    for overrides in (
+        [],
+        ["allocation_mode=pipe_data"],
+        ["allocation_mode=m2p2d2"],
+        ["allocation_mode=manual", "allocation.parallel.model_parallel_size=8"],
+        ["allocation_mode=manual", "n_gpus_per_node=1"],
+        ["n_nodes=2", "n_gpus_per_node=2"],
+        ["dataset.valid_path=null", "eval_freq_epochs=null"],
+        ["experiment_name=with_underscore-and.dot"],
+    ):
+        validate(parse(data, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiment_name=a/b"], "^experiment_name: found 'a/b'"),
+        (["trial_name="], "^trial_name: found ''"),
+        (["trial_name=a b"], "^trial_name: found 'a b'"),
+        (["trial_name=.."], r"^trial_name: found '\.\.'"),
+        (["allocation_mode=heuristic"], "^allocation_mode: heuristic has no rules for this experiment"),
+        (["allocation_mode=search"], "^allocation_mode: search is not available"),
+        (["allocation_mode=d2p2m2x"], "^allocation_mode: found 'd2p2m2x'"),
+        (
+            ["allocation_mode=d2p1m2"],
+            r"^allocation_mode: d2p1m2: .* = 2\*1\*2 = 4 devices, .* = 8; set n_gpus_per_node=4",
+        ),
+        (
+            [
+                "allocation_mode=manual",
+                "allocation.parallel.data_parallel_size=2",
+                "allocation.parallel.model_parallel_size=2",
+            ],
+            r"^allocation.parallel: .* = 2\*1\*2 = 4 devices, but n_nodes\*n_gpus_per_node = 8; .*choose sizes",
+        ),
+        (["allocation.device_mesh=NODE01:0,1"], "^allocation.device_mesh: found 'NODE01:0,1'"),
+        (["model.path="], "^model.path: nothing given"),
+        (["dataset.train_path="], "^dataset.train_path: nothing given"),
+        (["dataset.train_path=/no/such.jsonl"], "^dataset.train_path: '/no/such.jsonl' is no such file"),
+        (["dataset.valid_path=/no/such.jsonl"], "^dataset.valid_path: '/no/such.jsonl' is no such file"),
+        (["dataset.train_path=/"], "^dataset.train_path: '/' is a directory"),
+        (["dataset.valid_path=null"], r"^dataset.valid_path: nothing given, but eval_freq_\*"),
+    ],
+)
+def test_what_cannot_run_is_refused(data, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        validate(parse(data, *overrides))
+
+
+def test_names_are_filled_in_only_where_they_are_null(tmp_path, monkeypatch):
+    monkeypatch.setenv("REALJAX_FILEROOT", str(tmp_path))
+    filled = resolve_names(SFTConfig(), "sft")
+    assert filled.experiment_name == "quickstart-sft"
+    assert filled.fileroot == str(tmp_path)
+    assert filled.trial_name.startswith("run20") and filled.trial_name.count("-") == 5
+    given = dataclasses.replace(SFTConfig(), experiment_name="e", trial_name="t", fileroot=str(tmp_path / "other"))
+    assert resolve_names(given, "sft") == given
+
+
+def test_fileroot_is_the_option_then_the_variable_then_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REALJAX_FILEROOT", str(tmp_path / "variable"))
+    assert find_fileroot(str(tmp_path / "option")) == tmp_path / "option"
+    assert find_fileroot(None) == tmp_path / "variable"
+    monkeypatch.delenv("REALJAX_FILEROOT")
+    assert find_fileroot(None) == Path.home() / ".cache/realjax"
+
+
+def test_runs_of_different_names_share_no_directory(tmp_path):
+    def paths(trial):
+        return run_paths(SFTConfig(fileroot=str(tmp_path), experiment_name="e", trial_name=trial))
+
+    one, other = paths("one"), paths("other")
+    assert one.logs.relative_to(tmp_path / "logs").parts[1:] == ("e", "one")
+    assert len({one.logs, one.checkpoints, one.recover, other.logs, other.checkpoints, other.recover}) == 6
+    assert one.compilation_cache == other.compilation_cache
+
+
+def test_an_unwritable_fileroot_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    paths = run_paths(SFTConfig(fileroot=str(tmp_path / "file"), experiment_name="e", trial_name="t"))
+    with pytest.raises(ValueError, match="^fileroot: cannot write to"):
+        check_writable(paths)
+    good = run_paths(SFTConfig(fileroot=str(tmp_path), experiment_name="e", trial_name="t"))
+    check_writable(good)
+    assert list(good.logs.iterdir()) == []
+
+
+def test_notices_name_what_is_done_otherwise(data):
+    assert list_notices(parse(data)) == []
+    offloads = list_notices(parse(data, "model.offload=True", "model.optimizer.offload=True"))
+    assert [line.split(" ")[0] for line in offloads] == ["model.offload", "model.optimizer.offload"]
+    fp16, unused = list_notices(parse(data, "model.enable_fp16=True", "allocation.parallel.model_parallel_size=2"))
+    assert fp16.startswith("model.enable_fp16: computing in bfloat16")
+    assert unused.startswith("allocation.parallel is not used")

@@ -1,0 +1,199 @@
+"""SFT steps of realjax against a plain PyTorch + transformers loop, alternating, on the same model, data and optimizer.
+
+    python -m tools.bench.sft                       # 10M and 135M parameters, float32, all cores
+    python -m tools.bench.sft --sizes 10m --rounds 5
+    python -m tools.bench.sft --sizes 1b --dtype bfloat16 --row-len 4096 --rows 8 --no-torch     # on a GPU
+
+Two PyTorch loops: `padded` (one row per sequence, padded to the longest) and `packed` (all sequences of a batch in one row,
+without padding, positions restarting, attention kept inside each sequence). Prints real tokens per second of each, the ratio,
+and 6 * parameters * tokens/s as a share of the matrix-product rate measured in the same run.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import train_rules
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.optimizer_config import OptimizerConfig
+from realjax.core.trees import num_params
+from realjax.data.packing import bucket_len, pack, pack_rows
+from realjax.engine.compiled import Compiled, CompileLog, place_batch
+from realjax.engine.forward import ForwardOptions, Precision
+from realjax.engine.optim import make_optimizer
+from realjax.engine.state import init_train_state, train_state_shardings
+from realjax.engine.train import TrainOptions, make_train_step
+from realjax.models.build import build_model, init_params
+from realjax.models.config import ModelConfig, RopeConfig
+
+SHAPES = {  # hidden, layers, query heads, kv heads, head size, ffn, vocabulary, tied
+    "10m": (256, 8, 8, 4, 32, 704, 8192, False),
+    "135m": (576, 30, 9, 3, 64, 1536, 49152, True),
+    "1b": (2048, 16, 32, 8, 64, 8192, 128256, True),
+    "3b": (3072, 28, 24, 8, 128, 8192, 128256, True),
+    "8b": (4096, 32, 32, 8, 128, 14336, 128256, False),
+}
+LR = 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["10m", "135m"], choices=list(SHAPES))
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a batch")
+    parser.add_argument("--lengths", type=int, nargs=2, default=(20, 250), help="shortest and longest sequence")
+    parser.add_argument("--row-len", type=int, help="length of packed rows; default: bucket of the longest sequence")
+    parser.add_argument("--rows", type=int, help="fill so many rows of --row-len instead of --batch sequences")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each loop in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-torch", action="store_true")
+    args = parser.parse_args()
+    rate = matmul_rate(args.dtype)
+    print(f"device {jax.devices()[0]}, matrix product {rate / 1e9:,.0f} GFLOP/s in {args.dtype}")
+    for size in args.sizes:
+        bench(size, args, rate)
+
+
+def matmul_rate(dtype: str) -> float:
+    """Returns the best FLOP/s of a large square matrix product over several tries."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    return max(2 * n**3 / timed(lambda: product(a, a).block_until_ready()) for _ in range(8))
+
+
+def timed(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def draw_sequences(args: argparse.Namespace, vocab_size: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    low, high = args.lengths
+    wanted = args.rows * args.row_len if args.rows else None
+    examples: list[dict[str, np.ndarray]] = []
+    while (len(examples) < args.batch) if wanted is None else (sum(len(e["tokens"]) for e in examples) < wanted * 0.97):
+        n = int(rng.integers(low, high + 1))
+        tokens = rng.integers(0, vocab_size, n, dtype=np.int32)
+        examples.append({"tokens": tokens, "loss_mask": np.arange(n) > 0})
+    return examples
+
+
+def bench(size: str, args: argparse.Namespace, rate: float) -> None:
+    config = model_config(size)
+    examples = draw_sequences(args, config.vocab_size)
+    num_tokens = sum(len(e["tokens"]) for e in examples)
+    loops: dict[str, Callable[[int], float]] = {}
+    loops["realjax"], parameters, note = realjax_loop(config, examples, args)
+    print(f"\n{size}: {parameters:,} parameters, {len(examples)} sequences, {num_tokens} tokens a step; {note}")
+    if not args.no_torch:
+        loops |= torch_loops(size, examples, args.dtype)
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop(2)  # compile and warm up
+    for _ in range(args.rounds):
+        for name, loop in loops.items():
+            time.sleep(0.3)  # the other library's idle threads stop spinning
+            rates[name].append(args.steps * num_tokens / loop(args.steps))
+    ours = statistics.median(rates["realjax"])
+    for name, values in rates.items():
+        median = statistics.median(values)
+        share = 6 * parameters * median / rate
+        print(f"  {name:<14} {median:10,.0f} tokens/s  (x{ours / median:.2f})  {share:5.1%} of the matrix-product rate")
+
+
+def model_config(size: str) -> ModelConfig:
+    D, L, N, K, H, F, V, tied = SHAPES[size]
+    return ModelConfig(
+        family="llama", vocab_size=V, hidden_size=D, num_layers=L, num_q_heads=N, num_kv_heads=K, head_dim=H, ffn_size=F,
+        max_positions=8192, tied=tied, rope=RopeConfig(theta=10000.0),
+    )  # fmt: skip
+
+
+def realjax_loop(config: ModelConfig, examples: list, args: argparse.Namespace) -> tuple[Callable[[int], float], int, str]:
+    """Returns `run(steps) -> seconds` of realjax, the number of parameters, and a note on the packing."""
+    model, layout = build_model(config), Layout.of(ParallelStrategy())
+    lengths = [len(e["tokens"]) for e in examples]
+    row_len = args.row_len or bucket_len(max(lengths))
+    batch: Batch = pack(examples, pack_rows(lengths, row_len))
+    optimizer = make_optimizer(OptimizerConfig(lr=LR, lr_scheduler_type="constant", warmup_steps_proportion=0.0), 1000)
+    options = TrainOptions(
+        forward=ForwardOptions(precision=Precision(compute=args.dtype), attention=args.attention, remat=args.remat)
+    )
+    shardings = train_state_shardings(model, optimizer, layout)
+    state = init_train_state(init_params(model, shardings.params, 0), optimizer, shardings)
+    step = make_train_step(model, SFT_LOSS, optimizer, 1.0, layout, options)
+    program = Compiled("train", step, CompileLog(), donate_argnums=0)
+    placed = place_batch(batch, train_rules(layout.strategy), layout)
+
+    def run(steps: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = program(state, placed)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - start
+
+    padding = 1 - sum(lengths) / (batch.num_rows * row_len)
+    return run, num_params(model.abstract), f"rows {batch.num_rows} x {row_len}, {padding:.0%} padding"
+
+
+def torch_loops(size: str, examples: list[dict[str, np.ndarray]], dtype: str) -> dict[str, Callable[[int], float]]:
+    """Returns `run(steps) -> seconds` of the two PyTorch loops."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    D, L, N, K, H, F, V, tied = SHAPES[size]
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
+        head_dim=H, tie_word_embeddings=tied, max_position_embeddings=8192, use_cache=False,
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(device, getattr(torch, dtype))
+    model.config._attn_implementation = "sdpa"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.05, fused=True)
+    tokens = [torch.from_numpy(e["tokens"]).long() for e in examples]
+    longest = max(map(len, tokens))
+    ids = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in tokens])
+    mask = torch.stack([torch.arange(longest) < len(t) for t in tokens]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    packed_labels = torch.cat([torch.cat([torch.tensor([-100]), t[1:]]) for t in tokens])[None]
+    positions = torch.cat([torch.arange(len(t)) for t in tokens])[None]
+    inputs = {
+        "torch padded": {"input_ids": ids, "attention_mask": mask, "labels": labels},
+        "torch packed": {"input_ids": torch.cat(tokens)[None], "position_ids": positions, "labels": packed_labels},
+    }
+
+    def make_run(batch: dict) -> Callable[[int], float]:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+
+        def run(steps: int) -> float:
+            start = time.perf_counter()
+            for _ in range(steps):
+                model(**batch).loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        return run
+
+    return {name: make_run(batch) for name, batch in inputs.items()}
+
+
+if __name__ == "__main__":
+    main()

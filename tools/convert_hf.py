@@ -1,0 +1,115 @@
+"""HuggingFace checkpoints to Orbax and back.
+
+    python -m tools.convert_hf to-orbax --hf DIR_OR_HUB_ID --orbax DIR
+    python -m tools.convert_hf to-hf --orbax DIR --hf DIR [--like HF_DIR]
+
+An Orbax directory holds `params` (the parameter tree, as Orbax's StandardCheckpointer writes it) and, beside it, the
+config.json and tokenizer files of the model. `--like` takes config and tokenizer from another HuggingFace directory.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from realjax.core.trees import Tree, flatten_paths, num_bytes, num_params
+from realjax.hf.families import find_family
+from realjax.hf.files import CheckpointFiles, resolve_model_path
+from realjax.hf.load import load_config, load_params
+from realjax.hf.rules import hf_tensors, leaf_rules
+from realjax.hf.save import new_directory, refuse_existing, save_hf, write_config
+from realjax.models.build import build_model
+from realjax.models.config import ModelConfig
+
+PARAMS = "params"
+
+
+def hf_to_orbax(hf: str, orbax: Path, dtype: str | None) -> tuple[ModelConfig, Tree]:
+    """Writes the Orbax directory of a HuggingFace model, by default in the dtype of its files."""
+    refuse_existing(orbax)
+    source = resolve_model_path(hf)
+    config = load_config(source)
+    model = build_model(config)
+    placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract)
+    params = load_params(source, model, placed, dtype=jnp.dtype(dtype or CheckpointFiles.open(source).dtype))
+    with new_directory(orbax) as temp:
+        write_config(config, temp, source, jax.tree.leaves(params)[0].dtype)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temp.absolute() / PARAMS, params)
+            checkpointer.wait_until_finished()
+    return config, params
+
+
+def orbax_to_hf(orbax: Path, hf: Path, like: str | None, dtype: str | None) -> tuple[ModelConfig, Tree]:
+    """Writes the HuggingFace directory of an Orbax directory, by default in the dtype of its arrays."""
+    refuse_existing(hf)
+    if not (orbax / PARAMS).is_dir():
+        raise ValueError(f"--orbax: '{orbax}' has no directory '{PARAMS}'; give one that `to-orbax` wrote")
+    source = resolve_model_path(like, need_weights=False) if like else orbax
+    config = load_config(source)
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(orbax.absolute() / PARAMS).item_metadata.tree
+        here = SingleDeviceSharding(jax.devices()[0])
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
+        params = checkpointer.restore(orbax.absolute() / PARAMS, wanted)
+    arrays = jax.tree.leaves(params)[0].dtype
+    save_hf(params, config, hf, source_dir=source, dtype=jnp.dtype(dtype or arrays))
+    return config, params
+
+
+def report(done: str, config: ModelConfig, params: Tree, seconds: float) -> str:
+    """Returns one line of what was converted and what it took."""
+    shapes = {path: leaf.shape for path, leaf in flatten_paths(params).items()}
+    num_tensors = sum(1 for _ in hf_tensors(leaf_rules(find_family(config.family), config, shapes), shapes))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (
+        f"{done}: {config.family}, {num_tensors} tensors, {num_params(params):,} parameters, "
+        f"{num_bytes(params):,} bytes as {jax.tree.leaves(params)[0].dtype}, "
+        f"{seconds:.1f} s, peak memory {peak / 1e6:,.0f} MB"
+    )
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parsed command line."""
+    summary = "HuggingFace checkpoints to Orbax and back."
+    parser = argparse.ArgumentParser(prog="python -m tools.convert_hf", description=summary)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_orbax = commands.add_parser("to-orbax", help="read a HuggingFace model, write an Orbax directory")
+    to_orbax.add_argument("--hf", required=True, help="directory or hub identifier of the model to read")
+    to_orbax.add_argument("--orbax", required=True, type=Path, help="directory to write; must not exist")
+    to_hf = commands.add_parser("to-hf", help="read an Orbax directory, write a HuggingFace model")
+    to_hf.add_argument("--orbax", required=True, type=Path, help="directory to read")
+    to_hf.add_argument("--hf", required=True, type=Path, help="directory to write; must not exist")
+    to_hf.add_argument("--like", help="model to take config.json and tokenizer from (default: the Orbax directory)")
+    for command in (to_orbax, to_hf):
+        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts as the command line says; returns the exit status."""
+    args = parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # host memory is what a conversion needs
+    start = time.monotonic()
+    try:
+        if args.command == "to-orbax":
+            done, (config, params) = f"{args.hf} -> {args.orbax}", hf_to_orbax(args.hf, args.orbax, args.dtype)
+        else:
+            done = f"{args.orbax} -> {args.hf}"
+            config, params = orbax_to_hf(args.orbax, args.hf, args.like, args.dtype)
+    except ValueError as error:
+        print(f"convert_hf: error: {error}", file=sys.stderr)
+        return 2
+    print(report(done, config, params, time.monotonic() - start))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
