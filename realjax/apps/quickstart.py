@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from realjax.core.host_memory import keep_freed_memory
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
@@ -158,6 +159,7 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) 
         )
     if platform == "cpu":
         logger.info("No accelerator found: %d virtual CPU devices stand in.", needed)
+        keep_freed_memory()
     return tuple(devices[:needed])
 
 

@@ -52,7 +52,9 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
 
 
 def optimizer_rules(strategy: ParallelStrategy) -> Rules:
-    """Returns the training table with the optimizer state (and fp32 masters' updates) split over data from stage 1 on."""
+    """Returns the training table with the optimizer state (and fp32 masters' updates) split over data from stage
+    1 on.
+    """
     return {**train_rules(strategy), "embed": "data" if strategy.zero_stage >= 1 else None}
 
 
@@ -89,7 +91,8 @@ def resolve(names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, 
             )
         if axis is not None and size % sizes[axis] != 0:
             raise ValueError(
-                f"{subject}: dim {dim} ('{name}') of size {size} does not divide over mesh axis '{axis}' of size {sizes[axis]}; "
+                f"{subject}: dim {dim} ('{name}') of size {size} does not divide over mesh axis '{axis}' of size "
+                f"{sizes[axis]}; "
                 f"{_remedy(axis, name, size)}"
             )
         spec.append(axis)

@@ -16,9 +16,9 @@ MESH_AXES = ("pipe", "data", "tensor")
 class ParallelStrategy:
     """How one call is split: data (dp), pipeline (pp) and tensor (tp) parallel sizes.
 
-    `sequence_parallel` shards norm and residual activations along the sequence over the tensor axis. `zero_stage` 0 replicates
-    everything over the data axis, 1 and 2 shard the optimizer state over it, 3 the parameters too (ZeRO, arXiv:1910.02054;
-    under XLA the gradients of stages 1 and 2 are both reduce-scattered into the sharded update).
+    `sequence_parallel` shards norm and residual activations along the sequence over the tensor axis. `zero_stage` 0
+    replicates everything over the data axis, 1 and 2 shard the optimizer state over it, 3 the parameters too (ZeRO,
+    arXiv:1910.02054; under XLA the gradients of stages 1 and 2 are both reduce-scattered into the sharded update).
     """
 
     dp: int = 1

@@ -1,6 +1,7 @@
 """Packed batches of a dataset, as a pure function of the step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,14 +55,14 @@ class Loader:
         seed: int,
         row_multiple: int = 1,
         shuffle: bool = True,
-        max_row_len: int | None = None,
+        row_len: int | None = None,
         num_shards: int = 1,
         allow_partial: bool = False,
         name: str = "dataset.train_bs_n_seqs",
     ):
-        """Rows are a multiple of `row_multiple` and of `num_shards`, and as long as the longest example's bucket.
+        """Rows are a multiple of `row_multiple` and of `num_shards`, of `row_len` tokens (None: see `plan_shape`).
 
-        `max_row_len` asks for longer rows. `allow_partial` lets the batch exceed the dataset, for evaluation. Raises
+        `allow_partial` lets the batch exceed the dataset, for evaluation. Raises
         ValueError, naming `name` (the option with the batch size), for sizes below 1, a batch larger than the dataset,
         or rows shorter than an example.
         """
@@ -77,13 +78,14 @@ class Loader:
         self._num_shards = num_shards
         orders = (_epoch_order(len(dataset), seed, epoch, shuffle) for epoch in range(num_epochs))
         self._stream = np.concatenate(list(orders)).astype(np.int32)
-        longest = int(self._lengths.max())
-        row_len = bucket_len(longest) if max_row_len is None else max_row_len
-        if row_len < longest:
+        self.longest = int(self._lengths.max())
+        if row_len is not None and row_len < self.longest:
             raise ValueError(
-                f"loader: rows of {row_len} tokens, but the longest example has {longest}; use {longest} or more"
+                f"loader: rows of {row_len} tokens, but the longest example has {self.longest}; use that or more"
             )
-        self._shape = self._plan_shape(row_len, math.lcm(row_multiple, num_shards))
+        batches = [self._lengths[self._indices(step)] for step in range(self.total_steps)]
+        multiple = math.lcm(row_multiple, num_shards)
+        self._shape = plan_shape(batches, multiple) if row_len is None else shape_of(batches, row_len, multiple)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -139,11 +141,23 @@ class Loader:
         start = self._start(step)
         return self._stream[start : start + self._batch_size]
 
-    def _plan_shape(self, row_len: int, row_multiple: int) -> tuple[int, int, int]:
-        # One shape for all steps, from the lengths alone, so that a run compiles one program.
-        plans = (pack_rows(self._lengths[self._indices(step)], row_len) for step in range(self.total_steps))
-        num_rows, num_segments = map(max, zip(*((len(plan.rows), plan.num_segments) for plan in plans), strict=True))
-        return -(-num_rows // row_multiple) * row_multiple, row_len, num_segments
+
+def plan_shape(batches: Sequence[np.ndarray], row_multiple: int) -> tuple[int, int, int]:
+    """Returns the (R, T, S) that pads least and holds every one of `batches`, the lengths of a step's examples.
+
+    Rows are one, two or four times the bucket of the longest example: longer ones pack tighter, and attention looks no
+    further back than the longest example, so they cost no more. One shape for all steps: a run compiles one program.
+    """
+    shortest = bucket_len(max(int(lengths.max()) for lengths in batches))
+    shapes = [shape_of(batches, shortest * times, row_multiple) for times in (1, 2, 4)]
+    return min(shapes, key=lambda shape: shape[0] * shape[1])
+
+
+def shape_of(batches: Sequence[np.ndarray], row_len: int, row_multiple: int) -> tuple[int, int, int]:
+    """Returns the (R, T, S) of rows of `row_len` tokens that holds every one of `batches`."""
+    plans = (pack_rows(lengths, row_len) for lengths in batches)
+    num_rows, num_segments = map(max, zip(*((len(plan.rows), plan.num_segments) for plan in plans), strict=True))
+    return -(-num_rows // row_multiple) * row_multiple, row_len, num_segments
 
 
 def _epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:

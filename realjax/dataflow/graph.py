@@ -25,14 +25,15 @@ class MFC:
     head: str | None = None  # inference: which output of the model, see `core.loss.Loss`
     num_mbs: int | None = None  # micro-batches; None: one, or as many as `max_tokens_per_mb` asks for
     max_tokens_per_mb: int | None = None
+    max_seqlen: int | None = None  # longest sequence the call can meet; attention then looks no further back
 
 
 @dataclass(frozen=True)
 class DataflowGraph:
     """The calls of one step. An edge u -> v exists for every key that u writes and v reads.
 
-    Keys that no call writes come from the dataset (`dataset_keys`). Raises ValueError for a name or key made twice, a key
-    that nobody makes, a cycle, or two training calls of one role.
+    Keys that no call writes come from the dataset (`dataset_keys`). Raises ValueError for a name or key made twice,
+    a key that nobody makes, a cycle, or two training calls of one role.
     """
 
     mfcs: tuple[MFC, ...]
@@ -45,7 +46,8 @@ class DataflowGraph:
         for mfc in self.mfcs:
             if orphans := set(mfc.inputs) - set(self.producers) - self.dataset_keys:
                 raise ValueError(
-                    f"dataflow graph: call '{mfc.name}' reads {sorted(orphans)}, which no call writes and the dataset does "
+                    f"dataflow graph: call '{mfc.name}' reads {sorted(orphans)}, which no call writes and the "
+                    f"dataset does "
                     f"not hold (it holds {sorted(self.dataset_keys)}); add a call with that output, or the dataset key"
                 )
         if not nx.is_directed_acyclic_graph(self.edges):

@@ -31,7 +31,8 @@ class CompileLog:
 class Compiled:
     """A function compiled ahead of its first call for each shape of its arguments.
 
-    Ahead-of-time programs refuse arguments of another shape or layout, where `jax.jit` would compile again without a word.
+    Ahead-of-time programs refuse arguments of another shape or layout, where `jax.jit` would compile again without a
+    word.
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], log: CompileLog, **jit_options: Any) -> None:

@@ -37,7 +37,8 @@ class ForwardOptions:
     precision: Precision = Precision()
     attention: str = "auto"
     remat: bool = False
-    loss_chunk_tokens: int | None = None  # positions of every row whose logits are held at once; None: by memory
+    loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: by memory
+    max_segment_len: int | None = None  # no sequence is longer: attention looks no further back
 
 
 def make_compute_copy(model: Model, rules: Rules, layout: Layout, precision: Precision) -> Callable[[Tree], Tree]:
@@ -58,13 +59,12 @@ def make_outputs(model: Model, head: str, rules: Rules, layout: Layout, options:
     """Returns `fn(params, batch) -> outputs` of the head, see `core.loss.Loss`; params in the compute dtype."""
     constrain = make_constrain(rules, layout)
     strategy = layout.strategy
-    forward = Forward(
-        constrain=constrain, attention_fn=make_attention(options.attention, strategy.tp), remat=options.remat
-    )
+    attention_fn = make_attention(options.attention, strategy.tp, options.max_segment_len)
+    forward = Forward(constrain=constrain, attention_fn=attention_fn, remat=options.remat)
 
     def chunk_len(batch: Batch) -> int:
         if options.loss_chunk_tokens is not None:
-            return heads.chunk_len(batch.row_len, 1, 1, 4 * options.loss_chunk_tokens)
+            return heads.chunk_len(batch.row_len, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
         rows = max(1, batch.num_rows // strategy.dp)
         return heads.chunk_len(batch.row_len, rows, max(1, model.config.vocab_size // strategy.tp))
 

@@ -32,7 +32,9 @@ class TrainOptions:
 def make_gradients(
     model: Model, loss: Loss, layout: Layout, options: TrainOptions
 ) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
-    """Returns `fn(master_params, batch) -> (gradients of the summed loss, sums)`, float32, spread like the optimizer state."""
+    """Returns `fn(master_params, batch) -> (gradients of the summed loss, sums)`, float32, spread like the
+    optimizer state.
+    """
     rules = train_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.forward.precision)
     outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward)
@@ -61,7 +63,9 @@ def make_gradients(
 
 
 def split_rows(batch: Batch, num_parts: int) -> Batch:
-    """Returns arrays `[num_parts, R/num_parts, ...]`. Rows are dealt out in turn, so that each stays on its own device."""
+    """Returns arrays `[num_parts, R/num_parts, ...]`. Rows are dealt out in turn, so that each stays on its own
+    device.
+    """
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0), batch)
 
 
@@ -73,7 +77,9 @@ def make_train_step(
     layout: Layout,
     options: TrainOptions,
 ) -> TrainStep:
-    """Returns `step(state, batch) -> (state, metrics)`. An update whose gradient is not finite is skipped and counted."""
+    """Returns `step(state, batch) -> (state, metrics)`. An update whose gradient is not finite is skipped and
+    counted.
+    """
     gradients = make_gradients(model, loss, layout, options)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:

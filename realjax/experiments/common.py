@@ -39,11 +39,20 @@ def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Devi
 
 
 def call_layout(
-    config: CommonExperimentConfig, call: MFCConfig, model: ModelTrainEvalConfig, devices: Sequence[jax.Device], *, is_train: bool
+    config: CommonExperimentConfig,
+    call: MFCConfig,
+    model: ModelTrainEvalConfig,
+    devices: Sequence[jax.Device],
+    *,
+    is_train: bool,
 ) -> Layout:
     """Returns where a call runs under the run's allocation mode."""
     sizes = resolve_parallelism(
-        config.allocation_mode, call.parallel, n_nodes=config.n_nodes, n_gpus_per_node=config.n_gpus_per_node, is_train=is_train
+        config.allocation_mode,
+        call.parallel,
+        n_nodes=config.n_nodes,
+        n_gpus_per_node=config.n_gpus_per_node,
+        is_train=is_train,
     )
     return Layout(sizes.strategy(model.zero_stage if is_train else 0), tuple(devices))
 
@@ -53,7 +62,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"model path: '{path}' has no tokenizer that transformers can load ({error}); add its files") from error
+        raise ValueError(
+            f"model path: '{path}' has no tokenizer that transformers can load ({error}); add its files"
+        ) from error
 
 
 def run_spec(config: CommonExperimentConfig, *, experiment: str, **parts: Any) -> RunSpec:

@@ -21,19 +21,39 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
     data, dp, num_mbs = config.dataset, layout.strategy.dp, config.allocation.n_mbs or 1
     if data.train_bs_n_seqs < dp * num_mbs:
         raise ValueError(
-            f"dataset.train_bs_n_seqs: {data.train_bs_n_seqs} sequences cannot be divided over {dp} data-parallel devices x "
+            f"dataset.train_bs_n_seqs: {data.train_bs_n_seqs} sequences cannot be divided over {dp} data-parallel "
+            f"devices x "
             f"{num_mbs} micro-batches; use at least {dp * num_mbs}"
         )
     train = load_prompt_answer(
-        data.train_path, tokenizer, max_seqlen=data.max_seqlen, pad_to_max_length=data.pad_to_max_length, name="dataset.train_path"
+        data.train_path,
+        tokenizer,
+        max_seqlen=data.max_seqlen,
+        pad_to_max_length=data.pad_to_max_length,
+        name="dataset.train_path",
     )
     evaluation = None
     if data.valid_path:
         valid = load_prompt_answer(data.valid_path, tokenizer, max_seqlen=data.max_seqlen, name="dataset.valid_path")
-        loader = Loader(
-            valid, batch_size=data.valid_bs_n_seqs, num_epochs=1, seed=config.seed, num_shards=dp, shuffle=False, allow_partial=True
+        held_out = Loader(
+            valid,
+            batch_size=data.valid_bs_n_seqs,
+            num_epochs=1,
+            seed=config.seed,
+            num_shards=dp,
+            shuffle=False,
+            allow_partial=True,
+            name="dataset.valid_bs_n_seqs",
         )
-        evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=loader)
+        evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=held_out)
+    loader = Loader(
+        train,
+        batch_size=data.train_bs_n_seqs,
+        num_epochs=config.exp_ctrl.total_train_epochs,
+        seed=config.seed,
+        row_multiple=dp * num_mbs,
+        num_shards=dp,
+    )
     mfc = MFC(
         name="trainDefault",
         role="default",
@@ -42,6 +62,7 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         loss=SFT_LOSS,
         num_mbs=config.allocation.n_mbs,
         max_tokens_per_mb=config.allocation.max_tokens_per_mb,
+        max_seqlen=loader.longest,
     )
     return common.run_spec(
         config,
@@ -49,13 +70,6 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         graph=DataflowGraph((mfc,), frozenset({"tokens", "loss_mask"})),
         layouts={mfc.name: layout},
         roles={role.name: role},
-        loader=Loader(
-            train,
-            batch_size=data.train_bs_n_seqs,
-            num_epochs=config.exp_ctrl.total_train_epochs,
-            seed=config.seed,
-            row_multiple=dp * num_mbs,
-            num_shards=dp,
-        ),
+        loader=loader,
         evaluation=evaluation,
     )

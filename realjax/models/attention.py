@@ -1,7 +1,7 @@
 """Attention over packed rows: the module, and the backends behind one function.
 
-A token attends to the tokens of its own segment at or before it (within the sliding window, if any). Padding is segment 0
-and attends to padding only, so every row of scores has a finite maximum.
+A token attends to the tokens of its own segment at or before it (within the sliding window, if any). Padding is
+segment 0 and attends to padding only, so every row of scores has a finite maximum.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: 
         end = start + size
         first = 0 if window is None else max(0, (start - window + 1) // size * size)
         mask = packed_mask(segment_ids[:, start:end], segment_ids[:, first:end], start - first, window)
-        attend = jax.checkpoint(masked_attention) if T > size else masked_attention
+        attend = jax.checkpoint(masked_attention) if size < T else masked_attention
         outputs.append(attend(q[:, start:end], k[:, first:end], v[:, first:end], mask))
     return jnp.concatenate(outputs, axis=1)
 
@@ -69,10 +69,13 @@ def _block_len(row_len: int) -> int:
 BACKENDS: dict[str, AttentionFn] = {"dense": dense_attention, "blocked": blocked_attention}
 
 
-def make_attention(backend: str, num_shards: int = 1) -> AttentionFn:
-    """Returns the backend's function for heads split over `num_shards` devices.
+def make_attention(backend: str, num_shards: int = 1, max_segment_len: int | None = None) -> AttentionFn:
+    """Returns the backend's function for heads split over `num_shards` devices and segments of at most
+    `max_segment_len`.
 
-    Key-value heads that do not divide over the shards are repeated to one per query head, so that each shard holds its own.
+    A token never looks further back than its segment reaches, so a bound on segments bounds the work of long rows.
+    Key-value heads that do not divide over the shards are repeated to one per query head: each shard then holds its
+    own.
     Raises ValueError for an unknown backend.
     """
     name = "blocked" if backend == "auto" else backend
@@ -83,6 +86,8 @@ def make_attention(backend: str, num_shards: int = 1) -> AttentionFn:
     def attention_fn(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
         if k.shape[2] % num_shards:
             k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        bounds = [bound for bound in (window, max_segment_len) if bound is not None and bound < q.shape[1]]
+        window = min(bounds, default=None)
         return attend(q, k, v, segment_ids, window)
 
     return attention_fn

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import jax
 import numpy as np
@@ -42,7 +42,8 @@ def build_model(config: ModelConfig) -> Model:
 def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type = np.float32) -> Tree:
     """Returns random parameters: norms 1, biases 0, the rest normal with deviation 0.02.
 
-    Values depend on (seed, path, layer) only, never on the layout, and are drawn on the host a layer at a time: no compile.
+    Values depend on (seed, path, layer) only, never on the layout, and are drawn on the host a layer at a time: no
+    compile.
     """
 
     def one(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
@@ -57,7 +58,7 @@ def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[tuple[s
     name = path.rsplit("/", 1)[-1]
     stacked = path.startswith("layers/")
 
-    @lru_cache(maxsize=None)
+    @cache
     def whole(layer: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode()) << 16 | layer]))
         return rng.standard_normal(shape[1:] if stacked else shape, np.float32) * np.float32(0.02)

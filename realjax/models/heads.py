@@ -1,7 +1,7 @@
 """From hidden states to log-probabilities and scores, without ever holding `[tokens, V]` of a whole batch.
 
-Results are aligned with the token they speak of: entry t is about `tokens[t]` given the tokens of its segment before it, and
-is 0 at the first token of a segment and on padding.
+Results are aligned with the token they speak of: entry t is about `tokens[t]` given the tokens of its segment before
+it, and is 0 at the first token of a segment and on padding.
 """
 
 from functools import partial
@@ -54,7 +54,9 @@ def _chunk_logits(hidden: Array, kernel: Array, constrain: Constrain) -> Array:
 
 
 def _target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Returns the log-probabilities of the targets and the log normaliser, `[R, T]` each, and works on split vocabularies."""
+    """Returns the log-probabilities of the targets and the log normaliser, `[R, T]` each, and works on split
+    vocabularies.
+    """
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
     return jnp.sum(jnp.where(is_target, logits, 0), axis=-1) - normaliser, normaliser
@@ -87,7 +89,8 @@ def token_logprobs(
 def weighted_nll(
     hidden: Array, kernel: Array, tokens: Array, segment_ids: Array, weights: Array, *, size: int, constrain: Constrain
 ) -> tuple[Array, Array]:
-    """Returns -sum(weights * logprobs), a float32 scalar, and the log-probabilities `[R, T]` (no gradient through these).
+    """Returns -sum(weights * logprobs), a float32 scalar, and the log-probabilities `[R, T]` (no gradient through
+    these).
 
     The gradient of a sum whose weights are known beforehand is formed while a chunk's logits are at hand, so the head's
     product is not computed a second time in the backward pass.

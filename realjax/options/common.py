@@ -56,7 +56,8 @@ class CommonExperimentConfig:
     )
     recover_mode: Literal["disabled", "auto", "save", "resume"] = option(
         "disabled",
-        "the training state is saved at save_freq_*, at the end and on SIGTERM; disabled and save start anew (and keep an "
+        "the training state is saved at save_freq_*, at the end and on SIGTERM; disabled and save start anew (and "
+        "keep an "
         "earlier run's files aside), auto continues from the last complete save if there is one, resume must find one",
     )
     max_recover_saves_to_keep: int = option(2, "training states kept; older ones are deleted", at_least=1)

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from jax import Array
 
 from realjax.core.axes import inference_rules, train_rules
@@ -41,6 +43,7 @@ class Executor:
         metrics: dict[str, Mapping[str, Array]] = {}
         for mfc in self.graph.order:
             layout = self.layouts[mfc.name]
+            refuse_longer(batch, mfc.max_seqlen, mfc.name)
             inputs = place_batch(batch.select({*PACKING_KEYS, *mfc.inputs}), train_rules(layout.strategy), layout)
             program = self._program(mfc, inputs)
             if mfc.call == "train_step":
@@ -54,7 +57,8 @@ class Executor:
         role = self.roles[evaluation.role]
         key = ("evaluate", evaluation.role, evaluation.loss)
         if key not in self._programs:
-            fn = make_evaluation(role.model, evaluation.loss, role.home, role.forward_options)
+            options = replace(role.forward_options, max_segment_len=evaluation.loader.longest)
+            fn = make_evaluation(role.model, evaluation.loss, role.home, options)
             self._programs[key] = Compiled("evaluate", fn, self.compile_log, out_shardings=role.home.replicated)
         inputs = place_batch(batch, inference_rules(role.home.strategy), role.home)
         return self._programs[key](self.params(evaluation.role), inputs)
@@ -74,8 +78,11 @@ class Executor:
 
     def _make_train(self, mfc: MFC, num_mbs: int) -> Compiled:
         role, layout = self.roles[mfc.role], self.layouts[mfc.name]
-        assert mfc.loss and role.optimizer and role.spec.optimizer, f"{mfc.name}: a training call has a loss and an optimizer"
-        options = TrainOptions(forward=role.forward_options, num_mbs=num_mbs)
+        assert mfc.loss and role.optimizer and role.spec.optimizer, (
+            f"{mfc.name}: a training call has a loss and an optimizer"
+        )
+        forward = replace(role.forward_options, max_segment_len=mfc.max_seqlen)
+        options = TrainOptions(forward=forward, num_mbs=num_mbs)
         max_norm = role.spec.optimizer.gradient_clipping
         step = make_train_step(role.model, mfc.loss, role.optimizer, max_norm, layout, options)
         out = (train_state_shardings(role.model, role.optimizer, layout), layout.replicated)
@@ -84,7 +91,21 @@ class Executor:
     def _make_inference(self, mfc: MFC, num_mbs: int) -> Compiled:
         role, layout = self.roles[mfc.role], self.layouts[mfc.name]
         assert mfc.head, f"{mfc.name}: an inference call names the output it computes"
-        return Compiled(mfc.name, make_inference(role.model, mfc.head, layout, role.forward_options), self.compile_log)
+        options = replace(role.forward_options, max_segment_len=mfc.max_seqlen)
+        return Compiled(mfc.name, make_inference(role.model, mfc.head, layout, options), self.compile_log)
+
+
+def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:
+    """Raises ValueError when a sequence is longer than the call was told: its attention would be cut off unseen."""
+    positions = batch["positions"]
+    if (
+        max_seqlen is not None
+        and isinstance(positions, np.ndarray)
+        and (longest := int(positions.max()) + 1) > max_seqlen
+    ):
+        raise ValueError(
+            f"{subject}: a sequence of {longest} tokens, but max_seqlen={max_seqlen}; raise it to the longest"
+        )
 
 
 def num_micro_batches(mfc: MFC, batch: Batch, layout: Layout) -> int:
@@ -97,13 +118,15 @@ def num_micro_batches(mfc: MFC, batch: Batch, layout: Layout) -> int:
         wanted = mfc.num_mbs or 1
         if rows_per_device % wanted:
             raise ValueError(
-                f"{mfc.name}: {batch.num_rows} rows over dp={dp} leave {rows_per_device} a device, which n_mbs={wanted} does "
+                f"{mfc.name}: {batch.num_rows} rows over dp={dp} leave {rows_per_device} a device, which "
+                f"n_mbs={wanted} does "
                 "not divide; use another n_mbs or batch size"
             )
         return wanted
     if mfc.max_tokens_per_mb < dp * batch.row_len:
         raise ValueError(
-            f"{mfc.name}: max_tokens_per_mb={mfc.max_tokens_per_mb} is less than one row of {batch.row_len} tokens on each of "
+            f"{mfc.name}: max_tokens_per_mb={mfc.max_tokens_per_mb} is less than one row of {batch.row_len} tokens "
+            f"on each of "
             f"dp={dp} devices; set it to at least {dp * batch.row_len}"
         )
     least = math.ceil(batch.num_rows * batch.row_len / mfc.max_tokens_per_mb)

@@ -175,9 +175,13 @@ class Session:
         logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
         if self.step_seconds:
             mean = float(np.mean(self.step_seconds))
-            logger.info("mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds))
+            logger.info(
+                "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
+            )
         if jax.process_index() == 0:
-            report = write_report(self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections())
+            report = write_report(
+                self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections()
+            )
             logger.info("report: %s", report)
 
     def _summary(self) -> dict[str, str]:
@@ -210,10 +214,13 @@ class Session:
         for name, value in values.items():
             if name.rsplit("/", 1)[-1] != "num_skipped" or value == 0:
                 continue
-            logger.warning("step %d: gradients are not finite, the update was skipped (%d in a row)", step + 1, int(value))
+            logger.warning(
+                "step %d: gradients are not finite, the update was skipped (%d in a row)", step + 1, int(value)
+            )
             if value >= self.spec.max_nonfinite_steps:
                 raise RuntimeError(
-                    f"step {step + 1}: gradients were not finite {int(value)} times in a row (max_nonfinite_steps); the last "
+                    f"step {step + 1}: gradients were not finite {int(value)} times in a row (max_nonfinite_steps); "
+                    f"the last "
                     f"good state is in {self.spec.paths.recover}; lower the learning rate or look at the data"
                 )
 

@@ -22,7 +22,9 @@ logger = logging.getLogger("realjax.roles")
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """A role with its model built. `optimizer` is None when it is never trained; `home` is where its parameters live."""
+    """A role with its model built. `optimizer` is None when it is never trained; `home` is where its parameters
+    live.
+    """
 
     spec: RoleSpec
     model: Model
@@ -55,7 +57,9 @@ def build_role(spec: RoleSpec, home: Layout, total_updates: int) -> Role:
     model = build_model(role_config(spec))
     tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
     optimizer = None if spec.optimizer is None else make_optimizer(spec.optimizer, total_updates)
-    logger.info("role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{num_params(model.abstract):,}", home)
+    logger.info(
+        "role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{num_params(model.abstract):,}", home
+    )
     return Role(spec=spec, model=model, home=home, optimizer=optimizer)
 
 
@@ -86,5 +90,3 @@ def _fresh_head(role: Role, seed: int) -> dict | None:
     if not spec.init_critic_from_actor and has_critic_head(spec.path):
         return None
     return {"head/kernel": make_fill("head/kernel", model.abstract["head"]["kernel"].shape, seed)}
-
-

@@ -21,11 +21,14 @@ def open_run_directory(spec: RunSpec) -> bool:
     has_save = any(paths.recover.glob("[0-9]*"))
     if spec.recover_mode == "resume" and not has_save:
         raise ValueError(
-            f"recover_mode: resume, but {paths.recover} holds no saved state; use recover_mode=auto to start when there is none"
+            f"recover_mode: resume, but {paths.recover} holds no saved state; use recover_mode=auto to start when "
+            f"there is none"
         )
     continues = has_save and spec.recover_mode in ("auto", "resume")
     if has_save and not continues:
-        logger.warning("a saved state of this trial exists; recover_mode=auto would continue it. Starting anew instead.")
+        logger.warning(
+            "a saved state of this trial exists; recover_mode=auto would continue it. Starting anew instead."
+        )
     if jax.process_index() == 0:
         if not continues:
             set_aside([paths.recover, paths.checkpoints])

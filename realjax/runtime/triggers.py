@@ -36,7 +36,9 @@ class StopSignal:
         self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         signal.signal(signal.SIGTERM, self._previous)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

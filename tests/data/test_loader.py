@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from realjax.data.datasets import PromptAnswerDataset
-from realjax.data.loader import Loader
+from realjax.data.loader import Loader, plan_shape, shape_of
 
 
 def make_dataset(num_examples: int, longest: int = 60) -> PromptAnswerDataset:
@@ -87,7 +87,7 @@ def test_a_run_has_one_shape(row_multiple, num_shards):
     sizes = {"batch_size": 25, "num_epochs": 3, "seed": 1}
     loader = Loader(dataset, **sizes, row_multiple=row_multiple, num_shards=num_shards)
     num_rows, row_len, num_segments = loader.shape
-    assert num_rows % row_multiple == 0 and num_rows % num_shards == 0 and row_len == 64
+    assert num_rows % row_multiple == 0 and num_rows % num_shards == 0 and row_len in (64, 128, 256)
     batches = [loader.batch(step) for step in range(loader.total_steps)]
     assert {array.shape for batch in batches for array in batch.arrays.values()} == {(num_rows, row_len)}
     assert max(batch["segment_ids"].max() for batch in batches) <= num_segments
@@ -103,10 +103,10 @@ def test_a_run_has_one_shape(row_multiple, num_shards):
 
 def test_longer_rows_on_request():
     dataset = make_dataset(50)
-    loader = Loader(dataset, batch_size=25, num_epochs=1, seed=1, max_row_len=300)
+    loader = Loader(dataset, batch_size=25, num_epochs=1, seed=1, row_len=300)
     assert loader.shape[1] == 300 and loader.batch(1)["tokens"].shape == loader.shape[:2]
     with pytest.raises(ValueError, match="rows of 59 tokens, but the longest example has 60"):
-        Loader(dataset, batch_size=25, num_epochs=1, seed=1, max_row_len=59)
+        Loader(dataset, batch_size=25, num_epochs=1, seed=1, row_len=59)
 
 
 def test_evaluation_keeps_the_order_and_takes_a_partial_batch():
@@ -133,3 +133,11 @@ def test_sizes_that_make_no_run_are_refused():
     for step in (-1, loader.total_steps):
         with pytest.raises(ValueError, match="outside this run's 4 steps"):
             loader.batch(step)
+
+
+def test_the_chosen_rows_pad_least():
+    dataset = make_dataset(101)
+    lengths = [dataset.lengths[start : start + 25] for start in range(0, 101, 25)]
+    chosen = plan_shape(lengths, row_multiple=4)
+    slots = {times: np.prod(shape_of(lengths, 64 * times, 4)[:2]) for times in (1, 2, 4)}
+    assert chosen[0] * chosen[1] == min(slots.values())

@@ -4,9 +4,10 @@
     python -m tools.bench.sft --sizes 10m --rounds 5
     python -m tools.bench.sft --sizes 1b --dtype bfloat16 --row-len 4096 --rows 8 --no-torch     # on a GPU
 
-Two PyTorch loops: `padded` (one row per sequence, padded to the longest) and `packed` (all sequences of a batch in one row,
-without padding, positions restarting, attention kept inside each sequence). Prints real tokens per second of each, the ratio,
-and 6 * parameters * tokens/s as a share of the matrix-product rate measured in the same run.
+Two PyTorch loops: `padded` (one row per sequence, padded to the longest) and `packed` (all sequences of a batch in
+one row,
+without padding, positions restarting, attention kept inside each sequence). Prints real tokens per second of each,
+the ratio, and 6 * parameters * tokens/s as a share of the matrix-product rate measured in the same run.
 """
 
 import argparse
@@ -20,11 +21,11 @@ import numpy as np
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
-from realjax.core.batch import Batch
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import num_params
-from realjax.data.packing import bucket_len, pack, pack_rows
+from realjax.data.loader import plan_shape
+from realjax.data.packing import pack, pack_rows
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import make_optimizer
@@ -116,20 +117,27 @@ def bench(size: str, args: argparse.Namespace, rate: float) -> None:
 def model_config(size: str) -> ModelConfig:
     D, L, N, K, H, F, V, tied = SHAPES[size]
     return ModelConfig(
-        family="llama", vocab_size=V, hidden_size=D, num_layers=L, num_q_heads=N, num_kv_heads=K, head_dim=H, ffn_size=F,
-        max_positions=8192, tied=tied, rope=RopeConfig(theta=10000.0),
+        family="llama", vocab_size=V, hidden_size=D, num_layers=L, num_q_heads=N, num_kv_heads=K, head_dim=H,
+        ffn_size=F, max_positions=8192, tied=tied, rope=RopeConfig(theta=10000.0),
     )  # fmt: skip
 
 
-def realjax_loop(config: ModelConfig, examples: list, args: argparse.Namespace) -> tuple[Callable[[int], float], int, str]:
+def realjax_loop(
+    config: ModelConfig, examples: list, args: argparse.Namespace
+) -> tuple[Callable[[int], float], int, str]:
     """Returns `run(steps) -> seconds` of realjax, the number of parameters, and a note on the packing."""
     model, layout = build_model(config), Layout.of(ParallelStrategy())
     lengths = [len(e["tokens"]) for e in examples]
-    row_len = args.row_len or bucket_len(max(lengths))
-    batch: Batch = pack(examples, pack_rows(lengths, row_len))
+    row_len = args.row_len or plan_shape([np.array(lengths)], row_multiple=1)[1]
+    batch = pack(examples, pack_rows(lengths, row_len))
     optimizer = make_optimizer(OptimizerConfig(lr=LR, lr_scheduler_type="constant", warmup_steps_proportion=0.0), 1000)
     options = TrainOptions(
-        forward=ForwardOptions(precision=Precision(compute=args.dtype), attention=args.attention, remat=args.remat)
+        forward=ForwardOptions(
+            precision=Precision(compute=args.dtype),
+            attention=args.attention,
+            remat=args.remat,
+            max_segment_len=max(lengths),
+        )
     )
     shardings = train_state_shardings(model, optimizer, layout)
     state = init_train_state(init_params(model, shardings.params, 0), optimizer, shardings)
@@ -156,8 +164,8 @@ def torch_loops(size: str, examples: list[dict[str, np.ndarray]], dtype: str) ->
 
     D, L, N, K, H, F, V, tied = SHAPES[size]
     config = LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-        head_dim=H, tie_word_embeddings=tied, max_position_embeddings=8192, use_cache=False,
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
+        num_key_value_heads=K, head_dim=H, tie_word_embeddings=tied, max_position_embeddings=8192, use_cache=False,
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
