@@ -4,6 +4,7 @@ Every dim of a parameter and every dim of an important activation has a name. A 
 None where the dim is not split. Nothing is split, or left whole, without standing here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,14 +18,18 @@ from realjax.core.trees import Tree, map_paths
 Names = tuple[str, ...]
 
 
+Axes = str | tuple[str, ...] | None
+
+
 @dataclass(frozen=True)
 class IfDivides:
-    """Split over `axis` when the dim divides by it, whole on every device otherwise (KV heads fewer than tp)."""
+    """Split over `axes` when the dim divides by them, else as `otherwise` says (whole on every device by default)."""
 
-    axis: str
+    axes: Axes
+    otherwise: Axes = None
 
 
-Rules = Mapping[str, str | IfDivides | None]
+Rules = Mapping[str, Axes | IfDivides]
 Constrain = Callable[[Array, Names], Array]
 
 
@@ -33,10 +38,10 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
     return {
         # parameters
         "layers": "pipe",
-        "vocab": "tensor",
+        "vocab": IfDivides(("tensor", "pipe"), otherwise="tensor"),
         "embed": "data" if strategy.zero_stage == 3 else None,
         "q_heads": "tensor",
-        "kv_heads": IfDivides("tensor"),
+        "kv_heads": IfDivides("tensor"),  # fewer than tp: whole on every device
         "head_dim": None,
         "ffn": "tensor",
         "norm": None,
@@ -46,7 +51,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "time": None,
         "residual_time": "tensor" if strategy.sequence_parallel else None,
         "act_embed": None,
-        "act_vocab": "tensor",
+        "act_vocab": IfDivides(("tensor", "pipe"), otherwise="tensor"),
         "act_ffn": "tensor",
     }
 
@@ -75,30 +80,35 @@ def resolve(names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, 
     """
     if len(names) != len(shape):
         raise ValueError(f"{subject}: {len(names)} axis names {names} for shape {shape}; name every dim")
-    sizes = layout.mesh.shape
-    spec: list[str | None] = []
+    spec: list[Axes] = []
     for dim, (name, size) in enumerate(zip(names, shape)):
         if name not in rules:
+            known = ", ".join(sorted(rules))
+            raise ValueError(f"{subject}: dim {dim} has the unknown axis name '{name}'; known: {known}")
+        axes = rules[name]
+        if isinstance(axes, IfDivides):
+            axes = axes.axes if size % _num_shards(axes.axes, layout) == 0 else axes.otherwise
+        if repeated := set(_as_tuple(axes)) & {axis for earlier in spec for axis in _as_tuple(earlier)}:
             raise ValueError(
-                f"{subject}: dim {dim} has the unknown axis name '{name}'; known: {', '.join(sorted(rules))}"
+                f"{subject}: mesh axis '{repeated.pop()}' is used for two dims of {names}; change the rule of '{name}'"
             )
-        axis = rules[name]
-        if isinstance(axis, IfDivides):
-            axis = axis.axis if size % sizes[axis.axis] == 0 else None
-        if axis is not None and axis in spec:
+        if size % (num_shards := _num_shards(axes, layout)) != 0:
             raise ValueError(
-                f"{subject}: mesh axis '{axis}' is used for two dims of {names}; change the rule of '{name}'"
+                f"{subject}: dim {dim} ('{name}') of size {size} does not divide over mesh axis '{axes}' of size "
+                f"{num_shards}; {_remedy(_as_tuple(axes)[0], name, size)}"
             )
-        if axis is not None and size % sizes[axis] != 0:
-            raise ValueError(
-                f"{subject}: dim {dim} ('{name}') of size {size} does not divide over mesh axis '{axis}' of size "
-                f"{sizes[axis]}; "
-                f"{_remedy(axis, name, size)}"
-            )
-        spec.append(axis)
+        spec.append(axes)
     while spec and spec[-1] is None:
         spec.pop()
     return PartitionSpec(*spec)
+
+
+def _as_tuple(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _num_shards(axes: Axes, layout: Layout) -> int:
+    return math.prod(layout.mesh.shape[axis] for axis in _as_tuple(axes))
 
 
 def _remedy(axis: str, name: str, size: int) -> str:
@@ -124,6 +134,8 @@ def make_constrain(rules: Rules, layout: Layout) -> Constrain:
 
     def constrain(x: Array, names: Names) -> Array:
         spec = resolve(names, x.shape, rules, layout, f"activation {names}")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+        # Inside a pipeline stage the mesh of the context is this one with its pipe axis taken by the stage.
+        inner = jax.sharding.get_abstract_mesh()
+        return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh if inner.empty else inner, spec))
 
     return constrain

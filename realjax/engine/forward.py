@@ -11,6 +11,7 @@ from realjax.core.axes import Rules, make_constrain, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
+from realjax.engine.pipeline import make_run_layers
 from realjax.models import heads
 from realjax.models.attention import make_attention
 from realjax.models.build import Model
@@ -60,13 +61,15 @@ def make_outputs(model: Model, head: str, rules: Rules, layout: Layout, options:
     constrain = make_constrain(rules, layout)
     strategy = layout.strategy
     attention_fn = make_attention(options.attention, strategy.tp, options.max_segment_len)
-    forward = Forward(constrain=constrain, attention_fn=attention_fn, remat=options.remat)
+    forward = Forward(
+        constrain=constrain, attention_fn=attention_fn, run_layers_fn=make_run_layers(layout), remat=options.remat
+    )
 
     def chunk_len(batch: Batch) -> int:
         if options.loss_chunk_tokens is not None:
             return heads.chunk_len(batch.row_len, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
         rows = max(1, batch.num_rows // strategy.dp)
-        return heads.chunk_len(batch.row_len, rows, max(1, model.config.vocab_size // strategy.tp))
+        return heads.chunk_len(batch.row_len, rows, max(1, model.config.vocab_size // (strategy.tp * strategy.pp)))
 
     def outputs(params: Tree, batch: Batch) -> Mapping[str, Array]:
         transformer = model.bind(params)

@@ -51,7 +51,7 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         batch_size=data.train_bs_n_seqs,
         num_epochs=config.exp_ctrl.total_train_epochs,
         seed=config.seed,
-        row_multiple=dp * num_mbs,
+        row_multiple=dp * num_mbs * layout.strategy.pp,
         num_shards=dp,
     )
     mfc = MFC(

@@ -1,0 +1,70 @@
+"""Pipeline parallelism: layers in stages over the `pipe` axis, micro-batches of rows handed from stage to stage.
+
+One SPMD program (as in GPipe, arXiv:1811.06965): at tick t stage s works on micro-batch t - s, so M micro-batches
+through P stages take M + P - 1 ticks. The other mesh axes stay with XLA. The embedding and the head are outside: the
+vocabulary is split over `tensor` and `pipe`, so that no stage computes them for nothing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from realjax.core.layout import Layout
+from realjax.models.transformer import BlockFn, RunLayersFn, scan_layers
+
+
+def make_run_layers(layout: Layout) -> RunLayersFn:
+    """Returns how the stacked layers run in `layout`: one after another, or in pipeline stages."""
+    return scan_layers if layout.strategy.pp == 1 else make_pipeline(layout)
+
+
+def num_stage_batches(num_rows: int, layout: Layout) -> int:
+    """Returns the number of micro-batches of a pass: the most, up to two a stage, that leave each device whole rows."""
+    rows_per_device = num_rows // layout.strategy.dp
+    return next(n for n in range(2 * layout.strategy.pp, 0, -1) if rows_per_device % n == 0)
+
+
+def make_pipeline(layout: Layout) -> RunLayersFn:
+    """Returns `run_layers(block_fn, stacked, x, per_row)` with `stacked` split over the stages on its layer dim."""
+    num_stages = layout.strategy.pp
+    by_stage, whole = PartitionSpec("pipe"), PartitionSpec()
+
+    def run_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any) -> Array:
+        num_batches = num_stage_batches(x.shape[0], layout)
+
+        def split(rows: Array) -> Array:
+            # Rows are dealt out in turn, so that each stays on its own device of the data axis.
+            return jnp.moveaxis(rows.reshape(-1, num_batches, *rows.shape[1:]), 1, 0)
+
+        def stage(layers: Any, inputs: Array, per_row: Any) -> Array:
+            index = jax.lax.axis_index("pipe")
+
+            def tick(received: Array, t: Array) -> tuple[Array, Array]:
+                turn = jnp.clip(t - index, 0, num_batches - 1)
+                x = jnp.where(index == 0, inputs[0, turn], received)
+                x = scan_layers(block_fn, layers, x, jax.tree.map(lambda rows: rows[turn], per_row))
+                return jax.lax.ppermute(x, "pipe", [(i, i + 1) for i in range(num_stages - 1)]), x
+
+            ticks = jnp.arange(num_batches + num_stages - 1)
+            outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0, 0]), ticks)[1]
+            return outputs[None, num_stages - 1 :]
+
+        pipeline = jax.shard_map(
+            stage,
+            mesh=layout.mesh,
+            in_specs=(by_stage, by_stage, whole),
+            out_specs=by_stage,
+            axis_names={"pipe"},
+            check_vma=False,
+        )
+        # Only the first stage's input and the last stage's output count. Stacking them over the stages, instead of
+        # replicating, leaves no sum over `pipe` to the backward pass (in bf16 that sum aborts on CPU).
+        inputs = split(x)[None]
+        inputs = jnp.concatenate([inputs, jnp.zeros((num_stages - 1, *inputs.shape[1:]), x.dtype)])
+        outputs = pipeline(stacked, inputs, jax.lax.stop_gradient(jax.tree.map(split, per_row)))[-1]
+        return jnp.moveaxis(outputs, 0, 1).reshape(x.shape)
+
+    return run_layers
