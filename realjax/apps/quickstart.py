@@ -1,5 +1,6 @@
 """The command line: `python3 -m realjax.apps.quickstart <experiment> key=value ...`, also installed as `realjax`."""
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -20,6 +21,7 @@ from realjax.options.experiments import SFTConfig
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
 from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
+from realjax.runtime.processes import ProcessGroup, find_process_group, is_first, join, text_from_first
 
 logger = logging.getLogger("realjax.quickstart")
 HELP_FLAGS = ("--help", "-h", "help")
@@ -82,6 +84,9 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
     console = configure_logging()
     config = resolve_names(config, name)
     validate(config)
+    group = find_process_group(os.environ)
+    if group is not None:
+        config = join_processes(config, group)
     paths = run_paths(config)
     check_writable(paths)
     logger.info("Running %s experiment.", name)
@@ -94,6 +99,24 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
     from realjax.runtime import loop
 
     return loop.run(experiment.build(config, devices), console)
+
+
+def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> CommonExperimentConfig:
+    """Joins the run's processes and returns `config` with the first one's trial name; only that one logs its progress.
+
+    ValueError when the devices do not divide over the processes.
+    """
+    needed = config.n_nodes * config.n_gpus_per_node
+    if needed % group.num_processes:
+        raise ValueError(
+            f"n_nodes*n_gpus_per_node: {needed} devices do not divide over {group.num_processes} processes; "
+            "start as many processes as divide them"
+        )
+    jax.config.update("jax_num_cpu_devices", needed // group.num_processes)
+    join(group, config.n_gpus_per_node)
+    if not is_first():
+        logging.getLogger("realjax").setLevel(logging.WARNING)
+    return dataclasses.replace(config, trial_name=text_from_first(str(config.trial_name)))
 
 
 def configure_logging() -> Console:
@@ -147,7 +170,7 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) 
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
-    if settings.jax_num_cpu_devices < needed:
+    if settings.jax_num_cpu_devices < needed and jax.process_count() == 1:
         # Only possible before the first use of a device.
         jax.config.update("jax_num_cpu_devices", needed)
     devices, platform = jax.devices(), jax.default_backend()

@@ -10,6 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+logger = logging.getLogger("realjax.loop")
 LOG_FORMAT = "%(asctime)s.%(msecs)03d %(name)s %(levelname)s: %(message)s"
 LOG_TIME_FORMAT = "%Y%m%d-%H:%M:%S"
 # The first steps compile and warm caches, so they say nothing about the steps to come.
@@ -63,15 +64,15 @@ class ConsoleHandler(logging.Handler):
 
 
 class ProgressDisplay:
-    """Shows the steps of a run: a bar when `console` is a terminal, and always one plain log line per step.
+    """Logs a line per step, and shows a bar below the log when `console` is a terminal.
 
+    The lines go wherever the log goes; a `ConsoleHandler` on the same console prints them above the bar.
     `done_steps` of `total_steps` were done by an earlier process of the run. Use as a context manager: leaving it, also
     by an exception, gives the terminal back.
     """
 
     def __init__(self, total_steps: int, console: Console | None = None, done_steps: int = 0) -> None:
         self.console = make_console() if console is None else console
-        self._handler = ConsoleHandler(self.console)
         self._steps_left = total_steps - done_steps
         self._num_timed = -NUM_UNTIMED_STEPS
         self._timed_seconds = 0.0
@@ -86,10 +87,6 @@ class ProgressDisplay:
         )
         self._task = self._progress.add_task("", total=total_steps, completed=done_steps)
 
-    def log(self, text: str, name: str = "realjax") -> None:
-        """Prints one stamped log line above the bar."""
-        self._handler.handle(logging.makeLogRecord({"name": name, "levelname": "INFO", "msg": text}))
-
     def finish_step(self, line: StepLine) -> None:
         """Logs the line of a finished step with the time left, and moves the bar."""
         self._steps_left -= 1
@@ -97,7 +94,7 @@ class ProgressDisplay:
         if self._num_timed > 0:
             self._timed_seconds += line.seconds
         eta_seconds = self.eta_seconds()
-        self.log(line.text(eta_seconds))
+        logger.info(line.text(eta_seconds))
         eta = "" if eta_seconds is None else f"ETA {format_seconds(eta_seconds)}"
         self._progress.update(self._task, advance=1, description=eta)
 
@@ -137,7 +134,7 @@ def format_value(name: str, value: float | int | str) -> str:
     if not math.isfinite(value):
         return str(value)
     # A fixed number of decimals would print a small value as zero and a huge one as a row of digits.
-    if style is None or not (value == 0 or 1e-3 <= abs(value) < 1e7):
+    if style is None or not (value == 0 or 0.1 <= abs(value) < 1e7):
         style = ".1e" if style == ".1e" else ".4g"
     return format(value, style)
 

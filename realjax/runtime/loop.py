@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import numpy as np
@@ -19,9 +20,10 @@ from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
 from realjax.runtime.executor import Executor
 from realjax.runtime.metrics import MetricsWriter
-from realjax.runtime.report import Section, write_report
+from realjax.runtime.processes import is_first
+from realjax.runtime.report import REPORT_FILE, Section, write_report
 from realjax.runtime.roles import Role, build_role, load_role
-from realjax.runtime.rundir import open_run_directory
+from realjax.runtime.rundir import open_run_directory, write_log
 from realjax.runtime.triggers import StopSignal, Trigger
 
 logger = logging.getLogger("realjax.loop")
@@ -30,16 +32,25 @@ STOPPED = 143  # the shell's code for a process ended by SIGTERM
 
 def run(spec: RunSpec, console: Console | None = None) -> int:
     """Carries out a run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it after a save."""
-    has_state = open_run_directory(spec)
     total_updates = spec.loader.total_steps
     homes = {name: spec.layouts[_home_call(spec, name)] for name in spec.roles}
     roles = {name: build_role(role, homes[name], total_updates) for name, role in spec.roles.items()}
-    with RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
+    # After what may refuse the run, which then leaves an earlier one's files where they are.
+    has_state = open_run_directory(spec)
+    with write_log(spec.paths.logs), RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
+        if has_state and (checkpointer.latest_step or 0) >= total_updates and (spec.paths.logs / REPORT_FILE).exists():
+            logger.info("all %d steps were done before, see %s", total_updates, spec.paths.logs / REPORT_FILE)
+            return 0
         state = _first_state(spec, roles, checkpointer if has_state else None)
         executor = Executor(spec.graph, spec.layouts, roles, dict(state.roles))
-        with MetricsWriter(spec.paths.logs, spec.wandb_mode, resume_step=state.step) as metrics, StopSignal() as stop:
+        with _open_metrics(spec, state.step) as metrics, StopSignal() as stop:
             session = Session(spec, roles, executor, checkpointer, metrics, state.step, console)
             return session.run(stop)
+
+
+def _open_metrics(spec: RunSpec, step: int) -> AbstractContextManager[MetricsWriter | None]:
+    """Returns the writer in the first process, None in the others: a run has one record."""
+    return MetricsWriter(spec.paths.logs, spec.wandb_mode, resume_step=step) if is_first() else nullcontext()
 
 
 def _home_call(spec: RunSpec, role: str) -> str:
@@ -72,7 +83,7 @@ class Session:
         roles: dict[str, Role],
         executor: Executor,
         checkpointer: RunCheckpointer,
-        metrics: MetricsWriter,
+        metrics: MetricsWriter | None,
         first_step: int,
         console: Console | None,
     ) -> None:
@@ -96,9 +107,11 @@ class Session:
                 if spec.evaluation and evaluate.fires(position):
                     self.evaluate(step + 1)
                 is_last = step + 1 == self.last_step
-                if is_last or stop.received or save.fires(position):
-                    self.save(position, export=not stop.received)
-                if stop.received and not is_last:
+                is_due = save.fires(position) or is_last
+                must_stop = stop.received  # read once: a signal that comes later waits for the next step
+                if is_due or must_stop:
+                    self.save(position, export=is_due)
+                if must_stop and not is_last:
                     logger.warning("stopped by SIGTERM after step %d; recover_mode=auto continues from here", step + 1)
                     return STOPPED
         self.finish()
@@ -118,20 +131,22 @@ class Session:
         if len(self.executor.compile_log.entries) == num_compiled:
             self.step_seconds.append(seconds)
             self.num_tokens += batch.num_tokens
-        self.metrics.write(step + 1, {**values, "epoch": position.epoch})
-        shown = {name: value for name, value in values.items() if name not in ("seconds", "num_skipped")}
-        self.display.finish_step(
-            StepLine(
-                epoch=position.epoch,
-                num_epochs=self.spec.num_epochs,
-                epoch_step=position.epoch_step,
-                steps_per_epoch=self.spec.loader.steps_per_epoch,
-                global_step=step + 1,
-                seconds=seconds,
-                metrics=shown,
-            )
-        )
+        if self.metrics is not None:
+            self.metrics.write(step + 1, {**values, "epoch": position.epoch})
+            self.display.finish_step(self._step_line(position, values))
         return position
+
+    def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
+        shown = {name: value for name, value in values.items() if name not in ("seconds", "num_skipped")}
+        return StepLine(
+            epoch=position.epoch,
+            num_epochs=self.spec.num_epochs,
+            epoch_step=position.epoch_step,
+            steps_per_epoch=self.spec.loader.steps_per_epoch,
+            global_step=position.global_step,
+            seconds=values["seconds"],
+            metrics=shown,
+        )
 
     def evaluate(self, step: int) -> None:
         """Measures the held-out loss after `step` steps."""
@@ -143,14 +158,17 @@ class Session:
             total = sums if total is None else jax.tree.map(np.add, jax.tree.map(np.asarray, sums), total)
         assert total is not None
         values = {name: float(np.asarray(x)) for name, x in finalize({"loss": total.loss, **total.metrics}).items()}
-        self.metrics.write(step, values, kind="eval")
+        if self.metrics is not None:
+            self.metrics.write(step, values, kind="eval")
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
 
     def save(self, position: Position, *, export: bool) -> None:
-        """Saves the state to continue from and, when `export`, every trained role as a HuggingFace checkpoint."""
+        """Saves every trained role as a HuggingFace checkpoint, when `export`, and then the state to continue from.
+
+        A run continues after the step of that state, so whatever else belongs to the step has to be there before it.
+        """
         trained = {name: s for name, s in self.executor.states.items() if isinstance(s, TrainState)}
-        self.checkpointer.save(RunState(step=position.global_step, roles=trained, counters={"seed": self.spec.seed}))
         for name, state in trained.items() if export else ():
             out_dir = self.spec.paths.checkpoints / name / checkpoint_name(position)
             role = self.roles[name]
@@ -168,6 +186,7 @@ class Session:
                 max_shard_bytes=self.spec.max_shard_bytes,
             )
             logger.info("saved %s to %s", name, out_dir)
+        self.checkpointer.save(RunState(step=position.global_step, roles=trained, counters={"seed": self.spec.seed}))
 
     def finish(self) -> None:
         """Writes the report and says where everything is."""
@@ -178,7 +197,7 @@ class Session:
             logger.info(
                 "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
             )
-        if jax.process_index() == 0:
+        if is_first():
             report = write_report(
                 self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections()
             )
@@ -218,10 +237,13 @@ class Session:
                 "step %d: gradients are not finite, the update was skipped (%d in a row)", step + 1, int(value)
             )
             if value >= self.spec.max_nonfinite_steps:
+                saved = self.checkpointer.latest_step
+                kept = (
+                    "nothing was saved before" if saved is None else f"step {saved} is in {self.checkpointer.directory}"
+                )
                 raise RuntimeError(
                     f"step {step + 1}: gradients were not finite {int(value)} times in a row (max_nonfinite_steps); "
-                    f"the last "
-                    f"good state is in {self.spec.paths.recover}; lower the learning rate or look at the data"
+                    f"{kept}; lower the learning rate or look at the data"
                 )
 
 

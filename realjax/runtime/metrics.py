@@ -23,8 +23,8 @@ Metric = float | int | str
 class MetricsWriter:
     """Appends the metrics of one run; made by one process only, before device work, since it checks its options.
 
-    `resume_step=s > 0` continues a run whose step s was saved: records of later steps are removed. `resume_step=0` starts
-    anew and keeps an earlier file as `metrics.<n>.jsonl`. ValueError: unknown `wandb_mode`, or wandb not installed.
+    `resume_step=s > 0` continues a run whose step s was saved: records of later steps are removed. `resume_step=0`
+    starts anew and keeps an earlier file as `metrics.<n>.jsonl`. ValueError: unknown `wandb_mode`, wandb not installed.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class MetricsWriter:
             self._wandb_run = start_wandb(wandb, run_dir, wandb_mode, wandb_project, resume_step)
 
     def write(self, step: int, metrics: Mapping[str, Metric], kind: str = "train") -> None:
-        """Appends one flushed line {step, kind, time, ...metrics}; non-finite numbers become null, named in `nonfinite`."""
+        """Appends one flushed line: step, kind, time, metrics; non-finite numbers are null, named in `nonfinite`."""
         reserved = [name for name in metrics if name in RECORD_KEYS]
         if reserved:
             raise ValueError(f"metrics: names {reserved} are taken by the record itself {RECORD_KEYS}; rename them")

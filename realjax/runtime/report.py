@@ -43,7 +43,9 @@ class Section:
 
     def __post_init__(self) -> None:
         if self.kind not in SECTION_KINDS:
-            raise ValueError(f"report section '{self.title}': kind '{self.kind}'; use one of {', '.join(SECTION_KINDS)}")
+            raise ValueError(
+                f"report section '{self.title}': kind '{self.kind}'; use one of {', '.join(SECTION_KINDS)}"
+            )
         if self.kind == "image" and (self.image is None or not Path(self.image).is_file()):
             raise ValueError(f"report section '{self.title}': no image file at '{self.image}'; give an existing file")
 
@@ -117,6 +119,8 @@ def draw_curve(path: Path, name: str, series: Series) -> None:
     axes.set_ylabel(name, parse_math=False)
     axes.set_xlabel("global step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Ticks show whole values: "+1.2e4" in a corner of the plot is easily missed.
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -126,9 +130,11 @@ def draw_curve(path: Path, name: str, series: Series) -> None:
 
 
 def smooth(values: np.ndarray, *, window: int) -> np.ndarray:
-    """Centred moving mean; at the ends only over the values that are there, so that it neither lags nor bends."""
-    kernel = np.ones(2 * (window // 2) + 1)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    """Centred moving mean over up to `window` values, evenly fewer at the ends: a straight line stays one."""
+    index = np.arange(len(values))
+    half = np.minimum(window // 2, np.minimum(index, index[::-1]))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 
 
 def curve_parts(records: Sequence[Mapping[str, Any]], run_dir: Path) -> list[str]:
@@ -188,6 +194,7 @@ def cell_text(name: str, record: Mapping[str, Any]) -> str:
 
 
 def section_html(section: Section) -> str:
+    """A section with its heading."""
     heading = f"<h2>{html.escape(section.title)}</h2>"
     if section.kind == "table":
         return heading + table_html(section.columns, section.rows)
@@ -210,16 +217,19 @@ def table_html(columns: Sequence[str], rows: Iterable[Iterable[Any]], *, numeric
 
 
 def image_html(path: Path, label: str) -> str:
+    """The image file itself, as a data URL."""
     mime = mimetypes.guess_type(path.name)[0] or "image/png"
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img src="data:{mime};base64,{data}" alt="{html.escape(label)}">'
 
 
 def pre_html(text: str) -> str:
+    """Text as it is, in a fixed-width box."""
     return f"<pre>{html.escape(text)}</pre>"
 
 
 def details_html(title: str, body: str, *, is_open: bool = False) -> str:
+    """`body`, which is HTML already, folded under `title`."""
     return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{body}</details>"
 
 

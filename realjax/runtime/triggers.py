@@ -6,6 +6,7 @@ from types import FrameType, TracebackType
 
 from realjax.data.loader import Position
 from realjax.dataflow.run import Frequency
+from realjax.runtime.processes import from_first
 
 
 class Trigger:
@@ -20,7 +21,9 @@ class Trigger:
         f = self.frequency
         by_epoch = f.epochs is not None and position.ends_epoch and position.epoch % f.epochs == 0
         by_step = f.steps is not None and position.global_step % f.steps == 0
-        by_time = f.secs is not None and time.monotonic() - self._last_fired >= f.secs
+        # Clocks differ between processes, and all of them must save or none.
+        elapsed = 0.0 if f.secs is None else from_first(time.monotonic() - self._last_fired)
+        by_time = f.secs is not None and elapsed >= f.secs
         if by_time:
             self._last_fired = time.monotonic()
         return by_epoch or by_step or by_time

@@ -1,0 +1,105 @@
+"""Starts a run in several processes on this machine: `python -m launch.local --processes 2 --devices 4 -- sft key=value`.
+
+Their logs are merged, each line behind its process's number. When one process ends, the others are ended too, so that a
+failure is a message and not a hang.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from realjax.runtime.processes import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+
+# Time for the other processes to end by themselves after one has: they may be in their last save.
+GRACE_SECONDS = 60
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code of the first process that failed, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, required=True, help="processes on this machine")
+    parser.add_argument(
+        "--devices", type=int, help="devices of each process; default: those of n_gpus_per_node, divided"
+    )
+    parser.add_argument("--coordinator", help="host:port of process 0, for processes on several machines")
+    parser.add_argument("--num-processes", type=int, help="processes on all machines; default: those on this one")
+    parser.add_argument("--first-process", type=int, default=0, help="number of this machine's first process")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- then an experiment and its options")
+    args = parser.parse_args(argv)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.processes < 1 or not command:
+        parser.error("needs --processes of at least 1, and a command such as: -- sft model.path=...")
+    if args.devices is not None:
+        command = [*command, f"n_gpus_per_node={args.devices * args.processes}"]
+    return run_processes([sys.executable, "-m", "realjax.apps.quickstart", *command], args)
+
+
+def run_processes(command: list[str], args: argparse.Namespace) -> int:
+    """Starts the processes, merges their output, and waits for all."""
+    coordinator = args.coordinator or f"127.0.0.1:{free_port()}"
+    common = {
+        COORDINATOR: coordinator,
+        NUM_PROCESSES: str(args.num_processes or args.processes),
+        "REALJAX_PROCESSES_PER_NODE": str(args.processes),
+    }
+    processes, readers = [], []
+    for i in range(args.first_process, args.first_process + args.processes):
+        env = os.environ | common | {PROCESS_ID: str(i)}
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        reader = threading.Thread(target=copy_lines, args=(process, i), daemon=True)
+        reader.start()
+        processes.append(process)
+        readers.append(reader)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    code = wait_for_all(processes)
+    for reader in readers:
+        reader.join(timeout=5)
+    return code
+
+
+def wait_for_all(processes: list[subprocess.Popen]) -> int:
+    """Returns the first code that is not 0, or 0; ends the processes that outlive another for too long."""
+    deadline: float | None = None
+    while any(process.poll() is None for process in processes):
+        ended = [process.returncode for process in processes if process.returncode is not None]
+        if ended and deadline is None:
+            # A failed process takes the others with it at once; a finished one only when they do not follow.
+            deadline = time.monotonic() + (GRACE_SECONDS if ended[0] == 0 else 5)
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"launch: a process ended with code {ended[0]}, ending the others", flush=True)
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.1)
+    return next((process.returncode for process in processes if process.returncode not in (0, -signal.SIGKILL)), 0) or (
+        0 if all(process.returncode == 0 for process in processes) else 1
+    )
+
+
+def copy_lines(process: subprocess.Popen, number: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"[{number}] {line}", end="", flush=True)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

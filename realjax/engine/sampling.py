@@ -1,0 +1,117 @@
+"""One draw per row: end-of-text suppression, temperature, top-k and top-p, a token and its log-probability.
+
+The order is ReaL's: suppress, divide by the temperature, then both filters on the same logits independently; what either
+removes is removed. The log-probability is that of the distribution drawn from. Greedy takes no temperature and no filter.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from realjax.core.generation_config import GenerationConfig
+
+REMOVED = float(jnp.finfo(jnp.float32).min)
+DRAW_BLOCK = 256
+
+
+def process_logits(logits_BV: Array, num_generated: Array, eos_ids: tuple[int, ...], config: GenerationConfig) -> Array:
+    """Returns the float32 logits `[B, V]` of the distribution to draw from; removed tokens are the least float.
+
+    `num_generated` `[B]` is how many tokens each row has generated so far.
+    """
+    logits = logits_BV.astype(jnp.float32)
+    if config.min_new_tokens > 0 and eos_ids:
+        too_early = (num_generated < config.min_new_tokens)[:, None]
+        is_eos = jnp.isin(jnp.arange(logits.shape[1]), jnp.array(eos_ids))[None]
+        logits = jnp.where(too_early & is_eos, REMOVED, logits)
+    if config.greedy:
+        return logits
+    logits = logits / config.temperature
+    least = jnp.maximum(top_k_bound(logits, config.top_k), top_p_bound(logits, config.top_p))
+    return jnp.where(logits < least[:, None], REMOVED, logits)
+
+
+def top_k_bound(logits_BV: Array, top_k: int) -> Array:
+    """Returns the k-th largest logit of each row `[B]`; what lies below it is removed, ties with it stay."""
+    if top_k >= logits_BV.shape[1]:
+        return jnp.full(logits_BV.shape[0], -jnp.inf)
+    return jax.lax.top_k(logits_BV, top_k)[0][:, -1]
+
+
+def top_p_bound(logits_BV: Array, top_p: float) -> Array:
+    """Returns the least logit of each row `[B]` that top-p keeps; ties with it stay, and the largest always does.
+
+    A token stays when the tokens likelier than it hold less than top_p of the probability. The bound is found by bisection
+    on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
+    """
+    if top_p >= 1:
+        return jnp.full(logits_BV.shape[0], -jnp.inf)
+    probs = jax.nn.softmax(logits_BV, axis=-1)
+    keys = _ordered_bits(logits_BV)
+
+    def mass_above(key: Array) -> Array:
+        return jnp.sum(jnp.where(keys > key[:, None], probs, 0), axis=1)
+
+    def halve(bounds: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        low, high = bounds  # mass above low >= top_p > mass above high
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        is_kept = mass_above(middle) < top_p
+        return (jnp.where(is_kept, low, middle), jnp.where(is_kept, middle, high)), None
+
+    largest = jnp.max(keys, axis=1)
+    start = (jnp.full_like(largest, jnp.iinfo(jnp.int32).min), largest)
+    (_, least), _ = jax.lax.scan(halve, start, None, length=32)
+    # The bisection ends between two logits: the bound is the least logit at or above it.
+    return jnp.min(jnp.where(keys >= least[:, None], logits_BV, jnp.inf), axis=1)
+
+
+def _ordered_bits(x: Array) -> Array:
+    """Returns int32 keys that order as the floats do."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def row_keys(seed: int, row_ids: Array, sample_ids: Array) -> Array:
+    """Returns one random key per row `[B]`, from the seed, its prompt's number and its sample's alone."""
+    base = jax.random.key(seed, impl="threefry2x32")
+    return jax.vmap(lambda row, sample: jax.random.fold_in(jax.random.fold_in(base, row), sample))(row_ids, sample_ids)
+
+
+def draw_tokens(processed_BV: Array, keys: Array, num_generated: Array, *, greedy: bool) -> tuple[Array, Array]:
+    """Returns tokens int32 `[B]` and their log-probabilities float32 `[B]`.
+
+    A row's draw depends on its key and its number of generated tokens, never on its neighbours.
+    """
+    log_probs = jax.nn.log_softmax(processed_BV, axis=-1)
+    if greedy:
+        tokens = jnp.argmax(processed_BV, axis=-1)
+    else:
+        uniforms = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, num_generated)
+        tokens = _invert_cdf(jnp.exp(log_probs), uniforms)
+    tokens = tokens.astype(jnp.int32)
+    return tokens, jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
+
+
+def _invert_cdf(probs_BV: Array, uniforms: Array) -> Array:
+    """Returns the first token whose cumulative probability exceeds the row's uniform number.
+
+    Two levels, blocks and then tokens of one block, keep float32 sums short; a token of probability 0 is never returned.
+    """
+    B, V = probs_BV.shape
+    blocks = jnp.pad(probs_BV, ((0, 0), (0, -V % DRAW_BLOCK))).reshape(B, -1, DRAW_BLOCK)
+    block, rest = _first_above(jnp.sum(blocks, axis=2), uniforms, scale=True)
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    token, _ = _first_above(within, rest, scale=False)
+    return block * DRAW_BLOCK + token
+
+
+def _first_above(weights: Array, target: Array, *, scale: bool) -> tuple[Array, Array]:
+    """Returns the first index whose running sum exceeds the target and has weight, and what is left of the target there."""
+    running = jnp.cumsum(weights, axis=1)
+    target = target * running[:, -1] if scale else target
+    index = jnp.argmax((running > target[:, None]) & (weights > 0), axis=1)
+    # Rounding may leave the target at or beyond the total: take the last index with weight.
+    last = weights.shape[1] - 1 - jnp.argmax((weights > 0)[:, ::-1], axis=1)
+    index = jnp.where(target < running[:, -1], index, last)
+    before = jnp.take_along_axis(running - weights, index[:, None], axis=1)[:, 0]
+    return index, target - before
