@@ -88,11 +88,13 @@ class TorchFile:
         self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
     def infos(self) -> dict[str, tuple[Shape, str]]:
+        """Returns shape and dtype (by safetensors' name) of every tensor."""
         t = self._torch
         names = {t.float64: "F64", t.float32: "F32", t.float16: "F16", t.bfloat16: "BF16"}
         return {n: (tuple(x.shape), names.get(x.dtype, str(x.dtype))) for n, x in self._tensors.items()}
 
     def read(self, name: str, window: tuple[slice, ...]) -> np.ndarray:
+        """Returns a copy of that window of the tensor."""
         part = self._tensors[name][window].contiguous()
         if part.dtype == self._torch.bfloat16:  # numpy does not know it: pass the bits
             return part.view(self._torch.int16).numpy().view(ml_dtypes.bfloat16).copy()

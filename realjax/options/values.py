@@ -57,6 +57,7 @@ def unquote(text: str) -> str:
 
 
 def wrong_type(name: str, value: Any, needed: str) -> ValueError:
+    """Returns the error that says what the option `name` was given and what it needs."""
     found = "null" if value is None else repr(value)
     return ValueError(f"{name}: found {found}; it needs {needed}")
 

@@ -107,7 +107,7 @@ def test_the_demo_learns_and_ends_with_a_report(tmp_path):
         [sys.executable, "-c", RUN_SMALL, str(tmp_path)], capture_output=True, text=True, env=inherited, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    before, after = re.search(r"([\d.]+) before, ([\d.]+) after 8 steps", done.stdout).groups()
+    ((before, after),) = re.findall(r"([\d.]+) before, ([\d.]+) after 8 steps", done.stdout)
     assert float(after) < float(before) / 2
     report = Path(done.stdout.strip().rpartition("report: ")[2])
     assert report.name == "report.html" and report.is_relative_to(tmp_path) and report.is_file()

@@ -11,9 +11,13 @@ the ratio, and 6 * parameters * tokens/s as a share of the matrix-product rate m
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +25,7 @@ import numpy as np
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
+from realjax.core.host_memory import keep_freed_memory
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import num_params
@@ -42,14 +47,26 @@ SHAPES = {  # hidden, layers, query heads, kv heads, head size, ffn, vocabulary,
     "8b": (4096, 32, 32, 8, 128, 14336, 128256, False),
 }
 LR = 1e-4
+OURS, TORCH_LOOPS = "realjax", ("torch padded", "torch packed")
 
 
 def main() -> None:
+    args = parse_args()
+    if args.worker:
+        serve(args)
+        return
+    rate = matmul_rate(args.dtype)
+    print(f"device {jax.devices()[0]}, matrix product {rate / 1e9:,.0f} GFLOP/s in {args.dtype}", flush=True)
+    for size in args.sizes:
+        compare(size, args, rate)
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["10m", "135m"], choices=list(SHAPES))
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch")
     parser.add_argument("--lengths", type=int, nargs=2, default=(20, 250), help="shortest and longest sequence")
-    parser.add_argument("--row-len", type=int, help="length of packed rows; default: bucket of the longest sequence")
+    parser.add_argument("--row-len", type=int, help="length of packed rows; default: what pads least")
     parser.add_argument("--rows", type=int, help="fill so many rows of --row-len instead of --batch sequences")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--attention", default="auto")
@@ -57,11 +74,70 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of each loop in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-torch", action="store_true")
-    args = parser.parse_args()
-    rate = matmul_rate(args.dtype)
-    print(f"device {jax.devices()[0]}, matrix product {rate / 1e9:,.0f} GFLOP/s in {args.dtype}")
-    for size in args.sizes:
-        bench(size, args, rate)
+    parser.add_argument("--worker", choices=[OURS, *TORCH_LOOPS], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def compare(size: str, args: argparse.Namespace, rate: float) -> None:
+    """Prints the table of one size. Each loop has its own process, so that no library's threads disturb another's."""
+    names = [OURS] if args.no_torch else [OURS, *TORCH_LOOPS]
+    workers = {name: Worker(name, size) for name in names}
+    info = workers[OURS].read()
+    for name in names[1:]:
+        workers[name].read()
+    print(f"\n{size}: {info['parameters']:,} parameters, {info['tokens']} tokens a step; {info['note']}", flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name, worker in workers.items():
+            rates[name].append(args.steps * info["tokens"] / worker.run(args.steps))
+    for worker in workers.values():
+        worker.process.kill()
+    ours = statistics.median(rates[OURS])
+    for name, values in rates.items():
+        median = statistics.median(values)
+        share = 6 * info["parameters"] * median / rate
+        ratio = f"realjax is x{ours / median:.2f}" if name != OURS else ""
+        print(f"  {name:<13}{median:10,.0f} tokens/s {share:7.1%} of the matrix-product rate  {ratio}", flush=True)
+
+
+class Worker:
+    """A loop in a process of its own, which takes numbers of steps and answers with seconds."""
+
+    def __init__(self, name: str, size: str) -> None:
+        flags = [arg for arg in sys.argv[1:] if arg not in ("--no-torch",)]
+        command = [sys.executable, "-m", "tools.bench.sft", *flags, "--worker", name, "--sizes", size]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+
+    def read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args}: ended without an answer; run it by hand to see why")
+        return json.loads(line)
+
+    def run(self, steps: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Warms one loop up, describes it in a line of JSON, then runs as many steps as each line of input says."""
+    config = model_config(args.sizes[0])
+    examples = draw_sequences(args, config.vocab_size)
+    if args.worker == OURS:
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()  # as `realjax sft` does
+        run, parameters, note = realjax_loop(config, examples, args)
+    else:
+        run, parameters, note = torch_loop(args.worker, args.sizes[0], examples, args.dtype), 0, ""
+    run(2)
+    tokens = sum(len(example["tokens"]) for example in examples)
+    print(json.dumps({"parameters": parameters, "tokens": tokens, "note": note}), flush=True)
+    for line in sys.stdin:
+        print(run(int(line)), flush=True)
 
 
 def matmul_rate(dtype: str) -> float:
@@ -89,29 +165,6 @@ def draw_sequences(args: argparse.Namespace, vocab_size: int) -> list[dict[str, 
         tokens = rng.integers(0, vocab_size, n, dtype=np.int32)
         examples.append({"tokens": tokens, "loss_mask": np.arange(n) > 0})
     return examples
-
-
-def bench(size: str, args: argparse.Namespace, rate: float) -> None:
-    config = model_config(size)
-    examples = draw_sequences(args, config.vocab_size)
-    num_tokens = sum(len(e["tokens"]) for e in examples)
-    loops: dict[str, Callable[[int], float]] = {}
-    loops["realjax"], parameters, note = realjax_loop(config, examples, args)
-    print(f"\n{size}: {parameters:,} parameters, {len(examples)} sequences, {num_tokens} tokens a step; {note}")
-    if not args.no_torch:
-        loops |= torch_loops(size, examples, args.dtype)
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    for loop in loops.values():
-        loop(2)  # compile and warm up
-    for _ in range(args.rounds):
-        for name, loop in loops.items():
-            time.sleep(0.3)  # the other library's idle threads stop spinning
-            rates[name].append(args.steps * num_tokens / loop(args.steps))
-    ours = statistics.median(rates["realjax"])
-    for name, values in rates.items():
-        median = statistics.median(values)
-        share = 6 * parameters * median / rate
-        print(f"  {name:<14} {median:10,.0f} tokens/s  (x{ours / median:.2f})  {share:5.1%} of the matrix-product rate")
 
 
 def model_config(size: str) -> ModelConfig:
@@ -157,8 +210,8 @@ def realjax_loop(
     return run, num_params(model.abstract), f"rows {batch.num_rows} x {row_len}, {padding:.0%} padding"
 
 
-def torch_loops(size: str, examples: list[dict[str, np.ndarray]], dtype: str) -> dict[str, Callable[[int], float]]:
-    """Returns `run(steps) -> seconds` of the two PyTorch loops."""
+def torch_loop(name: str, size: str, examples: list[dict[str, np.ndarray]], dtype: str) -> Callable[[int], float]:
+    """Returns `run(steps) -> seconds` of a PyTorch loop."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -173,34 +226,29 @@ def torch_loops(size: str, examples: list[dict[str, np.ndarray]], dtype: str) ->
     model.config._attn_implementation = "sdpa"
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.05, fused=True)
     tokens = [torch.from_numpy(e["tokens"]).long() for e in examples]
-    longest = max(map(len, tokens))
-    ids = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in tokens])
-    mask = torch.stack([torch.arange(longest) < len(t) for t in tokens]).long()
-    labels = ids.masked_fill(mask == 0, -100)
-    packed_labels = torch.cat([torch.cat([torch.tensor([-100]), t[1:]]) for t in tokens])[None]
-    positions = torch.cat([torch.arange(len(t)) for t in tokens])[None]
-    inputs = {
-        "torch padded": {"input_ids": ids, "attention_mask": mask, "labels": labels},
-        "torch packed": {"input_ids": torch.cat(tokens)[None], "position_ids": positions, "labels": packed_labels},
-    }
+    if name == "torch padded":
+        longest = max(map(len, tokens))
+        ids = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in tokens])
+        mask = torch.stack([torch.arange(longest) < len(t) for t in tokens]).long()
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    else:
+        labels = torch.cat([torch.cat([torch.tensor([-100]), t[1:]]) for t in tokens])[None]
+        positions = torch.cat([torch.arange(len(t)) for t in tokens])[None]
+        batch = {"input_ids": torch.cat(tokens)[None], "position_ids": positions, "labels": labels}
+    batch = {key: tensor.to(device) for key, tensor in batch.items()}
 
-    def make_run(batch: dict) -> Callable[[int], float]:
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-        def run(steps: int) -> float:
-            start = time.perf_counter()
-            for _ in range(steps):
-                model(**batch).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
-
-        return run
-
-    return {name: make_run(batch) for name, batch in inputs.items()}
+    return run
 
 
 if __name__ == "__main__":

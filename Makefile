@@ -1,0 +1,46 @@
+# Needs Python 3.11 or later with pip and venv, nothing else; name another one with `make test PYTHON=python3.12`.
+PYTHON ?= python3
+
+# The tests compare with PyTorch on the CPU. Where plain pip would fetch a large CUDA build of it, say what to install
+# instead, as pip's arguments: make test TORCH="torch==2.13.0 --index-url <an index of CPU builds>".
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick lint format clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: .venv/.installed  ## train a tiny model on made-up film reviews, about two minutes; ends with a report
+	@# transformers would remark that it found no PyTorch, which nothing here needs
+	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python -m realjax.apps.demo
+
+test: lint  ## lint, types and all tests
+	$(BIN)/python -m pytest -n 2
+
+quick: .venv/.dev  ## the tests that take seconds
+	$(BIN)/python -m pytest -n 2 -m "not slow and not e2e"
+
+lint: .venv/.dev  ## ruff and pyright, as in .pre-commit-config.yaml
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.dev  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and the demo's files
+	rm -rf .venv demo_run
+
+# The stamps make a second call quick; a changed pyproject.toml installs again.
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@

@@ -1,0 +1,112 @@
+"""The parts of the house style that a machine can check."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
+SOURCES = sorted(
+    path for part in ("realjax", "configs", "launch", "tools", "tests") for path in (ROOT / part).rglob("*.py")
+)
+PACKAGE = [path for path in SOURCES if path.is_relative_to(ROOT / "realjax")]
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+# Written so that this file does not match itself.
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|root|home/\w+|Users/\w+)/" + r"[\w.]")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def place(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler) -> str:
+    return f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def tracked_files() -> list[Path]:
+    """Returns what git tracks or would add; skips where the sources came without git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+def test_files_are_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert not {name: length for name, length in lengths.items() if length > MOST_FILE_LINES}
+
+
+def test_functions_are_short():
+    too_long = {}
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, FUNCTIONS) and (node.end_lineno or 0) - node.lineno + 1 > MOST_FUNCTION_LINES:
+                too_long[f"{place(path, node)} {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    assert not too_long
+
+
+def test_no_exception_is_swallowed():
+    """A handler of everything must do something, and none may be bare."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            catches_all = isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+            if node.type is None or (catches_all and all(isinstance(part, ast.Pass) for part in node.body)):
+                found.append(place(path, node))
+    assert not found
+
+
+def says_it_all(method: ast.FunctionDef | ast.AsyncFunctionDef, owner: ast.ClassDef) -> bool:
+    """Returns whether a method's name and types suffice: a property, what a base class documents, or two statements."""
+    return bool(owner.bases or method.decorator_list) or len(method.body) <= 2
+
+
+def public_without_docstring(path: Path) -> Iterator[str]:
+    """Yields the public classes, functions and methods that say nothing; those inside functions are not looked at."""
+
+    def look(body: list[ast.stmt], owner: ast.ClassDef | None) -> Iterator[str]:
+        for node in body:
+            if not isinstance(node, FUNCTIONS | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            is_exempt = isinstance(node, FUNCTIONS) and owner is not None and says_it_all(node, owner)
+            if ast.get_docstring(node) is None and not is_exempt:
+                yield f"{place(path, node)} {node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from look(node.body, node)
+
+    yield from look(tree_of(path).body, None)
+
+
+def test_everything_public_has_a_docstring():
+    silent = [found for path in PACKAGE for found in public_without_docstring(path)]
+    assert not silent, "\n".join(silent)
+
+
+def test_every_module_says_what_it_is():
+    silent = [path for path in PACKAGE if path.name != "__init__.py" and ast.get_docstring(tree_of(path)) is None]
+    assert not [str(path.relative_to(ROOT)) for path in silent]
+
+
+def test_nothing_names_a_place_on_one_machine():
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in MACHINE_PATH.finditer(text)]
+    assert not found, "\n".join(found)
+
+
+def test_no_unfinished_work_is_left_in_the_sources():
+    marks = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+    others = [path for path in SOURCES if path != Path(__file__).resolve()]
+    assert not [str(path.relative_to(ROOT)) for path in others if marks.search(path.read_text(encoding="utf-8"))]

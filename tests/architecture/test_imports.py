@@ -1,0 +1,119 @@
+"""Imports go down only; the table below says what each package may know."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# `package.module` allows that module of a package and nothing else of it.
+ALLOWED: dict[str, frozenset[str]] = {
+    "core": frozenset(),
+    "models": frozenset({"core"}),
+    "algorithms": frozenset({"core"}),
+    "data": frozenset({"core"}),
+    "dataflow": frozenset({"core", "data"}),
+    "reshard": frozenset({"core"}),
+    "engine": frozenset({"core", "models"}),
+    "hf": frozenset({"core", "models"}),
+    "allocation": frozenset({"core", "dataflow", "models.config"}),
+    "options": frozenset({"core", "engine", "algorithms", "data", "dataflow"}),
+    "experiments": frozenset({"core", "options", "dataflow", "algorithms", "data", "hf"}),
+    # No options and no experiments: the runtime carries out any run that is described to it. The models are for
+    # building a role before its engine.
+    "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data"}),
+    "apps": frozenset(
+        {"core", "models", "algorithms", "data", "dataflow", "reshard", "engine", "hf", "allocation", "options"}
+        | {"experiments", "runtime"}
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """`realjax.<target>` imported at `place` (file:line)."""
+
+    place: str
+    target: str
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Yields every import of realjax in a file, also those inside functions."""
+    place = path.relative_to(ROOT)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "realjax":
+            names = [f"realjax.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"realjax.<relative, level {node.level}>"]
+        else:
+            continue
+        yield from (
+            Import(place=f"{place}:{node.lineno}", target=name.removeprefix("realjax."))
+            for name in names
+            if name.startswith("realjax.")
+        )
+
+
+def violations(package: str, found: list[Import]) -> list[str]:
+    """Returns a line for each import that the package may not make."""
+    allowed = ALLOWED[package] | {package}
+    may = f"'{package}' may import {', '.join(sorted(ALLOWED[package])) or 'nothing of realjax'}"
+    return [
+        f"{item.place} imports realjax.{item.target}: {may}"
+        for item in found
+        if not any(f"{item.target}.".startswith(f"{name}.") for name in allowed)
+    ]
+
+
+def files_of(package: str) -> list[Path]:
+    return sorted((ROOT / "realjax" / package).rglob("*.py"))
+
+
+def test_every_package_stands_in_the_table():
+    present = {path.parent.name for path in (ROOT / "realjax").glob("*/__init__.py")}
+    assert present == set(ALLOWED)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_down(package):
+    found = [item for path in files_of(package) for item in imports_of(path)]
+    assert not (wrong := violations(package, found)), "\n".join(wrong)
+
+
+def test_the_top_module_imports_no_package():
+    """`import realjax` stays free of cost, and of cycles."""
+    assert not list(imports_of(ROOT / "realjax" / "__init__.py"))
+
+
+def test_packages_have_no_cycle():
+    graph = nx.DiGraph()
+    for package in ALLOWED:
+        targets = {item.target.split(".")[0] for path in files_of(package) for item in imports_of(path)}
+        graph.add_edges_from((package, target) for target in targets - {package})
+    assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
+
+
+def test_no_module_is_named_utils():
+    parts = ("realjax", "configs", "launch", "tools", "tests")
+    assert not [path for part in parts for path in (ROOT / part).rglob("*util*.py")]
+
+
+def test_a_violation_is_told_with_its_place():
+    """The check itself: one wrong import among right ones is found, and said where."""
+    items = [
+        Import(place="realjax/data/x.py:1", target="core.batch"),
+        Import(place="realjax/data/x.py:12", target="engine.train"),
+    ]
+    assert violations("data", items) == [
+        "realjax/data/x.py:12 imports realjax.engine.train: 'data' may import core",
+    ]
+    config = Import(place="realjax/allocation/x.py:1", target="models.config")
+    build = Import(place="realjax/allocation/x.py:2", target="models.build")
+    assert len(violations("allocation", [config, build])) == 1
