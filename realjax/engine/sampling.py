@@ -1,8 +1,12 @@
 """One draw per row: end-of-text suppression, temperature, top-k and top-p, a token and its log-probability.
 
-The order is ReaL's: suppress, divide by the temperature, then both filters on the same logits independently; what either
-removes is removed. The log-probability is that of the distribution drawn from. Greedy takes no temperature and no filter.
+The order is ReaL's: suppress, divide by the temperature, then both filters on the same logits independently; what
+either
+removes is removed. The log-probability is that of the distribution drawn from. Greedy takes no temperature and no
+filter.
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +45,8 @@ def top_k_bound(logits_BV: Array, top_k: int) -> Array:
 def top_p_bound(logits_BV: Array, top_p: float) -> Array:
     """Returns the least logit of each row `[B]` that top-p keeps; ties with it stay, and the largest always does.
 
-    A token stays when the tokens likelier than it hold less than top_p of the probability. The bound is found by bisection
-    on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
+    A token stays when the tokens likelier than it hold less than top_p of the probability. The bound is found by
+    bisection on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
     """
     if top_p >= 1:
         return jnp.full(logits_BV.shape[0], -jnp.inf)
@@ -95,7 +99,8 @@ def draw_tokens(processed_BV: Array, keys: Array, num_generated: Array, *, greed
 def _invert_cdf(probs_BV: Array, uniforms: Array) -> Array:
     """Returns the first token whose cumulative probability exceeds the row's uniform number.
 
-    Two levels, blocks and then tokens of one block, keep float32 sums short; a token of probability 0 is never returned.
+    Two levels, blocks and then tokens of one block, keep float32 sums short; a token of probability 0 is never
+    returned.
     """
     B, V = probs_BV.shape
     blocks = jnp.pad(probs_BV, ((0, 0), (0, -V % DRAW_BLOCK))).reshape(B, -1, DRAW_BLOCK)
@@ -106,7 +111,9 @@ def _invert_cdf(probs_BV: Array, uniforms: Array) -> Array:
 
 
 def _first_above(weights: Array, target: Array, *, scale: bool) -> tuple[Array, Array]:
-    """Returns the first index whose running sum exceeds the target and has weight, and what is left of the target there."""
+    """Returns the first index whose running sum exceeds the target and has weight, and what is left of the target
+    there.
+    """
     running = jnp.cumsum(weights, axis=1)
     target = target * running[:, -1] if scale else target
     index = jnp.argmax((running > target[:, None]) & (weights > 0), axis=1)
@@ -115,3 +122,44 @@ def _first_above(weights: Array, target: Array, *, scale: bool) -> tuple[Array, 
     index = jnp.where(target < running[:, -1], index, last)
     before = jnp.take_along_axis(running - weights, index[:, None], axis=1)[:, 0]
     return index, target - before
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """How the set of tokens that one draw could return is stored: `width` int32 words a token, `ids` or bits.
+
+    The smaller form is taken: the ids of at most top_k tokens (-1 where fewer), or one bit for each of the vocabulary.
+    """
+
+    vocab_size: int
+    width: int
+    is_ids: bool
+
+    @classmethod
+    def of(cls, config: GenerationConfig, vocab_size: int) -> "KeptTokens | None":
+        """Returns the form for `config`; None when nothing is left out, or nothing is to be recorded."""
+        if config.force_no_logits_mask or not config.filters(vocab_size):
+            return None
+        num_words = -(-vocab_size // 32)
+        return cls(vocab_size, min(config.top_k, num_words), is_ids=config.top_k <= num_words)
+
+    def init(self, shape: tuple[int, ...]) -> Array:
+        """Returns storage for `shape` draws."""
+        return jnp.zeros((*shape, self.width), jnp.int32)
+
+    def pack(self, processed_BV: Array) -> Array:
+        """Returns the sets `[B, W]` of the tokens that processed logits leave."""
+        if self.is_ids:
+            logits, ids = jax.lax.top_k(processed_BV, self.width)
+            return jnp.where(logits > REMOVED, ids, -1)
+        is_kept = jnp.pad(processed_BV > REMOVED, ((0, 0), (0, -self.vocab_size % 32)))
+        bits = is_kept.reshape(is_kept.shape[0], -1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+        return jax.lax.bitcast_convert_type(jnp.sum(bits, axis=2, dtype=jnp.uint32), jnp.int32)
+
+    def unpack(self, packed: Array) -> Array:
+        """Returns the sets as masks `[..., V]`, True for a token that was kept."""
+        if self.is_ids:
+            return jnp.any(packed[..., None] == jnp.arange(self.vocab_size), axis=-2)
+        words = jax.lax.bitcast_convert_type(packed, jnp.uint32)
+        bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return bits.reshape(*packed.shape[:-1], -1)[..., : self.vocab_size].astype(bool)

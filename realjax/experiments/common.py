@@ -1,6 +1,5 @@
 """Parts of a run that experiments share."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,9 +60,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a checkpoint. Raises ValueError when it has none."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(" :")
         raise ValueError(
-            f"model path: '{path}' has no tokenizer that transformers can load ({error}); add its files"
+            f"model path: '{path}' has no tokenizer that transformers can load ({reason}); add its files"
         ) from error
 
 

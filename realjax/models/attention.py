@@ -17,6 +17,8 @@ from realjax.models.layers import Linear, RMSNorm, apply_rope
 
 # attention_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, window) -> RTNH
 AttentionFn = Callable[[Array, Array, Array, Array, int | None], Array]
+# attend_fn(q_RTNH, k_RTKH, v_RTKH) -> RTNH: attention with all else fixed; a cache may stand behind it.
+AttendFn = Callable[[Array, Array, Array], Array]
 
 
 def packed_mask(q_segments: Array, k_segments: Array, q_start: int, window: int | None) -> Array:
@@ -105,7 +107,6 @@ class Attention(nnx.Module):
         self.o = Linear(queries, D, config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, "head_dim") if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, "head_dim") if config.qk_norm else None
-        self.window = config.sliding_window
 
     def project(self, x_RTD: Array, cos: Array, sin: Array, constrain: Constrain) -> tuple[Array, Array, Array]:
         """Returns rotated q `[R, T, N, H]` and k, and v `[R, T, K, H]`."""
@@ -116,10 +117,6 @@ class Attention(nnx.Module):
         k = constrain(apply_rope(k, cos, sin), ("rows", "time", "kv_heads", "head_dim"))
         return q, k, constrain(v, ("rows", "time", "kv_heads", "head_dim"))
 
-    def __call__(
-        self, x_RTD: Array, cos: Array, sin: Array, segment_ids: Array, attention_fn: AttentionFn, constrain: Constrain
-    ) -> Array:
+    def __call__(self, x_RTD: Array, cos: Array, sin: Array, attend_fn: AttendFn, constrain: Constrain) -> Array:
         q, k, v = self.project(x_RTD, cos, sin, constrain)
-        return self.o(
-            constrain(attention_fn(q, k, v, segment_ids, self.window), ("rows", "time", "q_heads", "head_dim"))
-        )
+        return self.o(constrain(attend_fn(q, k, v), ("rows", "time", "q_heads", "head_dim")))

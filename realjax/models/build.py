@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from realjax.core.trees import Tree, map_paths
 from realjax.models.config import ModelConfig
-from realjax.models.transformer import Transformer
+from realjax.models.transformer import Block, Transformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,25 @@ class Model:
     def bind(self, params: Tree) -> Transformer:
         """Returns the module with these parameters, ready to be called inside a jitted function."""
         return nnx.merge(self.graphdef, params)
+
+    def bind_layers(self, params: Tree) -> tuple[Transformer, list[Block]]:
+        """Returns the module and its blocks one by one, of parameters whose `layers` is a list, see `unstack_layers`.
+
+        The module's own `layers` is its first block: only embedding, final norm and head may be used of it.
+        """
+        transformer = nnx.merge(self.graphdef, {**params, "layers": params["layers"][0]})
+        graphdef = nnx.graphdef(transformer.layers)
+        return transformer, [nnx.merge(graphdef, layer) for layer in params["layers"]]
+
+
+def unstack_layers(params: Tree) -> Tree:
+    """Returns the parameters with `layers` as a list of trees, one for each layer, without the leading dim L.
+
+    A loop that reads every weight once a token cannot afford a slice of the stack in front of each product.
+    """
+    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+    take = lambda layer: jax.tree.map(lambda x: x[layer], params["layers"])
+    return {**params, "layers": [take(layer) for layer in range(num_layers)]}
 
 
 @lru_cache(maxsize=32)

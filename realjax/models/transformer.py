@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from realjax.core.axes import Constrain
-from realjax.models.attention import Attention, AttentionFn, dense_attention
+from realjax.models.attention import AttendFn, Attention, AttentionFn, dense_attention
 from realjax.models.config import ModelConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
 
@@ -65,13 +65,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, x: Array, per_row: tuple[Array, Array, Array], forward: Forward) -> Array:
-        cos, sin, segment_ids = per_row
-        constrain = forward.constrain
+    def __call__(self, x: Array, cos: Array, sin: Array, attend_fn: AttendFn, constrain: Constrain) -> Array:
         # Norms and residuals may be split along the row; projections read whole rows.
         whole = lambda h: constrain(h, ("rows", "time", "act_embed"))
         split = lambda h: constrain(h, ("rows", "residual_time", "act_embed"))
-        x = x + split(self.attn(whole(self.attn_norm(x)), cos, sin, segment_ids, forward.attention_fn, constrain))
+        x = x + split(self.attn(whole(self.attn_norm(x)), cos, sin, attend_fn, constrain))
         return x + split(self.mlp(whole(self.mlp_norm(x)), constrain))
 
 
@@ -106,7 +104,9 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         def block_fn(layer: Any, x: Array, per_row: Any) -> Array:
-            return nnx.merge(graphdef, layer)(x, per_row, forward)
+            cos, sin, segment_ids = per_row
+            attend_fn = lambda q, k, v: forward.attention_fn(q, k, v, segment_ids, self.config.sliding_window)
+            return nnx.merge(graphdef, layer)(x, cos, sin, attend_fn, forward.constrain)
 
         x = forward.constrain(self.embed(tokens), ("rows", "residual_time", "act_embed"))
         block_fn = jax.checkpoint(block_fn) if forward.remat else block_fn

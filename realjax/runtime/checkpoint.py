@@ -45,12 +45,21 @@ class RunCheckpointer:
         self._manager.save(state.step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles))
 
     def restore(self, abstract_roles: Mapping[str, Any]) -> RunState:
-        """Returns the last complete save, laid out as the abstract states say; raises ValueError without one."""
+        """Returns the last complete save, laid out as the abstract states say.
+
+        Raises ValueError when there is none, or it has other arrays.
+        """
         step = self.latest_step
         if step is None:
             raise ValueError(f"recover: no complete save in {self.directory}; start with recover_mode=auto or disabled")
         roles = {f"role_{name}": ocp.args.StandardRestore(role) for name, role in abstract_roles.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **roles))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **roles))
+        except ValueError as error:
+            raise ValueError(
+                f"recover: the save of step {step} in {self.directory} does not fit this run's model or optimizer "
+                f"({error}); continue with those it was made with, or use another trial_name"
+            ) from error
         states = {name: restored[f"role_{name}"] for name in abstract_roles}
         logger.info("continuing after step %d, saved in %s", step, self.directory)
         return RunState(step=restored["run"]["step"], roles=states, counters=restored["run"]["counters"])

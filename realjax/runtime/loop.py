@@ -20,7 +20,7 @@ from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
 from realjax.runtime.executor import Executor
 from realjax.runtime.metrics import MetricsWriter
-from realjax.runtime.processes import is_first
+from realjax.runtime.processes import any_process, is_first
 from realjax.runtime.report import REPORT_FILE, Section, write_report
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rundir import open_run_directory, write_log
@@ -108,7 +108,8 @@ class Session:
                     self.evaluate(step + 1)
                 is_last = step + 1 == self.last_step
                 is_due = save.fires(position) or is_last
-                must_stop = stop.received  # read once: a signal that comes later waits for the next step
+                # Asked once: a signal that comes later waits for the next step.
+                must_stop = any_process(stop.received)
                 if is_due or must_stop:
                     self.save(position, export=is_due)
                 if must_stop and not is_last:

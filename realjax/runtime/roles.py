@@ -13,6 +13,7 @@ from realjax.dataflow.run import RoleSpec
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import make_optimizer
 from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
+from realjax.hf.files import CheckpointFiles
 from realjax.hf.load import has_critic_head, load_config, load_params
 from realjax.models.build import Model, build_model, init_params, make_fill
 from realjax.models.config import ModelConfig
@@ -53,8 +54,10 @@ def role_config(spec: RoleSpec) -> ModelConfig:
 
 
 def build_role(spec: RoleSpec, home: Layout, total_updates: int) -> Role:
-    """Returns the role, nothing allocated. Raises ValueError when the model does not fit its layout."""
+    """Returns the role, nothing allocated. Raises ValueError for a broken file or a model that does not fit its layout."""
     model = build_model(role_config(spec))
+    if not spec.init_from_scratch:
+        CheckpointFiles.open(spec.path)  # a file that is missing or torn is found by its head
     tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
     optimizer = None if spec.optimizer is None else make_optimizer(spec.optimizer, total_updates)
     logger.info(
