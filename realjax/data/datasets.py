@@ -35,6 +35,15 @@ class PromptAnswerDataset:
         """Tokens of each example, int32 [N]."""
         return np.diff(self.offsets).astype(np.int32)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max())
+
+    def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+        """Indices of the examples in the order of an epoch."""
+        return np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
+
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` int32 [L] and `loss_mask` bool [L], True at the answer's tokens and EOS."""
         tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -58,7 +67,7 @@ def load_prompt_answer(
     """
     rows = load_rows(path, {"prompt": str, "answer": str}, name)
     prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-    eos = _eos_id(tokenizer)
+    eos = eos_id(tokenizer)
     tokens: list[np.ndarray] = []
     spans: list[tuple[int, int]] = []
     for example, answer_start in tokenize_answers(prompts, answers, tokenizer, max_seqlen=max_seqlen):
@@ -94,7 +103,7 @@ def tokenize_answers(
     the tokenizer adds belongs to the prompt. The index is L where nothing of the answer is left.
     Raises ValueError for a tokenizer without EOS.
     """
-    eos = _eos_id(tokenizer)
+    eos = eos_id(tokenizer)
     if max_seqlen < 1:
         raise ValueError(f"dataset.max_seqlen: found {max_seqlen}; needed at least 1")
     for first in range(0, len(prompts), _ROWS_PER_CALL):
@@ -109,7 +118,8 @@ def tokenize_answers(
             yield tokens, min(start, len(ids) - 1, len(tokens))
 
 
-def _eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Id of the token that ends every answer; ValueError for a tokenizer without one."""
     eos: Any = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(

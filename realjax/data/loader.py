@@ -23,6 +23,15 @@ class Dataset(Protocol):
         """Tokens of each example, int32 [N]."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; an example may hold several."""
+        ...
+
+    def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+        """Indices of an epoch's examples in order: as many in each epoch."""
+        ...
+
     def example(self, index: int) -> dict[str, np.ndarray]:
         """Arrays of one example, per token [L] or 0-d."""
         ...
@@ -67,21 +76,23 @@ class Loader:
         or rows shorter than an example.
         """
         _check_sizes(batch_size, num_epochs, seed, row_multiple, num_shards, name)
-        if batch_size > len(dataset) and not allow_partial:
-            raise ValueError(
-                f"{name}: a batch of {batch_size} is more than the dataset's {len(dataset)} examples; "
-                f"set it to {len(dataset)} or less, or add data"
-            )
         self._dataset = dataset
         self._lengths = dataset.lengths
         self._batch_size = batch_size
         self._num_shards = num_shards
-        orders = (_epoch_order(len(dataset), seed, epoch, shuffle) for epoch in range(num_epochs))
-        self._stream = np.concatenate(list(orders)).astype(np.int32)
-        self.longest = int(self._lengths.max())
-        if row_len is not None and row_len < self.longest:
+        orders = [dataset.order(seed, epoch, shuffle) for epoch in range(num_epochs)]
+        self._epoch_len = len(orders[0])
+        self._stream = np.concatenate(orders).astype(np.int32)
+        self.longest = dataset.longest
+        if batch_size > self._epoch_len and not allow_partial:
             raise ValueError(
-                f"loader: rows of {row_len} tokens, but the longest example has {self.longest}; use that or more"
+                f"{name}: a batch of {batch_size} is more than the dataset's {self._epoch_len} examples; "
+                f"set it to {self._epoch_len} or less, or add data"
+            )
+        longest_example = int(self._lengths.max())
+        if row_len is not None and row_len < longest_example:
+            raise ValueError(
+                f"loader: rows of {row_len} tokens, but the longest example has {longest_example}; use that or more"
             )
         batches = [self._lengths[self._indices(step)] for step in range(self.total_steps)]
         multiple = math.lcm(row_multiple, num_shards)
@@ -100,7 +111,7 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         """Examples / batch size, rounded up; one less where the epoch before ended inside a batch."""
-        return math.ceil(len(self._dataset) / self._batch_size)
+        return math.ceil(self._epoch_len / self._batch_size)
 
     @property
     def padding_share(self) -> float:
@@ -122,7 +133,7 @@ class Loader:
     def position(self, step: int) -> Position:
         """Where the run stands when this step (from 0) is done; `ends_epoch` when it used its epoch's last sample."""
         start = self._start(step)
-        num_examples = len(self._dataset)
+        num_examples = self._epoch_len
         epoch = start // num_examples
         first_step = -(-epoch * num_examples // self._batch_size)
         return Position(
@@ -158,10 +169,6 @@ def shape_of(batches: Sequence[np.ndarray], row_len: int, row_multiple: int) -> 
     plans = (pack_rows(lengths, row_len) for lengths in batches)
     num_rows, num_segments = map(max, zip(*((len(plan.rows), plan.num_segments) for plan in plans), strict=True))
     return -(-num_rows // row_multiple) * row_multiple, row_len, num_segments
-
-
-def _epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_examples) if shuffle else np.arange(num_examples)
 
 
 def _check_sizes(batch_size: int, num_epochs: int, seed: int, row_multiple: int, num_shards: int, name: str) -> None:

@@ -8,6 +8,9 @@ import numpy as np
 
 from realjax.core.batch import Array, Batch
 
+# The key of an example that is several sequences: their lengths.
+PART_LENS = "part_lens"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackPlan:
@@ -108,8 +111,9 @@ def pack(
     """Batch of `num_rows` rows (default: the plan's) with every key of the examples, `segment_ids` and `positions`.
 
     Arrays [L, ...] become [R, T, ...]; 0-d values become [R, S]; padding is 0 or False. Rows beyond the plan's come
-    last: a plan balanced over shards should have them itself. Raises ValueError where the examples do not match each
-    other or the plan, or do not fit.
+    last: a plan balanced over shards should have them itself. An example with the key `part_lens` [P] holds P sequences
+    one after the other, each a segment of its own; S then counts examples. Raises ValueError where the examples do not
+    match each other or the plan, or do not fit.
     """
     num_rows = len(plan.rows) if num_rows is None else num_rows
     num_segments = plan.num_segments if num_segments is None else num_segments
@@ -121,13 +125,16 @@ def pack(
             f"at least {plan.num_segments} segments and not {plan.row_len} of them, the row length"
         )
     _check_examples(examples, plan)
-    arrays = {key: _zeros_like(value, num_rows, num_segments, plan) for key, value in examples[0].items()}
+    keys = [key for key in examples[0] if key != PART_LENS]
+    arrays = {key: _zeros_like(examples[0][key], num_rows, num_segments, plan) for key in keys}
     segment_ids = np.zeros((num_rows, plan.row_len), np.int32)
     positions = np.zeros((num_rows, plan.row_len), np.int32)
     for index, row, segment, tokens in _places(plan):
-        segment_ids[row, tokens] = segment + 1
-        positions[row, tokens] = np.arange(plan.lengths[index])
-        for key, value in examples[index].items():
+        parts = examples[index].get(PART_LENS, [plan.lengths[index]])
+        segment_ids[row, tokens] = np.repeat(segment * len(parts) + 1 + np.arange(len(parts)), parts)
+        positions[row, tokens] = np.concatenate([np.arange(length) for length in parts])
+        for key in keys:
+            value = examples[index][key]
             arrays[key][row, segment if np.ndim(value) == 0 else tokens] = value
     return Batch.of(segment_ids=segment_ids, positions=positions).with_arrays(**arrays)
 
@@ -170,7 +177,11 @@ def _check_examples(examples: Sequence[dict[str, np.ndarray]], plan: PackPlan) -
     for index, (example, length) in enumerate(zip(examples, plan.lengths, strict=True)):
         if example.keys() != examples[0].keys():
             raise ValueError(f"packing: example {index} has keys {sorted(example)}, the first {sorted(examples[0])}")
+        if PART_LENS in example and sum(example[PART_LENS]) != length:
+            raise ValueError(f"packing: the parts of example {index} add up to {sum(example[PART_LENS])}, not {length}")
         for key, value in example.items():
+            if key == PART_LENS:
+                continue
             if np.ndim(value) != np.ndim(examples[0][key]) or (np.ndim(value) and len(value) != length):
                 shape = np.shape(value)
                 raise ValueError(

@@ -1,0 +1,65 @@
+"""Direct preference optimisation (arXiv:2305.18290), with label smoothing, IPO and a reference-free variant."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from realjax.algorithms.pairs import sum_by_pair
+from realjax.core.batch import Batch
+from realjax.core.loss import Loss, LossSums, Mean, Total
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOParameters:
+    """`sigmoid`: -log sigmoid(beta h), labels smoothed (cDPO); `ipo`: (h - 1/(2 beta))^2 on mean log-ratios
+    (arXiv:2310.12036). h is the better answer's log-ratio to the reference minus the worse one's."""
+
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+    reference_free: bool = False
+
+
+def dpo_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: DPOParameters) -> LossSums:
+    """Returns the loss summed over pairs; log-probabilities are summed over answer tokens (averaged for IPO).
+
+    Reads `loss_mask`, `ref_logprobs` `[R, T]` (unless reference-free) and `pair_weight` `[R, P]`.
+    """
+    mask, segment_ids = batch["loss_mask"].astype(jnp.float32), batch["segment_ids"]
+    num_slots = batch["pair_weight"].shape[1]
+    is_pair = batch["pair_weight"] > 0
+    reference = 0.0 if parameters.reference_free else batch["ref_logprobs"]
+    ratios = sum_by_pair((outputs["logprobs"] - reference) * mask, segment_ids, num_slots)
+    better, worse = ratios
+    counts = sum_by_pair(mask, segment_ids, num_slots)
+    if parameters.loss_type == "ipo":
+        h = better / jnp.maximum(counts[0], 1) - worse / jnp.maximum(counts[1], 1)
+        losses = jnp.square(h - 1 / (2 * parameters.beta))
+    else:
+        h = parameters.beta * (better - worse)
+        smoothing = parameters.label_smoothing
+        losses = -(1 - smoothing) * jax.nn.log_sigmoid(h) - smoothing * jax.nn.log_sigmoid(-h)
+    num_pairs = jnp.sum(is_pair.astype(jnp.float32))
+    mean = lambda x: Mean(jnp.sum(jnp.where(is_pair, x, 0)), num_pairs)
+    pos_score, neg_score = parameters.beta * better, parameters.beta * worse
+    return LossSums(
+        loss=mean(losses),
+        metrics={
+            "acc": mean(better > worse),
+            "pos_score": mean(pos_score),
+            "neg_score": mean(neg_score),
+            "margin": mean(pos_score - neg_score),
+            "kl": mean(-(better + worse)),
+            "n_pairs": Total(num_pairs),
+        },
+    )
+
+
+def make_dpo_loss(parameters: DPOParameters) -> Loss:
+    """Returns the loss that these parameters describe."""
+    return Loss(head="logprobs", fn=partial(dpo_loss, parameters=parameters))

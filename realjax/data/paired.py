@@ -1,0 +1,113 @@
+"""Pairs of a better and a worse answer to a prompt, for reward modelling and DPO."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from realjax.data.datasets import tokenize_answers
+from realjax.data.jsonl import load_rows
+from realjax.data.packing import PART_LENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairedDataset:
+    """N pairs; a pair is one example of two sequences, the better answer first, so that both are always in one row.
+
+    `groups[p]` are the pairs of prompt p, of which an epoch draws `max_pairs` at most.
+    """
+
+    ids: tuple[str | int, ...]
+    pairs: tuple[tuple[np.ndarray, np.ndarray], ...]  # tokens int32 of the better and the worse answer
+    answer_starts: np.ndarray  # int32 [N, 2]
+    prompts: np.ndarray  # int32 [N]: the prompt of each pair
+    groups: tuple[tuple[int, ...], ...]
+    max_pairs: int
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of both sequences of each pair, int32 [N]."""
+        return np.array([len(better) + len(worse) for better, worse in self.pairs], np.int32)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(tokens) for pair in self.pairs for tokens in pair)
+
+    def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+        """Indices of an epoch's pairs: of each prompt `max_pairs` at most, drawn anew each epoch and kept together.
+
+        Without shuffling the prompts keep their order and the draw is that of epoch 0.
+        """
+        rng = np.random.default_rng((seed, epoch if shuffle else 0))
+        prompts = rng.permutation(len(self.groups)) if shuffle else np.arange(len(self.groups))
+        drawn = [rng.permutation(self.groups[prompt])[: self.max_pairs] for prompt in prompts]
+        return np.concatenate(drawn)
+
+    def example(self, index: int) -> dict[str, np.ndarray]:
+        """`tokens` and `loss_mask` (True at answer tokens and EOS) of both sequences, and 0-d `pair_weight`.
+
+        The weights of a prompt's pairs in an epoch add up to 1.
+        """
+        better, worse = self.pairs[index]
+        masks = [np.arange(len(t)) >= max(start, 1) for t, start in zip((better, worse), self.answer_starts[index])]
+        return {
+            "tokens": np.concatenate([better, worse]),
+            "loss_mask": np.concatenate(masks),
+            "pair_weight": np.float32(1 / min(self.max_pairs, len(self.groups[self.prompts[index]]))),
+            PART_LENS: np.array([len(better), len(worse)]),
+        }
+
+
+def load_paired(
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_seqlen: int,
+    max_pairs_per_prompt: int,
+    name: str = "dataset.train_path",
+) -> PairedDataset:
+    """Dataset of rows with `prompt`, `pos_answers` and `neg_answers`, lists of equal length; pair i is their i-th
+    entries.
+
+    Each sequence is prompt+answer+EOS, cut on the right to `max_seqlen` tokens. Raises ValueError for a bad file or
+    row, or a tokenizer without EOS.
+    """
+    rows = load_rows(path, {"prompt": str, "pos_answers": list, "neg_answers": list}, name)
+    for number, row in enumerate(rows, start=1):
+        _check_answers(row, f"{name}: '{path}' row {number}")
+    prompts = [row["prompt"] for row in rows for _ in row["pos_answers"]]
+    better, worse = (
+        list(tokenize_answers(prompts, [a for row in rows for a in row[key]], tokenizer, max_seqlen=max_seqlen))
+        for key in ("pos_answers", "neg_answers")
+    )
+    sizes = [len(row["pos_answers"]) for row in rows]
+    ends = np.cumsum(sizes)
+    return PairedDataset(
+        ids=tuple(f"{row['id']}-{i}" for row in rows for i in range(len(row["pos_answers"]))),
+        pairs=tuple((b, w) for (b, _), (w, _) in zip(better, worse, strict=True)),
+        answer_starts=np.array([(b, w) for (_, b), (_, w) in zip(better, worse, strict=True)], np.int32),
+        prompts=np.repeat(np.arange(len(rows), dtype=np.int32), sizes),
+        groups=tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)),
+        max_pairs=max_pairs_per_prompt,
+    )
+
+
+def _check_answers(row: dict, subject: str) -> None:
+    better, worse = row["pos_answers"], row["neg_answers"]
+    if len(better) != len(worse) or not better:
+        raise ValueError(
+            f"{subject}: found {len(better)} pos_answers and {len(worse)} neg_answers; it needs as many of each, at "
+            f"least "
+            "one, since they are compared one by one"
+        )
+    answers: Sequence[object] = [*better, *worse]
+    if not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{subject}: an answer is no string; pos_answers and neg_answers are lists of strings")
