@@ -84,8 +84,13 @@ class Layout:
     def replicated(self) -> NamedSharding:
         return self.sharding()
 
+    @property
+    def device_names(self) -> str:
+        """The devices' numbers, as '0-3,6'."""
+        return _ranges([device.id for device in self.devices])
+
     def __str__(self) -> str:
-        return f"{self.strategy} on {_ranges([d.id for d in self.devices])}"
+        return f"{self.strategy} on {self.device_names}"
 
 
 def _ranges(ids: Sequence[int]) -> str:

@@ -25,6 +25,7 @@ class RoleSpec:
     remat: bool = True
     loss_chunk_tokens: int | None = None
     optimizer: OptimizerConfig | None = None
+    offload: bool | None = None  # parameters in host memory between calls; None: where roles share devices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.Gradien
 
 def clip_by_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
     """Returns gradients scaled down to the global norm `max_norm` where they exceed it, and the norm before."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
     return jax.tree.map(lambda g: g * scale, grads), norm
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 logger = logging.getLogger("realjax.checkpoint")
@@ -53,13 +54,9 @@ class RunCheckpointer:
         if step is None:
             raise ValueError(f"recover: no complete save in {self.directory}; start with recover_mode=auto or disabled")
         roles = {f"role_{name}": ocp.args.StandardRestore(role) for name, role in abstract_roles.items()}
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **roles))
-        except ValueError as error:
-            raise ValueError(
-                f"recover: the save of step {step} in {self.directory} does not fit this run's model or optimizer "
-                f"({error}); continue with those it was made with, or use another trial_name"
-            ) from error
+        for name, role in abstract_roles.items():
+            _refuse_other_arrays(self.directory / str(step) / f"role_{name}", role)
+        restored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **roles))
         states = {name: restored[f"role_{name}"] for name in abstract_roles}
         logger.info("continuing after step %d, saved in %s", step, self.directory)
         return RunState(step=restored["run"]["step"], roles=states, counters=restored["run"]["counters"])
@@ -70,3 +67,21 @@ class RunCheckpointer:
     def __exit__(self, *exception: object) -> None:
         # Closing waits until the last save is complete, also when an error ends the run.
         self._manager.close()
+
+
+def _refuse_other_arrays(directory: Path, abstract: Any) -> None:
+    # Orbax would notice too, half way through its reads, and leave them behind.
+    saved, needed = map(_shapes, (ocp.StandardCheckpointHandler().metadata(directory).tree, abstract))
+    differing = sorted(path for path in saved.keys() | needed.keys() if saved.get(path) != needed.get(path))
+    if differing:
+        first = differing[0]
+        raise ValueError(
+            f"recover: the save in {directory} is of another model or optimizer: {len(differing)} arrays differ, first "
+            f"'{first}' (shape there {saved.get(first)}, here {needed.get(first)}); continue with those it was made "
+            "with, or use another trial_name"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from realjax.core.axes import inference_rules, train_rules
+from realjax.core.axes import inference_rules, train_rules, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import LossSums
-from realjax.core.trees import Tree
+from realjax.core.trees import Tree, num_params
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Evaluation
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
 from realjax.engine.inference import make_evaluation, make_inference
 from realjax.engine.state import TrainState, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
+from realjax.reshard.apply import reshard
 from realjax.runtime.roles import Role
+from realjax.runtime.timeline import Timeline
 
 PACKING_KEYS = ("tokens", "segment_ids", "positions")
 
@@ -35,22 +37,65 @@ class Executor:
         states: dict[str, TrainState | Tree],
     ) -> None:
         self.graph, self.layouts, self.roles, self.states = graph, layouts, roles, states
-        self.compile_log = CompileLog()
+        self.compile_log, self.timeline = CompileLog(), Timeline()
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def step(self, batch: Batch) -> dict[str, Mapping[str, Array]]:
+    def step(self, batch: Batch, step: int = 0) -> dict[str, Mapping[str, Array]]:
         """Runs every call once on a host batch; returns the metrics of each training call, still on the devices."""
         metrics: dict[str, Mapping[str, Array]] = {}
         for mfc in self.graph.order:
-            layout = self.layouts[mfc.name]
-            refuse_longer(batch, mfc.max_seqlen, mfc.name)
-            inputs = place_batch(batch.select({*PACKING_KEYS, *mfc.inputs}), train_rules(layout.strategy), layout)
+            start = self.timeline.now()
+            inputs = self._place(batch, mfc)
             program = self._program(mfc, inputs)
             if mfc.call == "train_step":
                 self.states[mfc.role], metrics[mfc.name] = program(self.states[mfc.role], inputs)
+                results, bytes_moved = metrics[mfc.name], 0
             else:
-                batch = batch.with_arrays(**program(self.params(mfc.role), inputs))
+                # A copy made for this call is dropped with this name, when the call no longer needs it.
+                params, bytes_moved = self._params_for(mfc)
+                results = program(params, inputs)
+                batch = batch.with_arrays(**self._as_keys(mfc, results))
+            self._watch(mfc, results, start=start, step=step, bytes_moved=bytes_moved, num_tokens=batch.num_tokens)
         return metrics
+
+    def _place(self, batch: Batch, mfc: MFC) -> Batch:
+        """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
+        layout = self.layouts[mfc.name]
+        refuse_longer(batch, mfc.max_seqlen, mfc.name)
+        inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
+        results = {key: inputs[key] for key in inputs if isinstance(inputs[key], Array)}
+        fresh = place_batch(inputs.select(set(inputs) - set(results)), train_rules(layout.strategy), layout)
+        moved, _ = reshard(results, {key: layout.sharding("data") for key in results})
+        return fresh.with_arrays(**moved)
+
+    def _as_keys(self, mfc: MFC, results: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns an inference call's result under the batch key it is to have."""
+        (key,) = mfc.outputs
+        return {key: results[mfc.head or key]}
+
+    def _params_for(self, mfc: MFC) -> tuple[Tree, int]:
+        """Returns the role's parameters where the call needs them, and the bytes that had to move for it."""
+        role, layout, params = self.roles[mfc.role], self.layouts[mfc.name], self.params(mfc.role)
+        if layout == role.home and not role.is_offloaded:
+            return params, 0
+        shardings = tree_shardings(role.model.axes, role.model.abstract, inference_rules(layout.strategy), layout)
+        copy, report = reshard(params, shardings, dtype=role.forward_options.precision.dtype)
+        return copy, report.bytes_moved
+
+    def _watch(self, mfc: MFC, results: Any, *, start: float, step: int, bytes_moved: int, num_tokens: int) -> None:
+        role, layout = self.roles[mfc.role], self.layouts[mfc.name]
+        # Forward 2 and backward 4 operations a parameter and token; attention's own share is left out.
+        per_token = (6 if mfc.call == "train_step" else 2) * num_params(role.model.abstract)
+        self.timeline.watch(
+            results,
+            start=start,
+            step=step,
+            name=mfc.name,
+            devices=layout.device_names,
+            num_tokens=num_tokens,
+            num_flops=float(per_token * num_tokens),
+            bytes_moved=bytes_moved,
+        )
 
     def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
         """Returns the loss sums of a held-out batch under the role's current parameters, on the role's home layout."""

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from realjax.allocation.plan import make_plan
 from realjax.core.loss import LossSums, finalize
 from realjax.core.trees import num_params
 from realjax.data.loader import Position
+from realjax.dataflow.picture import draw_graph
 from realjax.dataflow.run import RunSpec
 from realjax.engine.state import TrainState
 from realjax.hf.save import save_hf
@@ -33,8 +35,12 @@ STOPPED = 143  # the shell's code for a process ended by SIGTERM
 def run(spec: RunSpec, console: Console | None = None) -> int:
     """Carries out a run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it after a save."""
     total_updates = spec.loader.total_steps
-    homes = {name: spec.layouts[_home_call(spec, name)] for name in spec.roles}
-    roles = {name: build_role(role, homes[name], total_updates) for name, role in spec.roles.items()}
+    plan = make_plan(spec.graph, spec.layouts, {name: role.offload for name, role in spec.roles.items()})
+    logger.info("allocation:\n%s", plan.describe())
+    roles = {
+        name: build_role(role, plan.homes[name], total_updates, is_offloaded=name in plan.offloaded)
+        for name, role in spec.roles.items()
+    }
     # After what may refuse the run, which then leaves an earlier one's files where they are.
     has_state = open_run_directory(spec)
     with write_log(spec.paths.logs), RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
@@ -51,12 +57,6 @@ def run(spec: RunSpec, console: Console | None = None) -> int:
 def _open_metrics(spec: RunSpec, step: int) -> AbstractContextManager[MetricsWriter | None]:
     """Returns the writer in the first process, None in the others: a run has one record."""
     return MetricsWriter(spec.paths.logs, spec.wandb_mode, resume_step=step) if is_first() else nullcontext()
-
-
-def _home_call(spec: RunSpec, role: str) -> str:
-    """Returns the call whose layout the role lives in: the one that trains it, else its first."""
-    train = spec.graph.train_call(role)
-    return train.name if train else next(mfc.name for mfc in spec.graph.mfcs if mfc.role == role)
 
 
 def _first_state(spec: RunSpec, roles: dict[str, Role], checkpointer: RunCheckpointer | None) -> RunState:
@@ -123,10 +123,11 @@ class Session:
         start = time.perf_counter()
         batch, position = self.spec.loader.batch(step), self.spec.loader.position(step)
         num_compiled = len(self.executor.compile_log.entries)
-        by_call = self.executor.step(batch)
+        by_call = self.executor.step(batch, step)
         values = {name: float(np.asarray(value)) for name, value in _merge(by_call).items()}
         seconds = time.perf_counter() - start
         self._refuse_nonfinite(values, step)
+        values |= self._call_metrics(step)
         values |= self._learning_rates(step) | {"tokens_per_second": batch.num_tokens / seconds, "seconds": seconds}
         values = {name: values[name] for name in sorted(values, key=_rank)}
         if len(self.executor.compile_log.entries) == num_compiled:
@@ -137,8 +138,22 @@ class Session:
             self.display.finish_step(self._step_line(position, values))
         return position
 
+    def _call_metrics(self, step: int) -> dict[str, float]:
+        """Returns seconds, TFLOP/s and moved bytes of each call of the step, in a graph of several calls."""
+        records = self.executor.timeline.of_step(step)
+        if len(records) == 1:
+            return {}
+        values = {}
+        for record in records:
+            seconds = record.end - record.start
+            values[f"time/{record.name}"] = seconds
+            values[f"tflops/{record.name}"] = record.num_flops / seconds / 1e12
+            values[f"moved_mib/{record.name}"] = record.bytes_moved / 2**20
+        return values
+
     def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
-        shown = {name: value for name, value in values.items() if name not in ("seconds", "num_skipped")}
+        hidden = ("seconds", "num_skipped")
+        shown = {name: value for name, value in values.items() if name not in hidden and "/" not in name}
         return StepLine(
             epoch=position.epoch,
             num_epochs=self.spec.num_epochs,
@@ -199,6 +214,9 @@ class Session:
                 "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
             )
         if is_first():
+            self.executor.timeline.draw(self.spec.paths.logs / "timeline.png")
+            self.executor.timeline.write_trace(self.spec.paths.logs / "trace.json")
+            draw_graph(self.spec.graph, self.spec.paths.logs / "graph.png")
             report = write_report(
                 self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections()
             )

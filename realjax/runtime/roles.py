@@ -4,6 +4,7 @@ import logging
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import optax
 
 from realjax.core.axes import inference_rules, tree_shardings
@@ -31,6 +32,7 @@ class Role:
     model: Model
     home: Layout
     optimizer: optax.GradientTransformation | None
+    is_offloaded: bool = False  # parameters wait in host memory, in the compute dtype, between the role's calls
 
     @property
     def forward_options(self) -> ForwardOptions:
@@ -53,8 +55,8 @@ def role_config(spec: RoleSpec) -> ModelConfig:
     return config.as_critic() if spec.is_critic else config
 
 
-def build_role(spec: RoleSpec, home: Layout, total_updates: int) -> Role:
-    """Returns the role, nothing allocated. Raises ValueError for a broken file or a model that does not fit its layout."""
+def build_role(spec: RoleSpec, home: Layout, total_updates: int, *, is_offloaded: bool = False) -> Role:
+    """Returns the role, nothing allocated. ValueError for a broken file, or a model that does not fit its layout."""
     model = build_model(role_config(spec))
     if not spec.init_from_scratch:
         CheckpointFiles.open(spec.path)  # a file that is missing or torn is found by its head
@@ -63,7 +65,7 @@ def build_role(spec: RoleSpec, home: Layout, total_updates: int) -> Role:
     logger.info(
         "role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{num_params(model.abstract):,}", home
     )
-    return Role(spec=spec, model=model, home=home, optimizer=optimizer)
+    return Role(spec=spec, model=model, home=home, optimizer=optimizer, is_offloaded=is_offloaded)
 
 
 def load_role(role: Role, seed: int) -> TrainState | Tree:
@@ -73,16 +75,20 @@ def load_role(role: Role, seed: int) -> TrainState | Tree:
     """
     spec, model = role.spec, role.model
     role_seed = seed << 32 | zlib.crc32(spec.name.encode())
-    shardings = None if role.optimizer is None else train_state_shardings(model, role.optimizer, role.home)
-    if shardings is None:
-        params_shardings = tree_shardings(model.axes, model.abstract, inference_rules(role.home.strategy), role.home)
-    else:
-        params_shardings = shardings.params
-    if spec.init_from_scratch:
-        params = init_params(model, params_shardings, role_seed)
-    else:
-        params = load_params(spec.path, model, params_shardings, fresh=_fresh_head(role, role_seed))
-    return params if shardings is None else init_train_state(params, role.optimizer, shardings)
+    if role.optimizer is not None:
+        shardings = train_state_shardings(model, role.optimizer, role.home)
+        return init_train_state(_load_params(role, shardings.params, role_seed, np.float32), role.optimizer, shardings)
+    memory_kind = "pinned_host" if role.is_offloaded else None
+    rules = inference_rules(role.home.strategy)
+    params_shardings = tree_shardings(model.axes, model.abstract, rules, role.home, memory_kind)
+    # Never trained: there is nothing to gain from more digits than its calls compute with.
+    return _load_params(role, params_shardings, role_seed, role.forward_options.precision.dtype)
+
+
+def _load_params(role: Role, shardings: Tree, seed: int, dtype: np.dtype | type) -> Tree:
+    if role.spec.init_from_scratch:
+        return init_params(role.model, shardings, seed, dtype)
+    return load_params(role.spec.path, role.model, shardings, dtype=dtype, fresh=_fresh_head(role, seed))
 
 
 def _fresh_head(role: Role, seed: int) -> dict | None:

@@ -2,9 +2,9 @@
 
     python tools/bench/reshard.py --mebibytes 128 --repeats 5
 
-For every pair and method: bytes that must cross devices (the lower bound), seconds of the first call and the median of the
-later ones (methods alternate, each on a fresh source), GB/s of those bytes, and the peak of the resident set above the
-source, over the destination's bytes. Every figure of memory comes from a process of its own. Runs on CPU devices.
+For every pair and method: bytes that must cross devices (the lower bound), seconds of the first call and the median of
+the later ones (methods alternate, each on a fresh source), GB/s of those bytes, and the peak of the resident set above
+the source, over the destination's bytes. Every figure of memory comes from a process of its own. Runs on CPU devices.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -25,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from realjax.core.axes import train_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
-from realjax.core.trees import Tree, num_bytes
+from realjax.core.trees import Tree
 from realjax.reshard.apply import on_host, reshard
 from realjax.reshard.movers import MOVERS
 from realjax.reshard.plan import ReshardPlan, plan_reshard
@@ -57,7 +58,11 @@ PAIRS = [
     ("t8", "t8 host"),
     ("t8 host", "p2t2 on 0-3"),
 ]
-NAMES = {"embed": ("vocab", "embed"), "mlp": ("layers", "ffn", "embed"), "q": ("layers", "embed", "q_heads", "head_dim")}
+NAMES = {
+    "embed": ("vocab", "embed"),
+    "mlp": ("layers", "ffn", "embed"),
+    "q": ("layers", "embed", "q_heads", "head_dim"),
+}
 
 
 def make_shapes(num_mebibytes: int) -> Tree:
@@ -86,11 +91,11 @@ def make_source(abstract: Tree, shardings: Tree) -> Tree:
 
 
 def move_by_exchange(tree: Tree, shardings: Tree) -> Tree:
-    """Takes the collective route of accelerators and of several processes, in chunks of 32 MiB a device."""
+    """Takes the collective route of accelerators and of several processes, in chunks of 8 MiB a device."""
     plan: ReshardPlan = plan_reshard(tree, jax.tree.map(lambda a: a.sharding, tree), shardings)
     leaves, treedef = jax.tree.flatten(tree)
     pairs = zip(plan.leaves, leaves)
-    return jax.tree.unflatten(treedef, [MOVERS["exchange"]([p], [a], False, 32 * 2**20)[0] for p, a in pairs])
+    return jax.tree.unflatten(treedef, [MOVERS["exchange"]([p], [a], False, 8 * 2**20)[0] for p, a in pairs])
 
 
 def move_by_jit(tree: Tree, shardings: Tree) -> Tree:
@@ -105,7 +110,9 @@ def move_by_jit(tree: Tree, shardings: Tree) -> Tree:
     if len(grid) != source.size:
         raise ValueError("a jitted identity cannot reach devices that the source is not on")
     union = Mesh(
-        grid.reshape(-1, *mesh.devices.shape), ("_copy", *mesh.axis_names), axis_types=(AxisType.Auto,) * (mesh.devices.ndim + 1)
+        grid.reshape(-1, *mesh.devices.shape),
+        ("_copy", *mesh.axis_names),
+        axis_types=(AxisType.Auto,) * (mesh.devices.ndim + 1),
     )
     wide = jax.tree.map(lambda s: NamedSharding(union, s.spec, memory_kind=s.memory_kind), shardings)
     moved = jax.jit(lambda t: t, out_shardings=wide)(tree)
@@ -154,6 +161,12 @@ def measure_memory(abstract: Tree, source: Tree, destination: Tree, method: str)
     return read_status("VmHWM") - before
 
 
+def count_bytes(abstract: Tree, shardings: Tree) -> int:
+    """Returns the bytes of all shards, replicas counted each."""
+    sizes = jax.tree.map(lambda a, s: prod(s.shard_shape(a.shape)) * 4 * s.num_devices, abstract, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
 def read_status(key: str) -> int:
     """Returns a figure of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -170,8 +183,7 @@ def measure(options: argparse.Namespace) -> dict:
     abstract = make_shapes(options.mebibytes)
     source, destination = (make_shardings(name, abstract) for name in PAIRS[options.pair])
     plan = plan_reshard(abstract, source, destination)
-    copies = jax.tree.map(lambda a, s: a.size * 4 * s.num_devices // (a.size // np.prod(s.shard_shape(a.shape))), abstract, destination)
-    figures: dict = {"moved": plan.bytes_moved, "size": num_bytes(abstract), "destination": int(sum(jax.tree.leaves(copies)))}
+    figures = {"moved": plan.bytes_moved, "destination": count_bytes(abstract, destination)}
     if options.method:
         return figures | {"peak": measure_memory(abstract, source, destination, options.method)}
     return figures | {"seconds": measure_seconds(abstract, source, destination, options.repeats)}

@@ -1,0 +1,47 @@
+"""A graph as a picture and as text."""
+
+from pathlib import Path
+
+import matplotlib
+import networkx as nx
+
+from realjax.dataflow.graph import DataflowGraph
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+
+def describe_graph(graph: DataflowGraph) -> str:
+    """Returns a line per call: its role, what it reads and what it writes."""
+    lines = []
+    for mfc in graph.order:
+        reads = ", ".join(f"{key} from {graph.producers.get(key, 'dataset')}" for key in mfc.inputs)
+        lines.append(f"{mfc.name} ({mfc.call} on {mfc.role}): {reads} -> {', '.join(mfc.outputs) or 'metrics'}")
+    return "\n".join(lines)
+
+
+def draw_graph(graph: DataflowGraph, path: Path) -> None:
+    """Draws calls from left to right, in the order they can run, and the keys on their edges."""
+    columns = list(nx.topological_generations(graph.edges))
+    places = {
+        name: (x, (len(column) - 1) / 2 - y)
+        for x, column in enumerate(columns)
+        for y, name in enumerate(sorted(column))
+    }
+    figure, axes = plt.subplots(figsize=(3 * len(columns), 1 + 1.4 * max(map(len, columns))))
+    calls = {mfc.name: mfc for mfc in graph.mfcs}
+    for name, (x, y) in places.items():
+        mfc = calls[name]
+        color = {"generate": "#dbeafe", "inference": "#dcfce7", "train_step": "#ffedd5"}[mfc.call]
+        box = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "#475569"}
+        axes.text(x, y, f"{name}\n{mfc.role}", ha="center", va="center", bbox=box, zorder=2)
+    for source, target, data in graph.edges.edges(data=True):
+        (x0, y0), (x1, y1) = places[source], places[target]
+        arrow = {"arrowstyle": "->", "color": "#475569", "shrinkA": 40, "shrinkB": 40}
+        axes.annotate("", (x1, y1), (x0, y0), arrowprops=arrow, zorder=1)
+        axes.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.12, "\n".join(data["keys"]), ha="center", fontsize=8)
+    axes.set_xlim(-0.7, len(columns) - 0.3)
+    axes.set_ylim(min(y for _, y in places.values()) - 0.8, max(y for _, y in places.values()) + 0.8)
+    axes.axis("off")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,136 @@
+"""Tiny models, parameters, packed batches and layouts that many tests share."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from realjax.core.axes import Rules, optimizer_rules, tree_shardings
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.trees import Tree, flatten_paths, map_paths
+from realjax.data.packing import PackPlan, pack
+from realjax.hf.families import FAMILIES, config_from_hf
+from realjax.models.build import Model, build_model
+from realjax.models.config import ModelConfig
+from tests.hf.tiny import SIZES
+
+FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES}, name) for name in FAMILIES}
+# Every leaf a family can have: norms and biases everywhere, a head of its own.
+FULL = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}
+
+
+def make_model(**changes) -> Model:
+    """Returns a two-layer model with eight query and two key-value heads; `changes` are ModelConfig fields."""
+    sizes = {
+        "family": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_q_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "ffn_size": 48,
+        "max_positions": 128,
+    }
+    return build_model(ModelConfig(**{**sizes, **changes}))
+
+
+def quick_jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Returns `jax.jit(fn)` without LLVM's optimisations: half the time to compile, and tiny models run once."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def make_layout(dp: int = 1, tp: int = 1, pp: int = 1, sp: bool = False, zero: int = 0) -> Layout:
+    """Returns the layout of this strategy on the first devices."""
+    return Layout.of(ParallelStrategy(dp=dp, tp=tp, pp=pp, sequence_parallel=sp, zero_stage=zero))
+
+
+def random_tree(model: Model, seed: int = 0, scale: float = 0.2) -> Tree:
+    """Returns host parameters of which no leaf is special: biases are not 0, norms not 1."""
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        rng = np.random.default_rng([seed, *path.encode()])
+        return (rng.standard_normal(leaf.shape) * scale + path.endswith("scale")).astype(np.float32)
+
+    return map_paths(draw, model.abstract)
+
+
+def place_params(model: Model, params: Tree, layout: Layout, rules: Rules | None = None) -> Tree:
+    """Returns the parameters on the layout's devices, by default where the optimizer keeps its master copy."""
+    rules = optimizer_rules(layout.strategy) if rules is None else rules
+    return jax.device_put(params, tree_shardings(model.axes, model.abstract, rules, layout))
+
+
+def make_examples(
+    lengths: Sequence[int], seed: int = 0, vocab_size: int = 96, prompt_share: float = 0.3
+) -> list[dict[str, np.ndarray]]:
+    """Returns sequences of random tokens whose last part, if anything, is to be learned."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "tokens": rng.integers(1, vocab_size, n, dtype=np.int32),
+            "loss_mask": np.arange(n) >= max(1, int(prompt_share * n)),
+        }
+        for n in lengths
+    ]
+
+
+def pack_in_order(
+    examples: Sequence[dict[str, np.ndarray]],
+    row_len: int,
+    *,
+    order: Iterable[int] | None = None,
+    num_rows: int | None = None,
+) -> tuple[Batch, PackPlan]:
+    """Returns the sequences put in `order` into row after row, empty rows last; row_len of the longest: one a row."""
+    rows: list[list[int]] = [[]]
+    lengths = tuple(len(example["tokens"]) for example in examples)
+    for i in range(len(examples)) if order is None else order:
+        if sum(lengths[j] for j in rows[-1]) + lengths[i] > row_len:
+            rows.append([])
+        rows[-1].append(i)
+    plan = PackPlan(row_len=row_len, rows=tuple(map(tuple, rows)), lengths=lengths)
+    return pack(examples, plan, num_rows=num_rows), plan
+
+
+def one_per_row(examples: Sequence[dict[str, np.ndarray]]) -> tuple[Batch, PackPlan]:
+    """Returns one sequence a row, padded on the right to the longest."""
+    lengths = tuple(len(example["tokens"]) for example in examples)
+    plan = PackPlan(row_len=max(lengths), rows=tuple((i,) for i in range(len(lengths))), lengths=lengths)
+    return pack(examples, plan), plan
+
+
+def relative_errors(found: Tree, expected: Tree) -> dict[str, float]:
+    """Returns |found - expected| / |expected| of every leaf, in 2-norms."""
+    found, expected = flatten_paths(found), flatten_paths(expected)
+    assert found.keys() == expected.keys()
+    return {
+        path: float(np.linalg.norm(np.asarray(found[path], np.float64) - expected[path]) / np.linalg.norm(leaf))
+        for path, leaf in expected.items()
+    }
+
+
+def assert_close_in_norm(found: Tree, expected: Tree, tolerance: float) -> None:
+    """Fails, naming leaves, where a leaf differs by more than `tolerance` of its norm."""
+    errors = relative_errors(found, expected)
+    assert max(errors.values()) <= tolerance, {path: e for path, e in errors.items() if not e <= tolerance}
+
+
+def assert_bitwise_equal(found: Tree, expected: Tree) -> None:
+    """Fails, naming leaves, where a bit differs; nan equals itself."""
+    found, expected = flatten_paths(found), flatten_paths(expected)
+    assert found.keys() == expected.keys()
+    differing = [p for p in found if np.asarray(found[p]).tobytes() != np.asarray(expected[p]).tobytes()]
+    assert not differing
+
+
+def device_bytes(tree: Tree, device: jax.Device) -> int:
+    """Returns the bytes that `device` holds of a tree's arrays."""
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )

@@ -1,0 +1,197 @@
+"""A run that was killed, stopped or moved to another layout ends where the uninterrupted one does."""
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from realjax.data.loader import Loader
+from tests.e2e.builders import Inputs, Trial, differing, without_clocks
+
+OPTIONS = {
+    "allocation_mode": "manual",
+    "n_gpus_per_node": 2,
+    "allocation.parallel.data_parallel_size": 2,
+    "dataset.train_bs_n_seqs": 48,
+    "total_train_epochs": 2,
+    "recover_mode": "auto",
+}
+STEPS = 22  # 2 epochs of 520 rows, 48 at a time
+FEW = {"dataset.train_bs_n_seqs": 130}
+FEW_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """The uninterrupted run of few steps, with the fileroot of those to compare with it."""
+    trial = Trial(inputs=inputs, root=tmp_path_factory.mktemp("resume"), name="whole", options=OPTIONS | FEW)
+    assert trial.run() == 0
+    return trial
+
+
+def another(whole: Trial, name: str, **options) -> Trial:
+    return Trial(inputs=whole.inputs, root=whole.root, name=name, options={**whole.options, **options})
+
+
+def assert_same_end(found: Trial, expected: Trial, step: int) -> None:
+    """Fails unless both trials have the same weights and moments, and each step of the metrics exactly once."""
+    assert found.steps() == list(range(1, step + 1))
+    assert without_clocks(found.metrics()) == without_clocks(expected.metrics())
+    assert not differing(found.weights(step), expected.weights(step))
+    assert not differing(found.state(step), expected.state(step))
+
+
+def wait_until(condition: Callable[[], bool], process, log: Path) -> None:
+    """Returns as soon as it holds; fails when the process ends before."""
+    while not condition():
+        assert process.poll() is None, f"ended before it could be killed\n{log.read_text()}"
+        time.sleep(0.0005)
+
+
+@pytest.mark.e2e
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(inputs, tmp_path):
+    whole = Trial(inputs=inputs, root=tmp_path, name="whole", options=OPTIONS)
+    trial = Trial(inputs=inputs, root=tmp_path, name="killed", options=OPTIONS | {"save_freq_steps": 2})
+    log, recover, exports = tmp_path / "killed.log", trial.folder("recover"), trial.folder("checkpoints") / "default"
+    seed = random.SystemRandom().randrange(10**6)
+    delay = random.Random(seed).uniform(0.0, 0.4)
+    print(f"seed {seed}: the third kill comes {delay:.3f} s after a step")
+
+    def has_new_line(start: int) -> bool:
+        return re.search(r"global step \d+\):", log.read_text()[start:]) is not None
+
+    moments: list[tuple[Callable[[int], bool], float]] = [
+        (lambda start: any(recover.glob("*tmp*")), 0.0),  # while the training state is being written
+        (lambda start: any(exports.glob(".*writing")), 0.0),  # while the checkpoint is
+        (has_new_line, delay),
+    ]
+    for is_reached, pause in moments:
+        start = len(log.read_text()) if log.exists() else 0
+        process = trial.start()
+        wait_until(lambda: is_reached(start), process, log)  # noqa: B023 - called before the loop goes on
+        time.sleep(pause)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    start = len(log.read_text())
+    process = trial.start()
+    wait_until(lambda: has_new_line(start), process, log)
+    process.terminate()
+    assert process.wait() == 143, log.read_text()
+    stopped = int(re.findall(r"stopped by SIGTERM after step (\d+)", log.read_text())[-1])
+    assert (recover / str(stopped)).is_dir()
+    process = trial.start()
+    assert process.wait() == 0, log.read_text()
+    assert f"continuing after step {stopped}, saved in {recover}" in log.read_text()
+    assert whole.run() == 0
+    assert_same_end(trial, whole, STEPS)
+    # Every export that was due is there, whole, and nothing half-written beside it.
+    due = sorted({*range(2, STEPS + 1, 2), STEPS})
+    assert sorted(int(path.name.split("globalstep")[1]) for path in exports.iterdir()) == due
+    for step in due:
+        assert trial.weights(step).keys() == whole.weights(STEPS).keys()
+
+
+@pytest.mark.parametrize("step", [3, FEW_STEPS], ids=["midway", "in the last step"])
+def test_a_stopped_run_saves_and_is_continued(step, whole, monkeypatch):
+    trial = another(whole, f"stopped-{step}")
+    load = Loader.batch
+
+    def load_and_stop(loader: Loader, index: int):
+        if loader.total_steps == FEW_STEPS and index == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(loader, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batch", load_and_stop)
+        assert trial.run() == (0 if step == FEW_STEPS else 143)
+    assert trial.steps() == list(range(1, step + 1))
+    assert trial.run() == 0
+    assert_same_end(trial, whole, FEW_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"dp": 8}, {"dp": 2, "tp": 2}),
+        ({"dp": 4, "tp": 2, "sp": True}, {"dp": 2, "tp": 2, "zero": 3}),
+    ],
+    ids=["d8 to d2t2", "d4t2+sp to d2t2+zero3"],
+)
+def test_a_run_goes_on_in_another_layout(first, second, whole):
+    trial = another(whole, f"moved-{'-'.join(map(str, (*first.values(), *second.values())))}")
+    assert trial.run(**layout_options(**first), benchmark_steps=4) == 0
+    assert trial.steps() == [1, 2, 3, 4]
+    assert trial.run(**layout_options(**second)) == 0
+    assert trial.steps() == list(range(1, FEW_STEPS + 1))
+    for find in (Trial.weights, Trial.state):
+        found, expected, start = find(trial, FEW_STEPS), find(whole, FEW_STEPS), find(trial, 4)
+        assert found.keys() == expected.keys()
+        for name in found:
+            # As a share of what the second half of the run changed: a half that did nothing would not pass.
+            change = np.linalg.norm(np.float64(expected[name]) - start[name])
+            error = np.linalg.norm(np.float64(found[name]) - expected[name])
+            assert error <= 1e-3 * change, name
+
+
+def layout_options(*, dp: int, tp: int = 1, sp: bool = False, zero: int = 2) -> dict:
+    return {
+        "n_gpus_per_node": dp * tp,
+        "allocation__parallel__data_parallel_size": dp,
+        "allocation__parallel__model_parallel_size": tp,
+        "allocation__parallel__use_sequence_parallel": sp,
+        "model__zero_stage": zero,
+    }
+
+
+def test_a_finished_run_is_left_as_it_is(whole, capsys):
+    before = contents(whole.root)
+    assert whole.run() == 0
+    assert f"all {FEW_STEPS} steps were done before" in capsys.readouterr().out
+    assert contents(whole.root) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns all files of a folder but the log, which tells of every start."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.log")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_starting_anew_says_what_is_there_and_keeps_it(whole, capsys):
+    trial = another(whole, "again")
+    assert trial.run(benchmark_steps=2) == 0
+    kinds = ("logs", "checkpoints", "recover")
+    before = {kind: contents(trial.folder(kind)) for kind in kinds}
+    capsys.readouterr()
+    assert trial.run(recover_mode="disabled", benchmark_steps=1) == 0
+    output = capsys.readouterr().out
+    assert "WARNING: a saved state of this trial exists; recover_mode=auto would continue it" in output
+    assert trial.steps() == [1]
+    for kind in kinds:
+        folder = trial.folder(kind)
+        assert f"kept the earlier run's {folder} as again.1" in output
+        assert contents(folder.with_name("again.1")) == before[kind]
+
+
+def test_resume_must_find_a_save(whole, capsys):
+    trial = another(whole, "absent")
+    # What a run that was killed during its first save leaves is none.
+    (trial.folder("recover") / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert trial.run(recover_mode="resume") == 2
+    assert "realjax: error: recover_mode: resume, but" in capsys.readouterr().err
+    assert trial.run(recover_mode="auto", benchmark_steps=1) == 0
+    assert trial.run(recover_mode="resume", benchmark_steps=1) == 0
+    assert trial.steps() == [1, 2]
+
+
+def test_another_seed_is_refused(whole, capsys):
+    trial = another(whole, "seeds")
+    assert trial.run(benchmark_steps=1) == 0
+    assert trial.run(seed=2) == 2
+    assert "realjax: error: seed: found 2, but the save in" in capsys.readouterr().err
+    assert trial.steps() == [1]

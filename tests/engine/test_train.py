@@ -1,0 +1,118 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import train_rules
+from realjax.core.batch import Batch
+from realjax.core.loss import Loss, LossSums, Mean, Total
+from realjax.core.optimizer_config import OptimizerConfig
+from realjax.engine.compiled import place_batch
+from realjax.engine.optim import make_optimizer
+from realjax.engine.state import init_train_state, train_state_shardings
+from realjax.engine.train import TrainOptions, make_gradients, make_train_step, split_rows
+from tests.builders import (
+    assert_bitwise_equal,
+    assert_close_in_norm,
+    make_examples,
+    make_layout,
+    make_model,
+    pack_in_order,
+    place_params,
+    quick_jit,
+    random_tree,
+)
+
+MODEL = make_model()
+CONFIG = OptimizerConfig(lr=1e-2, lr_scheduler_type="constant", warmup_steps_proportion=0.0)
+OPTIMIZER = make_optimizer(CONFIG, 10)
+BATCH = pack_in_order(make_examples([9, 30, 17, 3, 22, 8, 14]), 32, num_rows=8)[0]
+
+
+def scaled_loss(outputs, batch) -> LossSums:
+    """The SFT loss times a factor that the batch brings: nan and inf reach every gradient."""
+    weight = jnp.sum(batch["loss_mask"].astype(jnp.float32))
+    return LossSums(Mean(outputs["nll"] * batch["factor"][0, 0], weight), {"n_tokens": Total(weight)})
+
+
+def make_step(layout, loss=SFT_LOSS):
+    shardings = train_state_shardings(MODEL, OPTIMIZER, layout)
+    state = init_train_state(place_params(MODEL, random_tree(MODEL), layout), OPTIMIZER, shardings)
+    step = make_train_step(MODEL, loss, OPTIMIZER, CONFIG.gradient_clipping, layout, TrainOptions())
+    return quick_jit(step, out_shardings=(shardings, layout.replicated)), state
+
+
+def with_factor(factor: float) -> Batch:
+    return BATCH.with_arrays(factor=np.full((8, 1), factor))
+
+
+def trained(state) -> dict:
+    return {"params": state.params, "opt": {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}}
+
+
+@pytest.mark.parametrize("layout", [{}, {"dp": 2, "tp": 2, "zero": 3, "sp": True}], ids=str)
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(layout):
+    layout = make_layout(**layout)
+    step, state = make_step(layout, Loss(head="nll", fn=scaled_loss))
+    run = lambda state, factor: step(state, place_batch(with_factor(factor), train_rules(layout.strategy), layout))
+    state, _ = run(state, 1.0)
+    before = jax.tree.map(np.array, trained(state))
+    for count, factor in enumerate((np.nan, np.inf, 1e38), start=1):
+        state, metrics = run(state, factor)
+        assert int(state.num_skipped) == int(metrics["num_skipped"]) == count
+        assert int(state.num_updates) == 1
+        assert not np.isfinite(metrics["grad_norm"]) or not np.isfinite(metrics["loss"])
+        assert_bitwise_equal(trained(state), before)
+    state, metrics = run(state, 1.0)
+    assert (int(state.num_updates), int(state.num_skipped)) == (2, 0) and np.isfinite(metrics["loss"])
+    assert (np.asarray(state.params["norm"]["scale"]) != before["params"]["norm"]["scale"]).any()
+
+
+def test_training_on_one_batch_lowers_its_loss():
+    step, state = make_step(make_layout())
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, BATCH)
+        losses.append(float(metrics["loss"]))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5
+
+
+def test_a_batch_without_targets_is_an_update_of_zero_gradient():
+    step, state = make_step(make_layout())
+    nothing = Batch.of(**{**BATCH.arrays, "loss_mask": np.zeros(BATCH["tokens"].shape, bool)})
+    state, metrics = step(state, nothing)
+    assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0 and int(state.num_skipped) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_micro_batches_are_every_nth_row_and_all_of_them():
+    parts = split_rows(BATCH, 4)
+    for key in BATCH:
+        assert parts[key].shape == (4, 2, *BATCH[key].shape[1:])
+        for i in range(4):
+            np.testing.assert_array_equal(parts[key][i], BATCH[key][i::4])
+
+
+def test_a_loss_on_logprobs_has_the_gradients_of_the_fused_one():
+    def of_logprobs(outputs, batch) -> LossSums:
+        mask = batch["loss_mask"].astype(jnp.float32)
+        return LossSums(Mean(-jnp.sum(outputs["logprobs"] * mask), jnp.sum(mask)), {})
+
+    layout = make_layout(dp=2, tp=2, sp=True)
+    params = place_params(MODEL, random_tree(MODEL), layout)
+    batch = place_batch(BATCH, train_rules(layout.strategy), layout)
+    (grads, sums), (expected, expected_sums) = (
+        quick_jit(make_gradients(MODEL, loss, layout, TrainOptions(num_mbs=2)))(params, batch)
+        for loss in (Loss(head="logprobs", fn=of_logprobs), SFT_LOSS)
+    )
+    assert float(sums.loss.sum) == pytest.approx(float(expected_sums.loss.sum), rel=1e-6)
+    assert_close_in_norm(grads, jax.tree.map(np.asarray, expected), 1e-5)
+
+
+def test_micro_batches_that_leave_a_device_without_a_row_are_refused():
+    layout = make_layout(dp=8)
+    batch = place_batch(BATCH, train_rules(layout.strategy), layout)
+    gradients = make_gradients(MODEL, SFT_LOSS, layout, TrainOptions(num_mbs=2))
+    with pytest.raises(ValueError, match=r"'rows'\) of size 4 does not divide over mesh axis 'data' of size 8"):
+        jax.eval_shape(gradients, random_tree(MODEL), batch)

@@ -1,0 +1,92 @@
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from realjax.models.attention import BACKENDS, make_attention
+from tests.builders import quick_jit
+
+N, K, H = 4, 2, 4
+
+
+def make_inputs(row_len: int, num_kv_heads: int = K, seed: int = 0):
+    """Returns random q, k, v and segment ids of three rows: packed with padding, one long sequence, all padding."""
+    rng = np.random.default_rng(seed)
+    draw = lambda heads: rng.standard_normal((3, row_len, heads, H)).astype(np.float32)
+    segment_ids = np.zeros((3, row_len), np.int32)
+    cuts = np.sort(rng.choice(np.arange(1, row_len), 5, replace=False))
+    segment_ids[0, : cuts[-1]] = np.searchsorted(cuts[:-1], np.arange(cuts[-1]), side="right") + 1
+    segment_ids[1] = 1
+    return draw(N), draw(num_kv_heads), draw(num_kv_heads), segment_ids
+
+
+def one_token_at_a_time(q, k, v, segment_ids, window):
+    """The definition, in float64: each query against the keys it may see, and no others."""
+    out = np.zeros_like(q, np.float64)
+    group = q.shape[2] // k.shape[2]
+    for r, t, n in np.ndindex(q.shape[:3]):
+        seen = [
+            s for s in range(t + 1) if segment_ids[r, s] == segment_ids[r, t] and (window is None or t - s < window)
+        ]
+        scores = k[r, seen, n // group].astype(np.float64) @ q[r, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[r, t, n] = weights @ v[r, seen, n // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40, 1000])
+@pytest.mark.parametrize("row_len", [17, 96])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_attends_to_its_own_segment_and_window(backend, row_len, window):
+    q, k, v, segment_ids = make_inputs(row_len)
+    found = quick_jit(partial(make_attention(backend), window=window))(q, k, v, segment_ids)
+    expected = one_token_at_a_time(q, k, v, segment_ids, window)
+    real = segment_ids > 0
+    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=2e-6)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_repeating_kv_heads_for_shards_changes_nothing(backend, num_kv_heads, num_shards):
+    q, k, v, segment_ids = make_inputs(24, num_kv_heads)
+    alone = quick_jit(partial(make_attention(backend), window=None))(q, k, v, segment_ids)
+    repeated = quick_jit(partial(make_attention(backend, num_shards), window=None))(q, k, v, segment_ids)
+    np.testing.assert_allclose(repeated, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 7, 90])
+def test_a_bound_on_segments_changes_nothing_where_it_holds(backend, window):
+    q, k, v, segment_ids = make_inputs(192)
+    segment_ids[:] = np.arange(192) // 50 + 1
+    free = quick_jit(partial(make_attention(backend), window=window))(q, k, v, segment_ids)
+    for bound in (50, 51, 190, 5000):
+        attention_fn = make_attention(backend, max_segment_len=bound)
+        bounded = quick_jit(partial(attention_fn, window=window))(q, k, v, segment_ids)
+        np.testing.assert_allclose(bounded, free, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
+@pytest.mark.parametrize("window", [None, 20])
+def test_every_backend_has_the_gradients_of_the_reference(backend, window):
+    q, k, v, segment_ids = make_inputs(96)
+    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32) * (segment_ids > 0)[..., None, None]
+
+    def loss(backend, q, k, v):
+        return (make_attention(backend)(q, k, v, segment_ids, window) * weights).sum()
+
+    found = quick_jit(jax.grad(partial(loss, backend), (0, 1, 2)))(q, k, v)
+    expected = quick_jit(jax.grad(partial(loss, "dense"), (0, 1, 2)))(q, k, v)
+    for one, other in zip(found, expected):
+        assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other)
+
+
+def test_auto_is_a_backend_and_another_name_is_refused():
+    q, k, v, segment_ids = make_inputs(17)
+    auto = make_attention("auto")(q, k, v, segment_ids, None)
+    np.testing.assert_allclose(auto, make_attention("dense")(q, k, v, segment_ids, None), atol=1e-5)
+    with pytest.raises(ValueError, match=f"found 'flash3'; use one of auto, {', '.join(BACKENDS)}"):
+        make_attention("flash3")

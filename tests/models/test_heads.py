@@ -1,0 +1,140 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realjax.models.heads import (
+    chunk_len,
+    shift_to_previous,
+    shift_to_token,
+    token_logprobs,
+    token_values,
+    weighted_nll,
+)
+from tests.builders import make_examples, pack_in_order, quick_jit
+
+R, T, D, V = 3, 24, 8, 50
+BATCH = pack_in_order(make_examples([7, 1, 11, 3, 20, 9, 2], vocab_size=V), T, num_rows=R + 1)[0]
+TOKENS, SEGMENTS = BATCH["tokens"], BATCH["segment_ids"]
+IS_FIRST = np.asarray(BATCH["positions"] == 0)
+unconstrained = lambda x, names: x
+
+
+def make_inputs(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((R + 1, T, D)).astype(np.float32)
+    weights = rng.standard_normal((R + 1, T)).astype(np.float32)
+    return jnp.asarray(hidden, dtype), jnp.asarray(rng.standard_normal((D, V)), dtype), weights
+
+
+def naive_logprobs(hidden, kernel, temperature=1.0):
+    """All logits at once, each token's own position looked up; 0 where nothing comes before it."""
+    logprobs = jax.nn.log_softmax((hidden @ kernel).astype(jnp.float32) / temperature, axis=-1)
+    before = jnp.take_along_axis(logprobs[:, :-1], TOKENS[:, 1:, None], axis=-1)[..., 0]
+    return jnp.where(IS_FIRST, 0, jnp.pad(before, ((0, 0), (1, 0))))
+
+
+@pytest.mark.parametrize("size", [1, 6, 24])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0])
+def test_token_logprobs_are_the_naive_ones_with_their_gradients(size, temperature):
+    hidden, kernel, weights = make_inputs()
+
+    def chunked(hidden, kernel):
+        options = {"size": size, "constrain": unconstrained, "temperature": temperature}
+        logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options)
+        return (logprobs * weights).sum(), logprobs
+
+    def naive(hidden, kernel):
+        logprobs = naive_logprobs(hidden, kernel, temperature)
+        return (logprobs * weights).sum(), logprobs
+
+    grads, logprobs = quick_jit(jax.grad(chunked, (0, 1), has_aux=True))(hidden, kernel)
+    expected_grads, expected = quick_jit(jax.grad(naive, (0, 1), has_aux=True))(hidden, kernel)
+    np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+    for found, grad in zip(grads, expected_grads):
+        np.testing.assert_allclose(found, grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 6, 24])
+@pytest.mark.parametrize("scale", [1.0, -2.5])
+def test_weighted_nll_is_the_naive_sum_with_its_gradients(size, scale):
+    hidden, kernel, weights = make_inputs()
+
+    def fused(hidden, kernel):
+        nll, logprobs = weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, size=size, constrain=unconstrained)
+        # What is reported beside the loss must not leak into its gradient.
+        return scale * nll + 10 * logprobs.sum() - jax.lax.stop_gradient(10 * logprobs.sum()), (nll, logprobs)
+
+    grads, (nll, logprobs) = quick_jit(jax.grad(fused, (0, 1), has_aux=True))(hidden, kernel)
+    without_grad = quick_jit(fused)(hidden, kernel)[1]
+    naive = lambda hidden, kernel: -(naive_logprobs(hidden, kernel) * weights).sum()
+    expected, expected_grads = quick_jit(jax.value_and_grad(naive, (0, 1)))(hidden, kernel)
+    for found_nll, found_logprobs in ((nll, logprobs), without_grad):
+        assert found_nll == pytest.approx(float(expected), rel=1e-5)
+        np.testing.assert_allclose(found_logprobs, naive_logprobs(hidden, kernel), atol=1e-5)
+    for found, grad in zip(grads, expected_grads):
+        np.testing.assert_allclose(found, scale * grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [6, 24])
+def test_bfloat16_inputs_keep_float32_logprobs(size):
+    hidden, kernel, weights = make_inputs(jnp.bfloat16)
+    exact = [np.asarray(x, np.float32) for x in (hidden, kernel)]
+
+    def nll(hidden, kernel):
+        return weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, size=size, constrain=unconstrained)
+
+    grads, logprobs = quick_jit(jax.grad(nll, (0, 1), has_aux=True))(hidden, kernel)
+    assert logprobs.dtype == jnp.float32 and [g.dtype for g in grads] == [jnp.bfloat16] * 2
+    # Inputs are rounded, products and sums are not.
+    np.testing.assert_allclose(logprobs, naive_logprobs(*exact), atol=1e-4)
+    expected = jax.grad(lambda h, k: -(naive_logprobs(h, k) * weights).sum(), (0, 1))(*exact)
+    for found, grad in zip(grads, expected):
+        assert np.linalg.norm(np.asarray(found, np.float32) - grad) < 1e-2 * np.linalg.norm(grad)
+
+
+def test_first_tokens_and_padding_have_no_logprob_and_no_weight():
+    hidden, kernel, weights = make_inputs()
+    logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, size=8, constrain=unconstrained)
+    assert ((np.asarray(logprobs) == 0) == (IS_FIRST | (SEGMENTS == 0))).all()
+    nll = partial(weighted_nll, hidden, kernel, TOKENS, SEGMENTS, size=8, constrain=unconstrained)
+    assert nll(weights)[0] == nll(np.where(IS_FIRST, 1e6, weights))[0]
+
+
+def test_logprobs_of_a_certain_model_are_zero_and_of_huge_logits_finite():
+    kernel = jnp.eye(V)
+    targets = jnp.pad(TOKENS, ((0, 0), (0, 1)))[:, 1:]
+    logprobs = token_logprobs(1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)
+    assert (logprobs == 0).all()
+    worst = token_logprobs(-1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)
+    assert jnp.isfinite(worst).all() and (worst[~IS_FIRST & (SEGMENTS > 0)] < -1e3).all()
+
+
+def test_shifts_are_adjoint():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, *SEGMENTS.shape))
+    forward, back = shift_to_token(x, SEGMENTS), shift_to_previous(y, SEGMENTS)
+    assert float((forward * y).sum()) == pytest.approx(float((x * back).sum()), rel=1e-5)
+    np.testing.assert_array_equal(forward[0, 1:7], x[0, :6].astype(np.float32))
+    # What a segment's last position says of the next token belongs to no one.
+    followed = np.pad(~IS_FIRST, ((0, 0), (0, 1)))[:, 1:] & (SEGMENTS > 0)
+    np.testing.assert_array_equal(np.asarray(back) != 0, followed)
+
+
+def test_values_are_the_scalar_heads_outputs():
+    hidden, kernel, _ = make_inputs(jnp.bfloat16)
+    values = token_values(hidden, kernel[:, :1])
+    expected = np.asarray(hidden, np.float32) @ np.asarray(kernel[:, 0], np.float32)
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("row_len", [1, 7, 96, 1000])
+@pytest.mark.parametrize("rows, vocab, max_bytes", [(1, 50, 1 << 28), (4, 1000, 100_000), (8, 151_936, 1000)])
+def test_a_chunk_divides_the_row_and_stays_under_its_bytes(row_len, rows, vocab, max_bytes):
+    size = chunk_len(row_len, rows, vocab, max_bytes)
+    fits = lambda n: 4 * n * rows * vocab <= max_bytes
+    assert row_len % size == 0 and (size == 1 or fits(size))
+    assert not any(row_len % n == 0 and fits(n) for n in range(size + 1, row_len + 1))

@@ -1,0 +1,158 @@
+"""Loss and gradients are the same number in every layout, packing and micro-batching, and PyTorch's number."""
+
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+import pytest
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+from realjax.core.loss import finalize
+from realjax.core.optimizer_config import OptimizerConfig
+from realjax.core.trees import Tree, flatten_paths
+from realjax.engine.compiled import place_batch
+from realjax.engine.forward import ForwardOptions, Precision
+from realjax.engine.optim import make_optimizer
+from realjax.engine.state import init_train_state, train_state_shardings
+from realjax.engine.train import TrainOptions, make_gradients, make_train_step
+from realjax.models.attention import BACKENDS
+from realjax.models.build import Model
+from tests.builders import (
+    FULL,
+    assert_close_in_norm,
+    make_examples,
+    make_layout,
+    make_model,
+    one_per_row,
+    pack_in_order,
+    place_params,
+    quick_jit,
+    random_tree,
+)
+
+# 15 sequences, two of which teach nothing (one token has nothing before it; a prompt has no answer).
+LENGTHS = [7, 19, 1, 12, 5, 16, 9, 3, 14, 11, 6, 18, 2, 13, 8]
+EXAMPLES = make_examples(LENGTHS)
+EXAMPLES[2]["loss_mask"][:] = EXAMPLES[9]["loss_mask"][:] = False
+MODELS = {"full": make_model(**FULL, num_layers=4), "tied": make_model(tied=True, num_layers=4)}
+BOUNDED = ForwardOptions(max_segment_len=max(LENGTHS))
+
+
+def wide() -> Batch:
+    return pack_in_order(EXAMPLES, 32, num_rows=8)[0]
+
+
+def narrow() -> Batch:
+    return pack_in_order(EXAMPLES, 24, order=reversed(range(len(LENGTHS))), num_rows=16)[0]
+
+
+def long() -> Batch:
+    """Rows so long that attention works in blocks, in an order of its own; most rows are empty."""
+    return pack_in_order(EXAMPLES, 128, order=np.random.default_rng(1).permutation(len(LENGTHS)), num_rows=8)[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same thing."""
+
+    name: str
+    layout: dict = field(default_factory=dict)
+    num_mbs: int = 1
+    batch: Batch = field(default_factory=wide)
+    forward: ForwardOptions = ForwardOptions()
+    model: str = "full"
+
+
+CASES = [
+    Case("packed"),
+    Case("packed-long-remat", batch=long(), forward=ForwardOptions(remat=True)),
+    Case("bounded-segments", batch=long(), forward=BOUNDED),
+    Case("dp8", {"dp": 8}),
+    Case("dp4-zero1-mbs2", {"dp": 4, "zero": 1}, num_mbs=2),
+    Case("dp8-zero2-mbs2", {"dp": 8, "zero": 2}, num_mbs=2, batch=narrow()),
+    Case("dp8-zero3-remat", {"dp": 8, "zero": 3}, batch=long(), forward=ForwardOptions(remat=True)),
+    Case("tp2-kv-heads-split", {"tp": 2}, batch=narrow(), forward=ForwardOptions(loss_chunk_tokens=48)),
+    Case("tp4-kv-heads-repeated", {"tp": 4}, num_mbs=4),
+    Case("tp8-sp", {"tp": 8, "sp": True}, batch=long()),
+    Case("dp2-tp2-zero3-sp-mbs2", {"dp": 2, "tp": 2, "zero": 3, "sp": True}, num_mbs=2, batch=narrow()),
+    Case("dp2-tp4-zero2-sp-remat", {"dp": 2, "tp": 4, "zero": 2, "sp": True}, forward=ForwardOptions(remat=True)),
+    Case("dp4-tp2-zero3", {"dp": 4, "tp": 2, "zero": 3}, num_mbs=2),
+    Case("pp2-dp2-tp2-sp", {"pp": 2, "dp": 2, "tp": 2, "sp": True}, batch=narrow()),
+    Case("pp4-dp2-zero3-mbs2", {"pp": 4, "dp": 2, "zero": 3}, num_mbs=2, forward=ForwardOptions(remat=True)),
+    Case("tied-pp2-tp4-bounded", {"pp": 2, "tp": 4}, batch=long(), forward=BOUNDED, model="tied"),
+    Case("tied-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, num_mbs=4, model="tied"),
+    Case("tied-dp4-tp2-zero1", {"dp": 4, "tp": 2, "zero": 1}, batch=long(), model="tied"),
+] + [Case(f"backend-{name}", batch=long(), forward=ForwardOptions(attention=name)) for name in BACKENDS]
+
+
+def mean_gradients(
+    model: Model, params: Tree, batch: Batch, layout: Layout, options: TrainOptions
+) -> tuple[Tree, dict[str, float]]:
+    """Returns the gradients of the mean loss, and the loss and its metrics."""
+    grads, sums = quick_jit(make_gradients(model, SFT_LOSS, layout, options))(
+        place_params(model, params, layout), place_batch(batch, train_rules(layout.strategy), layout)
+    )
+    shardings = flatten_paths(tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout))
+    for path, grad in flatten_paths(grads).items():
+        assert grad.dtype == np.float32 and grad.sharding.is_equivalent_to(shardings[path], grad.ndim), path
+    metrics = {"loss": sums.loss.sum / sums.loss.weight, **finalize(sums.metrics)}
+    return jax.tree.map(lambda g: np.asarray(g) / float(sums.loss.weight), grads), {
+        name: float(value) for name, value in metrics.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, tuple[Tree, dict[str, float]]]:
+    """One sequence a row, one device, dense attention: nothing is split, packed or recomputed."""
+    options = TrainOptions(forward=ForwardOptions(attention="dense"))
+    batch = one_per_row(EXAMPLES)[0]
+    return {
+        name: mean_gradients(model, random_tree(model), batch, make_layout(), options) for name, model in MODELS.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_loss_and_gradients_do_not_depend_on_the_layout_the_packing_or_micro_batches(case, plain):
+    model = MODELS[case.model]
+    options = TrainOptions(forward=case.forward, num_mbs=case.num_mbs)
+    layout = make_layout(**case.layout)
+    grads, metrics = mean_gradients(model, random_tree(model), case.batch, layout, options)
+    expected, expected_metrics = plain[case.model]
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5)
+    assert_close_in_norm(grads, expected, 1e-5)
+
+
+@pytest.mark.parametrize("layout", [{}, {"dp": 2, "tp": 4, "zero": 3, "sp": True}, {"pp": 2, "tp": 4}], ids=str)
+def test_bf16_is_float32_but_for_rounding(layout, plain):
+    options = TrainOptions(forward=ForwardOptions(precision=Precision(compute="bfloat16")))
+    grads, metrics = mean_gradients(MODELS["tied"], random_tree(MODELS["tied"]), wide(), make_layout(**layout), options)
+    expected, expected_metrics = plain["tied"]
+    assert metrics == pytest.approx(expected_metrics, rel=1e-2)
+    assert_close_in_norm(grads, expected, 5e-2)
+
+
+@pytest.mark.parametrize(
+    "layout, num_mbs", [({"dp": 4, "tp": 2, "zero": 1}, 1), ({"dp": 2, "tp": 2, "zero": 3, "sp": True}, 4)]
+)
+def test_the_whole_update_does_not_depend_on_the_layout_either(layout, num_mbs):
+    model, config = MODELS["full"], OptimizerConfig(lr=1e-2, eps=1e-3, gradient_clipping=0.5)
+    optimizer = make_optimizer(config, 10)
+
+    def two_updates(layout: Layout, options: TrainOptions) -> tuple[Tree, dict[str, float]]:
+        shardings = train_state_shardings(model, optimizer, layout)
+        state = init_train_state(place_params(model, random_tree(model), layout), optimizer, shardings)
+        step = make_train_step(model, SFT_LOSS, optimizer, config.gradient_clipping, layout, options)
+        step = quick_jit(step, out_shardings=(shardings, layout.replicated))
+        batch = place_batch(wide(), train_rules(layout.strategy), layout)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        assert int(state.num_updates) == 2
+        return state.params, {name: float(value) for name, value in metrics.items()}
+
+    params, metrics = two_updates(make_layout(**layout), TrainOptions(num_mbs=num_mbs))
+    expected, expected_metrics = two_updates(make_layout(), TrainOptions())
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5)
+    assert_close_in_norm(params, expected, 1e-5)

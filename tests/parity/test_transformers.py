@@ -1,0 +1,115 @@
+"""Logits, losses and gradients are those of transformers, on rows of one sequence and on packed rows."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import train_rules
+from realjax.data.packing import unpack
+from realjax.engine.compiled import place_batch
+from realjax.engine.forward import ForwardOptions
+from realjax.engine.inference import make_inference
+from realjax.engine.train import TrainOptions, make_gradients
+from realjax.hf.families import FAMILIES, config_from_hf
+from realjax.models.attention import BACKENDS, make_attention
+from tests.builders import (
+    assert_close_in_norm,
+    make_examples,
+    make_layout,
+    one_per_row,
+    pack_in_order,
+    place_params,
+    quick_jit,
+)
+from tests.hf.tiny import KINDS, SIZES
+from tests.parity.theirs import make_ours, make_theirs, our_logits, randomize, their_gradients, their_logits, to_ours
+
+transformers = pytest.importorskip("transformers")
+
+# Beyond the original 32 positions of the scaled rotary embedding, and beyond a window of 8.
+EXAMPLES = make_examples([60, 5, 33, 9, 21, 1, 47, 16], vocab_size=SIZES["vocab_size"])
+
+
+def check_logits(theirs, model, params, backends=tuple(BACKENDS)) -> None:
+    """Compares every sequence with its own run in transformers; rows of 128 make attention work in blocks."""
+    expected = [their_logits(theirs, example["tokens"]) for example in EXAMPLES]
+    assert max(np.abs(logits).max() for logits in expected) > 1  # else a tolerance of 1e-4 says little
+    for batch, plan in (one_per_row(EXAMPLES), pack_in_order(EXAMPLES, 128, order=[3, 0, 1, 7, 2, 6, 5, 4])):
+        for backend in backends:
+            logits_fn = partial(our_logits, model, attention_fn=make_attention(backend))
+            for logits, theirs_alone in zip(unpack(quick_jit(logits_fn)(params, batch=batch), plan), expected):
+                np.testing.assert_allclose(logits, theirs_alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(kind):
+    theirs = make_theirs(kind)
+    check_logits(theirs, *make_ours(theirs))
+
+
+def test_every_supported_family_is_compared():
+    assert {KINDS[kind][0].lower() for kind in KINDS} >= FAMILIES.keys()
+
+
+def test_long_positions_are_rotated_as_transformers_does():
+    """Llama 3.1's own scaling, at positions near the end of its 131,072 tokens."""
+    torch = pytest.importorskip("torch")
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs = make_theirs("llama", rope_parameters={**rope, "original_max_position_embeddings": 8192}, head_dim=64)
+    model, params = make_ours(theirs)
+    tokens = EXAMPLES[0]["tokens"][None]
+    for first in (8000, 131000):
+        positions = first + np.arange(tokens.shape[1], dtype=np.int32)[None]
+        batch = {"tokens": tokens, "positions": positions, "segment_ids": np.ones_like(positions)}
+        logits = our_logits(model, params, batch, BACKENDS["dense"])
+        with torch.no_grad():
+            expected = theirs(
+                torch.from_numpy(tokens).long(), position_ids=torch.from_numpy(positions).long(), use_cache=False
+            ).logits
+        # One rounding of an angle of 131,000 radians is 0.008, so nothing closer can be asked there.
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 if first == 8000 else 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-biases", "qwen2-window", "qwen3", "llama3-rope"])
+def test_loss_and_every_gradient_are_those_of_pytorch(kind):
+    theirs = make_theirs(kind)
+    model, params = make_ours(theirs)
+    expected_loss, expected_grads = their_gradients(theirs, EXAMPLES)
+    layout = make_layout(dp=2, tp=4, zero=3, sp=True)
+    batch = pack_in_order(EXAMPLES, 64, num_rows=4)[0]
+    grads, sums = quick_jit(make_gradients(model, SFT_LOSS, layout, TrainOptions(num_mbs=2)))(
+        place_params(model, params, layout), place_batch(batch, train_rules(layout.strategy), layout)
+    )
+    weight = float(sums.loss.weight)
+    assert float(sums.loss.sum) / weight == pytest.approx(expected_loss, rel=1e-5)
+    grads = jax.tree.map(lambda g: np.asarray(g) / weight, grads)
+    assert_close_in_norm(grads, to_ours(model, expected_grads), 1e-5)
+
+
+def test_a_sliding_window_is_mistrals():
+    """transformers knows no Llama with a window, but Mistral is one."""
+    config = transformers.MistralConfig(**SIZES, sliding_window=8)
+    theirs = randomize(transformers.MistralForCausalLM._from_config(config, attn_implementation="eager"))
+    as_llama = config_from_hf({**config.to_dict(), "architectures": None, "model_type": "llama"}, "config")
+    check_logits(theirs, *make_ours(theirs, replace(as_llama, sliding_window=8)))
+
+
+def test_critic_values_are_the_scores_of_a_classifier_of_one_label():
+    torch = pytest.importorskip("torch")
+    config = transformers.LlamaConfig(**SIZES, num_labels=1, architectures=["LlamaForSequenceClassification"])
+    theirs = randomize(transformers.LlamaForSequenceClassification(config))
+    model, params = make_ours(theirs)
+    layout = make_layout(dp=2, tp=2, sp=True)
+    batch, plan = pack_in_order(EXAMPLES, 64, num_rows=4)
+    inference = quick_jit(make_inference(model, "values", layout, ForwardOptions()))
+    placed = place_batch(batch, train_rules(layout.strategy), layout)
+    values = unpack(inference(place_params(model, params, layout), placed)["values"], plan)
+    for example, value in zip(EXAMPLES, values):
+        with torch.no_grad():
+            hidden = theirs.model(torch.from_numpy(example["tokens"]).long()[None])[0]
+            expected = theirs.score(hidden)[0, :, 0].numpy()
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-4)

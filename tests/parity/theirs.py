@@ -1,0 +1,83 @@
+"""Random transformers models, and their weights and gradients under our names."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from jax import Array
+
+from realjax.core.trees import Tree, flatten_paths, unflatten_paths
+from realjax.hf.families import config_from_hf, find_family
+from realjax.hf.rules import hf_tensors, leaf_rules
+from realjax.models.attention import AttentionFn
+from realjax.models.build import Model, build_model
+from realjax.models.config import ModelConfig
+from realjax.models.transformer import Forward
+from tests.hf.tiny import KINDS, SIZES
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # its threads would fight with those of the other test processes
+
+
+def make_theirs(kind: str, **changes) -> transformers.PreTrainedModel:
+    """Returns a random float32 model of `kind` whose norms and biases are random too."""
+    name, switches = KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, "num_hidden_layers": 2, **switches, **changes})
+    return randomize(getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager"))
+
+
+def randomize(theirs: transformers.PreTrainedModel, scale: float = 0.2) -> transformers.PreTrainedModel:
+    """Draws every parameter anew, norms around 1; small enough for float32 to hold logits to 1e-5."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
+    return theirs.float().eval()
+
+
+def make_ours(theirs: transformers.PreTrainedModel, config: ModelConfig | None = None) -> tuple[Model, Tree]:
+    """Returns our model of `config` (of theirs by default), and their weights in our tree (host arrays)."""
+    model = build_model(config or config_from_hf(theirs.config.to_dict(), "config"))
+    return model, to_ours(model, {name: p.detach().numpy() for name, p in theirs.named_parameters()})
+
+
+def to_ours(model: Model, named: dict[str, np.ndarray]) -> Tree:
+    """Returns arrays under HuggingFace names (weights or gradients) as our tree."""
+    shapes = {path: leaf.shape for path, leaf in flatten_paths(model.abstract).items()}
+    leaves: dict[str, np.ndarray] = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    tensors = list(hf_tensors(leaf_rules(find_family(model.config.family), model.config, shapes), shapes))
+    assert {tensor.name for tensor in tensors} == named.keys()
+    for tensor in tensors:
+        leaf = leaves[tensor.rule.path]
+        place = leaf if tensor.layer is None else leaf[tensor.layer]
+        place[...] = tensor.rule.from_hf(named[tensor.name], place.shape)
+    return unflatten_paths(leaves)
+
+
+def our_logits(model: Model, params: Tree, batch, attention_fn: AttentionFn) -> Array:
+    """Returns logits `[R, T, V]`."""
+    transformer = model.bind(params)
+    forward = Forward(attention_fn=attention_fn)
+    hidden = transformer(batch["tokens"], batch["positions"], batch["segment_ids"], forward)
+    return jnp.einsum("RTD,DV->RTV", hidden, transformer.head_kernel())
+
+
+def their_logits(theirs: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """Returns logits `[T, V]` of one sequence alone."""
+    with torch.no_grad():
+        return theirs(torch.from_numpy(tokens).long()[None]).logits[0].numpy()
+
+
+def their_gradients(
+    theirs: transformers.PreTrainedModel, examples: list[dict[str, np.ndarray]]
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Returns the answers' mean nll over a right-padded batch, and its gradients under HuggingFace names."""
+    pad = lambda key: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(e[key]) for e in examples], batch_first=True)
+    tokens, mask = pad("tokens").long(), pad("loss_mask")
+    attention_mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(e["tokens"])) for e in examples], batch_first=True)
+    theirs.zero_grad()
+    logits = theirs(tokens, attention_mask=attention_mask).logits
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    loss = (nll * mask[:, 1:]).sum() / mask[:, 1:].sum()
+    loss.backward()
+    return loss.item(), {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}

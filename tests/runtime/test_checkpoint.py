@@ -1,0 +1,129 @@
+"""A saved state comes back bit for bit, in any layout, and a save that is not whole is none."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realjax.core.layout import Layout
+from realjax.engine.state import TrainState
+from realjax.runtime.checkpoint import RunCheckpointer, RunState
+from tests.builders import make_layout, make_model
+from tests.runtime.specs import make_role, make_state
+
+MODEL = make_model()
+
+
+def make_run_state(step: int, layout: Layout, counters: Mapping | None = None) -> RunState:
+    """Returns a state of which every array is random and belongs to that step."""
+    state = make_state(make_role(MODEL, layout), seed=step)
+    rng = np.random.default_rng(step)
+
+    def draw(leaf: jax.Array) -> jax.Array:
+        values = rng.integers(0, 99, leaf.shape) if leaf.dtype == jnp.int32 else rng.standard_normal(leaf.shape)
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    return RunState(step=step, roles={"default": jax.tree.map(draw, state)}, counters=counters or {"seed": 1})
+
+
+def restore(checkpointer: RunCheckpointer, layout: Layout) -> RunState:
+    return checkpointer.restore({"default": make_role(MODEL, layout).abstract_state()})
+
+
+def bits(state: TrainState) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored"),
+    [
+        (make_layout(dp=2, tp=2, zero=2), make_layout(dp=2, tp=2, zero=2)),
+        (make_layout(dp=4, zero=3), make_layout(dp=1, tp=2)),
+        (make_layout(), make_layout(dp=2, tp=2, sp=True, zero=1)),
+    ],
+    ids=str,
+)
+def test_any_layout_gets_the_bits_that_another_saved(saved, restored, tmp_path):
+    counters = {"seed": 3, "kl": 0.1, "best": [1, None]}
+    state = make_run_state(7, saved, counters)
+    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
+        checkpointer.save(state)
+    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
+        found = restore(checkpointer, restored)
+    assert (found.step, found.counters) == (7, counters)
+    assert bits(found.roles["default"]) == bits(state.roles["default"])
+    wanted = make_role(MODEL, restored).abstract_state()
+    placed = jax.tree.map(
+        lambda leaf, spec: leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim), found.roles["default"], wanted
+    )
+    assert all(jax.tree.leaves(placed))
+
+
+def test_what_a_step_does_to_the_arrays_after_a_save_does_not_reach_it(tmp_path):
+    state = make_run_state(1, make_layout(dp=2))
+    expected = bits(state.roles["default"])
+    overwrite = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
+        checkpointer.save(state)
+        overwritten = overwrite(state.roles["default"])
+        assert bits(overwritten) != expected
+    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
+        assert bits(restore(checkpointer, make_layout(dp=2)).roles["default"]) == expected
+
+
+def test_the_latest_are_kept_and_none_is_written_twice(tmp_path):
+    layout = make_layout()
+    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
+        assert checkpointer.latest_step is None
+        for step in (2, 4, 6):
+            checkpointer.save(make_run_state(step, layout))
+        other = make_run_state(6, layout, {"seed": 99})
+        checkpointer.save(other)
+    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
+        assert checkpointer.latest_step == 6
+        assert restore(checkpointer, layout).counters == {"seed": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "6"]
+
+
+def test_a_save_that_was_cut_off_does_not_count(tmp_path):
+    layout = make_layout()
+    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
+        checkpointer.save(make_run_state(2, layout))
+    torn = tmp_path / "4.orbax-checkpoint-tmp"
+    (tmp_path / "2").rename(torn)
+    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
+        assert checkpointer.latest_step is None
+        with pytest.raises(ValueError, match=r"^recover: no complete save in .*; start with recover_mode=auto"):
+            restore(checkpointer, layout)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"ffn_size": 64},
+            r"9 arrays differ, first '\S+/mlp/down/kernel' \(shape there \(2, 48, 32\), here \(2, 64",
+        ),
+        ({"tied": True}, r"3 arrays differ, first '\S+/head/kernel' \(shape there \(32, 96\), here None\)"),
+    ],
+)
+def test_a_save_of_another_model_is_refused(changes, message, tmp_path):
+    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
+        checkpointer.save(make_run_state(2, make_layout()))
+    other = make_role(make_model(**changes), make_layout()).abstract_state()
+    with (
+        RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer,
+        pytest.raises(ValueError, match=rf"^recover: the save in .* is of another model or optimizer: {message}"),
+    ):
+        checkpointer.restore({"default": other})
+
+
+def test_an_error_in_the_run_does_not_cut_off_a_save(tmp_path):
+    layout = make_layout()
+    with pytest.raises(KeyError), RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
+        checkpointer.save(make_run_state(5, layout))
+        raise KeyError
+    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
+        assert restore(checkpointer, layout).step == 5

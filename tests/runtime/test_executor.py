@@ -1,0 +1,127 @@
+"""The executor carries keys from call to call, trains what is to be trained, and compiles each program once."""
+
+import jax
+import numpy as np
+import pytest
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import inference_rules
+from realjax.core.batch import Batch
+from realjax.core.loss import Loss, LossSums, Total
+from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.run import Evaluation
+from realjax.engine.compiled import place_batch
+from realjax.engine.inference import make_inference
+from realjax.runtime.executor import Executor, num_micro_batches, refuse_longer
+from tests.builders import (
+    assert_bitwise_equal,
+    make_examples,
+    make_layout,
+    make_model,
+    pack_in_order,
+    place_params,
+    random_tree,
+)
+from tests.runtime.specs import GRAPH, TRAIN, make_loader, make_role, make_state
+
+MODEL = make_model()
+BATCH, _ = pack_in_order(make_examples([9, 12, 5, 14, 7, 3]), 16, num_rows=8)
+HOST = {"tokens": np.ones((8, 16)), "segment_ids": np.ones((8, 16)), "positions": np.arange(16) + np.zeros((8, 1))}
+
+
+def test_keys_travel_from_call_to_call():
+    """A reference's log-probs, computed in one layout, are read by a training call in another."""
+
+    def loss(outputs, batch: Batch) -> LossSums:
+        sums = SFT_LOSS.fn(outputs, batch)
+        return LossSums(sums.loss, {"reference": Total(batch["logprobs"].sum())})
+
+    inference = MFC(
+        name="refInf", role="ref", call="inference", inputs=("tokens",), outputs=("logprobs",), head="logprobs"
+    )
+    train = MFC(
+        name="train",
+        role="default",
+        call="train_step",
+        inputs=("tokens", "loss_mask", "logprobs"),
+        loss=Loss("nll", loss),
+    )
+    graph = DataflowGraph((train, inference), frozenset({"tokens", "loss_mask"}))
+    layouts = {"refInf": make_layout(dp=2), "train": make_layout(dp=2, tp=2, zero=2)}
+    roles = {
+        "default": make_role(MODEL, layouts["train"]),
+        "ref": make_role(MODEL, layouts["refInf"], "ref", is_trained=False),
+    }
+    reference = random_tree(MODEL, seed=5)
+    states = {"default": make_state(roles["default"]), "ref": place_params(MODEL, reference, layouts["refInf"])}
+    executor = Executor(graph, layouts, roles, dict(states))
+    before = jax.tree.map(np.asarray, executor.params("default"))
+
+    metrics = executor.step(BATCH)
+    assert list(metrics) == ["train"]
+    layout = layouts["refInf"]
+    alone = make_inference(MODEL, "logprobs", layout, roles["ref"].forward_options)
+    batch = BATCH.select({"tokens", "segment_ids", "positions"})
+    expected = np.asarray(
+        jax.jit(alone)(states["ref"], place_batch(batch, inference_rules(layout.strategy), layout))["logprobs"]
+    )
+    np.testing.assert_allclose(float(metrics["train"]["reference"]), expected.sum(), rtol=1e-5)
+    assert_bitwise_equal(executor.params("ref"), reference)
+    assert any(
+        np.any(np.asarray(new) != old)
+        for new, old in zip(jax.tree.leaves(executor.params("default")), jax.tree.leaves(before), strict=True)
+    )
+    executor.step(BATCH)
+    assert [name for name, _, _ in executor.compile_log.entries] == ["refInf", "train"]
+
+
+def test_an_evaluation_changes_nothing_and_compiles_once():
+    layout = make_layout(dp=2)
+    role = make_role(MODEL, layout)
+    executor = Executor(GRAPH, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(num_shards=2, shuffle=False))
+    before = jax.tree.map(np.asarray, executor.states["default"])
+    sums = [executor.evaluate(evaluation, evaluation.loader.batch(i)) for i in range(evaluation.loader.total_steps)]
+    weights = [float(part.loss.weight) for part in sums]
+    assert weights == [int(evaluation.loader.batch(i)["loss_mask"].sum()) for i in range(len(sums))]
+    again = executor.evaluate(evaluation, evaluation.loader.batch(0))
+    assert float(again.loss.sum) == float(sums[0].loss.sum)
+    assert [name for name, _, _ in executor.compile_log.entries] == ["evaluate"]
+    after = jax.tree.map(np.asarray, executor.states["default"])
+    assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(before)))
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("budget", [64, 65, 96, 127, 128, 1000])
+def test_a_token_budget_gives_the_fewest_micro_batches_that_keep_it(dp, budget):
+    batch, layout = Batch.of(**{key: np.tile(array, (3, 1)) for key, array in HOST.items()}), make_layout(dp=dp)
+    mfc = MFC(name="train", role="r", call="train_step", inputs=(), max_tokens_per_mb=budget)
+    found = num_micro_batches(mfc, batch, layout)
+    rows_per_device, tokens = batch.num_rows // dp, batch.num_rows * batch.row_len
+    fitting = [n for n in range(1, rows_per_device + 1) if rows_per_device % n == 0 and tokens / n <= budget]
+    assert found == min(fitting)
+
+
+def test_micro_batches_that_cannot_be_are_refused():
+    batch, layout = Batch.of(**HOST), make_layout(dp=2)
+
+    def mfc(**options) -> MFC:
+        return MFC(name="train", role="r", call="train_step", inputs=(), **options)
+
+    assert num_micro_batches(mfc(), batch, layout) == 1
+    assert num_micro_batches(mfc(num_mbs=4), batch, layout) == 4
+    with pytest.raises(ValueError, match=r"^train: 8 rows over dp=2 leave 4 a device, which n_mbs=3 does not divide"):
+        num_micro_batches(mfc(num_mbs=3), batch, layout)
+    assert num_micro_batches(mfc(max_tokens_per_mb=32), batch, layout) == 4
+    with pytest.raises(
+        ValueError, match=r"^train: max_tokens_per_mb=31 is less than one row of 16 tokens .* at least 32"
+    ):
+        num_micro_batches(mfc(max_tokens_per_mb=31), batch, layout)
+
+
+def test_sequences_longer_than_a_call_was_told_are_refused():
+    batch = Batch.of(**HOST)
+    refuse_longer(batch, 16, "train")
+    refuse_longer(batch, None, "train")
+    with pytest.raises(ValueError, match="^train: a sequence of 16 tokens, but max_seqlen=15"):
+        refuse_longer(batch, 15, "train")
