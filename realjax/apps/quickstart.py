@@ -17,7 +17,7 @@ from realjax.core.host_memory import keep_freed_memory
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
-from realjax.options.experiments import SFTConfig
+from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
 from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
@@ -45,6 +45,12 @@ class Experiment:
 EXPERIMENTS = {
     "sft": Experiment(
         config_cls=SFTConfig, module="realjax.experiments.sft", summary="supervised fine-tuning on prompts and answers"
+    ),
+    "rw": Experiment(
+        config_cls=RWConfig, module="realjax.experiments.rw", summary="a reward model from pairs of answers"
+    ),
+    "dpo": Experiment(
+        config_cls=DPOConfig, module="realjax.experiments.dpo", summary="direct preference optimisation on pairs"
     ),
 }
 
@@ -170,7 +176,7 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) 
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
-    if settings.jax_num_cpu_devices < needed and jax.process_count() == 1:
+    if settings.jax_num_cpu_devices < needed and not jax.distributed.is_initialized():
         # Only possible before the first use of a device.
         jax.config.update("jax_num_cpu_devices", needed)
     devices, platform = jax.devices(), jax.default_backend()

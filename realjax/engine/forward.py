@@ -89,3 +89,13 @@ def make_outputs(model: Model, head: str, rules: Rules, layout: Layout, options:
         return {"nll": nll, "logprobs": logprobs}
 
     return outputs
+
+
+def split_rows(batch: Batch, num_parts: int) -> Batch:
+    """Returns arrays `[num_parts, R/num_parts, ...]`. Rows are dealt out in turn: each stays on its own device."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0), batch)
+
+
+def join_rows(parts: Array) -> Array:
+    """Returns the array `[R, ...]` of `[num_parts, R/num_parts, ...]`; the inverse of `split_rows`."""
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import jax
 from jax import Array
 
 from realjax.core.axes import inference_rules
@@ -9,18 +10,26 @@ from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.engine.forward import ForwardOptions, join_rows, make_compute_copy, make_outputs, split_rows
 from realjax.models.build import Model
 
 
 def make_inference(
-    model: Model, head: str, layout: Layout, options: ForwardOptions
+    model: Model, head: str, layout: Layout, options: ForwardOptions, num_mbs: int = 1
 ) -> Callable[[Tree, Batch], Mapping[str, Array]]:
-    """Returns `fn(params, batch) -> outputs` of the head; params of any dtype."""
+    """Returns `fn(params, batch) -> outputs` of the head, computed in `num_mbs` parts; params of any dtype."""
     rules = inference_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.precision)
     outputs_fn = make_outputs(model, head, rules, layout, options)
-    return lambda params, batch: outputs_fn(compute_copy(params), batch)
+
+    def inference(params: Tree, batch: Batch) -> Mapping[str, Array]:
+        params = compute_copy(params)
+        if num_mbs == 1:
+            return outputs_fn(params, batch)
+        parts = jax.lax.map(lambda part: outputs_fn(params, part), split_rows(batch, num_mbs))
+        return jax.tree.map(join_rows, parts)
+
+    return inference
 
 
 def make_evaluation(

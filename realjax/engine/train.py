@@ -13,7 +13,7 @@ from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums, finalize
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs, split_rows
 from realjax.engine.optim import clip_by_norm
 from realjax.engine.state import TrainState
 from realjax.models.build import Model
@@ -60,13 +60,6 @@ def make_gradients(
         return jax.lax.scan(add, zeros, micro_batches)[0]
 
     return gradients
-
-
-def split_rows(batch: Batch, num_parts: int) -> Batch:
-    """Returns arrays `[num_parts, R/num_parts, ...]`. Rows are dealt out in turn, so that each stays on its own
-    device.
-    """
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0), batch)
 
 
 def make_train_step(

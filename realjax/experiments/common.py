@@ -8,11 +8,15 @@ from typing import Any
 import jax
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_device_mesh
 from realjax.core.layout import Layout
+from realjax.data.loader import Loader
+from realjax.data.paired import load_paired
 from realjax.dataflow.run import Frequency, RoleSpec, RunSpec
 from realjax.hf.files import resolve_model_path
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
+from realjax.options.experiments import DPOConfig, RWConfig
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig, resolve_parallelism
 from realjax.options.paths import run_paths
@@ -34,10 +38,12 @@ def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Devi
         remat=model.gradient_checkpointing,
         loss_chunk_tokens=model.loss_chunk_tokens,
         optimizer=model.optimizer if is_trained else None,
+        offload=model.offload,
     )
 
 
 def call_layout(
+    name: str,
     config: CommonExperimentConfig,
     call: MFCConfig,
     model: ModelTrainEvalConfig,
@@ -45,15 +51,53 @@ def call_layout(
     *,
     is_train: bool,
 ) -> Layout:
-    """Returns where a call runs under the run's allocation mode."""
-    sizes = resolve_parallelism(
-        config.allocation_mode,
-        call.parallel,
-        n_nodes=config.n_nodes,
-        n_gpus_per_node=config.n_gpus_per_node,
-        is_train=is_train,
+    """Returns where the call `name` runs under the run's allocation mode. Raises ValueError when its mesh is not
+    its size.
+    """
+    machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
+    sizes = resolve_parallelism(config.allocation_mode, call.parallel, **machine, is_train=is_train)
+    chosen = tuple(devices)
+    if config.allocation_mode == "manual" and call.device_mesh is not None:
+        subject = f"{name}.device_mesh"
+        nodes = expand_nodes(config.nodelist, "nodelist") if config.nodelist else default_nodes(config.n_nodes)
+        per_node = config.n_gpus_per_node
+        mesh = parse_device_mesh(call.device_mesh, nodes=nodes, num_devices_per_node=per_node, subject=subject)
+        if len(mesh) != sizes.num_devices:
+            raise ValueError(
+                f"{subject}: '{call.device_mesh}' has {len(mesh)} devices, but {name}.parallel needs "
+                f"{sizes.num_devices}; "
+                "make the product of its sizes the number of devices"
+            )
+        chosen = tuple(devices[i] for i in mesh)
+    return Layout(sizes.strategy(model.zero_stage if is_train else 0), chosen)
+
+
+def row_multiple(call: MFCConfig, layout: Layout) -> int:
+    """Returns what the number of rows must be a multiple of, so that they divide over a call's micro-batches and
+    devices.
+    """
+    return layout.strategy.dp * layout.strategy.pp * (call.n_mbs or 1)
+
+
+def paired_loaders(
+    config: RWConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase, *, row_multiple: int, num_shards: int
+) -> tuple[Loader, Loader | None]:
+    """Returns the loaders of training pairs and of held-out pairs (None without a valid_path)."""
+    data = config.dataset
+    limits = {"max_seqlen": data.max_seqlen, "max_pairs_per_prompt": data.max_pairs_per_prompt}
+    shape = {"row_multiple": row_multiple, "num_shards": num_shards, "seed": config.seed}
+    train = Loader(
+        load_paired(data.train_path, tokenizer, **limits),
+        batch_size=data.train_bs_n_seqs,
+        num_epochs=config.exp_ctrl.total_train_epochs,
+        **shape,
     )
-    return Layout(sizes.strategy(model.zero_stage if is_train else 0), tuple(devices))
+    if not data.valid_path:
+        return train, None
+    valid = load_paired(data.valid_path, tokenizer, **limits, name="dataset.valid_path")
+    return train, Loader(
+        valid, batch_size=data.valid_bs_n_seqs, num_epochs=1, shuffle=False, allow_partial=True, **shape
+    )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from realjax.options.experiments import SFTConfig
 def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
     """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
     role = common.role_spec("default", config.model, devices, is_trained=True)
-    layout = common.call_layout(config, config.allocation, config.model, devices, is_train=True)
+    layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=True)
     tokenizer = common.load_tokenizer(role.path)
     data, dp, num_mbs = config.dataset, layout.strategy.dp, config.allocation.n_mbs or 1
     if data.train_bs_n_seqs < dp * num_mbs:
@@ -51,7 +51,7 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         batch_size=data.train_bs_n_seqs,
         num_epochs=config.exp_ctrl.total_train_epochs,
         seed=config.seed,
-        row_multiple=dp * num_mbs * layout.strategy.pp,
+        row_multiple=common.row_multiple(config.allocation, layout),
         num_shards=dp,
     )
     mfc = MFC(

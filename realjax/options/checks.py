@@ -76,11 +76,8 @@ def _check_devices(config: CommonExperimentConfig, name: str, call: MFCConfig) -
             f"allocation_mode: {mode} {lacking}; use manual with {name}.parallel.*, pipe_model, pipe_data, "
             "or sizes such as d2p1m4"
         )
-    if call.device_mesh is not None:
-        raise ValueError(
-            f"{name}.device_mesh: found {call.device_mesh!r}; calls on a part of the devices are not available "
-            "for this experiment, leave it null and set n_nodes and n_gpus_per_node to what the run should use"
-        )
+    if mode == "manual" and call.device_mesh is not None:
+        return  # the mesh is read, and its size compared, where the call gets its layout
     machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
     sizes = resolve_parallelism(mode, call.parallel, **machine, is_train=True)
     needed, present = sizes.num_devices, config.n_nodes * config.n_gpus_per_node

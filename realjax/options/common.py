@@ -49,6 +49,9 @@ class CommonExperimentConfig:
     n_gpus_per_node: int = option(
         8, "accelerators of one machine; without any, as many virtual CPU devices", at_least=1
     )
+    nodelist: str | None = option(
+        None, "names of the run's machines, such as NODE[01-04], for device_mesh; null is NODE01, NODE02, ..."
+    )
     seed: int = option(1, "seed of everything random: data order, initial weights, sampling", at_least=0)
     max_nonfinite_steps: int = option(5, "stop after so many updates in a row with nan or inf gradients", at_least=1)
     wandb_mode: Literal["disabled", "online", "offline"] = option(
@@ -81,7 +84,6 @@ class CommonExperimentConfig:
         "debug": "checks are always on",
         "partition": "realjax runs inside an allocation, it does not ask for one",
         "image_name": "realjax starts no containers",
-        "nodelist": "every call runs on all devices of the run, so machines need no names",
         "cache_clear_freq": "XLA manages device memory, there is no cache to clear",
         "recover_retries": "a failed run is continued by starting it again with recover_mode=auto",
         "ignore_worker_error": "there are no worker processes",

@@ -28,8 +28,8 @@ class PairedComparisonDatasetConfig:
     valid_path: str | None = option(None, "validation data, .json or .jsonl; null evaluates nothing")
     max_pairs_per_prompt: int = option(2, "answer pairs drawn from a prompt each time it is used", at_least=1)
     max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2)
-    train_bs_n_seqs: int = option(256, "prompts in a training batch", at_least=1)
-    valid_bs_n_seqs: int = option(256, "prompts in a validation batch", at_least=1)
+    train_bs_n_seqs: int = option(256, "pairs of answers in a training batch", at_least=1)
+    valid_bs_n_seqs: int = option(256, "pairs of answers in a validation batch", at_least=1)
 
     def __post_init__(self) -> None:
         check_bounds(self)

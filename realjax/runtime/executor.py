@@ -137,7 +137,8 @@ class Executor:
         role, layout = self.roles[mfc.role], self.layouts[mfc.name]
         assert mfc.head, f"{mfc.name}: an inference call names the output it computes"
         options = replace(role.forward_options, max_segment_len=mfc.max_seqlen)
-        return Compiled(mfc.name, make_inference(role.model, mfc.head, layout, options), self.compile_log)
+        fn = make_inference(role.model, mfc.head, layout, options, num_mbs)
+        return Compiled(mfc.name, fn, self.compile_log)
 
 
 def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:

@@ -1,0 +1,72 @@
+"""DPO: the reference's log-probabilities, then a training call of the actor, each in a layout of its own."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from realjax.algorithms.dpo import DPOParameters, make_dpo_loss
+from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.run import RunSpec
+from realjax.experiments import common
+from realjax.options.experiments import DPOConfig
+
+
+def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
+    """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
+    actor = common.role_spec("actor", config.actor, devices, is_trained=True)
+    ref = common.role_spec("ref", config.ref, devices, is_trained=False)
+    train_layout = common.call_layout("actor_train", config, config.actor_train, config.actor, devices, is_train=True)
+    ref_layout = common.call_layout("ref_inf", config, config.ref_inf, config.ref, devices, is_train=False)
+    # The same rows serve both calls, so they divide over both layouts.
+    multiples = (common.row_multiple(config.actor_train, train_layout), common.row_multiple(config.ref_inf, ref_layout))
+    loader, _ = common.paired_loaders(
+        config,
+        common.load_tokenizer(actor.path),
+        row_multiple=math.lcm(*multiples),
+        num_shards=train_layout.strategy.dp,
+    )
+    parameters = DPOParameters(
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        reference_free=config.reference_free,
+    )
+    ref_inf = MFC(
+        name="ref_inf",
+        role="ref",
+        call="inference",
+        inputs=("tokens",),
+        outputs=("ref_logprobs",),
+        head="logprobs",
+        num_mbs=config.ref_inf.n_mbs,
+        max_tokens_per_mb=config.ref_inf.max_tokens_per_mb,
+        max_seqlen=loader.longest,
+    )
+    actor_train = MFC(
+        name="actor_train",
+        role="actor",
+        call="train_step",
+        inputs=("tokens", "loss_mask", "pair_weight", *(() if config.reference_free else ref_inf.outputs)),
+        loss=make_dpo_loss(parameters),
+        num_mbs=config.actor_train.n_mbs,
+        max_tokens_per_mb=config.actor_train.max_tokens_per_mb,
+        max_seqlen=loader.longest,
+    )
+    calls = (
+        {actor_train: (actor, train_layout)}
+        if config.reference_free
+        else {
+            ref_inf: (ref, ref_layout),
+            actor_train: (actor, train_layout),
+        }
+    )
+    return common.run_spec(
+        config,
+        experiment="dpo",
+        graph=DataflowGraph(tuple(calls), frozenset({"tokens", "loss_mask", "pair_weight"})),
+        layouts={mfc.name: layout for mfc, (_, layout) in calls.items()},
+        roles={role.name: role for role, _ in calls.values()},
+        loader=loader,
+        evaluation=None,
+    )

@@ -1,0 +1,40 @@
+"""Reward modelling: one role, one training call on pairs of answers."""
+
+from collections.abc import Sequence
+
+import jax
+
+from realjax.algorithms.reward import REWARD_LOSS
+from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.run import Evaluation, RunSpec
+from realjax.experiments import common
+from realjax.options.experiments import RWConfig
+
+
+def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
+    """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
+    role = common.role_spec("default", config.model, devices, is_trained=True)
+    layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=True)
+    row_multiple = common.row_multiple(config.allocation, layout)
+    loader, held_out = common.paired_loaders(
+        config, common.load_tokenizer(role.path), row_multiple=row_multiple, num_shards=layout.strategy.dp
+    )
+    mfc = MFC(
+        name="rwTrain",
+        role="default",
+        call="train_step",
+        inputs=("tokens", "pair_weight"),
+        loss=REWARD_LOSS,
+        num_mbs=config.allocation.n_mbs,
+        max_tokens_per_mb=config.allocation.max_tokens_per_mb,
+        max_seqlen=loader.longest,
+    )
+    return common.run_spec(
+        config,
+        experiment="rw",
+        graph=DataflowGraph((mfc,), frozenset({"tokens", "loss_mask", "pair_weight"})),
+        layouts={mfc.name: layout},
+        roles={role.name: role},
+        loader=loader,
+        evaluation=held_out and Evaluation(role="default", loss=REWARD_LOSS, loader=held_out),
+    )
