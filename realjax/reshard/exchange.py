@@ -111,7 +111,7 @@ def exchange(schedules: tuple[Schedule, ...], arrays: list[Array], release: Call
     shards = [_rewrap(programs.sources, spec.source.shard_shape(spec.shape), a) for spec, a in zip(specs, arrays)]
     arrays.clear()
     blanks = programs.blanks() if programs.blanks else [None] * len(slab_shapes)
-    filled = programs.zeros() if num_slabs > 1 else None
+    filled = programs.zeros() if num_slabs > 1 else []
     for slab in range(num_slabs):
         sent = programs.pack(shards, slab)
         if slab == num_slabs - 1:
@@ -203,7 +203,7 @@ def _make_permute(schedules: tuple[Schedule, ...], mesh: Mesh) -> Callable:
 def _make_place(schedules: tuple[Schedule, ...], mesh: Mesh) -> Callable:
     arrivals = [_arrivals(s, mesh) for s in schedules]
 
-    def place(filled: list[Array] | None, pieces: list[Array], slab: Array) -> list[Array]:
+    def place(filled: list[Array], pieces: list[Array], slab: Array) -> list[Array]:
         remaining, results = iter(pieces), []
         for i, schedule in enumerate(schedules):
             spec = schedule.leaf.spec
@@ -220,7 +220,7 @@ def _make_place(schedules: tuple[Schedule, ...], mesh: Mesh) -> Callable:
         return results
 
     specs = _flat_specs([len(s.slab_shape) for s in schedules])
-    in_specs = (specs if schedules[0].num_slabs > 1 else None, _piece_specs(schedules), PartitionSpec())
+    in_specs = (specs if schedules[0].num_slabs > 1 else [], _piece_specs(schedules), PartitionSpec())
     return _per_device(place, mesh, in_specs, specs, donate_argnums=0)
 
 

@@ -24,8 +24,9 @@ def copy_on_host(leaf: LeafPlan, array: Array) -> Array:
     shape, kind = spec.destination.shard_shape(spec.shape), memory_kind(spec.destination)
     filled: dict[tuple[int, ...], np.ndarray] = {}
     buffers = []
-    for device, index in spec.destination.addressable_devices_indices_map(spec.shape).items():
-        zero = _start(index)
+    indices = spec.destination.devices_indices_map(spec.shape)
+    for device in spec.destination.addressable_devices:
+        zero = _start(indices[device])
         if zero not in filled:
             filled[zero] = _empty(shape, spec.dtype)
             for move in leaf.moves_to[device]:

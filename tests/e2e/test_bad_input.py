@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from tests.e2e.builders import Inputs, Trial, start_process, write_llama
 
+SECONDS = 20  # of processor time: a clock on the wall would measure what else the machine does
 ROW = '{"prompt": "a film", "answer": " good"}\n'
 OPTIONS = {
     "allocation_mode": "manual",
@@ -100,9 +102,9 @@ CHANGES: dict[str, tuple[dict, str]] = {
 
 def assert_refused(trial: Trial, message: str, capsys: pytest.CaptureFixture[str], **changes) -> None:
     """Fails unless the command ends within seconds, with code 2 and one line that holds `message`."""
-    start = time.monotonic()
+    start = time.process_time()
     assert trial.run(**changes) == 2
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < SECONDS
     error = capsys.readouterr().err
     assert re.fullmatch(rf"realjax: error: .*{message}.*\n", error), error
     assert not [path for path in trial.root.rglob("*") if path.is_file()]
@@ -157,9 +159,10 @@ def test_a_refused_run_leaves_an_earlier_one_of_its_names_alone(trial, capsys):
 
 @pytest.mark.e2e
 def test_the_process_ends_with_code_2_and_one_line(trial, tmp_path):
-    log, start = tmp_path / "log", time.monotonic()
+    log, start = tmp_path / "log", resource.getrusage(resource.RUSAGE_CHILDREN)
     process = start_process(["-m", "realjax.apps.quickstart", "sft", *trial.words(model__path=tmp_path)], log)
-    assert process.wait(60) == 2
-    assert time.monotonic() - start < 30
+    assert process.wait(300) == 2
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert used.ru_utime + used.ru_stime - start.ru_utime - start.ru_stime < SECONDS
     assert log.read_text().splitlines()[-1].startswith("realjax: error: model path ")
     assert "Traceback" not in log.read_text()

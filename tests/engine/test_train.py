@@ -30,10 +30,12 @@ OPTIMIZER = make_optimizer(CONFIG, 10)
 BATCH = pack_in_order(make_examples([9, 30, 17, 3, 22, 8, 14]), 32, num_rows=8)[0]
 
 
-def scaled_loss(outputs, batch) -> LossSums:
-    """The SFT loss times a factor that the batch brings: nan and inf reach every gradient."""
+def poisoned_loss(outputs, batch) -> LossSums:
+    """The SFT loss with an offset that has no gradient, and a gradient with a factor that the value does not show."""
     weight = jnp.sum(batch["loss_mask"].astype(jnp.float32))
-    return LossSums(Mean(outputs["nll"] * batch["factor"][0, 0], weight), {"n_tokens": Total(weight)})
+    nll, (offset, factor) = outputs["nll"], batch["poison"][0]
+    loss = nll + offset + factor * (nll - jax.lax.stop_gradient(nll))
+    return LossSums(Mean(loss, weight), {"n_tokens": Total(weight)})
 
 
 def make_step(layout, loss=SFT_LOSS):
@@ -43,8 +45,7 @@ def make_step(layout, loss=SFT_LOSS):
     return quick_jit(step, out_shardings=(shardings, layout.replicated)), state
 
 
-def with_factor(factor: float) -> Batch:
-    return BATCH.with_arrays(factor=np.full((8, 1), factor))
+POISONS = {"loss": (np.inf, 0.0), "gradient": (0.0, 3e38), "both": (0.0, np.nan)}
 
 
 def trained(state) -> dict:
@@ -54,17 +55,22 @@ def trained(state) -> dict:
 @pytest.mark.parametrize("layout", [{}, {"dp": 2, "tp": 2, "zero": 3, "sp": True}], ids=str)
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(layout):
     layout = make_layout(**layout)
-    step, state = make_step(layout, Loss(head="nll", fn=scaled_loss))
-    run = lambda state, factor: step(state, place_batch(with_factor(factor), train_rules(layout.strategy), layout))
-    state, _ = run(state, 1.0)
+    step, state = make_step(layout, Loss(head="nll", fn=poisoned_loss))
+
+    def run(state, poison):
+        batch = BATCH.with_arrays(poison=np.tile(poison, (8, 1)))
+        return step(state, place_batch(batch, train_rules(layout.strategy), layout))
+
+    state, _ = run(state, (0.0, 0.0))
     before = jax.tree.map(np.array, trained(state))
-    for count, factor in enumerate((np.nan, np.inf, 1e38), start=1):
-        state, metrics = run(state, factor)
+    for count, (where, poison) in enumerate(POISONS.items(), start=1):
+        state, metrics = run(state, poison)
+        assert bool(np.isfinite(metrics["loss"])) == (where == "gradient")
+        assert bool(np.isfinite(metrics["grad_norm"])) == (where == "loss")
         assert int(state.num_skipped) == int(metrics["num_skipped"]) == count
         assert int(state.num_updates) == 1
-        assert not np.isfinite(metrics["grad_norm"]) or not np.isfinite(metrics["loss"])
         assert_bitwise_equal(trained(state), before)
-    state, metrics = run(state, 1.0)
+    state, metrics = run(state, (0.0, 0.0))
     assert (int(state.num_updates), int(state.num_skipped)) == (2, 0) and np.isfinite(metrics["loss"])
     assert (np.asarray(state.params["norm"]["scale"]) != before["params"]["norm"]["scale"]).any()
 

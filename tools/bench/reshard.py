@@ -83,7 +83,7 @@ def make_shardings(name: str, abstract: Tree) -> Tree:
 def make_source(abstract: Tree, shardings: Tree) -> Tree:
     def fill(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
         shard = np.ones(sharding.shard_shape(leaf.shape), leaf.dtype)
-        buffers = [jax.device_put(shard.copy(), d) for d in sharding.mesh.devices.flat]
+        buffers = [jax.device_put(shard.copy(), d) for d in sharding.device_set]
         array = jax.make_array_from_single_device_arrays(leaf.shape, sharding.with_memory_kind("device"), buffers)
         return array if sharding.memory_kind == "device" else jax.device_put(array, sharding)
 

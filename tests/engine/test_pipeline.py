@@ -1,0 +1,103 @@
+"""Pipeline stages compute what one device computes: gradients, outputs, scalar heads, any number of micro-batches."""
+
+import jax
+import numpy as np
+import pytest
+
+from realjax.algorithms.reward import REWARD_LOSS
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import inference_rules, train_rules, tree_shardings
+from realjax.core.batch import Batch
+from realjax.core.trees import Tree
+from realjax.data.packing import PART_LENS, pack, pack_rows
+from realjax.engine.compiled import place_batch
+from realjax.engine.forward import ForwardOptions
+from realjax.engine.inference import make_inference
+from realjax.engine.pipeline import num_stage_batches
+from realjax.engine.train import TrainOptions, make_gradients
+from tests.builders import (
+    assert_close_in_norm,
+    make_examples,
+    make_layout,
+    make_model,
+    pack_in_order,
+    place_params,
+    quick_jit,
+    random_tree,
+)
+
+DEEP = make_model(num_layers=8)
+BATCH = pack_in_order(make_examples([9, 12, 5, 14, 7, 3, 16, 2]), 16, num_rows=16)[0]
+RW_LAYOUT = {"pp": 2, "dp": 2, "tp": 2, "sp": True}
+
+
+def paired_batch() -> Batch:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 9, (12, 2))
+    examples = [
+        {
+            "tokens": rng.integers(1, 96, pair.sum()).astype(np.int32),
+            "pair_weight": np.float32(1 / (1 + i % 2)),
+            PART_LENS: pair,
+        }
+        for i, pair in enumerate(lengths)
+    ]
+    plan = pack_rows([int(pair.sum()) for pair in lengths], 32, num_rows=8)
+    return pack(examples, plan)
+
+
+def gradients(model, loss, params: Tree, batch: Batch, layout, **options) -> tuple[Tree, float]:
+    fn = quick_jit(make_gradients(model, loss, layout, TrainOptions(**options)))
+    grads, sums = fn(place_params(model, params, layout), place_batch(batch, train_rules(layout.strategy), layout))
+    return jax.tree.map(np.asarray, grads), float(sums.loss.sum)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Tree, float]:
+    return gradients(DEEP, SFT_LOSS, random_tree(DEEP, scale=0.1), BATCH, make_layout())
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_mbs", "remat"),
+    [({"pp": 8}, 1, True), ({"pp": 8}, 8, False), ({"pp": 4, "dp": 2}, 2, True), ({"pp": 2, "tp": 4}, 1, False)],
+    ids=str,
+)
+def test_gradients_are_those_of_one_device(layout, num_mbs, remat, plain):
+    options = {"num_mbs": num_mbs, "forward": ForwardOptions(remat=remat)}
+    grads, loss = gradients(DEEP, SFT_LOSS, random_tree(DEEP, scale=0.1), BATCH, make_layout(**layout), **options)
+    assert loss == pytest.approx(plain[1], rel=1e-5)
+    assert_close_in_norm(grads, plain[0], 1e-5)
+
+
+@pytest.mark.parametrize("num_mbs", [1, 4])
+def test_a_scalar_head_behind_the_last_stage(num_mbs):
+    """The quickstart's layout for reward models."""
+    model = make_model(is_critic=True, num_layers=4)
+    params, batch = random_tree(model), paired_batch()
+    expected, loss = gradients(model, REWARD_LOSS, params, batch, make_layout())
+    found, same_loss = gradients(model, REWARD_LOSS, params, batch, make_layout(**RW_LAYOUT), num_mbs=num_mbs)
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+    assert_close_in_norm(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("num_mbs", [1, 2])
+def test_inference_in_stages(num_mbs):
+    params = random_tree(DEEP, scale=0.1)
+
+    def logprobs(layout, num_mbs: int) -> np.ndarray:
+        rules = inference_rules(layout.strategy)
+        fn = quick_jit(make_inference(DEEP, "logprobs", layout, ForwardOptions(), num_mbs))
+        return np.asarray(fn(place_params(DEEP, params, layout, rules), place_batch(BATCH, rules, layout))["logprobs"])
+
+    np.testing.assert_allclose(logprobs(make_layout(pp=4, dp=2), num_mbs), logprobs(make_layout(), 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(16, 4), (8, 4), (6, 3), (4, 2), (2, 1)])
+def test_micro_batches_of_a_pass_leave_every_device_whole_rows(rows, expected):
+    assert num_stage_batches(rows, make_layout(pp=2, dp=2)) == expected
+
+
+def test_layers_that_do_not_divide_are_refused_before_anything_is_allocated():
+    model, layout = make_model(num_layers=3), make_layout(pp=2)
+    with pytest.raises(ValueError, match=r"layers/.*size 3 does not divide over mesh axis 'pipe' of size 2.*\[1, 3\]"):
+        tree_shardings(model.axes, model.abstract, train_rules(layout.strategy), layout)
