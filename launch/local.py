@@ -1,4 +1,4 @@
-"""Starts a run in several processes on this machine: `python -m launch.local --processes 2 --devices 4 -- sft key=value`.
+"""Starts a run in several processes here: `python -m launch.local --processes 2 --devices 4 -- sft key=value ...`.
 
 Their logs are merged, each line behind its process's number. When one process ends, the others are ended too, so that a
 failure is a message and not a hang.
@@ -15,14 +15,19 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from realjax.runtime.processes import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from realjax.runtime.processes import COORDINATOR, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
 
 # Time for the other processes to end by themselves after one has: they may be in their last save.
 GRACE_SECONDS = 60
+# The same after a failure: what the others do cannot succeed, but they may have something to say.
+FAILURE_SECONDS = 5
+STOPPED = 128 + signal.SIGTERM  # the code of a run that SIGTERM stopped after a save
+# Of several codes seen at once any other one is the cause: a lost peer is an error (1), or aborts the process.
+CONSEQUENCES = (1, 128 + signal.SIGABRT, 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code of the first process that failed, else 0."""
+    """Runs the command line and returns 0, or the exit code of the process that failed first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, required=True, help="processes on this machine")
     parser.add_argument(
@@ -47,7 +52,7 @@ def run_processes(command: list[str], args: argparse.Namespace) -> int:
     common = {
         COORDINATOR: coordinator,
         NUM_PROCESSES: str(args.num_processes or args.processes),
-        "REALJAX_PROCESSES_PER_NODE": str(args.processes),
+        PROCESSES_PER_NODE: str(args.processes),
     }
     processes, readers = [], []
     for i in range(args.first_process, args.first_process + args.processes):
@@ -71,22 +76,29 @@ def run_processes(command: list[str], args: argparse.Namespace) -> int:
 
 
 def wait_for_all(processes: list[subprocess.Popen]) -> int:
-    """Returns the first code that is not 0, or 0; ends the processes that outlive another for too long."""
-    deadline: float | None = None
-    while any(process.poll() is None for process in processes):
-        ended = [process.returncode for process in processes if process.returncode is not None]
-        if ended and deadline is None:
-            # A failed process takes the others with it at once; a finished one only when they do not follow.
-            deadline = time.monotonic() + (GRACE_SECONDS if ended[0] == 0 else 5)
-        if deadline is not None and time.monotonic() > deadline:
-            print(f"launch: a process ended with code {ended[0]}, ending the others", flush=True)
+    """Returns 0, or the code of the first process to fail; ends those that outlive another for too long.
+
+    A process that a signal ended has the shell's code for it, 128 and the signal's number.
+    """
+    code, deadline = 0, float("inf")
+    while True:
+        ended = [_shell_code(process) for process in processes if process.poll() is not None]
+        if ended and deadline == float("inf"):
+            code = min(ended, key=lambda c: CONSEQUENCES.index(c) if c in CONSEQUENCES else -1)
+            is_failure = code not in (0, STOPPED)
+            deadline = time.monotonic() + (FAILURE_SECONDS if is_failure else GRACE_SECONDS)
+            if is_failure:
+                print(f"launch: a process ended with code {code}, so the others are ended too", flush=True)
+        if len(ended) == len(processes):
+            return code or max(ended)
+        if time.monotonic() > deadline:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
+                process.kill()
         time.sleep(0.1)
-    return next((process.returncode for process in processes if process.returncode not in (0, -signal.SIGKILL)), 0) or (
-        0 if all(process.returncode == 0 for process in processes) else 1
-    )
+
+
+def _shell_code(process: subprocess.Popen) -> int:
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def copy_lines(process: subprocess.Popen, number: int) -> None:

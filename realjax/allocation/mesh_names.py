@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 # A comma inside brackets separates numbers, one outside them names.
-_NAMES = re.compile(r"[^,\[\]]+(?:\[[^\[\]]*\])?")
+_NAMES = re.compile(r"[^,:\s\[\]]+(?:\[[^\[\]]*\])?")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 

@@ -12,13 +12,20 @@ class AllocationPlan:
     """Layouts by call, home layouts by role, and the roles whose parameters are in host memory between their calls."""
 
     layouts: Mapping[str, Layout]
+    roles: Mapping[str, str]  # by call
     homes: Mapping[str, Layout]
     offloaded: frozenset[str]
 
     def describe(self) -> str:
         """Returns a line per call: its layout, and how its role's parameters get there."""
-        width = max(map(len, self.layouts))
-        return "\n".join(f"{name:<{width}}  {layout}" for name, layout in self.layouts.items())
+        width = max(map(len, self.roles))
+        return "\n".join(f"{call:<{width}}  {self.layouts[call]}  {self._source(call)}" for call in self.roles)
+
+    def _source(self, call: str) -> str:
+        role, home = self.roles[call], self.homes[self.roles[call]]
+        if role in self.offloaded:
+            return f"{role} from host memory"
+        return f"{role} at home" if home == self.layouts[call] else f"{role} from its home {home}"
 
 
 def make_plan(
@@ -27,9 +34,8 @@ def make_plan(
     """Returns the plan for these layouts by call.
 
     A trained role lives where it is trained, another where its first call runs. A role that is never trained and
-    shares a
-    device with a call of another role is offloaded; `offload` by role decides otherwise where it is not None. Raises
-    ValueError for a call without a layout, or a trained role that is to be offloaded.
+    shares a device with a call of another role is offloaded; `offload` by role decides otherwise where it is not None.
+    Raises ValueError for a call without a layout, or a trained role that is to be offloaded.
     """
     if missing := [mfc.name for mfc in graph.mfcs if mfc.name not in layouts]:
         raise ValueError(f"allocation: no layout for {', '.join(missing)}; give each call one")
@@ -45,4 +51,5 @@ def make_plan(
             raise ValueError(f"{role}.offload: a role that is trained stays on its devices; set it to False or null")
         if train is None and (bool(devices & others) if wanted is None else wanted):
             offloaded.add(role)
-    return AllocationPlan(layouts=layouts, homes=homes, offloaded=frozenset(offloaded))
+    roles = {mfc.name: mfc.role for mfc in graph.order}
+    return AllocationPlan(layouts=layouts, roles=roles, homes=homes, offloaded=frozenset(offloaded))

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
 from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
-from realjax.runtime.processes import ProcessGroup, find_process_group, is_first, join, text_from_first
+from realjax.runtime.processes import ProcessGroup, find_process_group, is_first, join, leave, text_from_first
 
 logger = logging.getLogger("realjax.quickstart")
 HELP_FLAGS = ("--help", "-h", "help")
@@ -62,13 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_errors(command: Callable[[], int]) -> int:
-    """Returns the command's exit code; a ValueError becomes one line on stderr and the code 2."""
+    """Returns the command's exit code; a ValueError becomes one line on stderr and the code 2.
+
+    Of several processes, one with an error ends at once, so that the others do not wait for it.
+    """
     try:
         return command()
-    except ValueError as error:
-        if os.environ.get("REALJAX_TRACEBACK") == "1":
+    except Exception as error:
+        is_plain = isinstance(error, ValueError) and os.environ.get("REALJAX_TRACEBACK") != "1"
+        if is_plain:
+            print(f"realjax: error: {error}", file=sys.stderr)
+        if jax.distributed.is_initialized():
+            if not is_plain:
+                traceback.print_exc()
+            leave(2 if is_plain else 1)
+        if not is_plain:
             raise
-        print(f"realjax: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -5,7 +5,7 @@ None where the dim is not split. Nothing is split, or left whole, without standi
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -30,7 +30,6 @@ class IfDivides:
 
 
 Rules = Mapping[str, Axes | IfDivides]
-Constrain = Callable[[Array, Names], Array]
 
 
 def train_rules(strategy: ParallelStrategy) -> Rules:
@@ -127,15 +126,27 @@ def tree_shardings(axes: Tree, abstract: Tree, rules: Rules, layout: Layout, mem
     return map_paths(one, abstract, axes)
 
 
-def make_constrain(rules: Rules, layout: Layout) -> Constrain:
-    """Returns `constrain(x, names)`, which tells XLA how an activation is split; the identity on one device."""
-    if layout.strategy.size == 1:
-        return lambda x, names: x
+@dataclass(frozen=True, eq=False)
+class Constrain:
+    """`constrain(x, names)` tells XLA how an activation is split; the identity on one device, or without a layout."""
 
-    def constrain(x: Array, names: Names) -> Array:
-        spec = resolve(names, x.shape, rules, layout, f"activation {names}")
+    rules: Rules | None = None
+    layout: Layout | None = None
+
+    def __call__(self, x: Array, names: Names) -> Array:
+        if self.rules is None or self.layout is None or self.layout.strategy.size == 1:
+            return x
+        spec = resolve(names, x.shape, self.rules, self.layout, f"activation {names}")
         # Inside a pipeline stage the mesh of the context is this one with its pipe axis taken by the stage.
         inner = jax.sharding.get_abstract_mesh()
-        return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh if inner.empty else inner, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh if inner.empty else inner, spec))
 
-    return constrain
+    @property
+    def splits_residuals(self) -> bool:
+        """Whether residuals are split along the row (sequence parallel)."""
+        return self.rules is not None and self.rules.get("residual_time") is not None
+
+
+def make_constrain(rules: Rules, layout: Layout) -> Constrain:
+    """Returns the constraint of activations by a layout's table."""
+    return Constrain(rules, layout)

@@ -29,7 +29,7 @@ class Batch:
         _check_rows(converted)
         return cls(arrays=converted)
 
-    def __getitem__(self, key: str) -> Array:
+    def __getitem__(self, key: str) -> Any:
         if key not in self.arrays:
             raise ValueError(f"batch: no key {key!r}; it holds {', '.join(self.keys())}")
         return self.arrays[key]

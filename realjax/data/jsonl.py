@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
 
 
-def load_rows(path: str, required: Mapping[str, type], name: str = "dataset.train_path") -> list[dict[str, Any]]:
+def load_rows(
+    path: str,
+    required: Mapping[str, type],
+    name: str = "dataset.train_path",
+    check_fn: Callable[[dict[str, Any], str], None] | None = None,
+) -> list[dict[str, Any]]:
     """Objects of a .json list or a .jsonl file, each with the required keys and a unique `id`.
 
     When any row lacks an id, all rows get 0..N-1 and one warning is logged. Blank lines of a .jsonl are skipped.
-    Raises ValueError naming `name` (the option that holds the path), the file, and the line or list item, from 1.
+    Raises ValueError naming `name` (the option that holds the path), the file, and the line or list item, from 1;
+    `check_fn(row, that subject)` may raise more.
     """
     readers = {".jsonl": _read_jsonl, ".json": _read_json}
     if not path:
@@ -41,6 +47,8 @@ def load_rows(path: str, required: Mapping[str, type], name: str = "dataset.trai
         raise ValueError(f"{subject} holds no rows; it needs at least one object with {_wanted(required)}")
     for place, row in located:
         _check_row(row, required, f"{subject} {place}")
+        if check_fn is not None:
+            check_fn(row, f"{subject} {place}")
     return _with_ids(located, subject)
 
 
@@ -82,7 +90,8 @@ def _check_row(row: Any, required: Mapping[str, type], subject: str) -> None:
         value = row[key]
         if not isinstance(value, needed):
             raise ValueError(f"{subject}: {key!r} has type {_type_name(value)}; every row needs {_wanted(required)}")
-        if isinstance(value, str) and _HALF_PAIR.search(value):
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and _HALF_PAIR.search(text) for text in texts):
             raise ValueError(f"{subject}: {key!r} holds half of a surrogate pair (\\ud800 to \\udfff); remove it")
 
 

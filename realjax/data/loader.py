@@ -1,6 +1,7 @@
 """Packed batches of a dataset, as a pure function of the step."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +15,10 @@ from realjax.data.packing import bucket_len, pack, pack_rows
 class Dataset(Protocol):
     """What the loader asks of a dataset of N examples."""
 
-    ids: tuple[str | int, ...]
+    @property
+    def ids(self) -> tuple[str | int, ...]:
+        """The rows' names."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -119,6 +123,13 @@ class Loader:
         num_rows, row_len, _ = self._shape
         return 1.0 - float(self._lengths[self._stream].sum(dtype=np.int64)) / (self.total_steps * num_rows * row_len)
 
+    @property
+    def fingerprint(self) -> int:
+        """A number that changes with the batch size, the examples' ids and lengths, or their first epoch's order."""
+        first = self._stream[: self._epoch_len]
+        ids = repr([self._dataset.ids[i] for i in first]).encode()
+        return zlib.crc32(ids + self._lengths[first].tobytes(), self._batch_size)
+
     def batch(self, step: int) -> Batch:
         """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps)."""
         indices = self._indices(step)
@@ -156,11 +167,11 @@ class Loader:
 def plan_shape(batches: Sequence[np.ndarray], row_multiple: int) -> tuple[int, int, int]:
     """Returns the (R, T, S) that pads least and holds every one of `batches`, the lengths of a step's examples.
 
-    Rows are one, two or four times the bucket of the longest example: longer ones pack tighter, and attention looks no
+    Rows are one to eight times the bucket of the longest example: longer ones pack tighter, and attention looks no
     further back than the longest example, so they cost no more. One shape for all steps: a run compiles one program.
     """
     shortest = bucket_len(max(int(lengths.max()) for lengths in batches))
-    shapes = [shape_of(batches, shortest * times, row_multiple) for times in (1, 2, 4)]
+    shapes = [shape_of(batches, shortest * times, row_multiple) for times in range(1, 9)]
     return min(shapes, key=lambda shape: shape[0] * shape[1])
 
 

@@ -1,5 +1,6 @@
 """Pairs of a better and a worse answer to a prompt, for reward modelling and DPO."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from realjax.data.packing import PART_LENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +64,7 @@ class PairedDataset:
         return {
             "tokens": np.concatenate([better, worse]),
             "loss_mask": np.concatenate(masks),
-            "pair_weight": np.float32(1 / min(self.max_pairs, len(self.groups[self.prompts[index]]))),
+            "pair_weight": np.array(1 / min(self.max_pairs, len(self.groups[self.prompts[index]])), np.float32),
             PART_LENS: np.array([len(better), len(worse)]),
         }
 
@@ -78,16 +81,24 @@ def load_paired(
     entries.
 
     Each sequence is prompt+answer+EOS, cut on the right to `max_seqlen` tokens. Raises ValueError for a bad file or
-    row, or a tokenizer without EOS.
+    row, a tokenizer without EOS, or when no pair is left with two different sequences.
     """
-    rows = load_rows(path, {"prompt": str, "pos_answers": list, "neg_answers": list}, name)
-    for number, row in enumerate(rows, start=1):
-        _check_answers(row, f"{name}: '{path}' row {number}")
+    rows = load_rows(path, {"prompt": str, "pos_answers": list, "neg_answers": list}, name, _check_answers)
     prompts = [row["prompt"] for row in rows for _ in row["pos_answers"]]
     better, worse = (
         list(tokenize_answers(prompts, [a for row in rows for a in row[key]], tokenizer, max_seqlen=max_seqlen))
         for key in ("pos_answers", "neg_answers")
     )
+    num_equal = sum(np.array_equal(b, w) for (b, _), (w, _) in zip(better, worse, strict=True))
+    if num_equal == len(prompts):
+        raise ValueError(
+            f"{name}: {path!r}: no pair of {len(prompts)} has answers that differ within dataset.max_seqlen="
+            f"{max_seqlen}, so there is nothing to learn; raise dataset.max_seqlen or shorten the prompts"
+        )
+    if num_equal:
+        _log.warning(
+            "%s: %d of %d pairs have equal answers within %d tokens", name, num_equal, len(prompts), max_seqlen
+        )
     sizes = [len(row["pos_answers"]) for row in rows]
     ends = np.cumsum(sizes)
     return PairedDataset(
@@ -105,8 +116,7 @@ def _check_answers(row: dict, subject: str) -> None:
     if len(better) != len(worse) or not better:
         raise ValueError(
             f"{subject}: found {len(better)} pos_answers and {len(worse)} neg_answers; it needs as many of each, at "
-            f"least "
-            "one, since they are compared one by one"
+            "least one, since they are compared one by one"
         )
     answers: Sequence[object] = [*better, *worse]
     if not all(isinstance(answer, str) for answer in answers):

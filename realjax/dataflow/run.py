@@ -8,7 +8,7 @@ from realjax.core.layout import Layout
 from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.data.loader import Loader
-from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.graph import MFC, DataflowGraph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,12 @@ class RoleSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A loss measured on held-out batches with a role's current parameters."""
+    """A loss measured on held-out batches with a role's current parameters, after inference calls that it reads."""
 
     role: str
     loss: Loss
     loader: Loader
+    calls: tuple[MFC, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

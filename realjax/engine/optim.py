@@ -19,7 +19,7 @@ def decay_mask(params: Tree) -> Tree:
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
     """Returns AdamW (arXiv:1711.05101) whose rate follows the config's schedule over `total_updates` updates."""
     return optax.adamw(
-        learning_rate=lambda count: config.learning_rate(count, total_updates),
+        learning_rate=lambda count: config.learning_rate(jnp.asarray(count), total_updates),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,

@@ -1,11 +1,11 @@
 """What training carries from step to step. Everything that a resumed run needs of a trained role is here."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 from jax.sharding import Sharding
 
 from realjax.core.layout import Layout
@@ -17,12 +17,12 @@ from realjax.models.build import Model
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Float32 master parameters, optimizer state, and counters (int32 scalars)."""
+    """Float32 master parameters, optimizer state, and counters (int32 scalars); or one thing for each, as shardings."""
 
     params: Tree
     opt_state: optax.OptState
-    num_updates: Array  # updates applied
-    num_skipped: Array  # updates skipped in a row, for gradients that were not finite
+    num_updates: Any  # updates applied
+    num_skipped: Any  # updates skipped in a row, for gradients that were not finite
 
     def replace(self, **changes) -> "TrainState":
         return replace(self, **changes)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def make_train_step(
         grads, grad_norm = clip_by_norm(jax.tree.map(lambda g: g / weight, grads), max_grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = TrainState(
-            optax.apply_updates(state.params, updates),
+            cast(Tree, optax.apply_updates(state.params, updates)),
             opt_state,
             state.num_updates + 1,
             jnp.zeros_like(state.num_skipped),

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_device_mesh
 from realjax.core.layout import Layout
 from realjax.data.loader import Loader
-from realjax.data.paired import load_paired
+from realjax.data.paired import PairedDataset, load_paired
 from realjax.dataflow.run import Frequency, RoleSpec, RunSpec
 from realjax.hf.files import resolve_model_path
 from realjax.options.common import CommonExperimentConfig
@@ -60,6 +60,10 @@ def call_layout(
     if config.allocation_mode == "manual" and call.device_mesh is not None:
         subject = f"{name}.device_mesh"
         nodes = expand_nodes(config.nodelist, "nodelist") if config.nodelist else default_nodes(config.n_nodes)
+        if len(nodes) != config.n_nodes:
+            raise ValueError(
+                f"nodelist: '{config.nodelist}' names {len(nodes)} nodes, but n_nodes={config.n_nodes}; make them equal"
+            )
         per_node = config.n_gpus_per_node
         mesh = parse_device_mesh(call.device_mesh, nodes=nodes, num_devices_per_node=per_node, subject=subject)
         if len(mesh) != sizes.num_devices:
@@ -83,21 +87,34 @@ def paired_loaders(
     config: RWConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase, *, row_multiple: int, num_shards: int
 ) -> tuple[Loader, Loader | None]:
     """Returns the loaders of training pairs and of held-out pairs (None without a valid_path)."""
-    data = config.dataset
-    limits = {"max_seqlen": data.max_seqlen, "max_pairs_per_prompt": data.max_pairs_per_prompt}
-    shape = {"row_multiple": row_multiple, "num_shards": num_shards, "seed": config.seed}
+    data, seed = config.dataset, config.seed
+
+    def load(path: str, name: str) -> PairedDataset:
+        pairs = data.max_pairs_per_prompt
+        return load_paired(path, tokenizer, max_seqlen=data.max_seqlen, max_pairs_per_prompt=pairs, name=name)
+
     train = Loader(
-        load_paired(data.train_path, tokenizer, **limits),
+        load(data.train_path, "dataset.train_path"),
         batch_size=data.train_bs_n_seqs,
         num_epochs=config.exp_ctrl.total_train_epochs,
-        **shape,
+        seed=seed,
+        row_multiple=row_multiple,
+        num_shards=num_shards,
     )
     if not data.valid_path:
         return train, None
-    valid = load_paired(data.valid_path, tokenizer, **limits, name="dataset.valid_path")
-    return train, Loader(
-        valid, batch_size=data.valid_bs_n_seqs, num_epochs=1, shuffle=False, allow_partial=True, **shape
+    held_out = Loader(
+        load(data.valid_path, "dataset.valid_path"),
+        batch_size=data.valid_bs_n_seqs,
+        num_epochs=1,
+        seed=seed,
+        row_multiple=row_multiple,
+        num_shards=num_shards,
+        shuffle=False,
+        allow_partial=True,
+        name="dataset.valid_bs_n_seqs",
     )
+    return train, held_out
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -7,7 +7,7 @@ import jax
 
 from realjax.algorithms.dpo import DPOParameters, make_dpo_loss
 from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import RunSpec
+from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.experiments import common
 from realjax.options.experiments import DPOConfig
 
@@ -20,7 +20,7 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
     ref_layout = common.call_layout("ref_inf", config, config.ref_inf, config.ref, devices, is_train=False)
     # The same rows serve both calls, so they divide over both layouts.
     multiples = (common.row_multiple(config.actor_train, train_layout), common.row_multiple(config.ref_inf, ref_layout))
-    loader, _ = common.paired_loaders(
+    loader, held_out = common.paired_loaders(
         config,
         common.load_tokenizer(actor.path),
         row_multiple=math.lcm(*multiples),
@@ -32,6 +32,7 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         label_smoothing=config.label_smoothing,
         reference_free=config.reference_free,
     )
+    loss = make_dpo_loss(parameters)
     ref_inf = MFC(
         name="ref_inf",
         role="ref",
@@ -41,14 +42,14 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         head="logprobs",
         num_mbs=config.ref_inf.n_mbs,
         max_tokens_per_mb=config.ref_inf.max_tokens_per_mb,
-        max_seqlen=loader.longest,
+        max_seqlen=max(one.longest for one in (loader, held_out) if one),
     )
     actor_train = MFC(
         name="actor_train",
         role="actor",
         call="train_step",
         inputs=("tokens", "loss_mask", "pair_weight", *(() if config.reference_free else ref_inf.outputs)),
-        loss=make_dpo_loss(parameters),
+        loss=loss,
         num_mbs=config.actor_train.n_mbs,
         max_tokens_per_mb=config.actor_train.max_tokens_per_mb,
         max_seqlen=loader.longest,
@@ -68,5 +69,6 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         layouts={mfc.name: layout for mfc, (_, layout) in calls.items()},
         roles={role.name: role for role, _ in calls.values()},
         loader=loader,
-        evaluation=None,
+        evaluation=held_out
+        and Evaluation(role="actor", loss=loss, loader=held_out, calls=() if config.reference_free else (ref_inf,)),
     )

@@ -91,6 +91,8 @@ def write_config(config: ModelConfig, out_dir: Path, source_dir: str | Path | No
     else:
         kept = {key: value for key, value in source.items() if key not in STALE_KEYS}
         hf = {**kept, **config_to_hf(config), "torch_dtype": dtype.name}
+    if config.is_critic:
+        hf["pad_token_id"] = _classifier_pad(hf)
     (out_dir / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     if source_dir is None:
         return
@@ -98,6 +100,16 @@ def write_config(config: ModelConfig, out_dir: Path, source_dir: str | Path | No
         for file in Path(source_dir).glob(pattern):
             if file.is_file() and not (config.is_critic and file.name == "generation_config.json"):
                 shutil.copyfile(file, out_dir / file.name)
+
+
+def _classifier_pad(hf: Mapping[str, Any]) -> int | None:
+    """Returns the source's padding token, or None where it is the end-of-text token too.
+
+    transformers scores a sequence at its last token that is not padding: with such a token that would be the one before
+    the end. Without a padding token it takes the last of a single sequence, and refuses a batch.
+    """
+    pad, eos = hf.get("pad_token_id"), hf.get("eos_token_id")
+    return None if pad in (eos if isinstance(eos, list) else [eos]) else pad
 
 
 def refuse_existing(out_dir: Path, overwrite: bool = False) -> None:

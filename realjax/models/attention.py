@@ -51,7 +51,7 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: 
     Each block is rematerialised in the backward pass, so no `[T, T]` matrix is kept.
     """
     T = q.shape[1]
-    size = _block_len(T)
+    size = _block_len(T, T if window is None else window)
     outputs = []
     for start in range(0, T, size):
         end = start + size
@@ -62,10 +62,12 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: 
     return jnp.concatenate(outputs, axis=1)
 
 
-def _block_len(row_len: int) -> int:
-    """Returns the largest divisor of the row length that is at most an eighth of it, or 64 if that is more."""
-    limit = max(64, row_len // 8)
-    return next(n for n in range(min(limit, row_len), 0, -1) if row_len % n == 0)
+def _block_len(row_len: int, reach: int) -> int:
+    """Returns the queries of a block: an eighth of the row or a quarter of how far back they look, but at least 64."""
+    limit = min(max(64, min(row_len // 8, reach // 4)), row_len)
+    size = next(n for n in range(limit, 0, -1) if row_len % n == 0)
+    # A row length without such a divisor would fall apart into single tokens.
+    return size if size * 4 >= limit else row_len
 
 
 BACKENDS: dict[str, AttentionFn] = {"dense": dense_attention, "blocked": blocked_attention}
@@ -119,4 +121,5 @@ class Attention(nnx.Module):
 
     def __call__(self, x_RTD: Array, cos: Array, sin: Array, attend_fn: AttendFn, constrain: Constrain) -> Array:
         q, k, v = self.project(x_RTD, cos, sin, constrain)
-        return self.o(constrain(attend_fn(q, k, v), ("rows", "time", "q_heads", "head_dim")))
+        attended = constrain(attend_fn(q, k, v), ("rows", "time", "q_heads", "head_dim"))
+        return self.o(attended, merge_rows=not constrain.splits_residuals)

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import cast
 
 import jax
 import numpy as np
@@ -58,6 +59,9 @@ def build_model(config: ModelConfig) -> Model:
     return Model(config, graphdef, abstract, axes)
 
 
+Index = tuple[slice, ...]
+
+
 def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type = np.float32) -> Tree:
     """Returns random parameters: norms 1, biases 0, the rest normal with deviation 0.02.
 
@@ -67,12 +71,14 @@ def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type
 
     def one(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
         fill = make_fill(path, leaf.shape, seed)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: fill(index).astype(dtype), dtype=dtype)
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: fill(cast(Index, index)).astype(dtype), dtype=dtype
+        )
 
     return map_paths(one, model.abstract, shardings)
 
 
-def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[Index], np.ndarray]:
     """Returns `fill(index)`, the initial values of that slice of the parameter at `path`."""
     name = path.rsplit("/", 1)[-1]
     stacked = path.startswith("layers/")
@@ -82,7 +88,7 @@ def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[tuple[s
         rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode()) << 16 | layer]))
         return rng.standard_normal(shape[1:] if stacked else shape, np.float32) * np.float32(0.02)
 
-    def fill(index: tuple[slice, ...]) -> np.ndarray:
+    def fill(index: Index) -> np.ndarray:
         dims = [len(range(*s.indices(n))) for s, n in zip(index, shape)]
         if name in ("scale", "bias"):
             return np.full(dims, float(name == "scale"), np.float32)

@@ -5,6 +5,7 @@ it, and is 0 at the first token of a segment and on padding.
 """
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,8 @@ def _join(x: Array) -> Array:
 
 
 def _chunk_logits(hidden: Array, kernel: Array, constrain: Constrain) -> Array:
-    logits = jnp.einsum("RTD,DV->RTV", hidden, kernel, preferred_element_type=jnp.float32)
+    R, T, D = hidden.shape
+    logits = jnp.matmul(hidden.reshape(R * T, D), kernel, preferred_element_type=jnp.float32).reshape(R, T, -1)
     return constrain(logits, ("rows", "time", "act_vocab"))
 
 
@@ -97,7 +99,8 @@ def weighted_nll(
     """
     targets = jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
     weights_next = shift_to_previous(weights.astype(jnp.float32), segment_ids)
-    nll, logprobs = _fused_nll(hidden, kernel, targets, weights_next, size, constrain)
+    sums = _fused_nll(hidden, kernel, targets, weights_next, size, constrain)
+    nll, logprobs = cast(tuple[Array, Array], sums)
     return nll, shift_to_token(jax.lax.stop_gradient(logprobs), segment_ids)
 
 
@@ -120,8 +123,11 @@ def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Ar
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_chunk[..., None]
         grad_logits = (jnp.exp(logits - normaliser[..., None]) - is_target) * weights_chunk[..., None]
         grad_logits = grad_logits.astype(hidden.dtype)
-        grad_hidden = jnp.einsum("RTV,DV->RTD", grad_logits, kernel)
-        grad_kernel += jnp.einsum("RTD,RTV->DV", hidden_chunk, grad_logits, preferred_element_type=jnp.float32)
+        R, T, D = hidden_chunk.shape
+        flat_grad = grad_logits.reshape(R * T, -1)
+        grad_hidden = (flat_grad @ kernel.T).reshape(R, T, D)
+        flat_hidden = hidden_chunk.reshape(R * T, D)
+        grad_kernel += jnp.matmul(flat_hidden.T, flat_grad, preferred_element_type=jnp.float32)
         return grad_kernel, (logprobs, grad_hidden)
 
     chunks = (_split(hidden, size), _split(targets, size), _split(weights, size))

@@ -35,7 +35,7 @@ def scan_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any) -> Arra
 class Forward:
     """How a forward pass runs: all that a layout or a platform decides and the weights do not."""
 
-    constrain: Constrain = lambda x, names: x
+    constrain: Constrain = Constrain()
     attention_fn: AttentionFn = dense_attention
     run_layers_fn: RunLayersFn = scan_layers
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
@@ -53,7 +53,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_RTD: Array, constrain: Constrain) -> Array:
         hidden = ACTIVATIONS[self.activation](self.gate(x_RTD)) * self.up(x_RTD)
-        return self.down(constrain(hidden, ("rows", "time", "act_ffn")))
+        return self.down(constrain(hidden, ("rows", "time", "act_ffn")), merge_rows=not constrain.splits_residuals)
 
 
 class Block(nnx.Module):

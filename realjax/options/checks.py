@@ -50,10 +50,9 @@ def list_notices(config: CommonExperimentConfig) -> list[str]:
             notices.append(
                 f"{name}.enable_fp16: computing in bfloat16, which has float32's range and needs no loss scale."
             )
-        # ReaL's commands hold these; a run that passed over them in silence would surprise by its memory.
-        for option, is_set in {"offload": model.offload, "optimizer.offload": model.optimizer.offload}.items():
-            if is_set:
-                notices.append(f"{name}.{option} has no effect on this run: the training state stays on the devices.")
+        # ReaL's commands hold this; a run that passed over it in silence would surprise by its memory.
+        if model.optimizer.offload:
+            notices.append(f"{name}.optimizer.offload has no effect: the training state stays on the devices.")
     if config.allocation_mode != "manual":
         for name, call in instances_of(config, MFCConfig).items():
             if call.parallel != ParallelismConfig():
@@ -76,8 +75,13 @@ def _check_devices(config: CommonExperimentConfig, name: str, call: MFCConfig) -
             f"allocation_mode: {mode} {lacking}; use manual with {name}.parallel.*, pipe_model, pipe_data, "
             "or sizes such as d2p1m4"
         )
-    if mode == "manual" and call.device_mesh is not None:
-        return  # the mesh is read, and its size compared, where the call gets its layout
+    if call.device_mesh is not None:
+        if mode == "manual":
+            return  # the mesh is read, and its size compared, where the call gets its layout
+        raise ValueError(
+            f"{name}.device_mesh: found '{call.device_mesh}', but allocation_mode={mode} uses all devices; set "
+            "allocation_mode=manual, or leave it null"
+        )
     machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
     sizes = resolve_parallelism(mode, call.parallel, **machine, is_train=True)
     needed, present = sizes.num_devices, config.n_nodes * config.n_gpus_per_node

@@ -59,6 +59,8 @@ class DPOConfig(CommonExperimentConfig):
     label_smoothing: float = option(0.0, "share of pairs taken to be labelled the wrong way round, below 0.5")
     reference_free: bool = option(False, "compare with a uniform reference; the ref model is then not used")
 
+    EVALUATES: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_lora(self)

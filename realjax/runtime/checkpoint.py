@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from realjax.reshard.apply import reshard
 
 logger = logging.getLogger("realjax.checkpoint")
 
@@ -41,7 +46,9 @@ class RunCheckpointer:
         """Copies the state off the devices and writes it in the background; a step saved before is left as it is."""
         if state.step in self._manager.all_steps():
             return
-        roles = {f"role_{name}": ocp.args.StandardSave(role) for name, role in state.roles.items()}
+        # What was copied for the save is dropped with this dict, once it is off the devices.
+        spread = {name: reshard(role, _saved_shardings(role))[0] for name, role in state.roles.items()}
+        roles = {f"role_{name}": ocp.args.StandardSave(role) for name, role in spread.items()}
         run = {"step": state.step, "counters": dict(state.counters)}
         self._manager.save(state.step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles))
 
@@ -53,11 +60,15 @@ class RunCheckpointer:
         step = self.latest_step
         if step is None:
             raise ValueError(f"recover: no complete save in {self.directory}; start with recover_mode=auto or disabled")
-        roles = {f"role_{name}": ocp.args.StandardRestore(role) for name, role in abstract_roles.items()}
+        saved = {name: _in_saved_shardings(role) for name, role in abstract_roles.items()}
+        roles = {f"role_{name}": ocp.args.StandardRestore(role) for name, role in saved.items()}
         for name, role in abstract_roles.items():
             _refuse_other_arrays(self.directory / str(step) / f"role_{name}", role)
         restored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **roles))
-        states = {name: restored[f"role_{name}"] for name in abstract_roles}
+        states = {
+            name: reshard(restored[f"role_{name}"], jax.tree.map(lambda leaf: leaf.sharding, role), free_source=True)[0]
+            for name, role in abstract_roles.items()
+        }
         logger.info("continuing after step %d, saved in %s", step, self.directory)
         return RunState(step=restored["run"]["step"], roles=states, counters=restored["run"]["counters"])
 
@@ -69,9 +80,34 @@ class RunCheckpointer:
         self._manager.close()
 
 
+def _saved_shardings(state: Any) -> Any:
+    """Returns the shardings in which Orbax saves a state: its own, or over all devices where a process has no shard.
+
+    Orbax cannot save what one of several processes lacks.
+    """
+    leaves = jax.tree.leaves(state)
+    if all(len({d.process_index for d in leaf.sharding.device_set}) == jax.process_count() for leaf in leaves):
+        return jax.tree.map(lambda leaf: leaf.sharding, state)
+    mesh = Mesh(np.array(jax.devices(), dtype=object), ("all",), axis_types=(AxisType.Auto,))
+
+    def one(leaf: Any) -> NamedSharding:
+        dim = next((d for d, size in enumerate(leaf.shape) if size % mesh.size == 0), None)
+        return NamedSharding(mesh, PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "all"))
+
+    return jax.tree.map(one, state)
+
+
+def _in_saved_shardings(abstract: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        _saved_shardings(abstract),
+    )
+
+
 def _refuse_other_arrays(directory: Path, abstract: Any) -> None:
     # Orbax would notice too, half way through its reads, and leave them behind.
-    saved, needed = map(_shapes, (ocp.StandardCheckpointHandler().metadata(directory).tree, abstract))
+    saved, needed = map(_shapes, (ocp.StandardCheckpointHandler().metadata(epath.Path(directory)).tree, abstract))
     differing = sorted(path for path in saved.keys() | needed.keys() if saved.get(path) != needed.get(path))
     if differing:
         first = differing[0]

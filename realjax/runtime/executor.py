@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from realjax.core.axes import inference_rules, train_rules, tree_shardings
+from realjax.core.axes import Rules, inference_rules, train_rules, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import LossSums
@@ -51,22 +51,22 @@ class Executor:
                 self.states[mfc.role], metrics[mfc.name] = program(self.states[mfc.role], inputs)
                 results, bytes_moved = metrics[mfc.name], 0
             else:
-                # A copy made for this call is dropped with this name, when the call no longer needs it.
-                params, bytes_moved = self._params_for(mfc)
-                results = program(params, inputs)
+                results, bytes_moved = self._infer(mfc, program, inputs)
                 batch = batch.with_arrays(**self._as_keys(mfc, results))
             self._watch(mfc, results, start=start, step=step, bytes_moved=bytes_moved, num_tokens=batch.num_tokens)
         return metrics
 
     def _place(self, batch: Batch, mfc: MFC) -> Batch:
         """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
-        layout = self.layouts[mfc.name]
         refuse_longer(batch, mfc.max_seqlen, mfc.name)
-        inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
-        results = {key: inputs[key] for key in inputs if isinstance(inputs[key], Array)}
-        fresh = place_batch(inputs.select(set(inputs) - set(results)), train_rules(layout.strategy), layout)
-        moved, _ = reshard(results, {key: layout.sharding("data") for key in results})
-        return fresh.with_arrays(**moved)
+        layout = self.layouts[mfc.name]
+        return put_batch(batch.select({*PACKING_KEYS, *mfc.inputs}), train_rules(layout.strategy), layout)
+
+    def _infer(self, mfc: MFC, program: Callable[..., Any], inputs: Batch) -> tuple[Mapping[str, Array], int]:
+        """Returns an inference call's results, and the bytes of parameters that had to move for it."""
+        # A copy made for this call is dropped with this name, when the call no longer needs it.
+        params, bytes_moved = self._params_for(mfc)
+        return program(params, inputs), bytes_moved
 
     def _as_keys(self, mfc: MFC, results: Mapping[str, Array]) -> dict[str, Array]:
         """Returns an inference call's result under the batch key it is to have."""
@@ -99,13 +99,17 @@ class Executor:
 
     def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
         """Returns the loss sums of a held-out batch under the role's current parameters, on the role's home layout."""
+        for mfc in evaluation.calls:
+            inputs = self._place(batch, mfc)
+            results, _ = self._infer(mfc, self._program(mfc, inputs), inputs)
+            batch = batch.with_arrays(**self._as_keys(mfc, results))
         role = self.roles[evaluation.role]
         key = ("evaluate", evaluation.role, evaluation.loss)
         if key not in self._programs:
             options = replace(role.forward_options, max_segment_len=evaluation.loader.longest)
             fn = make_evaluation(role.model, evaluation.loss, role.home, options)
             self._programs[key] = Compiled("evaluate", fn, self.compile_log, out_shardings=role.home.replicated)
-        inputs = place_batch(batch, inference_rules(role.home.strategy), role.home)
+        inputs = put_batch(batch, inference_rules(role.home.strategy), role.home)
         return self._programs[key](self.params(evaluation.role), inputs)
 
     def params(self, role: str) -> Tree:
@@ -139,6 +143,14 @@ class Executor:
         options = replace(role.forward_options, max_segment_len=mfc.max_seqlen)
         fn = make_inference(role.model, mfc.head, layout, options, num_mbs)
         return Compiled(mfc.name, fn, self.compile_log)
+
+
+def put_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
+    """Returns the batch on the layout's devices: host arrays are put there, other calls' results moved there."""
+    results = {key: batch[key] for key in batch if isinstance(batch[key], Array)}
+    fresh = place_batch(batch.select(set(batch) - set(results)), rules, layout)
+    moved, _ = reshard(results, {key: layout.sharding("data") for key in results})
+    return fresh.with_arrays(**moved)
 
 
 def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:

@@ -22,7 +22,7 @@ from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
 from realjax.runtime.executor import Executor
 from realjax.runtime.metrics import MetricsWriter
-from realjax.runtime.processes import any_process, is_first
+from realjax.runtime.processes import any_process, fetch, is_first
 from realjax.runtime.report import REPORT_FILE, Section, write_report
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rundir import open_run_directory, write_log
@@ -65,11 +65,12 @@ def _first_state(spec: RunSpec, roles: dict[str, Role], checkpointer: RunCheckpo
     if checkpointer is None or checkpointer.latest_step is None:
         return RunState(step=0, roles={name: load_role(role, spec.seed) for name, role in roles.items()})
     state = checkpointer.restore({name: role.abstract_state() for name, role in trained.items()})
-    if (seed := state.counters["seed"]) != spec.seed:
-        raise ValueError(
-            f"seed: found {spec.seed}, but the save in {spec.paths.recover} was made with {seed}; the data order would "
-            f"change: continue with seed={seed}, or use another trial_name"
-        )
+    for name, value in _counters(spec).items():
+        if state.counters.get(name) != value:
+            raise ValueError(
+                f"recover: the save in {spec.paths.recover} was made with another {name}, so the samples to come would "
+                f"not be those that it left: continue with the same {name}, or use another trial_name"
+            )
     fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in trained}
     return dataclasses.replace(state, roles={**fixed, **state.roles})
 
@@ -124,7 +125,8 @@ class Session:
         batch, position = self.spec.loader.batch(step), self.spec.loader.position(step)
         num_compiled = len(self.executor.compile_log.entries)
         by_call = self.executor.step(batch, step)
-        values = {name: float(np.asarray(value)) for name, value in _merge(by_call).items()}
+        by_call = {call: fetch(metrics) for call, metrics in by_call.items()}
+        values = {name: float(value) for name, value in _merge(by_call).items()}
         seconds = time.perf_counter() - start
         self._refuse_nonfinite(values, step)
         values |= self._call_metrics(step)
@@ -170,8 +172,8 @@ class Session:
         start = time.perf_counter()
         total: LossSums | None = None
         for i in range(evaluation.loader.total_steps):
-            sums = self.executor.evaluate(evaluation, evaluation.loader.batch(i))
-            total = sums if total is None else jax.tree.map(np.add, jax.tree.map(np.asarray, sums), total)
+            sums = fetch(self.executor.evaluate(evaluation, evaluation.loader.batch(i)))
+            total = sums if total is None else jax.tree.map(np.add, sums, total)
         assert total is not None
         values = {name: float(np.asarray(x)) for name, x in finalize({"loss": total.loss, **total.metrics}).items()}
         if self.metrics is not None:
@@ -202,7 +204,7 @@ class Session:
                 max_shard_bytes=self.spec.max_shard_bytes,
             )
             logger.info("saved %s to %s", name, out_dir)
-        self.checkpointer.save(RunState(step=position.global_step, roles=trained, counters={"seed": self.spec.seed}))
+        self.checkpointer.save(RunState(step=position.global_step, roles=trained, counters=_counters(self.spec)))
 
     def finish(self) -> None:
         """Writes the report and says where everything is."""
@@ -276,6 +278,11 @@ def _merge(by_call: dict) -> dict:
     if len(by_call) == 1:
         return dict(next(iter(by_call.values())))
     return {f"{call}/{name}": value for call, metrics in by_call.items() for name, value in metrics.items()}
+
+
+def _counters(spec: RunSpec) -> dict[str, int]:
+    """Returns what must be the same in a run that continues, by the name that an error gives it."""
+    return {"seed": spec.seed, "batch size or dataset": spec.loader.fingerprint}
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from jax.experimental import multihost_utils
 
 logger = logging.getLogger("realjax.processes")
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "REALJAX_COORDINATOR", "REALJAX_NUM_PROCESSES", "REALJAX_PROCESS_ID"
+PROCESSES_PER_NODE = "REALJAX_PROCESSES_PER_NODE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,24 @@ class ProcessGroup:
     num_processes: int
     process_id: int
     processes_per_node: int
+    local_id: int  # among those of its node
+
+    def __post_init__(self) -> None:
+        if self.process_id >= self.num_processes or self.processes_per_node < 1:
+            raise ValueError(
+                f"processes: process {self.process_id} of {self.num_processes}, {self.processes_per_node} a node; "
+                "numbers start at 0 and end before the number of processes, and a node has at least one"
+            )
+
+    def local_device_ids(self, devices_per_node: int, num_visible: int | None = None) -> list[int]:
+        """Returns the numbers of this process's devices among the `num_visible` that it sees (None: all of its node).
+
+        Each process takes its own share of the node. JAX alone would give each process one.
+        """
+        share = max(1, devices_per_node // self.processes_per_node)
+        # A cluster may show each process its share only.
+        first = 0 if num_visible == share else self.local_id * share
+        return list(range(first, first + share))
 
 
 def find_process_group(environ: Mapping[str, str]) -> ProcessGroup | None:
@@ -29,19 +50,23 @@ def find_process_group(environ: Mapping[str, str]) -> ProcessGroup | None:
     Raises ValueError when the description is incomplete or no number.
     """
     if COORDINATOR in environ:
-        num_processes = _number(environ, NUM_PROCESSES)
+        process_id, per_node = _number(environ, PROCESS_ID), _number(environ, PROCESSES_PER_NODE, default=1)
         return ProcessGroup(
             coordinator=environ[COORDINATOR],
-            num_processes=num_processes,
-            process_id=_number(environ, PROCESS_ID),
-            processes_per_node=_number(environ, "REALJAX_PROCESSES_PER_NODE", default=1),
+            num_processes=_number(environ, NUM_PROCESSES),
+            process_id=process_id,
+            processes_per_node=per_node,
+            local_id=process_id % max(1, per_node),
         )
     if "SLURM_STEP_NODELIST" in environ and _number(environ, "SLURM_NTASKS", default=1) > 1:
+        num_processes, num_nodes = _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_STEP_NUM_NODES")
         return ProcessGroup(
             coordinator=None,
-            num_processes=_number(environ, "SLURM_NTASKS"),
+            num_processes=num_processes,
             process_id=_number(environ, "SLURM_PROCID"),
-            processes_per_node=max(1, _number(environ, "SLURM_NTASKS") // _number(environ, "SLURM_JOB_NUM_NODES")),
+            processes_per_node=num_processes // max(1, num_nodes),
+            # Tasks may be dealt out over the nodes in turn.
+            local_id=_number(environ, "SLURM_LOCALID"),
         )
     return None
 
@@ -57,26 +82,32 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def join(group: ProcessGroup, devices_per_node: int) -> None:
-    """Joins the group's processes; every one of them must call this before its first use of a device.
-
-    On several devices a node each process takes its own share of them: JAX alone would give each process one.
-    """
-    share = max(1, devices_per_node // group.processes_per_node)
-    first = group.process_id % group.processes_per_node * share
+    """Joins the group's processes; every one of them must call this before its first use of a device."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    num_visible = None if visible is None else len(visible.split(","))
+    # It would take SIGTERM for itself, and a run could not be stopped before its first step.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=group.coordinator,
         num_processes=group.num_processes,
         process_id=group.process_id,
-        local_device_ids=list(range(first, first + share)) if "cuda" in _platforms() else None,
+        local_device_ids=group.local_device_ids(devices_per_node, num_visible) if _has_gpu() else None,
         initialization_timeout=120,
     )
     logger.info("process %d of %d joined", jax.process_index(), jax.process_count())
 
 
-def _platforms() -> str:
+def _has_gpu() -> bool:
     # Asking jax for its devices would start the backend too early; a GPU machine has this directory or variable.
-    has_gpu = os.path.exists("/proc/driver/nvidia") or "CUDA_VISIBLE_DEVICES" in os.environ
-    return "cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" or not has_gpu else "cuda"
+    is_there = os.path.exists("/proc/driver/nvidia") or "CUDA_VISIBLE_DEVICES" in os.environ
+    return is_there and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once, as a failed one must: an orderly end would wait for the others, and they for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_first() -> bool:
@@ -104,3 +135,24 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """Returns the float64 `values` of every process, `[num_processes, *values.shape]`. Every process must call this."""
+    # As integers: floats would travel in single precision.
+    bits = multihost_utils.process_allgather(values.astype(np.float64).ravel().view(np.uint32))
+    return np.asarray(bits, np.uint32).view(np.float64).reshape(-1, *values.shape)
+
+
+def fetch(tree: Any) -> Any:
+    """Returns the scalars of one call as numpy ones in every process, also where none of the call's devices is.
+
+    Every process must call this.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    owners = {device.process_index for leaf in leaves for device in leaf.sharding.device_set}
+    is_owner = jax.process_index() in owners
+    values = [np.asarray(leaf) if is_owner else np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    if len(owners) < jax.process_count():
+        values = multihost_utils.broadcast_one_to_all(values, is_source=jax.process_index() == min(owners))
+    return jax.tree.unflatten(treedef, list(map(np.asarray, values)))

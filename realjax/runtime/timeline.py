@@ -3,12 +3,16 @@
 import json
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib
+import numpy as np
+from matplotlib.patches import Patch
+
+from realjax.runtime.processes import from_first, gather
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
@@ -28,6 +32,7 @@ class CallRecord:
     num_tokens: int
     num_flops: float
     bytes_moved: int
+    process: int | None = None  # whose clock is right, None: any; elsewhere the call has no results to wait for
 
 
 class Timeline:
@@ -35,6 +40,7 @@ class Timeline:
 
     def __init__(self) -> None:
         self.records: list[CallRecord] = []
+        from_first(0)  # the clocks of several processes start together
         self._began = time.perf_counter()
         self._threads: list[threading.Thread] = []
 
@@ -44,21 +50,33 @@ class Timeline:
 
     def watch(self, results: Any, *, start: float, **fields: Any) -> None:
         """Records the call that produces `results` when they are ready; returns at once."""
+        owners = {device.process_index for leaf in jax.tree.leaves(results) for device in leaf.sharding.device_set}
+        process = min(owners) if len(owners) < jax.process_count() else None
 
         def wait() -> None:
             jax.block_until_ready(results)
-            self.records.append(CallRecord(start=start, end=self.now(), **fields))
+            self.records.append(CallRecord(start=start, end=self.now(), process=process, **fields))
 
         thread = threading.Thread(target=wait, daemon=True)
         thread.start()
         self._threads.append(thread)
 
     def of_step(self, step: int) -> list[CallRecord]:
-        """Returns the records of a step, all of whose calls have been made, in order of their start."""
+        """Returns the records of a step, all of whose calls have been made, in order of their start.
+
+        Every process must call this: each learns what another one measured.
+        """
         for thread in self._threads:
             thread.join()
         self._threads.clear()
-        return sorted((record for record in self.records if record.step == step), key=lambda record: record.start)
+        records = sorted((record for record in self.records if record.step == step), key=lambda record: record.name)
+        if any(record.process is not None for record in records):
+            times = gather(np.array([[record.start, record.end] for record in records]))
+            for i, record in enumerate(records):
+                start, end = times[record.process or 0, i]
+                records[i] = replace(record, start=float(start), end=float(end))
+            self.records = [record for record in self.records if record.step != step] + records
+        return sorted(records, key=lambda record: record.start)
 
     def write_trace(self, path: Path) -> None:
         """Writes a Chrome/Perfetto trace: a row for each group of devices."""
@@ -89,7 +107,7 @@ class Timeline:
             axes.barh(y, record.end - record.start, left=record.start, color=color, edgecolor="white")
         axes.set_yticks(range(len(groups)), [f"devices {group}" for group in groups])
         axes.set_xlabel("seconds since the start of the run")
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colors(i % 10)) for i in range(len(names))]
+        handles = [Patch(color=colors(i % 10)) for i in range(len(names))]
         axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=len(names), frameon=False)
         figure.tight_layout()
         figure.savefig(path, dpi=120)

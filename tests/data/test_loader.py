@@ -87,7 +87,7 @@ def test_a_run_has_one_shape(row_multiple, num_shards):
     sizes = {"batch_size": 25, "num_epochs": 3, "seed": 1}
     loader = Loader(dataset, **sizes, row_multiple=row_multiple, num_shards=num_shards)
     num_rows, row_len, num_segments = loader.shape
-    assert num_rows % row_multiple == 0 and num_rows % num_shards == 0 and row_len in (64, 128, 256)
+    assert num_rows % row_multiple == 0 and num_rows % num_shards == 0 and row_len % 64 == 0
     batches = [loader.batch(step) for step in range(loader.total_steps)]
     assert {array.shape for batch in batches for array in batch.arrays.values()} == {(num_rows, row_len)}
     assert max(batch["segment_ids"].max() for batch in batches) <= num_segments
@@ -139,5 +139,5 @@ def test_the_chosen_rows_pad_least():
     dataset = make_dataset(101)
     lengths = [dataset.lengths[start : start + 25] for start in range(0, 101, 25)]
     chosen = plan_shape(lengths, row_multiple=4)
-    slots = {times: np.prod(shape_of(lengths, 64 * times, 4)[:2]) for times in (1, 2, 4)}
+    slots = {times: np.prod(shape_of(lengths, 64 * times, 4)[:2]) for times in range(1, 9)}
     assert chosen[0] * chosen[1] == min(slots.values())

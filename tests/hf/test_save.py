@@ -9,9 +9,9 @@ from realjax.core.axes import train_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.hf import save
 from realjax.hf.load import load_config, load_params
-from realjax.hf.save import save_hf
+from realjax.hf.save import save_hf, write_config
 from realjax.models.build import build_model, init_params, make_fill
-from tests.hf.tiny import KINDS, make_bin, make_checkpoint, on_one_device, tensors_of
+from tests.hf.tiny import KINDS, edit_config, make_bin, make_checkpoint, on_one_device, tensors_of
 
 
 def load(source):
@@ -95,6 +95,21 @@ def test_a_critic_loads_in_transformers_and_here(tmp_path):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
     save_hf(params, model.config, tmp_path / "small", source_dir=source)  # the head is no tensor of the source
     assert {dtype for dtype, _, _ in tensors_of(tmp_path / "small").values()} == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos", "saved"),
+    [(0, 2, 0), (2, 2, None), (None, 2, None), (3, [2, 3], None), (0, [2, 3], 0), (None, None, None)],
+)
+def test_a_critic_never_pads_with_its_end_of_text(pad, eos, saved, tmp_path):
+    """transformers would score the token before it; a language model's padding is nobody's business."""
+    source = make_checkpoint(tmp_path / "hf", "llama")
+    edit_config(source, pad_token_id=pad, eos_token_id=eos)
+    config = load_config(source)
+    for name, written, expected in (("critic", config.as_critic(), saved), ("lm", config, pad)):
+        (tmp_path / name).mkdir()
+        write_config(written, tmp_path / name, source, np.dtype("float32"))
+        assert json.loads((tmp_path / name / "config.json").read_text()).get("pad_token_id") == expected
 
 
 def test_the_source_gives_tokenizer_generation_config_and_unknown_keys(tmp_path):

@@ -42,6 +42,7 @@ V03_SFT = shlex.split("""
 exp_ctrl.total_train_epochs=3 exp_ctrl.save_freq_epochs=2 exp_ctrl.save_freq_steps=20 exp_ctrl.save_freq_secs=600
 exp_ctrl.eval_freq_epochs=2 exp_ctrl.eval_freq_steps=7 exp_ctrl.eval_freq_secs=60 exp_ctrl.benchmark_steps=9
 experiment_name=e trial_name=t mode=ray recover_mode=auto allocation_mode=m2d2p2 n_nodes=2 n_gpus_per_node=4 seed=5
+nodelist=NODE[01-02]
 wandb_mode=offline
 model.type._class=qwen2 model.type.size=13 model.type.is_critic=False model.path=m model.gradient_checkpointing=False
 model.enable_fp16=False model.enable_bf16=True model.offload=True model.zero_stage=1 model.init_from_scratch=True
@@ -62,7 +63,6 @@ V03_WITHOUT_EFFECT = [
     "recover_retries=3",
     "ignore_worker_error=True",
     "allocation_use_cache=True",
-    "nodelist=NODE01",
     "cache_clear_freq=10",
     "model.backend=deepspeed",
 ]
@@ -193,8 +193,8 @@ def test_a_key_like_no_other_points_to_help():
         ("dataset.train_bs_n_seqs=0", "^dataset.train_bs_n_seqs: found 0; it must be at least 1"),
         ("save_freq_steps=0", "^exp_ctrl.save_freq_steps: found 0; it must be at least 1"),
         ("model.lora=x", "^model.lora: found 'x'; low-rank adapters are not available"),
-        ("model.type.is_critic=True", "^model.type.is_critic: found a critic; sft trains a language model"),
-        ("model.optimizer.type=empty", "^model.optimizer.type: found empty; sft trains this model"),
+        ("model.type.is_critic=True", "^model.type.is_critic: found True; this model needs a language model's head"),
+        ("model.optimizer.type=empty", "^model.optimizer.type: found empty; this model is trained"),
         ("model.path", "^argument 'model.path': expected key=value"),
         ("--multirun", "^argument '--multirun': expected key=value"),
         ("=3", "^argument '=3': expected key=value"),

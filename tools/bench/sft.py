@@ -222,7 +222,8 @@ def torch_loop(name: str, size: str, examples: list[dict[str, np.ndarray]], dtyp
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(device, getattr(torch, dtype))
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(device, getattr(torch, dtype))
     model.config._attn_implementation = "sdpa"
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.05, fused=True)
     tokens = [torch.from_numpy(e["tokens"]).long() for e in examples]

@@ -1,0 +1,301 @@
+"""A run in several processes: the numbers of one process, one record, and an end in bounded time when one fails."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from realjax.apps import quickstart
+from tests.builders import relative_errors
+from tests.e2e.builders import REPOSITORY, WORDS, Inputs, Trial, without_clocks
+
+pytestmark = pytest.mark.e2e
+SECONDS = 300  # for a whole run on a busy machine; nothing outlives it
+END_SECONDS = 45  # for all to end after one has failed
+STEPS = 4  # 520 rows, 130 at a time
+OPTIONS = {
+    "allocation_mode": "manual",
+    "n_gpus_per_node": 8,
+    "allocation.parallel.pipeline_parallel_size": 2,
+    "allocation.parallel.model_parallel_size": 2,
+    "allocation.parallel.data_parallel_size": 2,
+    "dataset.train_bs_n_seqs": 130,
+    "total_train_epochs": 1,
+    "recover_mode": "auto",
+}
+# For runs of which only the end counts: quick to compile, and too long to finish.
+ENDLESS = {
+    "allocation_mode": "manual",
+    "n_gpus_per_node": 2,
+    "allocation.parallel.data_parallel_size": 2,
+    "dataset.train_bs_n_seqs": 130,
+    "total_train_epochs": 100,
+}
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
+    """Starts Python on the command in a session of its own, of which nothing is left when the block ends."""
+    # Unoptimised, what each process compiles for itself takes half the time.
+    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env.pop("JAX_NUM_CPU_DEVICES", None)
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=REPOSITORY,
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def launch_words(words: list[str], *flags: str, experiment: str = "sft") -> list[str]:
+    return ["-m", "launch.local", "--processes", "2", *flags, "--", experiment, *words]
+
+
+def launch(trial: Trial, *flags: str, **changes: Any) -> str:
+    """Runs the trial in two processes to its end and returns what it printed."""
+    log = trial.root / f"{trial.name}.log"
+    with started(launch_words(trial.words(**changes), *flags), log) as process:
+        assert process.wait(SECONDS) == 0, log.read_text()
+    return log.read_text()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+    """Returns as soon as it holds; fails when the process ends before, or nothing happens."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+def wait_for_text(text: str, process: subprocess.Popen, log: Path) -> None:
+    wait_until(lambda: text in log.read_text(), process, log)
+
+
+def wait_for_end(process: subprocess.Popen, log: Path) -> int:
+    """Returns the launcher's exit code; fails when it or one of its processes is left after `END_SECONDS`."""
+    try:
+        code = process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"still running {END_SECONDS} s later\n{log.read_text()}")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return code
+
+
+def assert_same_metrics(found: list[dict], expected: list[dict]) -> None:
+    """Fails unless both have the same records, their numbers equal to 1e-5; how long it took is left out."""
+    close = partial(pytest.approx, rel=1e-5, abs=1e-5)
+    found, expected = without_durations(found), without_durations(expected)
+    assert [list(record) for record in found] == [list(record) for record in expected]
+    for ours, theirs in zip(found, expected):
+        assert ours == {name: x if isinstance(x, str) else close(x) for name, x in theirs.items()}
+
+
+def without_durations(records: list[dict]) -> list[dict]:
+    records = without_clocks(records)
+    return [{k: v for k, v in record.items() if not k.startswith(("time/", "tflops/"))} for record in records]
+
+
+def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    moving = {name: array for name, array in expected.items() if np.linalg.norm(array) > 0}
+    errors = relative_errors({name: found[name] for name in moving}, moving)
+    assert found.keys() == expected.keys() and max(errors.values()) <= 1e-5, errors
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """The run in one process of eight devices."""
+    root = tmp_path_factory.mktemp("processes")
+    options = OPTIONS | {"dataset.valid_path": inputs.valid, "eval_freq_epochs": 1}
+    trial = Trial(inputs=inputs, root=root, name="whole", options=options)
+    assert trial.run() == 0
+    return trial
+
+
+def test_two_processes_do_what_one_does(whole):
+    trial = replace(whole, name="both")
+    output = launch(trial, "--devices", "4")
+    assert all(re.match(r"\[[01]\] ", line) for line in output.splitlines())
+    assert "process 0 of 2 joined" in output and "process 1 of 2 joined" in output
+    # One record, one checkpoint, one training state; a log of each process.
+    assert len(re.findall(r"\(global step \d\):", output)) == STEPS
+    assert trial.steps() == list(range(1, STEPS + 1))
+    assert [path.name for path in trial.folder("recover").iterdir()] == [str(STEPS)]
+    (saved,) = (trial.folder("checkpoints") / "default").iterdir()
+    assert saved.name.endswith(f"globalstep{STEPS}")
+    for name in ("run.log", "run.1.log", "report.html", "timeline.png"):
+        assert (trial.folder("logs") / name).exists()
+    assert_same_metrics(trial.metrics(), whole.metrics())
+    assert_same_arrays(trial.weights(STEPS), whole.weights(STEPS))
+    assert_same_arrays(trial.state(STEPS), whole.state(STEPS))
+
+
+def test_two_processes_continue_what_one_began(whole):
+    trial = replace(whole, name="moved")
+    assert trial.run(benchmark_steps=2) == 0
+    assert trial.steps() == [1, 2]
+    output = launch(trial)
+    assert f"continuing after step 2, saved in {trial.folder('recover')}" in output
+    assert_same_metrics(trial.metrics(), whole.metrics())
+    assert_same_arrays(trial.weights(STEPS), whole.weights(STEPS))
+    assert_same_arrays(trial.state(STEPS), whole.state(STEPS))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_when_one_is_killed(victim, inputs, tmp_path):
+    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    with started(launch_words(trial.words()), log) as launcher:
+        wait_for_text("(global step 3):", launcher, log)
+        children = psutil.Process(launcher.pid).children()
+        numbers = {int(child.environ()["REALJAX_PROCESS_ID"]): child for child in children}
+        assert sorted(numbers) == [0, 1]
+        numbers[victim].kill()
+        assert wait_for_end(launcher, log) == 128 + signal.SIGKILL, log.read_text()
+    assert "launch: a process ended with code 137, so the others are ended too" in log.read_text()
+
+
+@pytest.mark.parametrize("moment", ["process 0 of 2 joined", "(global step 3):"], ids=["starting", "training"])
+def test_sigterm_stops_all_and_saves_what_was_done(moment, inputs, tmp_path):
+    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    with started(launch_words(trial.words()), log) as launcher:
+        wait_for_text(moment, launcher, log)
+        launcher.terminate()
+        assert wait_for_end(launcher, log) == 143, log.read_text()
+    output = log.read_text()
+    assert "Traceback" not in output
+    if "joined" in moment:
+        assert not list(trial.folder("recover").glob("*"))
+        return
+    (stopped,) = set(re.findall(r"stopped by SIGTERM after step (\d+)", output))
+    assert trial.steps() == list(range(1, int(stopped) + 1))
+    assert [path.name for path in trial.folder("recover").iterdir()] == [stopped]
+
+
+def test_an_error_of_all_is_a_line_of_each_and_code_2(inputs, tmp_path):
+    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    with started(launch_words(trial.words(model__path=tmp_path)), log) as launcher:
+        wait_until(lambda: launcher.poll() is not None or "realjax: error" in log.read_text(), launcher, log)
+        assert wait_for_end(launcher, log) == 2, log.read_text()
+    assert re.search(r"^\[\d\] realjax: error: model path '.*' is not a HuggingFace model", log.read_text(), re.M)
+    assert "Traceback (most" not in log.read_text()
+
+
+# What differs between the processes of this run is the data of process 1.
+ONE_FAILS = """
+import argparse, sys
+from launch.local import run_processes
+program = '''
+import os, sys
+from realjax.apps.quickstart import main
+broken = ["dataset.train_path=none.jsonl"] if os.environ["REALJAX_PROCESS_ID"] == "1" else []
+sys.exit(main(["sft", *sys.argv[1:], *broken]))
+'''
+args = argparse.Namespace(processes=2, num_processes=None, coordinator=None, first_process=0)
+sys.exit(run_processes([sys.executable, "-c", program, *sys.argv[1:]], args))
+"""
+
+
+def test_an_error_of_one_ends_all(inputs, tmp_path):
+    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    with started(["-c", ONE_FAILS, *trial.words()], log) as launcher:
+        wait_until(lambda: launcher.poll() is not None or "realjax: error" in log.read_text(), launcher, log)
+        assert wait_for_end(launcher, log) == 2, log.read_text()
+    assert re.search(r"^\[1\] realjax: error: dataset.train_path: 'none.jsonl'", log.read_text(), re.M)
+    assert "launch: a process ended with code 2, so the others are ended too" in log.read_text()
+
+
+def write_pairs(path: Path, num_rows: int) -> Path:
+    """Writes rows of a prompt with one or two pairs of answers."""
+    rng = np.random.default_rng(3)
+
+    def text() -> str:
+        return " " + " ".join(rng.choice(WORDS, rng.integers(2, 6)))
+
+    rows = []
+    for i in range(num_rows):
+        num_pairs = int(rng.integers(1, 3))
+        answers = {key: [text() for _ in range(num_pairs)] for key in ("pos_answers", "neg_answers")}
+        rows.append({"id": i, "prompt": text(), **answers})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@dataclass(frozen=True)
+class DPOTrial(Trial):
+    """A run of two calls, each on its own half of four devices: the reference's on the first, training on the other."""
+
+    def words(self, **changes: Any) -> list[str]:
+        options = {
+            "experiment_name": "e2e",
+            "trial_name": self.name,
+            "fileroot": self.root,
+            "mode": "local",
+            "allocation_mode": "manual",
+            "n_gpus_per_node": 4,
+            "actor.path": self.inputs.model,
+            "ref.path": self.inputs.model,
+            "actor.optimizer.lr": 0.01,
+            "actor_train.parallel.data_parallel_size": 2,
+            "actor_train.device_mesh": "NODE01:2,3",
+            "ref_inf.parallel.model_parallel_size": 2,
+            "ref_inf.device_mesh": "NODE01:0,1",
+            "dataset.train_path": self.inputs.train,
+            "dataset.max_seqlen": 32,
+            "dataset.train_bs_n_seqs": 16,
+            "total_train_epochs": 1,
+            "recover_mode": "auto",
+            **self.options,
+            **changes,
+        }
+        return [f"{name}={value}" for name, value in options.items()]
+
+    def launch(self, **changes: Any) -> None:
+        log = self.root / f"{self.name}.log"
+        with started(launch_words(self.words(**changes), experiment="dpo"), log) as process:
+            assert process.wait(SECONDS) == 0, log.read_text()
+
+    def weights(self, step: int) -> dict[str, np.ndarray]:
+        (directory,) = self.folder("checkpoints").glob(f"actor/*globalstep{step}")
+        return load_file(directory / "model.safetensors")
+
+
+def test_calls_of_different_processes_give_what_one_process_gives(inputs, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 48)
+    alone = DPOTrial(inputs=replace(inputs, train=pairs), root=tmp_path, name="alone", options={})
+    assert quickstart.main(["dpo", *alone.words()]) == 0
+    steps = alone.steps()
+    apart = replace(alone, name="apart")
+    # The trained state lives in process 1, the record of the run is kept by process 0; saved, and taken up again.
+    apart.launch(benchmark_steps=1)
+    apart.launch()
+    assert apart.steps() == steps and len(steps) > 2
+    # Before the first update all margins are 0 but for rounding, and `acc` counts their signs.
+    found, expected = ([{**record, "acc": 0} for record in trial.metrics()] for trial in (apart, alone))
+    assert_same_metrics(found, expected)
+    assert_same_arrays(apart.weights(steps[-1]), alone.weights(steps[-1]))
+    for record in apart.metrics()[2:]:
+        # Measured where the call ran: elsewhere it would seem to take no time.
+        assert record["time/actor_train"] > 0.1 * record["seconds"]

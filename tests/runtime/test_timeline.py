@@ -1,0 +1,85 @@
+"""Call records: made without waiting, in order, and shown as bars and as a trace."""
+
+import json
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from realjax.runtime import timeline as module
+from realjax.runtime.timeline import CallRecord, Timeline
+
+FIELDS = {"num_tokens": 10, "num_flops": 1e9, "bytes_moved": 2**20}
+
+
+def record(name, start, end, step=0, devices="0-3"):
+    return CallRecord(step=step, name=name, devices=devices, start=start, end=end, **FIELDS)
+
+
+def test_watching_does_not_wait_and_reading_does(monkeypatch):
+    results, are_ready = [jnp.zeros(i + 1) for i in range(3)], [threading.Event() for _ in range(3)]
+    monkeypatch.setattr(module.jax, "block_until_ready", lambda result: are_ready[result.size - 1].wait())
+    timeline = Timeline()
+    for i, result in enumerate(results):
+        timeline.watch(result, start=float(i), step=0, name=f"call{i}", devices=str(i), **FIELDS)
+    for num_done, i in enumerate((2, 0)):
+        assert len(timeline.records) == num_done
+        are_ready[i].set()
+        while len(timeline.records) == num_done:
+            time.sleep(0.001)
+    threading.Timer(0.05, are_ready[1].set).start()
+    records = timeline.of_step(0)
+    assert [one.name for one in records] == ["call0", "call1", "call2"]
+    assert records[2].end < records[0].end < records[1].end
+
+
+def test_a_call_lasts_until_its_results_are_there():
+    timeline = Timeline()
+    start = timeline.now()
+    time.sleep(0.02)
+    results = jax.jit(lambda x: {"a": x @ x, "b": x})(jnp.ones((64, 64)))
+    timeline.watch(results, start=start, step=3, name="call", devices="0", **FIELDS)
+    (found,) = timeline.of_step(3)
+    assert found.start == start and found.end - start >= 0.02
+    assert (found.name, found.num_tokens) == ("call", 10)
+    assert timeline.of_step(2) == []
+
+
+def test_the_trace_has_a_row_for_each_group_of_devices(tmp_path):
+    timeline = Timeline()
+    timeline.records += [record("gen", 0.5, 1.5, devices="0-3"), record("inf", 0.6, 0.7, step=1, devices="4-7")]
+    timeline.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [(event["name"], event["tid"], event["args"]["step"]) for event in events] == [
+        ("gen", "0-3", 0),
+        ("inf", "4-7", 1),
+    ]
+    np.testing.assert_allclose([(event["ts"], event["dur"]) for event in events], [(5e5, 1e6), (6e5, 1e5)])
+    assert {event["ph"] for event in events} == {"X"}
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 9])
+def test_the_picture_shows_the_last_steps(tmp_path, monkeypatch, num_steps):
+    timeline, figures = Timeline(), []
+    for step in range(num_steps):
+        timeline.records += [
+            record("gen", step, step + 0.5, step, "0-3"),
+            record("train", step + 0.5, step + 0.9, step, "0-3"),
+            record("inf", step, step + 0.2, step, "4-7"),
+        ]
+    monkeypatch.setattr(plt, "close", figures.append)
+    timeline.draw(tmp_path / "timeline.png")
+    monkeypatch.undo()
+    assert (tmp_path / "timeline.png").stat().st_size > 0
+    (axes,) = figures[0].axes
+    shown = min(num_steps, module.MOST_STEPS_DRAWN)
+    found = sorted((round(bar.get_x(), 3), round(bar.get_width(), 3)) for bar in axes.patches)
+    expected = [(one.start, one.end - one.start) for one in timeline.records[3 * (num_steps - shown) :]]
+    np.testing.assert_allclose(found, sorted(expected), atol=1e-3)
+    names = ["devices 0-3", "devices 4-7"] if num_steps else []
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    plt.close(figures[0])
