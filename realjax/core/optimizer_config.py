@@ -46,8 +46,8 @@ class OptimizerConfig:
         """Returns the rate of the update numbered `step` (0-based) of a run of `total_steps` updates.
 
         Warm-up is linear over w = floor(proportion * total_steps) updates and reaches `lr` at update w-1; the decay
-        then runs
-        to the last update, where it is at its floor. (ReaL starts two updates at 0 and stops decaying w steps early.)
+        then runs to the last update, where it is at its floor. (ReaL starts two updates at 0 and stops decaying w
+        steps early.)
         """
         n = jnp.asarray(step, jnp.float32)
         num_warmup = int(self.warmup_steps_proportion * total_steps)

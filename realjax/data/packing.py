@@ -49,9 +49,9 @@ def pack_rows(
 ) -> PackPlan:
     """Plan by best-fit decreasing, with equal contiguous blocks of rows (one per shard) balanced in tokens.
 
-    Gives `num_rows` rows, by default the fewest that `num_shards` divides; rows left over are empty. The blocks' tokens
-    differ by no more than the fullest row. Raises ValueError for a length outside [1, row_len], too few rows, or
-    rows that do not divide.
+    Gives `num_rows` rows, by default the fewest that `num_shards` divides; rows left over are empty. The blocks'
+    tokens differ by no more than the fullest row. Raises ValueError for a length outside [1, row_len], too few rows,
+    or rows that do not divide.
     """
     lengths = tuple(int(length) for length in lengths)
     packed = _fit_rows(lengths, row_len)

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
 import networkx as nx
+from matplotlib.figure import Figure
 
 from realjax.dataflow.graph import DataflowGraph
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 
 def describe_graph(graph: DataflowGraph) -> str:
@@ -28,7 +25,8 @@ def draw_graph(graph: DataflowGraph, path: Path) -> None:
         for x, column in enumerate(columns)
         for y, name in enumerate(sorted(column))
     }
-    figure, axes = plt.subplots(figsize=(3 * len(columns), 1 + 1.4 * max(map(len, columns))))
+    figure = Figure(figsize=(3 * len(columns), 1 + 1.4 * max(map(len, columns))))
+    axes = figure.subplots()
     calls = {mfc.name: mfc for mfc in graph.mfcs}
     for name, (x, y) in places.items():
         mfc = calls[name]
@@ -44,4 +42,3 @@ def draw_graph(graph: DataflowGraph, path: Path) -> None:
     axes.set_ylim(min(y for _, y in places.values()) - 0.8, max(y for _, y in places.values()) + 0.8)
     axes.axis("off")
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)

@@ -40,9 +40,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Frequency:
-    """When something happens: at the end of every so many epochs, or steps, or after so many seconds. None: not
-    by that.
-    """
+    """When something happens: every so many epochs, at their ends, or steps, or seconds. None: not by that."""
 
     epochs: int | None = None
     steps: int | None = None

@@ -1,9 +1,8 @@
 """One draw per row: end-of-text suppression, temperature, top-k and top-p, a token and its log-probability.
 
 The order is ReaL's: suppress, divide by the temperature, then both filters on the same logits independently; what
-either
-removes is removed. The log-probability is that of the distribution drawn from. Greedy takes no temperature and no
-filter.
+either removes is removed. The log-probability is that of the distribution drawn from. Greedy takes no temperature and
+no filter.
 """
 
 from dataclasses import dataclass

@@ -33,9 +33,7 @@ class TrainOptions:
 def make_gradients(
     model: Model, loss: Loss, layout: Layout, options: TrainOptions
 ) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
-    """Returns `fn(master_params, batch) -> (gradients of the summed loss, sums)`, float32, spread like the
-    optimizer state.
-    """
+    """Returns `fn(master, batch) -> (gradients of the summed loss, sums)`, float32, spread as the optimizer state."""
     rules = train_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.forward.precision)
     outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward)
@@ -71,9 +69,7 @@ def make_train_step(
     layout: Layout,
     options: TrainOptions,
 ) -> TrainStep:
-    """Returns `step(state, batch) -> (state, metrics)`. An update whose gradient is not finite is skipped and
-    counted.
-    """
+    """Returns `step(state, batch) -> (state, metrics)`; an update that is not finite is skipped and counted."""
     gradients = make_gradients(model, loss, layout, options)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:

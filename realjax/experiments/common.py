@@ -51,9 +51,7 @@ def call_layout(
     *,
     is_train: bool,
 ) -> Layout:
-    """Returns where the call `name` runs under the run's allocation mode. Raises ValueError when its mesh is not
-    its size.
-    """
+    """Returns where the call `name` runs. Raises ValueError when its mesh has not the size of its strategy."""
     machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
     sizes = resolve_parallelism(config.allocation_mode, call.parallel, **machine, is_train=is_train)
     chosen = tuple(devices)

@@ -79,8 +79,7 @@ def make_attention(backend: str, num_shards: int = 1, max_segment_len: int | Non
 
     A token never looks further back than its segment reaches, so a bound on segments bounds the work of long rows.
     Key-value heads that do not divide over the shards are repeated to one per query head: each shard then holds its
-    own.
-    Raises ValueError for an unknown backend.
+    own. Raises ValueError for an unknown backend.
     """
     name = "blocked" if backend == "auto" else backend
     if name not in BACKENDS:

@@ -6,8 +6,8 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding (arXiv:2104.09864). `llama3` scales frequencies as Llama 3.1 does, `linear`
-    divides positions.
+    """Rotary position embedding (arXiv:2104.09864). `llama3` scales frequencies as Llama 3.1 does, `linear` divides
+    positions.
     """
 
     theta: float = 10000.0

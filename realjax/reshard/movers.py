@@ -91,9 +91,7 @@ def _host(leaves: list[LeafPlan], arrays: list[Array], free_source: bool, chunk_
 
 
 def _exchange(leaves: list[LeafPlan], arrays: list[Array], free_source: bool, chunk_bytes: int) -> list[Array]:
-    """Returns the relaid arrays. Pinned host memory is reached by way of the devices: kind and layout change in
-    turn.
-    """
+    """Returns the relaid arrays. Pinned host memory is reached through the devices: kind and layout change in turn."""
     on_device = [_to_kind(array, "device") for array in arrays]
     if free_source and memory_kind(leaves[0].spec.source) != "device":
         jax.block_until_ready(on_device)

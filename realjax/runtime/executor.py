@@ -95,6 +95,16 @@ class Executor:
             num_tokens=num_tokens,
             num_flops=float(per_token * num_tokens),
             bytes_moved=bytes_moved,
+            after=self._waits_for(mfc),
+        )
+
+    def _waits_for(self, mfc: MFC) -> tuple[str, ...]:
+        """Returns the earlier calls of a step on whose results or devices a call has to wait."""
+        order, devices = self.graph.order, {name: set(layout.devices) for name, layout in self.layouts.items()}
+        return tuple(
+            other.name
+            for other in order[: order.index(mfc)]
+            if self.graph.edges.has_edge(other.name, mfc.name) or devices[other.name] & devices[mfc.name]
         )
 
     def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
@@ -177,15 +187,13 @@ def num_micro_batches(mfc: MFC, batch: Batch, layout: Layout) -> int:
         if rows_per_device % wanted:
             raise ValueError(
                 f"{mfc.name}: {batch.num_rows} rows over dp={dp} leave {rows_per_device} a device, which "
-                f"n_mbs={wanted} does "
-                "not divide; use another n_mbs or batch size"
+                f"n_mbs={wanted} does not divide; use another n_mbs or batch size"
             )
         return wanted
     if mfc.max_tokens_per_mb < dp * batch.row_len:
         raise ValueError(
             f"{mfc.name}: max_tokens_per_mb={mfc.max_tokens_per_mb} is less than one row of {batch.row_len} tokens "
-            f"on each of "
-            f"dp={dp} devices; set it to at least {dp * batch.row_len}"
+            f"on each of dp={dp} devices; set it to at least {dp * batch.row_len}"
         )
     least = math.ceil(batch.num_rows * batch.row_len / mfc.max_tokens_per_mb)
     return next(n for n in range(least, rows_per_device + 1) if rows_per_device % n == 0)

@@ -147,7 +147,7 @@ class Session:
             return {}
         values = {}
         for record in records:
-            seconds = record.end - record.start
+            seconds = max(record.end - record.start, 1e-9)
             values[f"time/{record.name}"] = seconds
             values[f"tflops/{record.name}"] = record.num_flops / seconds / 1e12
             values[f"moved_mib/{record.name}"] = record.bytes_moved / 2**20

@@ -24,9 +24,7 @@ logger = logging.getLogger("realjax.roles")
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """A role with its model built. `optimizer` is None when it is never trained; `home` is where its parameters
-    live.
-    """
+    """A role with its model built. `optimizer` is None if it is never trained; `home` is where its parameters live."""
 
     spec: RoleSpec
     model: Model

@@ -28,8 +28,8 @@ def open_run_directory(spec: RunSpec) -> bool:
     has_save = bool(from_first(any(path.name.isdigit() for path in paths.recover.glob("*"))))
     if spec.recover_mode == "resume" and not has_save:
         raise ValueError(
-            f"recover_mode: resume, but {paths.recover} holds no saved state; use recover_mode=auto to start when "
-            f"there is none"
+            f"recover_mode: resume, but {paths.recover} holds no saved state; "
+            "use recover_mode=auto to start when there is none"
         )
     continues = has_save and spec.recover_mode in ("auto", "resume")
     if has_save and not continues:

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from realjax.runtime.processes import from_first, gather
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 MOST_STEPS_DRAWN = 4
 
@@ -32,6 +30,7 @@ class CallRecord:
     num_tokens: int
     num_flops: float
     bytes_moved: int
+    after: tuple[str, ...] = ()  # calls of the step that it has to wait for
     process: int | None = None  # whose clock is right, None: any; elsewhere the call has no results to wait for
 
 
@@ -64,6 +63,7 @@ class Timeline:
     def of_step(self, step: int) -> list[CallRecord]:
         """Returns the records of a step, all of whose calls have been made, in order of their start.
 
+        Calls are made ahead of time: one begins when those that it waits for have ended, and not when it was made.
         Every process must call this: each learns what another one measured.
         """
         for thread in self._threads:
@@ -75,7 +75,11 @@ class Timeline:
             for i, record in enumerate(records):
                 start, end = times[record.process or 0, i]
                 records[i] = replace(record, start=float(start), end=float(end))
-            self.records = [record for record in self.records if record.step != step] + records
+        ends = {record.name: record.end for record in records}
+        for i, record in enumerate(records):
+            start = max([record.start, *(ends[name] for name in record.after)])
+            records[i] = replace(record, start=min(start, record.end))
+        self.records = [record for record in self.records if record.step != step] + records
         return sorted(records, key=lambda record: record.start)
 
     def write_trace(self, path: Path) -> None:
@@ -100,8 +104,9 @@ class Timeline:
         shown = [record for record in self.records if record.step > last - MOST_STEPS_DRAWN]
         groups = sorted({record.devices for record in shown})
         names = list(dict.fromkeys(record.name for record in shown))
-        figure, axes = plt.subplots(figsize=(10, 1.5 + 0.6 * len(groups)))
-        colors = plt.get_cmap("tab10")
+        figure = Figure(figsize=(10, 1.5 + 0.6 * len(groups)))
+        axes = figure.subplots()
+        colors = colormaps["tab10"]
         for record in shown:
             y, color = groups.index(record.devices), colors(names.index(record.name) % 10)
             axes.barh(y, record.end - record.start, left=record.start, color=color, edgecolor="white")
@@ -111,4 +116,3 @@ class Timeline:
         axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=len(names), frameon=False)
         figure.tight_layout()
         figure.savefig(path, dpi=120)
-        plt.close(figure)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -206,8 +207,13 @@ class Trial:
 
     def state(self, step: int) -> dict[str, np.ndarray]:
         """Returns every array of the training state saved after `step` steps: parameters, moments, counters."""
+        directory = epath.Path(self.folder("recover") / str(step) / "role_default")
+        # On one device: the save knows those of the run, which may have had other processes.
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        saved = ocp.StandardCheckpointHandler().metadata(directory).tree
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(self.folder("recover") / str(step) / "role_default")
+            tree = checkpointer.restore(directory, target)
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

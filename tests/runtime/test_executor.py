@@ -7,6 +7,7 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import inference_rules
 from realjax.core.batch import Batch
+from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.loss import Loss, LossSums, Total
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Evaluation
@@ -125,3 +126,21 @@ def test_sequences_longer_than_a_call_was_told_are_refused():
     refuse_longer(batch, None, "train")
     with pytest.raises(ValueError, match="^train: a sequence of 16 tokens, but max_seqlen=15"):
         refuse_longer(batch, 15, "train")
+
+
+def test_a_call_waits_for_those_it_reads_from_and_those_on_its_devices():
+    devices = jax.devices()
+    on = lambda *numbers: Layout(ParallelStrategy(dp=len(numbers)), tuple(devices[i] for i in numbers))
+    layouts = {"gen": on(0, 1), "ref": on(2, 3), "rew": on(1, 2), "train": on(4, 5)}
+    calls = tuple(
+        MFC(name=name, role=name, call="inference", inputs=inputs, outputs=outputs)
+        for name, inputs, outputs in (
+            ("gen", ("tokens",), ("logprobs",)),
+            ("ref", ("tokens",), ("ref_logprobs",)),
+            ("rew", ("tokens",), ("rewards",)),
+            ("train", ("logprobs", "rewards"), ()),
+        )
+    )
+    executor = Executor(DataflowGraph(calls, frozenset({"tokens"})), layouts, {}, {})
+    found = {mfc.name: set(executor._waits_for(mfc)) for mfc in calls}
+    assert found == {"gen": set(), "ref": set(), "rew": {"gen", "ref"}, "train": {"gen", "rew"}}

@@ -6,9 +6,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from realjax.runtime import timeline as module
 from realjax.runtime.timeline import CallRecord, Timeline
@@ -25,7 +25,7 @@ def test_watching_does_not_wait_and_reading_does(monkeypatch):
     monkeypatch.setattr(module.jax, "block_until_ready", lambda result: are_ready[result.size - 1].wait())
     timeline = Timeline()
     for i, result in enumerate(results):
-        timeline.watch(result, start=float(i), step=0, name=f"call{i}", devices=str(i), **FIELDS)
+        timeline.watch(result, start=i * 1e-6, step=0, name=f"call{i}", devices=str(i), **FIELDS)
     for num_done, i in enumerate((2, 0)):
         assert len(timeline.records) == num_done
         are_ready[i].set()
@@ -35,6 +35,18 @@ def test_watching_does_not_wait_and_reading_does(monkeypatch):
     records = timeline.of_step(0)
     assert [one.name for one in records] == ["call0", "call1", "call2"]
     assert records[2].end < records[0].end < records[1].end
+
+
+def test_a_call_begins_when_those_it_waits_for_have_ended():
+    timeline = Timeline()
+    for name, after in (("first", ()), ("second", ("first",)), ("third", ("first", "second")), ("other", ())):
+        timeline.watch(jnp.zeros(1), start=0.0, step=0, name=name, devices="0", after=after, **FIELDS)
+    found = {one.name: one for one in timeline.of_step(0)}
+    assert found["first"].start == found["other"].start == 0
+    for name in ("second", "third"):
+        ends = [found[before].end for before in found[name].after]
+        assert found[name].start == min(max(ends), found[name].end)
+    assert sorted(timeline.records, key=lambda one: one.name) == sorted(found.values(), key=lambda one: one.name)
 
 
 def test_a_call_lasts_until_its_results_are_there():
@@ -64,16 +76,15 @@ def test_the_trace_has_a_row_for_each_group_of_devices(tmp_path):
 
 @pytest.mark.parametrize("num_steps", [0, 1, 9])
 def test_the_picture_shows_the_last_steps(tmp_path, monkeypatch, num_steps):
-    timeline, figures = Timeline(), []
+    timeline, figures, save = Timeline(), [], Figure.savefig
     for step in range(num_steps):
         timeline.records += [
             record("gen", step, step + 0.5, step, "0-3"),
             record("train", step + 0.5, step + 0.9, step, "0-3"),
             record("inf", step, step + 0.2, step, "4-7"),
         ]
-    monkeypatch.setattr(plt, "close", figures.append)
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
     timeline.draw(tmp_path / "timeline.png")
-    monkeypatch.undo()
     assert (tmp_path / "timeline.png").stat().st_size > 0
     (axes,) = figures[0].axes
     shown = min(num_steps, module.MOST_STEPS_DRAWN)
@@ -82,4 +93,3 @@ def test_the_picture_shows_the_last_steps(tmp_path, monkeypatch, num_steps):
     np.testing.assert_allclose(found, sorted(expected), atol=1e-3)
     names = ["devices 0-3", "devices 4-7"] if num_steps else []
     assert [label.get_text() for label in axes.get_yticklabels()] == names
-    plt.close(figures[0])
