@@ -23,7 +23,7 @@ from realjax.apps import quickstart
 from tests.builders import relative_errors
 from tests.e2e.builders import REPOSITORY, WORDS, Inputs, Trial, without_clocks
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 SECONDS = 300  # for a whole run on a busy machine; nothing outlives it
 END_SECONDS = 45  # for all to end after one has failed
 STEPS = 4  # 520 rows, 130 at a time
@@ -86,7 +86,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Pa
     """Returns as soon as it holds; fails when the process ends before, or nothing happens."""
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        # What was printed last may be what is waited for.
+        assert (process.poll() is None or condition()) and time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
 
 
@@ -197,34 +198,50 @@ def test_sigterm_stops_all_and_saves_what_was_done(moment, inputs, tmp_path):
 def test_an_error_of_all_is_a_line_of_each_and_code_2(inputs, tmp_path):
     trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words(model__path=tmp_path)), log) as launcher:
-        wait_until(lambda: launcher.poll() is not None or "realjax: error" in log.read_text(), launcher, log)
+        wait_for_text("realjax: error", launcher, log)
         assert wait_for_end(launcher, log) == 2, log.read_text()
     assert re.search(r"^\[\d\] realjax: error: model path '.*' is not a HuggingFace model", log.read_text(), re.M)
     assert "Traceback (most" not in log.read_text()
 
 
-# What differs between the processes of this run is the data of process 1.
-ONE_FAILS = """
+# Process 1 goes its own way: what it does first is put in for `%s`.
+ONE_DIFFERS = """
 import argparse, sys
 from launch.local import run_processes
 program = '''
 import os, sys
 from realjax.apps.quickstart import main
-broken = ["dataset.train_path=none.jsonl"] if os.environ["REALJAX_PROCESS_ID"] == "1" else []
-sys.exit(main(["sft", *sys.argv[1:], *broken]))
+from realjax.data.loader import Loader
+if os.environ["REALJAX_PROCESS_ID"] == "1":
+    %s
+sys.exit(main(["sft", *sys.argv[1:]]))
 '''
 args = argparse.Namespace(processes=2, num_processes=None, coordinator=None, first_process=0)
 sys.exit(run_processes([sys.executable, "-c", program, *sys.argv[1:]], args))
 """
+FAILURES = {
+    "before the first step": (
+        "sys.argv += ['dataset.train_path=none.jsonl']",
+        "realjax: error: dataset.train_path: 'none.jsonl' is no such file",
+        2,
+    ),
+    "between steps": (
+        "Loader.batch = lambda self, i, load=Loader.batch: load(self, i) if i < 3 else 1 / 0",
+        "ZeroDivisionError: division by zero",
+        1,
+    ),
+}
 
 
-def test_an_error_of_one_ends_all(inputs, tmp_path):
+@pytest.mark.parametrize("moment", FAILURES)
+def test_an_error_of_one_ends_all(moment, inputs, tmp_path):
+    difference, message, code = FAILURES[moment]
     trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
-    with started(["-c", ONE_FAILS, *trial.words()], log) as launcher:
-        wait_until(lambda: launcher.poll() is not None or "realjax: error" in log.read_text(), launcher, log)
-        assert wait_for_end(launcher, log) == 2, log.read_text()
-    assert re.search(r"^\[1\] realjax: error: dataset.train_path: 'none.jsonl'", log.read_text(), re.M)
-    assert "launch: a process ended with code 2, so the others are ended too" in log.read_text()
+    # A save of the step before is under way.
+    with started(["-c", ONE_DIFFERS % difference, *trial.words(save_freq_steps=3)], log) as launcher:
+        wait_for_text(f"[1] {message}", launcher, log)
+        assert wait_for_end(launcher, log) == code, log.read_text()
+    assert f"launch: a process ended with code {code}, so the others are ended too" in log.read_text()
 
 
 def write_pairs(path: Path, num_rows: int) -> Path:

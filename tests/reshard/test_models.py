@@ -21,9 +21,12 @@ BATCH, _ = pack_in_order(make_examples([9, 12, 5, 14, 7, 3, 16, 8]), 16, num_row
 BATCH = BATCH.select({"tokens", "segment_ids", "positions"})
 
 
-def lay(positions: tuple[int, ...] = tuple(range(8)), zero: int = 0, **sizes: int) -> Layout:
+def lay(
+    positions: tuple[int, ...] = tuple(range(8)), *, dp: int = 1, pp: int = 1, tp: int = 1, zero: int = 0
+) -> Layout:
     """Returns the layout on the devices at these positions."""
-    return Layout.of(ParallelStrategy(**sizes, zero_stage=zero), [jax.devices()[i] for i in positions])
+    strategy = ParallelStrategy(dp=dp, pp=pp, tp=tp, zero_stage=zero)
+    return Layout.of(strategy, [jax.devices()[i] for i in positions])
 
 
 HOMES = {"pipe": lay(pp=2, dp=2, tp=2), "zero3": lay(dp=2, tp=4, zero=3), "half": lay((2, 3, 4, 5), dp=2, tp=2)}
