@@ -228,7 +228,7 @@ def describe_sharding(sharding: Sharding) -> str:
     if not isinstance(sharding, NamedSharding):
         return f"devices {','.join(str(d.id) for d in sorted(sharding.device_set, key=lambda d: d.id))}{kind}"
     axes = " ".join(f"{axis}{size}" for axis, size in sharding.mesh.shape.items() if size > 1) or "one device"
-    ids = ",".join(str(device.id) for device in np.ravel(sharding.mesh.devices))
+    ids = ",".join(str(device.id) for device in np.array(sharding.mesh.devices).flat)
     return f"{tuple(sharding.spec)} of {axes} on {ids}{kind}"
 
 
