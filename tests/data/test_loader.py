@@ -141,3 +141,11 @@ def test_the_chosen_rows_pad_least():
     chosen = plan_shape(lengths, row_multiple=4)
     slots = {times: np.prod(shape_of(lengths, 64 * times, 4)[:2]) for times in range(1, 9)}
     assert chosen[0] * chosen[1] == min(slots.values())
+
+
+def test_the_fingerprint_tells_other_data_or_batches_apart():
+    sizes = {"batch_size": 10, "num_epochs": 2, "seed": 0}
+    fingerprint = Loader(make_dataset(30), **sizes).fingerprint
+    assert Loader(make_dataset(30), **{**sizes, "num_epochs": 3}).fingerprint == fingerprint
+    for other in (Loader(make_dataset(29), **sizes), Loader(make_dataset(30), **{**sizes, "batch_size": 9})):
+        assert other.fingerprint != fingerprint
