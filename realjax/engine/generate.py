@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realjax.core.axes import generate_rules, make_constrain, tree_shardings
+from realjax.core.axes import generate_rules, make_constrain
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.compiled import Compiled, CompileLog
-from realjax.engine.forward import ForwardOptions
+from realjax.engine.forward import ForwardOptions, make_compute_copy
 from realjax.engine.sampling import KeptTokens, draw_tokens, process_logits, row_keys
 from realjax.models.attention import make_attention
 from realjax.models.build import Model, unstack_layers
@@ -94,9 +94,9 @@ class Generator:
         rules = generate_rules(strategy)
         self._constrain = make_constrain(rules, layout)
         self._attention = make_attention(self.options.attention, strategy.tp)
-        self._stacked = tree_shardings(model.axes, model.abstract, rules, layout)
+        compute_copy = make_compute_copy(model, rules, layout, self.options.precision)
         log = log or CompileLog()
-        self._prepare = jax.jit(self._prepare_params)
+        self._prepare = jax.jit(lambda params: unstack_layers(compute_copy(params)))
         self._admit = Compiled("generate: admit", self._admit_rows, log, donate_argnums=1)
         self._advance = Compiled("generate: advance", self._advance_rows, log, donate_argnums=1)
         self._grow = jax.jit(
@@ -138,11 +138,6 @@ class Generator:
                     f"and the "
                     f"model's {most} positions it needs 1 to {most - new}; shorten prompts or lower max_new_tokens"
                 )
-
-    def _prepare_params(self, params: Tree) -> Tree:
-        """Casts to the compute dtype, spreads by the layout's table, and takes the stack of layers apart."""
-        cast = jax.tree.map(lambda x: x.astype(self.options.precision.dtype), params)
-        return unstack_layers(jax.tree.map(jax.lax.with_sharding_constraint, cast, self._stacked))
 
     def _empty_slots(self, length: int) -> Slots:
         B, N = self.num_slots, self.config.max_new_tokens

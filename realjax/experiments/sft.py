@@ -22,8 +22,7 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
     if data.train_bs_n_seqs < dp * num_mbs:
         raise ValueError(
             f"dataset.train_bs_n_seqs: {data.train_bs_n_seqs} sequences cannot be divided over {dp} data-parallel "
-            f"devices x "
-            f"{num_mbs} micro-batches; use at least {dp * num_mbs}"
+            f"devices x {num_mbs} micro-batches; use at least {dp * num_mbs}"
         )
     train = load_prompt_answer(
         data.train_path,

@@ -51,8 +51,7 @@ class Executor:
                 self.states[mfc.role], metrics[mfc.name] = program(self.states[mfc.role], inputs)
                 results, bytes_moved = metrics[mfc.name], 0
             else:
-                results, bytes_moved = self._infer(mfc, program, inputs)
-                batch = batch.with_arrays(**self._as_keys(mfc, results))
+                batch, results, bytes_moved = self._infer(batch, mfc, program, inputs)
             self._watch(mfc, results, start=start, step=step, bytes_moved=bytes_moved, num_tokens=batch.num_tokens)
         return metrics
 
@@ -62,16 +61,15 @@ class Executor:
         layout = self.layouts[mfc.name]
         return put_batch(batch.select({*PACKING_KEYS, *mfc.inputs}), train_rules(layout.strategy), layout)
 
-    def _infer(self, mfc: MFC, program: Callable[..., Any], inputs: Batch) -> tuple[Mapping[str, Array], int]:
-        """Returns an inference call's results, and the bytes of parameters that had to move for it."""
+    def _infer(
+        self, batch: Batch, mfc: MFC, program: Callable[..., Any], inputs: Batch
+    ) -> tuple[Batch, Mapping[str, Array], int]:
+        """Returns the batch with an inference call's key, its results, and the bytes of parameters moved for it."""
         # A copy made for this call is dropped with this name, when the call no longer needs it.
         params, bytes_moved = self._params_for(mfc)
-        return program(params, inputs), bytes_moved
-
-    def _as_keys(self, mfc: MFC, results: Mapping[str, Array]) -> dict[str, Array]:
-        """Returns an inference call's result under the batch key it is to have."""
+        results = program(params, inputs)
         (key,) = mfc.outputs
-        return {key: results[mfc.head or key]}
+        return batch.with_arrays(**{key: results[mfc.head or key]}), results, bytes_moved
 
     def _params_for(self, mfc: MFC) -> tuple[Tree, int]:
         """Returns the role's parameters where the call needs them, and the bytes that had to move for it."""
@@ -111,8 +109,7 @@ class Executor:
         """Returns the loss sums of a held-out batch under the role's current parameters, on the role's home layout."""
         for mfc in evaluation.calls:
             inputs = self._place(batch, mfc)
-            results, _ = self._infer(mfc, self._program(mfc, inputs), inputs)
-            batch = batch.with_arrays(**self._as_keys(mfc, results))
+            batch, _, _ = self._infer(batch, mfc, self._program(mfc, inputs), inputs)
         role = self.roles[evaluation.role]
         key = ("evaluate", evaluation.role, evaluation.loss)
         if key not in self._programs:
