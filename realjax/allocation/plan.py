@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from realjax.core.layout import Layout
-from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.graph import MFC, DataflowGraph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,5 +51,5 @@ def make_plan(
             raise ValueError(f"{role}.offload: a role that is trained stays on its devices; set it to False or null")
         if train is None and (bool(devices & others) if wanted is None else wanted):
             offloaded.add(role)
-    roles = {mfc.name: mfc.role for mfc in graph.order}
+    roles = {call.name: call.role for call in graph.order if isinstance(call, MFC)}
     return AllocationPlan(layouts=layouts, roles=roles, homes=homes, offloaded=frozenset(offloaded))

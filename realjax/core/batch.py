@@ -73,6 +73,12 @@ class Batch:
         _check_rows(merged)
         return Batch(arrays=merged)
 
+    def replace_arrays(self, **arrays: Any) -> "Batch":
+        """This batch with other arrays for keys that it has, such as host copies; ValueError for a new key."""
+        if missing := sorted(set(arrays) - set(self.arrays)):
+            raise ValueError(f"batch: no key {missing[0]!r} to replace; it holds {', '.join(self.keys())}")
+        return Batch(arrays=self.arrays | arrays)
+
     def select(self, keys: Iterable[str]) -> "Batch":
         """Batch of these keys only; ValueError for a key that is not there."""
         return Batch(arrays={key: self[key] for key in keys})

@@ -34,7 +34,7 @@ class GenerationConfig:
         }
         for name, (holds, needed) in checks.items():
             if not holds:
-                raise ValueError(f"generation {name}: found {getattr(self, name)}; it must be {needed}")
+                raise ValueError(f"gen.{name}: found {getattr(self, name)}; it must be {needed}")
 
     def filters(self, vocab_size: int) -> bool:
         """Returns whether some tokens may be left out of the draw."""

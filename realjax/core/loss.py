@@ -8,6 +8,7 @@ import jax
 from jax import Array
 
 from realjax.core.batch import Batch
+from realjax.core.draw import Draw
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +42,15 @@ class Loss:
     """An algorithm's loss and the model outputs it reads, all `[R, T]` float32 and aligned with their token.
 
     head `nll`: outputs `nll` (scalar, differentiable) = -sum(loss_mask * logprobs) and `logprobs` (no gradient).
-    head `logprobs`: outputs `logprobs`, differentiable. head `values`: outputs `values`, differentiable.
+    head `logprobs`: outputs `logprobs` under `draw` and, if needed, `entropy`, both differentiable.
+    head `values`: outputs `values`, differentiable.
     """
 
     head: Literal["nll", "logprobs", "values"]
     fn: Callable[[Mapping[str, Array], Batch], LossSums]
+    draw: Draw = Draw()  # the distribution whose log-probabilities the head `logprobs` gives
+    needs_entropy: bool = False
+    skip_fn: Callable[[Mapping[str, Array]], Array] | None = None  # finalised metrics -> skip this update
 
 
 def finalize(metrics: Mapping[str, Mean | Total]) -> dict[str, Any]:

@@ -12,16 +12,17 @@ _log = logging.getLogger(__name__)
 # JSON can spell half of a surrogate pair, which no tokenizer accepts.
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
+Kinds = type | tuple[type, ...]
 _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
 
 
 def load_rows(
     path: str,
-    required: Mapping[str, type],
+    required: Mapping[str, Kinds],
     name: str = "dataset.train_path",
     check_fn: Callable[[dict[str, Any], str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Objects of a .json list or a .jsonl file, each with the required keys and a unique `id`.
+    """Objects of a .json list or a .jsonl file, each with the required keys (of one type or several) and a unique `id`.
 
     When any row lacks an id, all rows get 0..N-1 and one warning is logged. Blank lines of a .jsonl are skipped.
     Raises ValueError naming `name` (the option that holds the path), the file, and the line or list item, from 1;
@@ -80,7 +81,7 @@ def _parse(raw: bytes, subject: str, needed: str) -> Any:
         raise ValueError(f"{subject}: malformed JSON ({error.msg} at {at}); {needed}") from error
 
 
-def _check_row(row: Any, required: Mapping[str, type], subject: str) -> None:
+def _check_row(row: Any, required: Mapping[str, Kinds], subject: str) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{subject}: found a JSON {_type_name(row)}; needed an object with {_wanted(required)}")
     for key, needed in required.items():
@@ -90,8 +91,7 @@ def _check_row(row: Any, required: Mapping[str, type], subject: str) -> None:
         value = row[key]
         if not isinstance(value, needed):
             raise ValueError(f"{subject}: {key!r} has type {_type_name(value)}; every row needs {_wanted(required)}")
-        texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and _HALF_PAIR.search(text) for text in texts):
+        if _HALF_PAIR.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
             raise ValueError(f"{subject}: {key!r} holds half of a surrogate pair (\\ud800 to \\udfff); remove it")
 
 
@@ -118,5 +118,7 @@ def _type_name(value: Any) -> str:
     return "null" if value is None else _TYPE_NAMES[type(value)]
 
 
-def _wanted(required: Mapping[str, type]) -> str:
-    return "the keys " + " and ".join(f"{key!r} ({_TYPE_NAMES[needed]})" for key, needed in required.items())
+def _wanted(required: Mapping[str, Kinds]) -> str:
+    kinds = {key: needed if isinstance(needed, tuple) else (needed,) for key, needed in required.items()}
+    names = {key: " or ".join(_TYPE_NAMES[kind] for kind in needed) for key, needed in kinds.items()}
+    return "the keys " + " and ".join(f"{key!r} ({name})" for key, name in names.items())

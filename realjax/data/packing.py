@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -155,6 +156,39 @@ def unpack(array: Array, plan: PackPlan) -> list[np.ndarray]:
     for index, row, segment, tokens in _places(plan):
         values[index] = array[row, tokens] if per_token else array[row, segment]
     return values
+
+
+def sequences_of(batch: Batch) -> list[dict[str, np.ndarray]]:
+    """The sequences of a packed batch of host arrays, row by row from the left: [L, ...] of each per-token array, 0-d of
+    each [R, S] one. `segment_ids` and `positions` are left out, as `pack` makes them anew.
+    """
+    keys = [key for key in batch if key not in ("segment_ids", "positions")]
+    arrays = {key: np.asarray(batch[key]) for key in keys}
+    is_per_token = {key: array.shape[1] == batch.row_len for key, array in arrays.items()}
+    sequences = []
+    for row, segment_ids in enumerate(np.asarray(batch["segment_ids"])):
+        edges = np.searchsorted(segment_ids[: np.count_nonzero(segment_ids)], np.arange(1, segment_ids.max() + 2))
+        for segment, (start, end) in enumerate(pairwise(edges)):
+            index = {key: slice(start, end) if is_per_token[key] else segment for key in keys}
+            sequences.append({key: array[row, index[key]] for key, array in arrays.items()})
+    return sequences
+
+
+def rollout_row_len(longest: int, num_sequences: int, row_multiple: int) -> int:
+    """Row length for `num_sequences` sequences of unknown lengths up to `longest`: one to eight times its bucket.
+
+    Long rows pack tightly, but a batch needs a multiple of `row_multiple` of them also where sequences turn out short.
+    """
+    return bucket_len(longest) * min(8, max(1, num_sequences // (4 * row_multiple)))
+
+
+def bucket_rows(num_rows: int, row_multiple: int) -> int:
+    """Smallest number of rows >= num_rows of row_multiple * (1 to 8, 10, 12, 14, 16, 20, 24, ...): few shapes, little
+    padding.
+    """
+    groups = max(1, -(-num_rows // row_multiple))
+    step = 1 << max(0, groups.bit_length() - 3)
+    return -(-groups // step) * step * row_multiple
 
 
 def _zeros_like(value: np.ndarray, num_rows: int, num_segments: int, plan: PackPlan) -> np.ndarray:

@@ -5,16 +5,26 @@ from pathlib import Path
 import networkx as nx
 from matplotlib.figure import Figure
 
-from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
+
+COLORS = {"generate": "#dbeafe", "inference": "#dcfce7", "train_step": "#ffedd5", "host": "#f1f5f9"}
 
 
 def describe_graph(graph: DataflowGraph) -> str:
     """Returns a line per call: its role, what it reads and what it writes."""
     lines = []
-    for mfc in graph.order:
-        reads = ", ".join(f"{key} from {graph.producers.get(key, 'dataset')}" for key in mfc.inputs)
-        lines.append(f"{mfc.name} ({mfc.call} on {mfc.role}): {reads} -> {', '.join(mfc.outputs) or 'metrics'}")
+    for call in graph.order:
+        reads = ", ".join(f"{key} from {graph.producers.get(key, 'dataset')}" for key in call.inputs)
+        lines.append(f"{call.name} ({_kind(call)} on {_place(call)}): {reads} -> {', '.join(call.outputs) or 'metrics'}")
     return "\n".join(lines)
+
+
+def _kind(call: MFC | HostCall) -> str:
+    return call.call if isinstance(call, MFC) else "host"
+
+
+def _place(call: MFC | HostCall) -> str:
+    return call.role if isinstance(call, MFC) else "the host"
 
 
 def draw_graph(graph: DataflowGraph, path: Path) -> None:
@@ -27,12 +37,10 @@ def draw_graph(graph: DataflowGraph, path: Path) -> None:
     }
     figure = Figure(figsize=(3 * len(columns), 1 + 1.4 * max(map(len, columns))))
     axes = figure.subplots()
-    calls = {mfc.name: mfc for mfc in graph.mfcs}
+    calls = {call.name: call for call in graph.calls}
     for name, (x, y) in places.items():
-        mfc = calls[name]
-        color = {"generate": "#dbeafe", "inference": "#dcfce7", "train_step": "#ffedd5"}[mfc.call]
-        box = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "#475569"}
-        axes.text(x, y, f"{name}\n{mfc.role}", ha="center", va="center", bbox=box, zorder=2)
+        box = {"boxstyle": "round,pad=0.5", "facecolor": COLORS[_kind(calls[name])], "edgecolor": "#475569"}
+        axes.text(x, y, f"{name}\n{_place(calls[name])}", ha="center", va="center", bbox=box, zorder=2)
     for source, target, data in graph.edges.edges(data=True):
         (x0, y0), (x1, y1) = places[source], places[target]
         arrow = {"arrowstyle": "->", "color": "#475569", "shrinkA": 40, "shrinkB": 40}

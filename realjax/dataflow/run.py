@@ -1,14 +1,16 @@
 """The description of a whole run: what an experiment makes of its options and the runtime carries out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.data.loader import Loader
-from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class RoleSpec:
     remat: bool = True
     loss_chunk_tokens: int | None = None
     optimizer: OptimizerConfig | None = None
+    is_averaged: bool = False  # follows another role (`MovingAverage`): kept in float32, or small steps would be lost
     offload: bool | None = None  # parameters in host memory between calls; None: where roles share devices
 
 
@@ -36,6 +39,29 @@ class Evaluation:
     loss: Loss
     loader: Loader
     calls: tuple[MFC, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutEvaluation:
+    """Calls run on held-out prompts, in order; the metrics of the host calls among them are the result.
+
+    `variants` names several ways to answer, such as greedy and sampled. `best_metric`, `<variant>/<metric>`, decides
+    which checkpoint of `role` is kept as the best: the higher the better.
+    """
+
+    role: str
+    variants: Mapping[str, tuple[MFC | HostCall, ...]]
+    loader: Loader
+    best_metric: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingAverage:
+    """A role that follows another: after each step, role = eta * source + (1 - eta) * role."""
+
+    role: str
+    source: str
+    eta: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +100,12 @@ class RunSpec:
     roles: Mapping[str, RoleSpec]
     loader: Loader
     num_epochs: int
-    evaluation: Evaluation | None
+    evaluation: Evaluation | RolloutEvaluation | None
     save: Frequency
     evaluate: Frequency
     seed: int
+    averages: tuple[MovingAverage, ...] = ()
+    decode_fn: Callable[[np.ndarray], str] | None = None  # tokens to text, where a run shows samples
     benchmark_steps: int | None = None
     recover_mode: str = "disabled"
     max_recover_saves: int = 2

@@ -9,6 +9,7 @@ from jax import Array
 
 from realjax.core.axes import Rules, make_constrain, tree_shardings
 from realjax.core.batch import Batch
+from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.pipeline import make_run_layers
@@ -56,8 +57,19 @@ def make_compute_copy(model: Model, rules: Rules, layout: Layout, precision: Pre
     return compute_copy
 
 
-def make_outputs(model: Model, head: str, rules: Rules, layout: Layout, options: ForwardOptions) -> OutputsFn:
-    """Returns `fn(params, batch) -> outputs` of the head, see `core.loss.Loss`; params in the compute dtype."""
+def make_outputs(
+    model: Model,
+    head: str,
+    rules: Rules,
+    layout: Layout,
+    options: ForwardOptions,
+    draw: Draw = Draw(),  # noqa: B008 - frozen
+    needs_entropy: bool = False,
+) -> OutputsFn:
+    """Returns `fn(params, batch) -> outputs` of the head, see `core.loss.Loss`; params in the compute dtype.
+
+    Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`.
+    """
     constrain = make_constrain(rules, layout)
     strategy = layout.strategy
     attention_fn = make_attention(options.attention, strategy.tp, options.max_segment_len)
@@ -79,10 +91,17 @@ def make_outputs(model: Model, head: str, rules: Rules, layout: Layout, options:
         if head == "values":
             return {"values": heads.token_values(hidden, kernel)}
         if head == "logprobs":
-            logprobs = heads.token_logprobs(
-                hidden, kernel, tokens, segment_ids, size=chunk_len(batch), constrain=constrain
+            return heads.token_logprobs(
+                hidden,
+                kernel,
+                tokens,
+                segment_ids,
+                size=chunk_len(batch),
+                constrain=constrain,
+                draw=draw,
+                kept=None if draw.kept is None else batch["kept"],
+                needs_entropy=needs_entropy,
             )
-            return {"logprobs": logprobs}
         nll, logprobs = heads.weighted_nll(
             hidden, kernel, tokens, segment_ids, batch["loss_mask"], size=chunk_len(batch), constrain=constrain
         )

@@ -14,12 +14,13 @@ import numpy as np
 from jax import Array
 
 from realjax.core.axes import generate_rules, make_constrain
+from realjax.core.draw import KeptTokens
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.compiled import Compiled, CompileLog
 from realjax.engine.forward import ForwardOptions, make_compute_copy
-from realjax.engine.sampling import KeptTokens, draw_tokens, process_logits, row_keys
+from realjax.engine.sampling import draw_tokens, process_logits, row_keys
 from realjax.models.attention import make_attention
 from realjax.models.build import Model, unstack_layers
 from realjax.models.cache import KVCache, decode, grow_cache, init_cache, prefill, write_rows
@@ -40,7 +41,7 @@ class Request:
 class Generation:
     """The continuation of a prompt: tokens `[N]` with the end-of-text token, if it came, and their log-probabilities.
 
-    `kept` `[N, W]` says which tokens each was drawn from, see `sampling.KeptTokens`; None where nothing was left out.
+    `kept` `[N, W]` says which tokens each was drawn from, see `core.draw.KeptTokens`; None where nothing was left out.
     """
 
     tokens: np.ndarray
@@ -88,7 +89,7 @@ class Generator:
         self.model, self.layout, self.config = model, layout, config
         self.eos_ids, self.num_slots, self.seed = tuple(eos_ids), num_slots, seed
         self.options = options or ForwardOptions()
-        self.kept = KeptTokens.of(config, model.config.vocab_size)
+        self.kept = KeptTokens.of(config, model.config.vocab_size, len(self.eos_ids))
         # Prompts admitted at once: enough to keep the devices busy, few enough that free slots do not wait.
         self.num_admitted = max(strategy.dp, num_slots // 4 // strategy.dp * strategy.dp)
         rules = generate_rules(strategy)
@@ -223,7 +224,7 @@ class Generator:
             is_running=slots.is_running & ~has_ended,
             tokens=record(slots.tokens, tokens),
             logprobs=record(slots.logprobs, logprobs),
-            kept=record(slots.kept, self.kept.pack(processed)) if self.kept else None,
+            kept=record(slots.kept, self.kept.pack(processed, tokens)) if self.kept else None,
         )
 
     def _collect(self, slots: Slots, ended: Sequence[int]) -> list[Generation]:

@@ -7,6 +7,7 @@ from jax import Array
 
 from realjax.core.axes import inference_rules
 from realjax.core.batch import Batch
+from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.trees import Tree
@@ -15,12 +16,15 @@ from realjax.models.build import Model
 
 
 def make_inference(
-    model: Model, head: str, layout: Layout, options: ForwardOptions, num_mbs: int = 1
+    model: Model, head: str, layout: Layout, options: ForwardOptions, num_mbs: int = 1, draw: Draw = Draw()  # noqa: B008
 ) -> Callable[[Tree, Batch], Mapping[str, Array]]:
-    """Returns `fn(params, batch) -> outputs` of the head, computed in `num_mbs` parts; params of any dtype."""
+    """Returns `fn(params, batch) -> outputs` of the head, computed in `num_mbs` parts; params of any dtype.
+
+    Log-probabilities are those of the distribution `draw`.
+    """
     rules = inference_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.precision)
-    outputs_fn = make_outputs(model, head, rules, layout, options)
+    outputs_fn = make_outputs(model, head, rules, layout, options, draw)
 
     def inference(params: Tree, batch: Batch) -> Mapping[str, Array]:
         params = compute_copy(params)
@@ -36,5 +40,5 @@ def make_evaluation(
     model: Model, loss: Loss, layout: Layout, options: ForwardOptions
 ) -> Callable[[Tree, Batch], LossSums]:
     """Returns `fn(params, batch) -> sums` of the loss; add them over batches, then divide once."""
-    inference = make_inference(model, loss.head, layout, options)
+    inference = make_inference(model, loss.head, layout, options, draw=loss.draw)
     return lambda params, batch: loss.fn(inference(params, batch), batch)

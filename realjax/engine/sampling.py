@@ -5,15 +5,13 @@ either removes is removed. The log-probability is that of the distribution drawn
 no filter.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from realjax.core.draw import REMOVED
 from realjax.core.generation_config import GenerationConfig
 
-REMOVED = float(jnp.finfo(jnp.float32).min)
 DRAW_BLOCK = 256
 
 
@@ -121,44 +119,3 @@ def _first_above(weights: Array, target: Array, *, scale: bool) -> tuple[Array, 
     index = jnp.where(target < running[:, -1], index, last)
     before = jnp.take_along_axis(running - weights, index[:, None], axis=1)[:, 0]
     return index, target - before
-
-
-@dataclass(frozen=True)
-class KeptTokens:
-    """How the set of tokens that one draw could return is stored: `width` int32 words a token, `ids` or bits.
-
-    The smaller form is taken: the ids of at most top_k tokens (-1 where fewer), or one bit for each of the vocabulary.
-    """
-
-    vocab_size: int
-    width: int
-    is_ids: bool
-
-    @classmethod
-    def of(cls, config: GenerationConfig, vocab_size: int) -> "KeptTokens | None":
-        """Returns the form for `config`; None when nothing is left out, or nothing is to be recorded."""
-        if config.force_no_logits_mask or not config.filters(vocab_size):
-            return None
-        num_words = -(-vocab_size // 32)
-        return cls(vocab_size, min(config.top_k, num_words), is_ids=config.top_k <= num_words)
-
-    def init(self, shape: tuple[int, ...]) -> Array:
-        """Returns storage for `shape` draws."""
-        return jnp.zeros((*shape, self.width), jnp.int32)
-
-    def pack(self, processed_BV: Array) -> Array:
-        """Returns the sets `[B, W]` of the tokens that processed logits leave."""
-        if self.is_ids:
-            logits, ids = jax.lax.top_k(processed_BV, self.width)
-            return jnp.where(logits > REMOVED, ids, -1)
-        is_kept = jnp.pad(processed_BV > REMOVED, ((0, 0), (0, -self.vocab_size % 32)))
-        bits = is_kept.reshape(is_kept.shape[0], -1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
-        return jax.lax.bitcast_convert_type(jnp.sum(bits, axis=2, dtype=jnp.uint32), jnp.int32)
-
-    def unpack(self, packed: Array) -> Array:
-        """Returns the sets as masks `[..., V]`, True for a token that was kept."""
-        if self.is_ids:
-            return jnp.any(packed[..., None] == jnp.arange(self.vocab_size), axis=-2)
-        words = jax.lax.bitcast_convert_type(packed, jnp.uint32)
-        bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        return bits.reshape(*packed.shape[:-1], -1)[..., : self.vocab_size].astype(bool)

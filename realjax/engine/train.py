@@ -36,7 +36,7 @@ def make_gradients(
     """Returns `fn(master, batch) -> (gradients of the summed loss, sums)`, float32, spread as the optimizer state."""
     rules = train_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.forward.precision)
-    outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward)
+    outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward, loss.draw, loss.needs_entropy)
     shardings = tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout)
 
     def summed_loss(params: Tree, batch: Batch) -> tuple[Array, LossSums]:
@@ -69,7 +69,9 @@ def make_train_step(
     layout: Layout,
     options: TrainOptions,
 ) -> TrainStep:
-    """Returns `step(state, batch) -> (state, metrics)`; an update that is not finite is skipped and counted."""
+    """Returns `step(state, batch) -> (state, metrics)`; an update that is not finite is skipped and counted, one that
+    the loss's `skip_fn` refuses is skipped.
+    """
     gradients = make_gradients(model, loss, layout, options)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:
@@ -84,9 +86,12 @@ def make_train_step(
             jnp.zeros_like(state.num_skipped),
         )
         is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss.sum)
-        skipped = state.replace(num_skipped=state.num_skipped + 1)
-        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, skipped)
         metrics = {"loss": sums.loss.sum / weight, **finalize(sums.metrics)}
+        is_refused = jnp.zeros((), bool) if loss.skip_fn is None else loss.skip_fn(metrics)
+        skipped = state.replace(num_skipped=jnp.where(is_finite, 0, state.num_skipped + 1))
+        state = jax.tree.map(lambda new, old: jnp.where(is_finite & ~is_refused, new, old), updated, skipped)
+        if loss.skip_fn is not None:
+            metrics["early_stop"] = is_refused.astype(jnp.float32)
         return state, metrics | {"grad_norm": grad_norm, "num_skipped": state.num_skipped}
 
     return step

@@ -10,13 +10,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_device_mesh
 from realjax.core.layout import Layout
-from realjax.data.loader import Loader
+from realjax.data.loader import Dataset, Loader
 from realjax.data.paired import PairedDataset, load_paired
 from realjax.dataflow.run import Frequency, RoleSpec, RunSpec
 from realjax.hf.files import resolve_model_path
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
-from realjax.options.experiments import DPOConfig, RWConfig
+from realjax.options.datasets import PairedComparisonDatasetConfig
+from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig, resolve_parallelism
 from realjax.options.paths import run_paths
@@ -81,38 +82,56 @@ def row_multiple(call: MFCConfig, layout: Layout) -> int:
     return layout.strategy.dp * layout.strategy.pp * (call.n_mbs or 1)
 
 
-def paired_loaders(
-    config: RWConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase, *, row_multiple: int, num_shards: int
+def micro_batches(call: MFCConfig) -> dict[str, Any]:
+    """Returns the fields of an MFC that say how its options split a batch."""
+    return {"num_mbs": call.n_mbs, "max_tokens_per_mb": call.max_tokens_per_mb}
+
+
+def make_loaders(
+    config: SFTConfig | RWConfig | DPOConfig,
+    train: Dataset,
+    valid: Dataset | None,
+    *,
+    num_shards: int,
+    row_multiple: int,
+    valid_row_multiple: int,
 ) -> tuple[Loader, Loader | None]:
-    """Returns the loaders of training pairs and of held-out pairs (None without a valid_path)."""
-    data, seed = config.dataset, config.seed
+    """Returns the loaders of the training set, and of the held-out set when there is one."""
+    loader = Loader(
+        train,
+        batch_size=config.dataset.train_bs_n_seqs,
+        num_epochs=config.exp_ctrl.total_train_epochs,
+        row_multiple=row_multiple,
+        seed=config.seed,
+        num_shards=num_shards,
+    )
+    if valid is None:
+        return loader, None
+    held_out = Loader(
+        valid,
+        batch_size=config.dataset.valid_bs_n_seqs,
+        num_epochs=1,
+        row_multiple=valid_row_multiple,
+        shuffle=False,
+        allow_partial=True,
+        name="dataset.valid_bs_n_seqs",
+        seed=config.seed,
+        num_shards=num_shards,
+    )
+    return loader, held_out
+
+
+def load_pairs(
+    data: PairedComparisonDatasetConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PairedDataset, PairedDataset | None]:
+    """Returns the training pairs, and the held-out pairs when there is a valid_path."""
 
     def load(path: str, name: str) -> PairedDataset:
         pairs = data.max_pairs_per_prompt
         return load_paired(path, tokenizer, max_seqlen=data.max_seqlen, max_pairs_per_prompt=pairs, name=name)
 
-    train = Loader(
-        load(data.train_path, "dataset.train_path"),
-        batch_size=data.train_bs_n_seqs,
-        num_epochs=config.exp_ctrl.total_train_epochs,
-        seed=seed,
-        row_multiple=row_multiple,
-        num_shards=num_shards,
-    )
-    if not data.valid_path:
-        return train, None
-    held_out = Loader(
-        load(data.valid_path, "dataset.valid_path"),
-        batch_size=data.valid_bs_n_seqs,
-        num_epochs=1,
-        seed=seed,
-        row_multiple=row_multiple,
-        num_shards=num_shards,
-        shuffle=False,
-        allow_partial=True,
-        name="dataset.valid_bs_n_seqs",
-    )
-    return train, held_out
+    train = load(data.train_path, "dataset.train_path")
+    return train, load(data.valid_path, "dataset.valid_path") if data.valid_path else None
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -18,13 +18,15 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
     ref = common.role_spec("ref", config.ref, devices, is_trained=False)
     train_layout = common.call_layout("actor_train", config, config.actor_train, config.actor, devices, is_train=True)
     ref_layout = common.call_layout("ref_inf", config, config.ref_inf, config.ref, devices, is_train=False)
-    # The same rows serve both calls, so they divide over both layouts.
-    multiples = (common.row_multiple(config.actor_train, train_layout), common.row_multiple(config.ref_inf, ref_layout))
-    loader, held_out = common.paired_loaders(
+    # The same rows serve both calls, so they divide over both layouts; held-out rows only meet the reference's call.
+    train_multiple = common.row_multiple(config.actor_train, train_layout)
+    ref_multiple = common.row_multiple(config.ref_inf, ref_layout)
+    loader, held_out = common.make_loaders(
         config,
-        common.load_tokenizer(actor.path),
-        row_multiple=math.lcm(*multiples),
+        *common.load_pairs(config.dataset, common.load_tokenizer(actor.path)),
         num_shards=train_layout.strategy.dp,
+        row_multiple=math.lcm(train_multiple, ref_multiple),
+        valid_row_multiple=math.lcm(train_layout.strategy.dp * train_layout.strategy.pp, ref_multiple),
     )
     parameters = DPOParameters(
         beta=config.beta,
@@ -40,9 +42,8 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         inputs=("tokens",),
         outputs=("ref_logprobs",),
         head="logprobs",
-        num_mbs=config.ref_inf.n_mbs,
-        max_tokens_per_mb=config.ref_inf.max_tokens_per_mb,
         max_seqlen=max(one.longest for one in (loader, held_out) if one),
+        **common.micro_batches(config.ref_inf),
     )
     actor_train = MFC(
         name="actor_train",
@@ -50,9 +51,8 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         call="train_step",
         inputs=("tokens", "loss_mask", "pair_weight", *(() if config.reference_free else ref_inf.outputs)),
         loss=loss,
-        num_mbs=config.actor_train.n_mbs,
-        max_tokens_per_mb=config.actor_train.max_tokens_per_mb,
         max_seqlen=loader.longest,
+        **common.micro_batches(config.actor_train),
     )
     calls = (
         {actor_train: (actor, train_layout)}

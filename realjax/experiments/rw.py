@@ -15,9 +15,12 @@ def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
     """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
     role = common.role_spec("default", config.model, devices, is_trained=True)
     layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=True)
-    row_multiple = common.row_multiple(config.allocation, layout)
-    loader, held_out = common.paired_loaders(
-        config, common.load_tokenizer(role.path), row_multiple=row_multiple, num_shards=layout.strategy.dp
+    loader, held_out = common.make_loaders(
+        config,
+        *common.load_pairs(config.dataset, common.load_tokenizer(role.path)),
+        num_shards=layout.strategy.dp,
+        row_multiple=common.row_multiple(config.allocation, layout),
+        valid_row_multiple=layout.strategy.dp * layout.strategy.pp,
     )
     mfc = MFC(
         name="rwTrain",
@@ -25,9 +28,8 @@ def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
         call="train_step",
         inputs=("tokens", "pair_weight"),
         loss=REWARD_LOSS,
-        num_mbs=config.allocation.n_mbs,
-        max_tokens_per_mb=config.allocation.max_tokens_per_mb,
         max_seqlen=loader.longest,
+        **common.micro_batches(config.allocation),
     )
     return common.run_spec(
         config,

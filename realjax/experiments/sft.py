@@ -6,7 +6,6 @@ import jax
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.data.datasets import load_prompt_answer
-from realjax.data.loader import Loader
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.experiments import common
@@ -31,27 +30,16 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         pad_to_max_length=data.pad_to_max_length,
         name="dataset.train_path",
     )
-    evaluation = None
+    valid = None
     if data.valid_path:
         valid = load_prompt_answer(data.valid_path, tokenizer, max_seqlen=data.max_seqlen, name="dataset.valid_path")
-        held_out = Loader(
-            valid,
-            batch_size=data.valid_bs_n_seqs,
-            num_epochs=1,
-            seed=config.seed,
-            num_shards=dp,
-            shuffle=False,
-            allow_partial=True,
-            name="dataset.valid_bs_n_seqs",
-        )
-        evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=held_out)
-    loader = Loader(
+    loader, held_out = common.make_loaders(
+        config,
         train,
-        batch_size=data.train_bs_n_seqs,
-        num_epochs=config.exp_ctrl.total_train_epochs,
-        seed=config.seed,
-        row_multiple=common.row_multiple(config.allocation, layout),
+        valid,
         num_shards=dp,
+        row_multiple=common.row_multiple(config.allocation, layout),
+        valid_row_multiple=layout.strategy.dp * layout.strategy.pp,
     )
     mfc = MFC(
         name="trainDefault",
@@ -59,9 +47,8 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         call="train_step",
         inputs=("tokens", "loss_mask"),
         loss=SFT_LOSS,
-        num_mbs=config.allocation.n_mbs,
-        max_tokens_per_mb=config.allocation.max_tokens_per_mb,
         max_seqlen=loader.longest,
+        **common.micro_batches(config.allocation),
     )
     return common.run_spec(
         config,
@@ -70,5 +57,5 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         layouts={mfc.name: layout},
         roles={role.name: role},
         loader=loader,
-        evaluation=evaluation,
+        evaluation=held_out and Evaluation(role="default", loss=SFT_LOSS, loader=held_out),
     )

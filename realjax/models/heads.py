@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.axes import Constrain
+from realjax.core.draw import REMOVED, Draw
 
 # Largest float32 logits one chunk may hold on one device.
 CHUNK_BYTES = 1 << 28
@@ -32,9 +33,12 @@ def shift_to_token(next_RT: Array, segment_ids: Array) -> Array:
 
 def shift_to_previous(token_RT: Array, segment_ids: Array) -> Array:
     """The adjoint of `shift_to_token`: entries about a token move to the position that predicts it."""
-    following = jnp.pad(segment_ids, ((0, 0), (0, 1)))[:, 1:]
-    shifted = jnp.pad(token_RT, ((0, 0), (0, 1)))[:, 1:]
-    return jnp.where((segment_ids == following) & (segment_ids > 0), shifted, 0)
+    return jnp.where((segment_ids == _next(segment_ids)) & (segment_ids > 0), _next(token_RT), 0)
+
+
+def _next(x_RT: Array) -> Array:
+    """Moves entries about a token to the position before it, 0 at the last; trailing dims come along."""
+    return jnp.pad(x_RT, ((0, 0), (0, 1)) + ((0, 0),) * (x_RT.ndim - 2))[:, 1:]
 
 
 def _split(x: Array, size: int) -> Array:
@@ -72,20 +76,37 @@ def token_logprobs(
     *,
     size: int,
     constrain: Constrain,
-    temperature: float = 1.0,
-) -> Array:
-    """Returns float32 log-probabilities `[R, T]` of the tokens under softmax(logits / temperature).
+    draw: Draw = Draw(),  # noqa: B008 - frozen
+    kept: Array | None = None,
+    needs_entropy: bool = False,
+) -> dict[str, Array]:
+    """Returns float32 `logprobs` `[R, T]` of the tokens under `draw`, and its `entropy` `[R, T]` if needed.
 
-    `hidden` `[R, T, D]`, `kernel` `[D, V]`. `size` positions a chunk; the backward pass recomputes a chunk's logits.
+    `hidden` `[R, T, D]`, `kernel` `[D, V]`, `kept` `[R, T, W]` in the form of `draw.kept`. `size` positions a chunk;
+    the backward pass recomputes a chunk's logits.
     """
-    targets = jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
+    inputs = [hidden, _next(tokens)]
+    if draw.kept is not None:
+        assert kept is not None, "a draw that leaves tokens out needs the sets that it left"
+        inputs.append(_next(kept))
 
     @jax.checkpoint
-    def chunk(hidden_chunk: Array, targets_chunk: Array) -> Array:
-        return _target_logprobs(_chunk_logits(hidden_chunk, kernel, constrain) / temperature, targets_chunk)[0]
+    def chunk(hidden_chunk: Array, targets: Array, *sets: Array) -> dict[str, Array]:
+        logits = _chunk_logits(hidden_chunk, kernel, constrain) / draw.temperature
+        if draw.kept is not None:
+            mask = constrain(draw.kept.unpack(*sets), ("rows", "time", "act_vocab"))
+            logits = jnp.where(mask, logits, REMOVED)
+        logprobs, normaliser = _target_logprobs(logits, targets)
+        if not needs_entropy:
+            return {"logprobs": logprobs}
+        all_logprobs = logits - normaliser[..., None]
+        probs = jnp.exp(all_logprobs)
+        # A removed token has no place in the sum even with its factor of 0: times a gradient it overflows.
+        entropy = -jnp.sum(probs * jnp.where(probs > 0, all_logprobs, 0), axis=-1)
+        return {"logprobs": logprobs, "entropy": entropy}
 
-    logprobs = jax.lax.map(lambda xs: chunk(*xs), (_split(hidden, size), _split(targets, size)))
-    return shift_to_token(_join(logprobs), segment_ids)
+    outputs = jax.lax.map(lambda xs: chunk(*xs), tuple(_split(x, size) for x in inputs))
+    return {name: shift_to_token(_join(output), segment_ids) for name, output in outputs.items()}
 
 
 def weighted_nll(
@@ -97,7 +118,7 @@ def weighted_nll(
     The gradient of a sum whose weights are known beforehand is formed while a chunk's logits are at hand, so the head's
     product is not computed a second time in the backward pass.
     """
-    targets = jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
+    targets = _next(tokens)
     weights_next = shift_to_previous(weights.astype(jnp.float32), segment_ids)
     sums = _fused_nll(hidden, kernel, targets, weights_next, size, constrain)
     nll, logprobs = cast(tuple[Array, Array], sums)

@@ -31,9 +31,10 @@ def validate(config: CommonExperimentConfig) -> None:
     """Raises ValueError for the first thing in a resolved `config` that cannot run."""
     for name in ("experiment_name", "trial_name"):
         _check_directory_name(name, getattr(config, name))
-    for name, call in instances_of(config, MFCConfig).items():
+    config.check()
+    for name, call in _used(config, MFCConfig).items():
         _check_devices(config, name, call)
-    for name, model in instances_of(config, ModelTrainEvalConfig).items():
+    for name, model in _used(config, ModelTrainEvalConfig).items():
         if not model.path:
             raise ValueError(
                 f"{name}.path: nothing given; it needs a Hugging Face checkpoint directory or hub identifier"
@@ -44,8 +45,8 @@ def validate(config: CommonExperimentConfig) -> None:
 
 def list_notices(config: CommonExperimentConfig) -> list[str]:
     """Returns lines for the log about options that do something other than their words say."""
-    notices = []
-    for name, model in instances_of(config, ModelTrainEvalConfig).items():
+    notices = config.notices()
+    for name, model in _used(config, ModelTrainEvalConfig).items():
         if model.enable_fp16:
             notices.append(
                 f"{name}.enable_fp16: computing in bfloat16, which has float32's range and needs no loss scale."
@@ -54,10 +55,15 @@ def list_notices(config: CommonExperimentConfig) -> list[str]:
         if model.optimizer.offload:
             notices.append(f"{name}.optimizer.offload has no effect: the training state stays on the devices.")
     if config.allocation_mode != "manual":
-        for name, call in instances_of(config, MFCConfig).items():
+        for name, call in _used(config, MFCConfig).items():
             if call.parallel != ParallelismConfig():
                 notices.append(f"{name}.parallel is not used: allocation_mode={config.allocation_mode} sets the sizes.")
     return notices
+
+
+def _used(config: CommonExperimentConfig, kind: Any) -> dict[str, Any]:
+    """Returns the models or calls of `config` that its run has, by name."""
+    return {name: value for name, value in instances_of(config, kind).items() if name not in config.unused}
 
 
 def _check_directory_name(name: str, value: str) -> None:

@@ -95,3 +95,15 @@ class CommonExperimentConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Names of the models and calls that a run with these options does without."""
+        return frozenset()
+
+    def check(self) -> None:
+        """Raises ValueError for an option that others leave without what it needs."""
+
+    def notices(self) -> list[str]:
+        """Returns lines for the log about options that do something other than their words say."""
+        return []

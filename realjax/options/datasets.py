@@ -40,9 +40,13 @@ class PromptOnlyDatasetConfig:
     """Rows with a `prompt`, for generation and reinforcement learning."""
 
     path: str = option("", "prompts, .json or .jsonl")
-    max_prompt_len: int = option(256, "tokens of a prompt; longer prompts are cut", at_least=1)
+    valid_path: str | None = option(None, "held-out prompts, whose answers evaluations score; null evaluates nothing")
+    max_prompt_len: int = option(256, "tokens of a prompt; longer ones lose those at their end", at_least=1)
     train_bs_n_seqs: int = option(256, "prompts in a step", at_least=1)
     pad_to_max_length: bool = option(False, "make every prompt max_prompt_len long; for benchmarks only")
+    use_chat_template: bool = option(
+        False, "put prompts into the tokenizer's chat template; a prompt is then the user's text, or a list of messages"
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -1,11 +1,10 @@
 """The text of `--help`, made from the options' own declarations."""
 
 import shutil
-from itertools import groupby
 from textwrap import fill
 from typing import Any
 
-from realjax.options.fields import Option, list_options
+from realjax.options.fields import Option, list_aliases, list_options
 from realjax.options.values import type_label
 
 WIDEST = 100
@@ -21,23 +20,34 @@ def describe_options(cls: type, experiment: str) -> str:
         f"\nUsage: realjax {experiment} key=value ...\n",
         fill("null is None. A list is written [1,2]. The last of several values for one key counts.", width),
     ]
-    for parent, members in groupby(options, key=lambda option: option.path.rpartition(".")[0]):
-        parts.append(_describe_group(parent, list(members), cls, name_width, width))
+    aliases = list_aliases(cls)
+    # A subclass may add options to a group that its base began.
+    for parent in dict.fromkeys(_parent(option) for option in options):
+        members = [option for option in options if _parent(option) == parent]
+        parts.append(_describe_group(parent, members, aliases, name_width, width))
     return "\n".join(parts)
 
 
-def _describe_group(parent: str, options: list[Option], root: type, name_width: int, width: int) -> str:
+def _describe_group(parent: str, options: list[Option], aliases: dict[str, str], name_width: int, width: int) -> str:
     owner = options[0].owner
-    lines = ["", fill(f"{parent}: {_first_sentence(owner)}", width) if parent else "The run:"]
-    other_names = {path: name for name, path in getattr(root, "ALIASES", {}).items()}
+    heading = f"{parent}: {_first_sentence(owner)}{_other_name(parent, aliases)}" if parent else "The run:"
+    lines = ["", fill(heading, width)]
     for option in options:
         facts = f"{type_label(option.annotation)}, default {_default_text(option.default)}"
-        also = f" (also: {other_names[option.path]})" if option.path in other_names else ""
+        text = option.help + _other_name(option.path, aliases)
         lines.append(f"  {option.path:{name_width}}  {facts}")
-        lines.append(fill(option.help + also, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     if no_effect := getattr(owner, "NO_EFFECT", {}):
         lines.append(fill(f"  Accepted without effect: {', '.join(no_effect)}.", width, subsequent_indent="  "))
     return "\n".join(lines)
+
+
+def _parent(option: Option) -> str:
+    return option.path.rpartition(".")[0]
+
+
+def _other_name(path: str, aliases: dict[str, str]) -> str:
+    return f" (also: {aliases[path]})" if path in aliases else ""
 
 
 def _first_sentence(cls: type) -> str:

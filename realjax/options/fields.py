@@ -41,6 +41,15 @@ def list_options(cls: type) -> list[Option]:
     return list(_walk(cls, None, ""))
 
 
+def list_aliases(cls: Any, prefix: str = "") -> dict[str, str]:
+    """Returns the other spelling of each option or group that has one, by its dotted path from the root."""
+    aliases = {prefix + path: prefix + name for name, path in getattr(cls, "ALIASES", {}).items()}
+    for name, annotation in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(annotation):
+            aliases |= list_aliases(annotation, f"{prefix}{name}.")
+    return aliases
+
+
 def _walk(cls: Any, instance: Any, prefix: str) -> Iterator[Option]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):

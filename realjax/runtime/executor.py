@@ -1,10 +1,10 @@
 """Runs a dataflow graph: take inputs, bring parameters to the call's layout, call, merge outputs."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import numpy as np
 from jax import Array
 
@@ -13,21 +13,33 @@ from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import LossSums
 from realjax.core.trees import Tree, num_params
-from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import Evaluation
-from realjax.engine.compiled import Compiled, CompileLog, place_batch
-from realjax.engine.inference import make_evaluation, make_inference
-from realjax.engine.state import TrainState, train_state_shardings
-from realjax.engine.train import TrainOptions, make_train_step
-from realjax.reshard.apply import reshard
+from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
+from realjax.dataflow.run import Evaluation, MovingAverage
+from realjax.engine.compiled import CompileLog, place_batch
+from realjax.engine.state import TrainState
+from realjax.reshard.apply import ema_update, reshard
+from realjax.runtime.processes import fetch_arrays
+from realjax.runtime.programs import Programs, num_micro_batches, row_multiple
 from realjax.runtime.roles import Role
+from realjax.runtime.rollouts import default_num_slots, make_minibatches, make_requests, pack_rollout
 from realjax.runtime.timeline import Timeline
 
 PACKING_KEYS = ("tokens", "segment_ids", "positions")
 
+Controls = dict[str, dict[str, float]]
+Metrics = Mapping[str, Any]  # scalars: on the devices where a training call made them, plain numbers of a host call
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves: the batch with all keys, and of each call its metrics, one dict for each update."""
+
+    batch: Batch
+    metrics: dict[str, list[Metrics]]
+
 
 class Executor:
-    """Holds the states of all roles, the one thing that changes during a run, and the compiled calls on them."""
+    """Holds what changes during a run, the roles' states and the host calls' controls, and the compiled calls."""
 
     def __init__(
         self,
@@ -35,41 +47,108 @@ class Executor:
         layouts: Mapping[str, Layout],
         roles: Mapping[str, Role],
         states: dict[str, TrainState | Tree],
+        *,
+        seed: int = 0,
+        controls: Mapping[str, Mapping[str, float]] | None = None,
+        averages: Sequence[MovingAverage] = (),
     ) -> None:
+        """`controls` are the host calls' states by name where they are not those before the first step."""
         self.graph, self.layouts, self.roles, self.states = graph, layouts, roles, states
-        self.compile_log, self.timeline = CompileLog(), Timeline()
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        host_calls = [call for call in graph.calls if isinstance(call, HostCall)]
+        self.controls: Controls = {call.name: dict((controls or {}).get(call.name, call.state)) for call in host_calls}
+        self.averages = averages
+        self.programs, self.timeline = Programs(seed), Timeline()
 
-    def step(self, batch: Batch, step: int = 0) -> dict[str, Mapping[str, Array]]:
-        """Runs every call once on a host batch; returns the metrics of each training call, still on the devices."""
-        metrics: dict[str, Mapping[str, Array]] = {}
-        for mfc in self.graph.order:
-            start = self.timeline.now()
-            inputs = self._place(batch, mfc)
-            program = self._program(mfc, inputs)
-            if mfc.call == "train_step":
-                self.states[mfc.role], metrics[mfc.name] = program(self.states[mfc.role], inputs)
-                results, bytes_moved = metrics[mfc.name], 0
+    def step(self, batch: Batch, step: int = 0) -> StepResult:
+        """Runs every call once on a host batch; the metrics of training calls are still on the devices."""
+        result = self.run_calls(self.graph.order, batch, step)
+        for average in self.averages:
+            self.states[average.role] = ema_update(
+                self.params(average.role), self.params(average.source), average.eta
+            )
+        return result
+
+    def run_calls(self, calls: Iterable[MFC | HostCall], batch: Batch, step: int | None) -> StepResult:
+        """Runs the calls in the order given; `step` None is an evaluation, which leaves no trace in the timeline."""
+        metrics: dict[str, list[Metrics]] = {}
+        run = {"generate": self._generate, "inference": self._infer, "train_step": self._train}
+        for call in calls:
+            if isinstance(call, HostCall):
+                batch, metrics[call.name] = self._compute(call, batch)
             else:
-                batch, results, bytes_moved = self._infer(batch, mfc, program, inputs)
-            self._watch(mfc, results, start=start, step=step, bytes_moved=bytes_moved, num_tokens=batch.num_tokens)
-        return metrics
+                batch, of_call = run[call.call](call, batch, step)
+                metrics |= {call.name: of_call} if of_call else {}
+        return StepResult(batch, metrics)
+
+    def _generate(self, mfc: MFC, prompts: Batch, step: int | None) -> tuple[Batch, list[Metrics]]:
+        """Returns the batch of prompts with their continuations, in place of the prompts."""
+        assert (sampling := mfc.sampling) is not None, f"{mfc.name}: a generate call says how it samples"
+        start, layout = self.timeline.now(), self.layouts[mfc.name]
+        requests = make_requests(prompts, sampling, step or 0)
+        num_slots = sampling.num_slots or default_num_slots(len(requests), layout)
+        generator = self.programs.generator(mfc, self.roles[mfc.role], layout, num_slots)
+        params, bytes_moved = self._params_for(mfc)
+        generations = generator(params, requests)
+        readers = [(other, self.layouts[other.name]) for other in self.graph.mfcs if other.call == "inference"]
+        rollout = pack_rollout(requests, generations, sampling, row_multiple([(mfc, layout), *readers]))
+        self._watch(mfc, (), start=start, step=step, bytes_moved=bytes_moved, num_tokens=rollout.num_tokens)
+        return rollout, []
+
+    def _infer(self, mfc: MFC, batch: Batch, step: int | None) -> tuple[Batch, list[Metrics]]:
+        """Returns the batch with the call's key."""
+        start, layout, role = self.timeline.now(), self.layouts[mfc.name], self.roles[mfc.role]
+        inputs = self._place(batch, mfc)
+        program = self.programs.inference(mfc, role, layout, num_micro_batches(mfc, inputs, layout))
+        # A copy made for this call is dropped with this name, when the call no longer needs it.
+        params, bytes_moved = self._params_for(mfc)
+        results = program(params, inputs)
+        self._watch(mfc, results, start=start, step=step, bytes_moved=bytes_moved, num_tokens=batch.num_tokens)
+        (key,) = mfc.outputs
+        return batch.with_arrays(**{key: results[mfc.head or key]}), []
+
+    def _train(self, mfc: MFC, batch: Batch, step: int | None) -> tuple[Batch, list[Metrics]]:
+        """Updates the role, once or for each minibatch, and returns the metrics of each update."""
+        start, layout, role = self.timeline.now(), self.layouts[mfc.name], self.roles[mfc.role]
+        metrics: list[Metrics] = []
+        num_tokens = 0
+        for part in self._minibatches(mfc, batch, step):
+            inputs = self._place(part, mfc)
+            program = self.programs.train_step(mfc, role, layout, num_micro_batches(mfc, inputs, layout))
+            self.states[mfc.role], of_update = program(self.states[mfc.role], inputs)
+            metrics.append(of_update)
+            num_tokens += part.num_tokens
+        self._watch(mfc, metrics, start=start, step=step, bytes_moved=0, num_tokens=num_tokens)
+        return batch, metrics
+
+    def _minibatches(self, mfc: MFC, batch: Batch, step: int | None) -> Iterable[Batch]:
+        if (minibatches := mfc.minibatches) is None:
+            yield batch
+            return
+        keys = {*PACKING_KEYS, *mfc.inputs}
+        batch = batch.select(keys).replace_arrays(**self._on_host(batch, mfc.inputs))
+        multiple = row_multiple([(mfc, self.layouts[mfc.name])])
+        for number in range(minibatches.passes):
+            seed = (self.programs.seed, step or 0, number)
+            yield from make_minibatches(batch, minibatches, row_multiple=multiple, seed=seed)
+
+    def _compute(self, call: HostCall, batch: Batch) -> tuple[Batch, list[Metrics]]:
+        """Returns the batch with a host call's keys, all that it read now on the host too, and its metrics."""
+        arrays = self._on_host(batch, (*PACKING_KEYS, *call.inputs))
+        result = call.fn(arrays, self.controls.get(call.name, call.state))
+        if call.name in self.controls:
+            self.controls[call.name] = dict(result.state)
+        return batch.replace_arrays(**arrays).with_arrays(**result.arrays), [result.metrics]
+
+    def _on_host(self, batch: Batch, keys: Iterable[str]) -> dict[str, np.ndarray]:
+        wanted = {key: batch[key] for key in keys}
+        fetched = fetch_arrays({key: array for key, array in wanted.items() if isinstance(array, Array)})
+        return wanted | fetched
 
     def _place(self, batch: Batch, mfc: MFC) -> Batch:
         """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
         refuse_longer(batch, mfc.max_seqlen, mfc.name)
         layout = self.layouts[mfc.name]
         return put_batch(batch.select({*PACKING_KEYS, *mfc.inputs}), train_rules(layout.strategy), layout)
-
-    def _infer(
-        self, batch: Batch, mfc: MFC, program: Callable[..., Any], inputs: Batch
-    ) -> tuple[Batch, Mapping[str, Array], int]:
-        """Returns the batch with an inference call's key, its results, and the bytes of parameters moved for it."""
-        # A copy made for this call is dropped with this name, when the call no longer needs it.
-        params, bytes_moved = self._params_for(mfc)
-        results = program(params, inputs)
-        (key,) = mfc.outputs
-        return batch.with_arrays(**{key: results[mfc.head or key]}), results, bytes_moved
 
     def _params_for(self, mfc: MFC) -> tuple[Tree, int]:
         """Returns the role's parameters where the call needs them, and the bytes that had to move for it."""
@@ -80,7 +159,11 @@ class Executor:
         copy, report = reshard(params, shardings, dtype=role.forward_options.precision.dtype)
         return copy, report.bytes_moved
 
-    def _watch(self, mfc: MFC, results: Any, *, start: float, step: int, bytes_moved: int, num_tokens: int) -> None:
+    def _watch(
+        self, mfc: MFC, results: Any, *, start: float, step: int | None, bytes_moved: int, num_tokens: int
+    ) -> None:
+        if step is None:
+            return
         role, layout = self.roles[mfc.role], self.layouts[mfc.name]
         # Forward 2 and backward 4 operations a parameter and token; attention's own share is left out.
         per_token = (6 if mfc.call == "train_step" else 2) * num_params(role.model.abstract)
@@ -97,59 +180,31 @@ class Executor:
         )
 
     def _waits_for(self, mfc: MFC) -> tuple[str, ...]:
-        """Returns the earlier calls of a step on whose results or devices a call has to wait."""
-        order, devices = self.graph.order, {name: set(layout.devices) for name, layout in self.layouts.items()}
-        return tuple(
-            other.name
-            for other in order[: order.index(mfc)]
-            if self.graph.edges.has_edge(other.name, mfc.name) or devices[other.name] & devices[mfc.name]
-        )
+        """Returns the earlier model calls of a step on whose results or devices a call has to wait."""
+        if mfc.name not in self.graph.edges:
+            return ()
+        before = self.graph.order[: self.graph.order.index(mfc)]
+        sources, devices = nx.ancestors(self.graph.edges, mfc.name), set(self.layouts[mfc.name].devices)
+        others = [other for other in before if isinstance(other, MFC)]
+        shares = {other.name for other in others if devices & set(self.layouts[other.name].devices)}
+        return tuple(other.name for other in others if other.name in sources | shares)
 
     def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
         """Returns the loss sums of a held-out batch under the role's current parameters, on the role's home layout."""
-        for mfc in evaluation.calls:
-            inputs = self._place(batch, mfc)
-            batch, _, _ = self._infer(batch, mfc, self._program(mfc, inputs), inputs)
+        batch = self.run_calls(evaluation.calls, batch, step=None).batch
         role = self.roles[evaluation.role]
-        key = ("evaluate", evaluation.role, evaluation.loss)
-        if key not in self._programs:
-            options = replace(role.forward_options, max_segment_len=evaluation.loader.longest)
-            fn = make_evaluation(role.model, evaluation.loss, role.home, options)
-            self._programs[key] = Compiled("evaluate", fn, self.compile_log, out_shardings=role.home.replicated)
         inputs = put_batch(batch, inference_rules(role.home.strategy), role.home)
-        return self._programs[key](self.params(evaluation.role), inputs)
+        return self.programs.evaluation(evaluation, role)(self.params(evaluation.role), inputs)
+
+    @property
+    def compile_log(self) -> CompileLog:
+        """The programs compiled so far."""
+        return self.programs.log
 
     def params(self, role: str) -> Tree:
         """Returns the role's parameters as they stand now."""
         state = self.states[role]
         return state.params if isinstance(state, TrainState) else state
-
-    def _program(self, mfc: MFC, inputs: Batch) -> Callable[..., Any]:
-        num_mbs = num_micro_batches(mfc, inputs, self.layouts[mfc.name])
-        key = (mfc.name, num_mbs)
-        if key not in self._programs:
-            make = self._make_train if mfc.call == "train_step" else self._make_inference
-            self._programs[key] = make(mfc, num_mbs)
-        return self._programs[key]
-
-    def _make_train(self, mfc: MFC, num_mbs: int) -> Compiled:
-        role, layout = self.roles[mfc.role], self.layouts[mfc.name]
-        assert mfc.loss and role.optimizer and role.spec.optimizer, (
-            f"{mfc.name}: a training call has a loss and an optimizer"
-        )
-        forward = replace(role.forward_options, max_segment_len=mfc.max_seqlen)
-        options = TrainOptions(forward=forward, num_mbs=num_mbs)
-        max_norm = role.spec.optimizer.gradient_clipping
-        step = make_train_step(role.model, mfc.loss, role.optimizer, max_norm, layout, options)
-        out = (train_state_shardings(role.model, role.optimizer, layout), layout.replicated)
-        return Compiled(mfc.name, step, self.compile_log, donate_argnums=0, out_shardings=out)
-
-    def _make_inference(self, mfc: MFC, num_mbs: int) -> Compiled:
-        role, layout = self.roles[mfc.role], self.layouts[mfc.name]
-        assert mfc.head, f"{mfc.name}: an inference call names the output it computes"
-        options = replace(role.forward_options, max_segment_len=mfc.max_seqlen)
-        fn = make_inference(role.model, mfc.head, layout, options, num_mbs)
-        return Compiled(mfc.name, fn, self.compile_log)
 
 
 def put_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
@@ -171,26 +226,3 @@ def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:
         raise ValueError(
             f"{subject}: a sequence of {longest} tokens, but max_seqlen={max_seqlen}; raise it to the longest"
         )
-
-
-def num_micro_batches(mfc: MFC, batch: Batch, layout: Layout) -> int:
-    """Returns the number of micro-batches: as given, or the fewest that keep each under `max_tokens_per_mb` tokens.
-
-    Raises ValueError when the rows do not divide, or one row per device is more than the budget.
-    """
-    rows_per_device, dp = batch.num_rows // layout.strategy.dp, layout.strategy.dp
-    if mfc.max_tokens_per_mb is None:
-        wanted = mfc.num_mbs or 1
-        if rows_per_device % wanted:
-            raise ValueError(
-                f"{mfc.name}: {batch.num_rows} rows over dp={dp} leave {rows_per_device} a device, which "
-                f"n_mbs={wanted} does not divide; use another n_mbs or batch size"
-            )
-        return wanted
-    if mfc.max_tokens_per_mb < dp * batch.row_len:
-        raise ValueError(
-            f"{mfc.name}: max_tokens_per_mb={mfc.max_tokens_per_mb} is less than one row of {batch.row_len} tokens "
-            f"on each of dp={dp} devices; set it to at least {dp * batch.row_len}"
-        )
-    least = math.ceil(batch.num_rows * batch.row_len / mfc.max_tokens_per_mb)
-    return next(n for n in range(least, rows_per_device + 1) if rows_per_device % n == 0)

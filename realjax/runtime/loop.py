@@ -3,7 +3,9 @@
 import dataclasses
 import logging
 import math
+import shutil
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import jax
@@ -11,16 +13,16 @@ import numpy as np
 from rich.console import Console
 
 from realjax.allocation.plan import make_plan
-from realjax.core.loss import LossSums, finalize
 from realjax.core.trees import num_params
 from realjax.data.loader import Position
-from realjax.dataflow.picture import draw_graph
-from realjax.dataflow.run import RunSpec
+from realjax.dataflow.picture import describe_graph, draw_graph
+from realjax.dataflow.run import RolloutEvaluation, RunSpec
 from realjax.engine.state import TrainState
 from realjax.hf.save import save_hf
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
-from realjax.runtime.executor import Executor
+from realjax.runtime.evaluation import Sample, evaluate_loss, evaluate_rollouts
+from realjax.runtime.executor import Executor, Metrics
 from realjax.runtime.metrics import MetricsWriter
 from realjax.runtime.processes import any_process, fetch, is_first
 from realjax.runtime.report import REPORT_FILE, Section, write_report
@@ -34,23 +36,30 @@ STOPPED = 143  # the shell's code for a process ended by SIGTERM
 
 def run(spec: RunSpec, console: Console | None = None) -> int:
     """Carries out a run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it after a save."""
-    total_updates = spec.loader.total_steps
+    total_steps = spec.loader.total_steps
     plan = make_plan(spec.graph, spec.layouts, {name: role.offload for name, role in spec.roles.items()})
+    logger.info("calls:\n%s", describe_graph(spec.graph))
     logger.info("allocation:\n%s", plan.describe())
     roles = {
-        name: build_role(role, plan.homes[name], total_updates, is_offloaded=name in plan.offloaded)
+        name: build_role(
+            role, plan.homes[name], total_steps * spec.graph.num_updates(name), is_offloaded=name in plan.offloaded
+        )
         for name, role in spec.roles.items()
     }
     # After what may refuse the run, which then leaves an earlier one's files where they are.
     has_state = open_run_directory(spec)
     with write_log(spec.paths.logs), RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
-        if has_state and (checkpointer.latest_step or 0) >= total_updates and (spec.paths.logs / REPORT_FILE).exists():
-            logger.info("all %d steps were done before, see %s", total_updates, spec.paths.logs / REPORT_FILE)
+        if has_state and (checkpointer.latest_step or 0) >= total_steps and (spec.paths.logs / REPORT_FILE).exists():
+            logger.info("all %d steps were done before, see %s", total_steps, spec.paths.logs / REPORT_FILE)
             return 0
         state = _first_state(spec, roles, checkpointer if has_state else None)
-        executor = Executor(spec.graph, spec.layouts, roles, dict(state.roles))
+        controls = state.counters.get("controls", {})
+        executor = Executor(
+            spec.graph, spec.layouts, roles, dict(state.roles),
+            seed=spec.seed, controls=controls, averages=spec.averages,
+        )  # fmt: skip
         with _open_metrics(spec, state.step) as metrics, StopSignal() as stop:
-            session = Session(spec, roles, executor, checkpointer, metrics, state.step, console)
+            session = Session(spec, roles, executor, checkpointer, metrics, state, console)
             return session.run(stop)
 
 
@@ -61,17 +70,17 @@ def _open_metrics(spec: RunSpec, step: int) -> AbstractContextManager[MetricsWri
 
 def _first_state(spec: RunSpec, roles: dict[str, Role], checkpointer: RunCheckpointer | None) -> RunState:
     """Returns the last complete save when there is one to continue from, else the state at step 0."""
-    trained = {name: role for name, role in roles.items() if role.optimizer is not None}
+    changing = {name: role for name, role in roles.items() if role.optimizer is not None or role.spec.is_averaged}
     if checkpointer is None or checkpointer.latest_step is None:
         return RunState(step=0, roles={name: load_role(role, spec.seed) for name, role in roles.items()})
-    state = checkpointer.restore({name: role.abstract_state() for name, role in trained.items()})
+    state = checkpointer.restore({name: role.abstract_state() for name, role in changing.items()})
     for name, value in _counters(spec).items():
         if state.counters.get(name) != value:
             raise ValueError(
                 f"recover: the save in {spec.paths.recover} was made with another {name}, so the samples to come would "
                 f"not be those that it left: continue with the same {name}, or use another trial_name"
             )
-    fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in trained}
+    fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in changing}
     return dataclasses.replace(state, roles={**fixed, **state.roles})
 
 
@@ -85,12 +94,15 @@ class Session:
         executor: Executor,
         checkpointer: RunCheckpointer,
         metrics: MetricsWriter | None,
-        first_step: int,
+        state: RunState,
         console: Console | None,
     ) -> None:
         self.spec, self.roles, self.executor = spec, roles, executor
         self.checkpointer, self.metrics = checkpointer, metrics
+        first_step = state.step
         self.first_step, self.started = first_step, time.monotonic()
+        self.best: float | None = state.counters.get("best")
+        self.samples: dict[int, list[Sample]] = {}  # by the step after which they were taken
         self.last_step = min(spec.loader.total_steps, first_step + (spec.benchmark_steps or spec.loader.total_steps))
         self.step_seconds: list[float] = []
         self.num_tokens = 0
@@ -124,17 +136,17 @@ class Session:
         start = time.perf_counter()
         batch, position = self.spec.loader.batch(step), self.spec.loader.position(step)
         num_compiled = len(self.executor.compile_log.entries)
-        by_call = self.executor.step(batch, step)
-        by_call = {call: fetch(metrics) for call, metrics in by_call.items()}
-        values = {name: float(value) for name, value in _merge(by_call).items()}
+        result = self.executor.step(batch, step)
+        values = _merge({call: _mean(updates) for call, updates in result.metrics.items() if updates})
+        num_tokens = result.batch.num_tokens
         seconds = time.perf_counter() - start
         self._refuse_nonfinite(values, step)
         values |= self._call_metrics(step)
-        values |= self._learning_rates(step) | {"tokens_per_second": batch.num_tokens / seconds, "seconds": seconds}
+        values |= self._learning_rates(step) | {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
         values = {name: values[name] for name in sorted(values, key=_rank)}
         if len(self.executor.compile_log.entries) == num_compiled:
             self.step_seconds.append(seconds)
-            self.num_tokens += batch.num_tokens
+            self.num_tokens += num_tokens
         if self.metrics is not None:
             self.metrics.write(step + 1, {**values, "epoch": position.epoch})
             self.display.finish_step(self._step_line(position, values))
@@ -167,44 +179,63 @@ class Session:
         )
 
     def evaluate(self, step: int) -> None:
-        """Measures the held-out loss after `step` steps."""
+        """Measures the held-out loss, or held-out answers, after `step` steps; the best actor so far is kept."""
         assert (evaluation := self.spec.evaluation) is not None
         start = time.perf_counter()
-        total: LossSums | None = None
-        for i in range(evaluation.loader.total_steps):
-            sums = fetch(self.executor.evaluate(evaluation, evaluation.loader.batch(i)))
-            total = sums if total is None else jax.tree.map(np.add, sums, total)
-        assert total is not None
-        values = {name: float(np.asarray(x)) for name, x in finalize({"loss": total.loss, **total.metrics}).items()}
+        if isinstance(evaluation, RolloutEvaluation):
+            values, self.samples[step] = evaluate_rollouts(self.executor, evaluation, self.spec.decode_fn)
+        else:
+            values = evaluate_loss(self.executor, evaluation)
         if self.metrics is not None:
             self.metrics.write(step, values, kind="eval")
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
+        if isinstance(evaluation, RolloutEvaluation) and evaluation.best_metric is not None and step > 0:
+            self._keep_best(evaluation.role, values[evaluation.best_metric], step)
+
+    def _keep_best(self, role: str, value: float, step: int) -> None:
+        """Saves the role in place of the best checkpoint before when it is better than that."""
+        if self.best is not None and not value > self.best:
+            return
+        self.best = value
+        before = list((self.spec.paths.checkpoints / role).glob("best-*"))
+        self._export(role, f"best-globalstep{step}")
+        for path in before if is_first() else ():
+            shutil.rmtree(path)
+
+    def _export(self, name: str, directory: str) -> None:
+        """Writes a role's parameters as a HuggingFace checkpoint, unless it is there from before a restart."""
+        out_dir, role = self.spec.paths.checkpoints / name / directory, self.roles[name]
+        if out_dir.exists():
+            logger.info("%s is there from before the restart and is kept", out_dir)
+            return
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        save_hf(
+            self.executor.params(name),
+            role.model.config,
+            out_dir,
+            source_dir=role.spec.path,
+            # A model from scratch has no weights to take the precision from: its masters are kept as they are.
+            dtype="float32" if role.spec.init_from_scratch else "source",
+            max_shard_bytes=self.spec.max_shard_bytes,
+        )
+        logger.info("saved %s to %s", name, out_dir)
 
     def save(self, position: Position, *, export: bool) -> None:
-        """Saves every trained role as a HuggingFace checkpoint, when `export`, and then the state to continue from.
+        """Saves every role that changes as a HuggingFace checkpoint, when `export`, then the state to continue from.
 
         A run continues after the step of that state, so whatever else belongs to the step has to be there before it.
         """
-        trained = {name: s for name, s in self.executor.states.items() if isinstance(s, TrainState)}
-        for name, state in trained.items() if export else ():
-            out_dir = self.spec.paths.checkpoints / name / checkpoint_name(position)
-            role = self.roles[name]
-            if out_dir.exists():
-                logger.info("%s is there from before the restart and is kept", out_dir)
-                continue
-            out_dir.parent.mkdir(parents=True, exist_ok=True)
-            save_hf(
-                state.params,
-                role.model.config,
-                out_dir,
-                source_dir=role.spec.path,
-                # A model from scratch has no weights to take the precision from: its masters are kept as they are.
-                dtype="float32" if role.spec.init_from_scratch else "source",
-                max_shard_bytes=self.spec.max_shard_bytes,
-            )
-            logger.info("saved %s to %s", name, out_dir)
-        self.checkpointer.save(RunState(step=position.global_step, roles=trained, counters=_counters(self.spec)))
+        changed = {average.role for average in self.spec.averages}
+        states = {
+            name: state
+            for name, state in self.executor.states.items()
+            if isinstance(state, TrainState) or name in changed
+        }
+        for name in states if export else ():
+            self._export(name, checkpoint_name(position))
+        counters = {**_counters(self.spec), "controls": self.executor.controls, "best": self.best}
+        self.checkpointer.save(RunState(step=position.global_step, roles=states, counters=counters))
 
     def finish(self) -> None:
         """Writes the report and says where everything is."""
@@ -241,12 +272,29 @@ class Session:
 
     def _sections(self) -> list[Section]:
         rows = tuple((name, shapes, f"{seconds:.1f}") for name, shapes, seconds in self.executor.compile_log.entries)
-        return [Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)]
+        compiled = Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)
+        return [*self._sample_sections(), compiled]
+
+    def _sample_sections(self) -> list[Section]:
+        """Returns the answers of the first and of the last evaluation, side by side."""
+        if not self.samples:
+            return []
+        steps = sorted({min(self.samples), max(self.samples)})
+        columns = ("draw", "prompt", *(f"after step {step}" for step in steps))
+        rows = [
+            (answers[0].variant, answers[0].prompt, *(f"{a.answer} (reward {a.reward:.3g})" for a in answers))
+            for answers in zip(*(self.samples[step] for step in steps), strict=True)
+        ]
+        return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows))]
 
     def _learning_rates(self, step: int) -> dict[str, float]:
         total = self.spec.loader.total_steps
         trained = {name: role.spec.optimizer for name, role in self.roles.items() if role.spec.optimizer}
-        rates = {name: float(optimizer.learning_rate(step, total)) for name, optimizer in trained.items()}
+        updates = {name: self.spec.graph.num_updates(name) for name in trained}
+        rates = {
+            name: float(optimizer.learning_rate(step * updates[name], total * updates[name]))
+            for name, optimizer in trained.items()
+        }
         return {"lr": next(iter(rates.values()))} if len(rates) == 1 else {f"{name}/lr": r for name, r in rates.items()}
 
     def _refuse_nonfinite(self, values: dict[str, float], step: int) -> None:
@@ -273,11 +321,22 @@ def checkpoint_name(position: Position) -> str:
     return f"epoch{position.epoch}epochstep{position.epoch_step}globalstep{position.global_step}"
 
 
-def _merge(by_call: dict) -> dict:
-    """Returns one dict of metrics; with several training calls each name starts with its call's."""
-    if len(by_call) == 1:
-        return dict(next(iter(by_call.values())))
-    return {f"{call}/{name}": value for call, metrics in by_call.items() for name, value in metrics.items()}
+def _mean(updates: Sequence[Metrics]) -> dict[str, float]:
+    """Returns a call's metrics: the mean over its updates, but of `num_skipped`, a running count, the last."""
+    on_devices = any(isinstance(value, jax.Array) for update in updates for value in update.values())
+    fetched = [{name: float(x) for name, x in (fetch(dict(u)) if on_devices else u).items()} for u in updates]
+    values = {name: float(np.mean([update[name] for update in fetched])) for name in fetched[0]}
+    return values | {name: fetched[-1][name] for name in values if name == "num_skipped"}
+
+
+def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """Returns one dict of metrics; a name that several calls have starts with its call's."""
+    names = [name for metrics in by_call.values() for name in metrics]
+    return {
+        f"{call}/{name}" if names.count(name) > 1 else name: value
+        for call, metrics in by_call.items()
+        for name, value in metrics.items()
+    }
 
 
 def _counters(spec: RunSpec) -> dict[str, int]:

@@ -4,12 +4,14 @@ import logging
 import zlib
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import optax
+from jax.sharding import Sharding
 
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout
-from realjax.core.trees import Tree, num_params
+from realjax.core.trees import Tree, map_paths, num_params
 from realjax.dataflow.run import RoleSpec
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import make_optimizer
@@ -41,10 +43,27 @@ class Role:
             loss_chunk_tokens=self.spec.loss_chunk_tokens,
         )
 
-    def abstract_state(self) -> TrainState:
-        """Returns the training state's shapes and shardings; a saved state is restored into this."""
-        assert self.optimizer is not None, f"role {self.spec.name} is not trained"
-        return abstract_train_state(self.model, self.optimizer, self.home)
+    @property
+    def param_shardings(self) -> Tree:
+        """Where the parameters of a role lie that is never trained."""
+        memory_kind = "pinned_host" if self.is_offloaded else None
+        rules = inference_rules(self.home.strategy)
+        return tree_shardings(self.model.axes, self.model.abstract, rules, self.home, memory_kind)
+
+    @property
+    def param_dtype(self) -> np.dtype:
+        """Their type: where nothing changes them, there is nothing to gain from more digits than the calls use."""
+        return np.dtype(np.float32) if self.spec.is_averaged else self.forward_options.precision.dtype
+
+    def abstract_state(self) -> TrainState | Tree:
+        """Returns the shapes and shardings of the role's state; a saved state is restored into this."""
+        if self.optimizer is not None:
+            return abstract_train_state(self.model, self.optimizer, self.home)
+
+        def one(_: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, self.param_dtype, sharding=sharding)
+
+        return map_paths(one, self.model.abstract, self.param_shardings)
 
 
 def role_config(spec: RoleSpec) -> ModelConfig:
@@ -76,11 +95,7 @@ def load_role(role: Role, seed: int) -> TrainState | Tree:
     if role.optimizer is not None:
         shardings = train_state_shardings(model, role.optimizer, role.home)
         return init_train_state(_load_params(role, shardings.params, role_seed, np.float32), role.optimizer, shardings)
-    memory_kind = "pinned_host" if role.is_offloaded else None
-    rules = inference_rules(role.home.strategy)
-    params_shardings = tree_shardings(model.axes, model.abstract, rules, role.home, memory_kind)
-    # Never trained: there is nothing to gain from more digits than its calls compute with.
-    return _load_params(role, params_shardings, role_seed, role.forward_options.precision.dtype)
+    return _load_params(role, role.param_shardings, role_seed, role.param_dtype)
 
 
 def _load_params(role: Role, shardings: Tree, seed: int, dtype: np.dtype | type) -> Tree:

@@ -30,8 +30,20 @@ class CallRecord:
     num_tokens: int
     num_flops: float
     bytes_moved: int
+    peak_bytes: int = 0  # on the fullest of its devices while it ran, see `runtime/memory.py`
     after: tuple[str, ...] = ()  # calls of the step that it has to wait for
     process: int | None = None  # whose clock is right, None: any; elsewhere the call has no results to wait for
+
+    def metrics(self) -> dict[str, float]:
+        """Returns seconds, rates, memory and moved bytes (MiB of 2^20 bytes) under the names that a run logs."""
+        seconds = max(self.end - self.start, 1e-9)
+        return {
+            "time": seconds,
+            "tokens_per_second": self.num_tokens / seconds,
+            "tflops": self.num_flops / seconds / 1e12,
+            "memory_mib": self.peak_bytes / 2**20,
+            "moved_mib": self.bytes_moved / 2**20,
+        }
 
 
 class Timeline:
@@ -50,6 +62,9 @@ class Timeline:
     def watch(self, results: Any, *, start: float, **fields: Any) -> None:
         """Records the call that produces `results` when they are ready; returns at once."""
         owners = {device.process_index for leaf in jax.tree.leaves(results) for device in leaf.sharding.device_set}
+        if not owners:  # nothing to wait for: the call has waited itself
+            self.records.append(CallRecord(start=start, end=self.now(), **fields))
+            return
         process = min(owners) if len(owners) < jax.process_count() else None
 
         def wait() -> None:
@@ -92,7 +107,12 @@ class Timeline:
                 "dur": (record.end - record.start) * 1e6,
                 "pid": 0,
                 "tid": record.devices,
-                "args": {"step": record.step, "tokens": record.num_tokens, "bytes_moved": record.bytes_moved},
+                "args": {
+                    "step": record.step,
+                    "tokens": record.num_tokens,
+                    "bytes_moved": record.bytes_moved,
+                    "peak_bytes": record.peak_bytes,
+                },
             }
             for record in self.records
         ]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realjax.core.draw import REMOVED, Draw, KeptTokens
 from realjax.models.heads import (
     chunk_len,
     shift_to_previous,
@@ -42,8 +43,8 @@ def test_token_logprobs_are_the_naive_ones_with_their_gradients(size, temperatur
     hidden, kernel, weights = make_inputs()
 
     def chunked(hidden, kernel):
-        options = {"size": size, "constrain": unconstrained, "temperature": temperature}
-        logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options)
+        options = {"size": size, "constrain": unconstrained, "draw": Draw(temperature)}
+        logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options)["logprobs"]
         return (logprobs * weights).sum(), logprobs
 
     def naive(hidden, kernel):
@@ -53,6 +54,50 @@ def test_token_logprobs_are_the_naive_ones_with_their_gradients(size, temperatur
     grads, logprobs = quick_jit(jax.grad(chunked, (0, 1), has_aux=True))(hidden, kernel)
     expected_grads, expected = quick_jit(jax.grad(naive, (0, 1), has_aux=True))(hidden, kernel)
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+    for found, grad in zip(grads, expected_grads):
+        np.testing.assert_allclose(found, grad, rtol=1e-4, atol=1e-5)
+
+
+def random_sets(form: KeptTokens) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sets `[R, T, W]` for the tokens of the batch, every third of them empty, and their masks."""
+    rng = np.random.default_rng(1)
+    tokens = TOKENS.reshape(-1)
+    mask = rng.random((tokens.size, V)) < (0.1 if form.form == "kept" else 0.6)
+    if form.form == "removed":
+        mask = ~np.isin(np.arange(V), [3, 7])[None] | (np.arange(tokens.size) % 2 == 0)[:, None]
+    mask[np.arange(tokens.size), tokens] = True
+    mask[::3] = True
+    logits = np.where(mask, rng.standard_normal(mask.shape), REMOVED).astype(np.float32)
+    packed = np.where(mask.all(axis=1)[:, None], 0, form.pack(jnp.asarray(logits), jnp.asarray(tokens)))
+    return packed.reshape(*TOKENS.shape, -1), mask.reshape(*TOKENS.shape, V)
+
+
+FORMS = [KeptTokens(V, 20, "kept"), KeptTokens(V, 2, "bits"), KeptTokens(V, 3, "removed")]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.form)
+@pytest.mark.parametrize(("temperature", "size"), [(1.0, 6), (0.6, 24)])
+def test_log_probabilities_and_entropy_are_of_the_distribution_drawn_from(form, temperature, size):
+    hidden, kernel, weights = make_inputs()
+    kept, mask = random_sets(form)
+
+    def chunked(hidden, kernel):
+        options = {"draw": Draw(temperature, form), "kept": kept, "needs_entropy": True}
+        outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, size=size, constrain=unconstrained, **options)
+        return ((outputs["logprobs"] + 0.7 * outputs["entropy"]) * weights).sum(), outputs
+
+    def naive(hidden, kernel):
+        logits = jnp.pad((hidden @ kernel)[:, :-1], ((0, 0), (1, 0), (0, 0))) / temperature
+        logprobs = jax.nn.log_softmax(jnp.where(mask, logits, -1e30), axis=-1)
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        drawn = jnp.take_along_axis(logprobs, TOKENS[..., None], axis=-1)[..., 0]
+        outputs = {"logprobs": jnp.where(IS_FIRST, 0, drawn), "entropy": jnp.where(IS_FIRST, 0, entropy)}
+        return ((outputs["logprobs"] + 0.7 * outputs["entropy"]) * weights).sum(), outputs
+
+    grads, outputs = quick_jit(jax.grad(chunked, (0, 1), has_aux=True))(hidden, kernel)
+    expected_grads, expected = quick_jit(jax.grad(naive, (0, 1), has_aux=True))(hidden, kernel)
+    for name in ("logprobs", "entropy"):
+        np.testing.assert_allclose(outputs[name], expected[name], atol=1e-5)
     for found, grad in zip(grads, expected_grads):
         np.testing.assert_allclose(found, grad, rtol=1e-4, atol=1e-5)
 
@@ -97,7 +142,7 @@ def test_bfloat16_inputs_keep_float32_logprobs(size):
 
 def test_first_tokens_and_padding_have_no_logprob_and_no_weight():
     hidden, kernel, weights = make_inputs()
-    logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, size=8, constrain=unconstrained)
+    logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, size=8, constrain=unconstrained)["logprobs"]
     assert ((np.asarray(logprobs) == 0) == (IS_FIRST | (SEGMENTS == 0))).all()
     nll = partial(weighted_nll, hidden, kernel, TOKENS, SEGMENTS, size=8, constrain=unconstrained)
     assert nll(weights)[0] == nll(np.where(IS_FIRST, 1e6, weights))[0]
@@ -106,9 +151,13 @@ def test_first_tokens_and_padding_have_no_logprob_and_no_weight():
 def test_logprobs_of_a_certain_model_are_zero_and_of_huge_logits_finite():
     kernel = jnp.eye(V)
     targets = jnp.pad(TOKENS, ((0, 0), (0, 1)))[:, 1:]
-    logprobs = token_logprobs(1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)
+    logprobs = token_logprobs(1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)[
+        "logprobs"
+    ]
     assert (logprobs == 0).all()
-    worst = token_logprobs(-1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)
+    worst = token_logprobs(-1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)[
+        "logprobs"
+    ]
     assert jnp.isfinite(worst).all() and (worst[~IS_FIRST & (SEGMENTS > 0)] < -1e3).all()
 
 

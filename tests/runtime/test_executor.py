@@ -13,7 +13,8 @@ from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Evaluation
 from realjax.engine.compiled import place_batch
 from realjax.engine.inference import make_inference
-from realjax.runtime.executor import Executor, num_micro_batches, refuse_longer
+from realjax.runtime.executor import Executor, refuse_longer
+from realjax.runtime.programs import num_micro_batches
 from tests.builders import (
     assert_bitwise_equal,
     make_examples,
@@ -58,7 +59,7 @@ def test_keys_travel_from_call_to_call():
     executor = Executor(graph, layouts, roles, dict(states))
     before = jax.tree.map(np.asarray, executor.params("default"))
 
-    metrics = executor.step(BATCH)
+    metrics = executor.step(BATCH).metrics
     assert list(metrics) == ["train"]
     layout = layouts["refInf"]
     alone = make_inference(MODEL, "logprobs", layout, roles["ref"].forward_options)
@@ -66,7 +67,7 @@ def test_keys_travel_from_call_to_call():
     expected = np.asarray(
         jax.jit(alone)(states["ref"], place_batch(batch, inference_rules(layout.strategy), layout))["logprobs"]
     )
-    np.testing.assert_allclose(float(metrics["train"]["reference"]), expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(float(metrics["train"][0]["reference"]), expected.sum(), rtol=1e-5)
     assert_bitwise_equal(executor.params("ref"), reference)
     assert any(
         np.any(np.asarray(new) != old)

@@ -1,0 +1,86 @@
+"""Responses judged as a whole against others to the same prompt: what GRPO, RLOO and ReMax have in common."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from realjax.algorithms.policy import PolicyParameters
+from realjax.algorithms.returns import (
+    Penalty,
+    Responses,
+    discounted_to_tokens,
+    mean_of,
+    rollout_metrics,
+    std_of,
+    whiten,
+)
+from realjax.core.host_call import Arrays, HostResult
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The prompts of the existing sequences; whatever goes in or out is `[R, S]`, 0 or False where none exists."""
+
+    exists: np.ndarray
+    numbers: np.ndarray  # [Q] the prompt of each of the Q sequences, 0..G-1
+    sizes: np.ndarray  # [R, S] sequences of the prompt
+
+    @classmethod
+    def of(cls, group_RS: np.ndarray, exists: np.ndarray) -> "Groups":
+        """Returns the groups of sequences that share an entry of `group_RS`."""
+        _, numbers = np.unique(group_RS[exists], return_inverse=True)
+        groups = cls(exists, numbers, np.zeros(exists.shape))
+        return replace(groups, sizes=groups.sum(np.ones(exists.shape)))
+
+    def sum(self, values_RS: np.ndarray) -> np.ndarray:
+        """Returns the sum over each sequence's group."""
+        return self._spread(np.bincount(self.numbers, values_RS[self.exists]))
+
+    def mean(self, values_RS: np.ndarray) -> np.ndarray:
+        """Returns the mean over each sequence's group."""
+        return self.sum(values_RS) / np.maximum(self.sizes, 1)
+
+    def std(self, values_RS: np.ndarray) -> np.ndarray:
+        """Returns the unbiased standard deviation of each sequence's group; 0 for a group of one."""
+        return np.sqrt(self.sum(np.square(values_RS - self.mean(values_RS))) / np.maximum(self.sizes - 1, 1))
+
+    def is_uniform(self, values_RS: np.ndarray) -> np.ndarray:
+        """Returns whether all values of each sequence's group are equal."""
+        values, num_groups = values_RS[self.exists], self.numbers.max(initial=-1) + 1
+        least, most = np.full(num_groups, np.inf), np.full(num_groups, -np.inf)
+        np.minimum.at(least, self.numbers, values)
+        np.maximum.at(most, self.numbers, values)
+        return self._spread(least == most)
+
+    def _spread(self, values_G: np.ndarray) -> np.ndarray:
+        values_RS = np.zeros(self.exists.shape, values_G.dtype)
+        values_RS[self.exists] = values_G[self.numbers]
+        return values_RS
+
+
+def spread_advantages(
+    arrays: Arrays,
+    responses: Responses,
+    advantages_RS: np.ndarray,
+    is_trained: np.ndarray,
+    *,
+    penalty: Penalty,
+    parameters: PolicyParameters,
+    metrics: dict[str, float],
+) -> HostResult:
+    """Returns the result of a host call that found one advantage for each sequence.
+
+    `is_trained` `[R, S]`: sequences to learn from. Metrics of lengths and scores are of all `responses`.
+    """
+    trained = responses.only(is_trained)
+    advantages = discounted_to_tokens(trained, advantages_RS, parameters.discount)
+    metrics = rollout_metrics(arrays, responses, parameters) | penalty.metrics | metrics
+    metrics |= {
+        "advantage": mean_of(advantages, trained.mask),
+        "advantage_std": std_of(advantages, trained.mask),
+        "trained_seqs": float(trained.num_seqs),
+    }
+    if parameters.adv_norm:
+        advantages = whiten(advantages, trained.mask)
+    outputs = {"advantages": advantages.astype(np.float32), "train_mask": trained.mask}
+    return HostResult(arrays=outputs, state=penalty.state, metrics=metrics)

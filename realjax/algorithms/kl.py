@@ -1,0 +1,40 @@
+"""KL to the reference: estimates per token, and the controller of its coefficient."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+Estimator = Literal["k1", "k2", "k3"]
+# exp(20) = 4.9e8: far beyond any ratio that is of use, far below float32's largest number.
+MAX_EXPONENT = 20.0
+
+
+def estimate_kl(logprobs: Any, ref_logprobs: Any, estimator: Estimator) -> Any:
+    """Returns estimates of KL(policy || reference) from tokens drawn from the policy; NumPy or JAX arrays, any shape.
+
+    With d = logprobs - ref_logprobs (J. Schulman, "Approximating KL divergence", 2020): k1 = d is unbiased; k2 = d^2/2
+    is biased; k3 = exp(-d) - 1 + d is unbiased and never negative. As terms of a loss on fresh samples, k2 has the KL's
+    expected gradient, k3 that of KL(reference || policy), and k1 none: it belongs into the reward.
+    """
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d * d / 2
+    namespace = d.__array_namespace__()
+    return namespace.exp(namespace.clip(-d, -MAX_EXPONENT, MAX_EXPONENT)) - 1 + d
+
+
+def kl_coefficient(state: Mapping[str, float], kl_ctl: float) -> float:
+    """Returns the coefficient in force: the controller's own, `kl_ctl` before its first update."""
+    return float(state.get("kl_coef", kl_ctl))
+
+
+def adapt_coefficient(coefficient: float, kl: float, num_seqs: int, *, target: float, horizon: float) -> float:
+    """Returns the coefficient after a step whose mean KL was `kl` (arXiv:1909.08593, section 2.2).
+
+    It moves by at most a share of 0.2 num_seqs / horizon, up where `kl` is above `target` and down where it is below.
+    """
+    error = float(np.clip(kl / target - 1, -0.2, 0.2))
+    return coefficient * (1 + error * num_seqs / horizon)

@@ -1,0 +1,223 @@
+"""The policy loss that PPO, GRPO, RLOO and ReMax share, and its options."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from realjax.algorithms.kl import MAX_EXPONENT, Estimator, estimate_kl
+from realjax.algorithms.masked import sum_by_segment
+from realjax.core.batch import Batch
+from realjax.core.draw import Draw
+from realjax.core.loss import Loss, LossSums, Mean, Total
+
+Aggregation = Literal["token", "sequence", "constant"]
+
+
+def described(default: Any, help: str) -> Any:  # noqa: A002 - the field's own word
+    """Returns the field of a parameter that is offered as an option."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyParameters:
+    """What the algorithms of this family have in common. Raises ValueError for values outside their range."""
+
+    kl_ctl: float = described(0.1, "coefficient of the KL to the reference; 0: no reference model is needed")
+    kl_in: Literal["reward", "loss"] = described(
+        "reward", "reward: the KL is subtracted from rewards. loss: a term of it"
+    )
+    kl_estimator: Estimator = described("k1", "d, d^2/2 or exp(-d)-1+d per token, d = logprob - reference logprob")
+    use_adaptive_kl_ctl: bool = described(False, "steer kl_ctl so that the KL approaches adaptive_kl_target")
+    adaptive_kl_target: float = described(6.0, "mean KL per response token that the controller aims at")
+    adaptive_kl_horizon: float = described(10000.0, "sequences over which kl_ctl may change by a fifth")
+    discount: float = described(1.0, "discount of rewards, per token")
+    max_reward_clip: float = described(20.0, "scores are clipped to +-max_reward_clip")
+    missing_eos_penalty: float | None = described(
+        None,
+        "subtracted from the score of a response cut off at max_new_tokens; null: such a response is nothing special",
+    )
+    adv_norm: bool = described(True, "whiten advantages over the whole batch")
+    surrogate: Literal["clip", "reinforce"] = described(
+        "clip", "clip: PPO's clipped probability ratio. reinforce: the plain policy gradient, without a ratio"
+    )
+    eps_clip: float = described(0.2, "the ratio counts up to 1 - eps_clip below and 1 + eps_clip above")
+    eps_clip_high: float | None = described(None, "clip-higher: the upper bound is 1 + eps_clip_high. null: eps_clip")
+    dual_clip: float | None = described(
+        None, "where the advantage is negative the ratio counts up to this. null: no limit"
+    )
+    entropy_coef: float = described(0.0, "weight of the entropy bonus")
+    loss_aggregation: Aggregation = described(
+        "token",
+        "token: mean over tokens. sequence: mean over sequences of their means over tokens. constant: sum over tokens "
+        "by the number of sequences times max_response_len",
+    )
+    max_response_len: int | None = described(None, "tokens of the longest response. null: gen.max_new_tokens")
+    early_stop_imp_ratio: float | None = described(5.0, "updates whose mean ratio is above it are skipped. null: none")
+    early_stop_kl: float | None = described(
+        None, "updates whose KL to the old policy is above it are skipped. null: none"
+    )
+    recompute_logprobs: bool = described(
+        False, "take the old log-probabilities from a pass of the actor over whole sequences, not from the sampler"
+    )
+
+    # The algorithm's own keys among those that the host call reads which makes advantages, and the keys it makes.
+    JUDGED_BY: ClassVar[tuple[str, ...]] = ("group",)
+    ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "train_mask")
+
+    def __post_init__(self) -> None:
+        above_0 = ("eps_clip_high", "max_response_len", "early_stop_imp_ratio", "early_stop_kl")
+        self.check(
+            kl_ctl=(self.kl_ctl >= 0, "at least 0"),
+            adaptive_kl_target=(self.adaptive_kl_target > 0, "above 0"),
+            adaptive_kl_horizon=(self.adaptive_kl_horizon > 0, "above 0"),
+            discount=(0 < self.discount <= 1, "in (0, 1]"),
+            max_reward_clip=(self.max_reward_clip > 0, "above 0"),
+            eps_clip=(0 < self.eps_clip < 1, "in (0, 1)"),
+            dual_clip=(self.dual_clip is None or self.dual_clip > 1, "above 1, or null"),
+            entropy_coef=(self.entropy_coef >= 0, "at least 0"),
+            use_adaptive_kl_ctl=(
+                not self.use_adaptive_kl_ctl or self.kl_in == "reward",
+                "False with kl_in=loss, whose coefficient is fixed",
+            ),
+            **{name: ((value := getattr(self, name)) is None or value > 0, "above 0, or null") for name in above_0},
+        )
+
+    def check(self, **conditions: tuple[bool, str]) -> None:
+        """Raises ValueError for the first parameter whose condition does not hold; each comes with what is needed."""
+        for name, (holds, needed) in conditions.items():
+            if not holds:
+                raise ValueError(f"{name}: found {getattr(self, name)}; it must be {needed}")
+
+    @property
+    def old_logprobs(self) -> str:
+        """The key of the log-probabilities that the ratio and the KL in the reward start from."""
+        return "old_logprobs" if self.recompute_logprobs else "logprobs"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `ref_logprobs` are read."""
+        return self.kl_ctl > 0
+
+    @property
+    def has_kl_loss(self) -> bool:
+        """Whether the KL to the reference is a term of the loss."""
+        return self.needs_reference and self.kl_in == "loss"
+
+    @property
+    def advantage_inputs(self) -> tuple[str, ...]:
+        """The keys that the host call reads which makes advantages."""
+        reference = ("ref_logprobs",) if self.needs_reference else ()
+        keys = ("loss_mask", "logprobs", self.old_logprobs, "has_eos", "rewards", *reference, *self.JUDGED_BY)
+        return tuple(dict.fromkeys(keys))
+
+    @property
+    def actor_inputs(self) -> tuple[str, ...]:
+        """The keys that the actor's training call reads, beside those of its `Draw`."""
+        reference = ("ref_logprobs",) if self.has_kl_loss else ()
+        return ("tokens", "train_mask", "advantages", self.old_logprobs, *reference)
+
+
+def make_policy_loss(parameters: PolicyParameters, draw: Draw = Draw()) -> Loss:  # noqa: B008 - frozen
+    """Returns the actor's loss for tokens drawn from `draw`. Raises ValueError where a length is missing."""
+    if parameters.loss_aggregation == "constant" and parameters.max_response_len is None:
+        raise ValueError("max_response_len: found null; loss_aggregation=constant divides by it: set it")
+    return Loss(
+        head="logprobs",
+        fn=partial(policy_loss, parameters=parameters),
+        draw=draw,
+        needs_entropy=parameters.entropy_coef > 0,
+        skip_fn=make_skip(parameters),
+    )
+
+
+def make_skip(parameters: PolicyParameters) -> Callable[[Mapping[str, Array]], Array] | None:
+    """Returns whether an update is to be skipped, given its global metrics; None where none ever is."""
+    limits = {
+        "importance_weight": parameters.early_stop_imp_ratio,
+        "approx_kl": parameters.early_stop_kl,
+    }
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    if not limits:
+        return None
+    return lambda metrics: jnp.any(jnp.stack([metrics[name] > limit for name, limit in limits.items()]))
+
+
+def policy_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: PolicyParameters) -> LossSums:
+    """Returns the policy loss (arXiv:1707.06347 eq. 7), the KL and the entropy bonus, summed with `token_weights`.
+
+    Reads `train_mask`, `advantages`, the old log-probabilities and, for a KL in the loss, `ref_logprobs`, all `[R, T]`.
+    Metrics are means over trained tokens but for `actor_loss`, which is aggregated as the loss. `ppo_approx_kl` is the
+    mean of logprob - old logprob, `approx_kl` estimates KL(old || new) by k3 and is never negative.
+    """
+    mask = batch["train_mask"]
+    # Selected before any arithmetic: whatever stands at other tokens, nan included, reaches neither sums nor gradients.
+    select = lambda x: jnp.where(mask, x, 0)
+    logprobs, old = select(outputs["logprobs"]), select(batch[parameters.old_logprobs])
+    advantages = select(batch["advantages"])
+    num_tokens = jnp.sum(mask.astype(jnp.float32))
+    mean = lambda x: Mean(jnp.sum(select(x).astype(jnp.float32)), num_tokens)
+    weights, total = token_weights(
+        mask, batch["segment_ids"], parameters.loss_aggregation, max_response_len=parameters.max_response_len
+    )
+
+    ratio = jnp.exp(jnp.clip(logprobs - old, -MAX_EXPONENT, MAX_EXPONENT))
+    losses, metrics = _surrogate(ratio, logprobs, advantages, parameters)
+    metrics |= {
+        "importance_weight": ratio,
+        "ppo_approx_kl": logprobs - old,
+        "approx_kl": estimate_kl(old, logprobs, "k3"),
+    }
+    actor_loss = jnp.sum(weights * losses)
+    if parameters.has_kl_loss:
+        metrics["kl_loss"] = estimate_kl(logprobs, select(batch["ref_logprobs"]), parameters.kl_estimator)
+        losses += parameters.kl_ctl * metrics["kl_loss"]
+    if parameters.entropy_coef > 0:
+        metrics["entropy"] = select(outputs["entropy"])
+        losses -= parameters.entropy_coef * metrics["entropy"]
+    return LossSums(
+        loss=Mean(jnp.sum(weights * losses), total),
+        metrics={name: mean(values) for name, values in metrics.items()}
+        | {"actor_loss": Mean(actor_loss, total), "n_tokens": Total(num_tokens)},
+    )
+
+
+def token_weights(
+    mask: Array, segment_ids: Array, aggregation: Aggregation, *, max_response_len: int | None = None
+) -> tuple[Array, Array]:
+    """Returns the weight `[R, T]` of each token in the loss, 0 off the mask, and what the weighted sum is divided by.
+
+    `sequence` is GRPO's (arXiv:2402.03300), `token` DAPO's (arXiv:2503.14476), `constant` Dr. GRPO's (2503.20783).
+    """
+    weights = mask.astype(jnp.float32)
+    if aggregation == "token":
+        return weights, jnp.sum(weights)
+    # A row of T tokens holds at most T sequences.
+    lens = sum_by_segment(weights, segment_ids, mask.shape[1])
+    num_seqs = jnp.sum((lens > 0).astype(jnp.float32))
+    if aggregation == "constant":
+        return weights, num_seqs * (max_response_len or 1)
+    own_len = jnp.take_along_axis(lens, jnp.maximum(segment_ids - 1, 0), axis=1)
+    return weights / jnp.maximum(own_len, 1), num_seqs
+
+
+def _surrogate(
+    ratio: Array, logprobs: Array, advantages: Array, parameters: PolicyParameters
+) -> tuple[Array, dict[str, Array]]:
+    """Returns the loss of each token, and which tokens were clipped."""
+    if parameters.surrogate == "reinforce":
+        return -advantages * logprobs, {}
+    eps_high = parameters.eps_clip if parameters.eps_clip_high is None else parameters.eps_clip_high
+    low, high = 1 - parameters.eps_clip, 1 + eps_high
+    losses = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, low, high))
+    is_low, is_high = (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
+    clipped = {"actor_clip_ratio": is_low | is_high, "clip_ratio_low": is_low, "clip_ratio_high": is_high}
+    # Where the advantage is negative the loss would grow with the ratio without end (arXiv:1912.09729).
+    if parameters.dual_clip is not None:
+        is_dual = (advantages < 0) & (ratio > parameters.dual_clip)
+        losses = jnp.where(is_dual, -advantages * parameters.dual_clip, losses)
+        clipped["dual_clip_ratio"] = is_dual
+    return losses, clipped

@@ -1,0 +1,57 @@
+"""ReMax (arXiv:2310.10505): a response's baseline is the score of the prompt's greedy response."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from realjax.algorithms.groups import Groups, spread_advantages
+from realjax.algorithms.policy import PolicyParameters, described
+from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty, mean_of
+from realjax.core.host_call import Arrays, HostFn, HostResult, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMaxParameters(PolicyParameters):
+    """ReMax's parameters: the plain policy gradient without a reference. Raises ValueError for values out of range."""
+
+    kl_ctl: float = described(0.0, "coefficient of the KL to the reference; 0: no reference model is needed")
+    discount: float = described(0.99, "discount of rewards, per token")
+    adv_norm: bool = described(False, "whiten advantages over the whole batch")
+    surrogate: Literal["clip", "reinforce"] = described(
+        "reinforce", "reinforce: the plain policy gradient, without a ratio. clip: PPO's clipped probability ratio"
+    )
+
+    JUDGED_BY: ClassVar[tuple[str, ...]] = ("group", "is_baseline")
+
+
+def make_advantages(parameters: ReMaxParameters) -> HostFn:
+    """Returns the host call that makes `advantages` and `train_mask`, `[R, T]`; greedy responses are not trained on."""
+    return partial(compute_advantages, parameters=parameters)
+
+
+def compute_advantages(arrays: Arrays, state: State, *, parameters: ReMaxParameters) -> HostResult:
+    """Returns score - score of the prompt's greedy response for every sampled one.
+
+    The KL in the reward is summed over the response and part of its score, but not of the baseline. Raises ValueError
+    for a prompt without a greedy response.
+    """
+    everything = Responses.of(arrays)
+    is_baseline = arrays["is_baseline"].astype(bool) & everything.exists
+    sampled = everything.only(~is_baseline)
+    groups = Groups.of(arrays["group"], everything.exists)
+    penalty = kl_penalty(arrays, state, sampled, parameters)
+    scores = np.where(everything.exists, clipped_scores(arrays, parameters), 0)
+    num_baselines = groups.sum(is_baseline)
+    if lonely := np.count_nonzero(sampled.exists & (num_baselines == 0)):
+        raise ValueError(
+            f"ReMax: {lonely} of {sampled.num_seqs} responses belong to a prompt without a greedy response; needed one "
+            "for every prompt: generate with a greedy baseline"
+        )
+    baseline = groups.sum(np.where(is_baseline, scores, 0)) / np.maximum(num_baselines, 1)
+    advantages = scores + sampled.sum(penalty.rewards) - baseline
+    metrics = {"baseline_reward": mean_of(arrays["rewards"].astype(np.float64), is_baseline)}
+    return spread_advantages(
+        arrays, sampled, advantages, sampled.exists, penalty=penalty, parameters=parameters, metrics=metrics
+    )

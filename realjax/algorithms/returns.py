@@ -1,0 +1,206 @@
+"""From scores of whole responses to advantages of their tokens, on packed rows in host memory, in float64."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from realjax.algorithms.kl import MAX_EXPONENT, adapt_coefficient, estimate_kl, kl_coefficient
+from realjax.algorithms.masked import move_to_next
+from realjax.algorithms.policy import PolicyParameters
+from realjax.core.host_call import Arrays, State
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Responses:
+    """Where the responses of packed rows lie. Sequence s of a row has column s of `[R, S]` and segment id s + 1."""
+
+    mask: np.ndarray  # [R, T] response tokens
+    segment_ids: np.ndarray  # [R, T]
+    exists: np.ndarray  # [R, S] sequences; columns beyond a row's last are False
+    last: np.ndarray  # [R, S] index of the last response token; -1 where the response is empty
+    lens: np.ndarray  # [R, S] response tokens
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> "Responses":
+        """Returns the responses of a rollout, from its `segment_ids`, `loss_mask` and (for S) `has_eos`."""
+        segment_ids = arrays["segment_ids"]
+        columns = np.arange(arrays["has_eos"].shape[1])
+        exists = columns < segment_ids.max(axis=1, initial=0)[:, None]
+        return cls._of(arrays["loss_mask"].astype(bool) & (segment_ids > 0), segment_ids, exists)
+
+    @classmethod
+    def _of(cls, mask: np.ndarray, segment_ids: np.ndarray, exists: np.ndarray) -> "Responses":
+        rows, times = np.nonzero(mask)
+        last = np.full(exists.shape, -1)
+        np.maximum.at(last, (rows, segment_ids[rows, times] - 1), times)
+        lens = _sum_at(mask, mask, segment_ids, exists.shape)
+        return cls(mask=mask, segment_ids=segment_ids, exists=exists, last=last, lens=lens.astype(np.int64))
+
+    def only(self, sequences_RS: np.ndarray) -> "Responses":
+        """Returns the responses of these sequences; the others' tokens become like prompts."""
+        return self._of(self.mask & (self.spread(sequences_RS) > 0), self.segment_ids, self.exists & sequences_RS)
+
+    def select(self, values: np.ndarray) -> np.ndarray:
+        """Returns float64 `values` `[R, T]`, 0 off the responses; what stands there, nan included, is not looked at."""
+        return np.where(self.mask, values, 0).astype(np.float64)
+
+    def spread(self, values_RS: np.ndarray) -> np.ndarray:
+        """Returns `[R, T]`: each token has its sequence's value, padding 0."""
+        columns = np.maximum(self.segment_ids - 1, 0)
+        return np.where(self.segment_ids > 0, np.take_along_axis(values_RS, columns, axis=1), 0)
+
+    def place_last(self, values_RS: np.ndarray) -> np.ndarray:
+        """Returns `[R, T]`: each response's last token has its sequence's value, every other token 0."""
+        placed = np.zeros(self.mask.shape)
+        rows, columns = np.nonzero(self.lens)
+        placed[rows, self.last[rows, columns]] = values_RS[rows, columns]
+        return placed
+
+    def sum(self, values_RT: np.ndarray) -> np.ndarray:
+        """Returns the sums `[R, S]` over each response."""
+        return _sum_at(values_RT, self.mask, self.segment_ids, self.exists.shape)
+
+    def tokens_left(self) -> np.ndarray:
+        """Returns `[R, T]`: how many tokens of its response follow each response token; 0 elsewhere."""
+        counts = np.cumsum(self.mask, axis=1)
+        at_last = np.take_along_axis(counts, np.maximum(self.last, 0), axis=1)
+        return np.where(self.mask, self.spread(at_last) - counts, 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return int(self.lens.sum())
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences, those with an empty response counted."""
+        return int(self.exists.sum())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Penalty:
+    """The KL to the reference as part of the reward, the controller's next state, and what to report."""
+
+    rewards: np.ndarray  # [R, T], 0 off the responses
+    state: dict[str, float]
+    metrics: dict[str, float]
+
+
+def kl_penalty(arrays: Arrays, state: State, responses: Responses, parameters: PolicyParameters) -> Penalty:
+    """Returns -coefficient * KL estimate at each response token, 0 where the KL is in the loss.
+
+    Reported, and fed to the controller: the mean of old - reference log-probabilities over response tokens.
+    """
+    coefficient = kl_coefficient(state, parameters.kl_ctl) if parameters.use_adaptive_kl_ctl else parameters.kl_ctl
+    rewards = np.zeros(responses.mask.shape)
+    if not parameters.needs_reference:
+        return Penalty(rewards=rewards, state={}, metrics={})
+    old = responses.select(arrays[parameters.old_logprobs])
+    reference = responses.select(arrays["ref_logprobs"])
+    kl = mean_of(old - reference, responses.mask)
+    if parameters.kl_in == "reward":
+        rewards = -coefficient * estimate_kl(old, reference, parameters.kl_estimator)
+    metrics = {"kl": kl, "kl_reward": mean_of(rewards, responses.mask), "kl_coef": coefficient}
+    if not parameters.use_adaptive_kl_ctl:
+        return Penalty(rewards=rewards, state={}, metrics=metrics)
+    target, horizon = parameters.adaptive_kl_target, parameters.adaptive_kl_horizon
+    adapted = adapt_coefficient(coefficient, kl, responses.num_seqs, target=target, horizon=horizon)
+    return Penalty(rewards=rewards, state={"kl_coef": adapted}, metrics=metrics)
+
+
+def clipped_scores(arrays: Arrays, parameters: PolicyParameters) -> np.ndarray:
+    """Returns the scores `[R, S]` within +-max_reward_clip, then less the penalty of responses that were cut off."""
+    limit, penalty = parameters.max_reward_clip, parameters.missing_eos_penalty or 0.0
+    scores = np.clip(arrays["rewards"].astype(np.float64), -limit, limit)
+    return np.where(arrays["has_eos"], scores, scores - penalty)
+
+
+def generalized_advantages(
+    responses: Responses,
+    rewards: np.ndarray,
+    values: np.ndarray,
+    goes_on: np.ndarray,
+    *,
+    discount: float,
+    gae_lambda: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns advantages and returns `[R, T]` of the actions that emitted response tokens (arXiv:1506.02438 eq. 16).
+
+    `values` `[R, T]`: the critic after reading each token. `goes_on` `[R, S]`: sequences whose return goes on with
+    the value after their last token; all others end with 0. Tokens between two parts of a response are stepped over.
+    """
+    before = responses.select(move_to_next(values, responses.segment_ids))
+    rewards = responses.select(rewards)
+    after_last = np.where(responses.place_last(goes_on) > 0, values, 0).astype(np.float64)
+    is_last = responses.place_last(np.ones(goes_on.shape)) > 0
+    advantages = np.zeros(rewards.shape)
+    next_value = next_advantage = np.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        next_value = np.where(is_last[:, t], after_last[:, t], next_value)
+        next_advantage = np.where(is_last[:, t], 0, next_advantage)
+        delta = rewards[:, t] + discount * next_value - before[:, t]
+        is_action = responses.mask[:, t]
+        advantages[:, t] = np.where(is_action, delta + discount * gae_lambda * next_advantage, 0)
+        next_advantage = np.where(is_action, advantages[:, t], next_advantage)
+        next_value = np.where(is_action, before[:, t], next_value)
+    return advantages, responses.select(advantages + before)
+
+
+def discounted_to_tokens(responses: Responses, advantages_RS: np.ndarray, discount: float) -> np.ndarray:
+    """Returns `[R, T]`: a sequence's advantage at its last response token, discounted once for each token before."""
+    return responses.select(responses.spread(advantages_RS) * discount ** responses.tokens_left())
+
+
+def whiten(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns (values - mean) / (std + 1e-5) with the biased moments of the masked entries; 0 off the mask."""
+    if not mask.any():
+        return np.zeros(values.shape)
+    mean, std = values[mask].mean(), values[mask].std()
+    return np.where(mask, (values - mean) / (std + 1e-5), 0)
+
+
+def mean_of(values: np.ndarray, mask: np.ndarray) -> float:
+    """Returns the mean of the masked entries, 0 where there are none."""
+    return float(values[mask].mean()) if mask.any() else 0.0
+
+
+def std_of(values: np.ndarray, mask: np.ndarray) -> float:
+    """Returns the biased standard deviation of the masked entries, 0 where there are none."""
+    return float(values[mask].std()) if mask.any() else 0.0
+
+
+def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyParameters) -> dict[str, float]:
+    """Returns what is to be known of the sequences: their scores before clipping, lengths, and how they end.
+
+    `entropy_estimate` is the mean of -log-probability of the tokens drawn. `sampler_error`, with recomputed
+    log-probabilities, is the mean of exp(|recomputed - sampler's|): 1 where sampler and trainer agree.
+    """
+    exists, rewards = responses.exists, arrays["rewards"].astype(np.float64)
+    is_token = responses.segment_ids > 0
+    seq_lens = _sum_at(is_token, is_token, responses.segment_ids, exists.shape)
+    lens = responses.lens[exists]
+    sampled = responses.select(arrays["logprobs"])
+    metrics = {
+        "task_reward": mean_of(rewards, exists),
+        "task_reward_std": std_of(rewards, exists),
+        "avg_seq_len": mean_of(seq_lens, exists),
+        "avg_prompt_len": mean_of(seq_lens - responses.lens, exists),
+        "avg_response_len": mean_of(responses.lens, exists),
+        "min_response_len": float(lens.min(initial=lens.max(initial=0))),
+        "max_response_len": float(lens.max(initial=0)),
+        "eos_share": mean_of(arrays["has_eos"], exists),
+        "entropy_estimate": mean_of(-sampled, responses.mask),
+        "n_tokens": float(responses.num_tokens),
+        "n_seqs": float(responses.num_seqs),
+    }
+    if parameters.recompute_logprobs:
+        gap = np.abs(responses.select(arrays["old_logprobs"]) - sampled)
+        metrics["sampler_error"] = mean_of(np.exp(np.minimum(gap, MAX_EXPONENT)), responses.mask)
+    return metrics
+
+
+def _sum_at(values_RT: np.ndarray, mask: np.ndarray, segment_ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    sums = np.zeros(shape)
+    rows, times = np.nonzero(mask)
+    np.add.at(sums, (rows, segment_ids[rows, times] - 1), values_RT[rows, times])
+    return sums

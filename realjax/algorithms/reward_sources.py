@@ -1,0 +1,78 @@
+"""Where the reward of a sequence comes from: a reward model's score, anything that reads texts, or a weighted sum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from realjax.core.host_call import Arrays, HostFn, HostResult, State
+
+REWARD_OUTPUTS = ("rewards",)
+# `has_eos` is read for its width: the number of columns that arrays of one value a sequence have.
+MODEL_REWARD_INPUTS = ("scores", "has_eos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSource:
+    """One part of a reward: a host call that writes `rewards` `[R, S]` from `inputs`, and its share of the sum."""
+
+    name: str
+    fn: HostFn
+    inputs: tuple[str, ...]
+    weight: float = 1.0
+
+
+def make_model_reward(*, scaling: float = 1.0, bias: float = 0.0) -> HostFn:
+    """Returns the host call `scores` `[R, T]` -> `rewards` `[R, S]`: (score at the last token - bias) * scaling."""
+
+    def reward(arrays: Arrays, state: State) -> HostResult:
+        scores = score_at_end(arrays["scores"], arrays["segment_ids"], num_columns=arrays["has_eos"].shape[1])
+        exists = segment_mask(arrays["segment_ids"], arrays["has_eos"].shape[1])
+        rewards = np.where(exists, (scores - bias) * scaling, 0)
+        return HostResult(arrays={"rewards": rewards.astype(np.float32)})
+
+    return reward
+
+
+def mix_rewards(sources: Sequence[RewardSource]) -> HostFn:
+    """Returns the host call whose `rewards` are the sources' weighted sum; metrics hold each one's mean, unweighted.
+
+    A source keeps its own state. Raises ValueError without a source, and where two have one name.
+    """
+    names = [source.name for source in sources]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"reward: found the sources {names}; needed at least one, each with a name of its own")
+
+    def reward(arrays: Arrays, state: State) -> HostResult:
+        total, new_state, metrics = np.float64(0), {}, {}
+        for source in sources:
+            prefix = f"{source.name}/"
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            result = source.fn(arrays, own)
+            rewards = result.arrays["rewards"].astype(np.float64)
+            exists = segment_mask(arrays["segment_ids"], rewards.shape[1])
+            total = total + source.weight * rewards
+            new_state |= {prefix + key: value for key, value in result.state.items()}
+            metrics |= {f"reward/{source.name}": float(rewards[exists].mean()), **result.metrics}
+        return HostResult(arrays={"rewards": np.asarray(total, np.float32)}, state=new_state, metrics=metrics)
+
+    return reward
+
+
+def mixed_inputs(sources: Sequence[RewardSource]) -> tuple[str, ...]:
+    """Returns the keys that a mix of the sources reads."""
+    return tuple(dict.fromkeys(key for source in sources for key in source.inputs))
+
+
+def segment_mask(segment_ids: np.ndarray, num_columns: int) -> np.ndarray:
+    """Returns the mask `[R, num_columns]`, True where the row has such a segment."""
+    return np.arange(num_columns) < segment_ids.max(axis=1, keepdims=True)
+
+
+def score_at_end(scores: np.ndarray, segment_ids: np.ndarray, *, num_columns: int) -> np.ndarray:
+    """Returns the float64 score `[R, num_columns]` at the last token of each segment, 0 where there is none."""
+    following = np.pad(segment_ids, ((0, 0), (0, 1)))[:, 1:]
+    rows, tokens = np.nonzero((segment_ids != following) & (segment_ids > 0))
+    at_end = np.zeros((len(segment_ids), num_columns))
+    at_end[rows, segment_ids[rows, tokens] - 1] = scores[rows, tokens]
+    return at_end

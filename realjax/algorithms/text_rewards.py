@@ -1,0 +1,108 @@
+"""Rewards computed from texts: a rollout is decoded, a function of prompts and answers scores it."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from realjax.core.host_call import Arrays, HostFn, HostResult, State
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+# fn(prompts, answers, rows) -> one number for each answer. `rows` are the data's own rows, with all their keys.
+TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
+
+TEXT_REWARD_INPUTS = ("loss_mask", "prompt_id")
+
+
+def make_text_reward(fn: TextFn, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], *, name: str) -> HostFn:
+    """Returns the host call that writes `rewards` `[R, S]`: what `fn` says of each sequence's decoded texts.
+
+    `prompt_id` `[R, S]` of the rollout is an index into `rows`. Texts are without special tokens. In a run of several
+    processes each of them calls `fn`, which has to give all of them the same. The call raises, saying `name`:
+    RuntimeError when `fn` raises, ValueError when it returns anything but one finite number for each answer.
+    """
+
+    def reward(arrays: Arrays, state: State) -> HostResult:
+        prompt_ids = arrays["prompt_id"]
+        rewards = np.zeros(prompt_ids.shape, np.float32)
+        places, prompts, answers = [], [], []
+        for row, segment, is_own, is_answer in _sequences(arrays["segment_ids"], arrays["loss_mask"]):
+            tokens = arrays["tokens"][row]
+            places.append((row, segment))
+            prompts.append(tokens[is_own & ~is_answer].tolist())
+            answers.append(tokens[is_answer].tolist())
+        found = [rows[int(prompt_ids[place])] for place in places]
+        texts = _decode(tokenizer, prompts), _decode(tokenizer, answers)
+        rewards[tuple(np.array(places).T)] = _checked_call(fn, name, *texts, found)
+        return HostResult(arrays={"rewards": rewards})
+
+    return reward
+
+
+def load_function(path: str, name: str = "reward.fn") -> TextFn:
+    """Returns the function at `module:function`; ValueError, naming the option `name`, when it is not there."""
+    module_name, colon, function_name = path.partition(":")
+    if not (module_name and colon and function_name):
+        raise ValueError(
+            f"{name}: found {path!r}; it needs <module>:<function>, such as realjax.algorithms.verifiable:number_reward"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that is there and imports a missing one is another mistake.
+        cause = "cannot be found" if module_name.startswith(error.name or " ") else f"needs '{error.name}'"
+        raise ValueError(
+            f"{name}: the module of {path!r} {cause}; install it, or add its folder to PYTHONPATH"
+        ) from error
+    fn: Any = getattr(module, function_name, None)
+    is_function = callable(fn)  # not in the condition itself, where it would hide the type from a checker
+    if not is_function:
+        has = "has no such name" if fn is None else f"has it as a {type(fn).__name__}"
+        raise ValueError(
+            f"{name}: {path!r} is no function: {module_name} {has}; it needs a function of (prompts, answers, rows)"
+        )
+    return fn
+
+
+def _sequences(segment_ids: np.ndarray, loss_mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """Yields (row, segment from 0, its tokens, its response's tokens) of every sequence, the last two as masks [T]."""
+    for row, segments in enumerate(segment_ids):
+        for segment in range(int(segments.max())):
+            is_own = segments == segment + 1
+            yield row, segment, is_own, is_own & loss_mask[row]
+
+
+def _decode(tokenizer: "PreTrainedTokenizerBase", sequences: list[list[int]]) -> list[str]:
+    # Some tokenizers tidy spaces before punctuation by default, which changes the text.
+    texts: Any = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return texts
+
+
+def _checked_call(
+    fn: TextFn, name: str, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]
+) -> np.ndarray:
+    """Returns the rewards `[N]` in float64."""
+    try:
+        found = fn(prompts, answers, rows)
+    except Exception as error:
+        raise RuntimeError(f"{name}: it raised {type(error).__name__}: {error}") from error
+    needed = f"it needs to return one finite number for each of {len(answers)} answers"
+    try:
+        values = np.asarray(found, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: it returned {_shorten(found)}; {needed}") from error
+    if values.shape != (len(answers),):
+        raise ValueError(f"{name}: it returned {_shorten(found)}, of shape {list(values.shape)}; {needed}")
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{name}: it returned {values[bad]} for the answer {_shorten(answers[bad])}; {needed}")
+    return values
+
+
+def _shorten(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -1,0 +1,138 @@
+"""Layouts by rule, for `allocation_mode=heuristic`: which devices each call gets, and how they share its work.
+
+On machines of 8 devices these are ReaL's rules for PPO and GRPO; other machines are served in the same spirit:
+generation mostly data-parallel over all devices, actor and critic trained side by side on halves of them. Where layers,
+heads, ffn, vocabulary or (in training) the hidden size do not divide as a rule wants, the next smaller sizes that do
+are taken, data parallelism takes the rest, and devices that then still cannot share the work stay idle.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from realjax.core.layout import ParallelStrategy
+from realjax.models.config import ModelConfig
+
+# Rows are a multiple of this many tokens long, so they split over its divisors.
+ROW_UNIT = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedModel:
+    """A model as the rules see it: its billions of parameters as `type.size` gives them, and its config."""
+
+    size: int
+    config: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The strategy of a call (zero_stage is not the rules' to set) and its devices, by number in the run's list."""
+
+    strategy: ParallelStrategy
+    devices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What a rule wants for a call: on which devices, with which pp and tp."""
+
+    role: str
+    devices: Sequence[int]
+    pp: int
+    tp: int
+    sequence_parallel: bool = True
+
+
+def place_ppo(models: Mapping[str, SizedModel], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
+    """Returns where each call of PPO runs, for models by role: actor and critic, and ref and rew where there are any.
+
+    Raises ValueError for models too large for one node.
+    """
+    n, g = n_nodes, n_gpus_per_node
+    every = range(n * g)
+    a, c = models["actor"].size, models["critic"].size
+    if n == 1:
+        _check_fits_one_node({"actor": a, "critic": c}, g)
+        first, second = every[: -(-g // 2)], every[-(-g // 2) :] or every
+        wishes = {
+            "actor_gen": _Wish("actor", every, pp=2 if g >= 4 else 1, tp=1),
+            "actor_train": _Wish("actor", first, pp=1, tp=2 if a <= 7 else 4),
+            "ref_inf": _Wish("ref", every, pp=1, tp=min(4, g // 2)),
+            "rew_inf": _Wish("rew", first, pp=1, tp=min(2, len(first) // 2)),
+            "critic_inf": _Wish("critic", second, pp=1, tp=min(2, len(second) // 2)),
+            "critic_train": _Wish("critic", second, pp=1, tp=2 if c <= 7 else 4),
+        }
+    else:
+        # Whole nodes, shared in proportion to the sizes; without sizes, equally.
+        a, c = (a, c) if a + c else (1, 1)
+        train = min(max(1, -(-n * a // (a + c))), n - 1)
+        score = -(-n // 2)
+        tp = min(4, g // 2)
+        wishes = {
+            "actor_gen": _Wish("actor", every, pp=n, tp=1),
+            "actor_train": _Wish("actor", every[: train * g], pp=train, tp=tp),
+            "ref_inf": _Wish("ref", every, pp=n, tp=tp),
+            "rew_inf": _Wish("rew", every[: score * g], pp=score, tp=tp),
+            "critic_inf": _Wish("critic", every[score * g :], pp=n - score, tp=tp),
+            "critic_train": _Wish("critic", every[train * g :], pp=n - train, tp=tp),
+        }
+    return _place(wishes, models)
+
+
+def place_grpo(models: Mapping[str, SizedModel], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
+    """Returns where each call of an algorithm without critic runs: all on every device, each split its own way.
+
+    Models by role: actor, and ref and rew where there are any.
+    """
+    n, g = n_nodes, n_gpus_per_node
+    every, tp = range(n * g), min(2, g // 2)
+    wishes = {
+        "actor_gen": _Wish("actor", every, pp=max(2, n), tp=1),
+        "ref_inf": _Wish("ref", every, pp=max(2, n), tp=tp),
+        "rew_inf": _Wish("rew", every, pp=max(2, n), tp=tp),
+        "actor_train": _Wish("actor", every, pp=n, tp=min(4, g), sequence_parallel=False),
+    }
+    return _place(wishes, models)
+
+
+def _check_fits_one_node(sizes: Mapping[str, int], n_gpus_per_node: int) -> None:
+    largest = max(16, 2 * n_gpus_per_node)
+    for role, size in sizes.items():
+        if size > largest:
+            raise ValueError(
+                f"allocation_mode: heuristic trains up to {largest}B parameters on half a node of {n_gpus_per_node} "
+                f"devices, but {role}.type.size={size}; set n_nodes to 2 or more, or use manual"
+            )
+
+
+def _place(wishes: Mapping[str, _Wish], models: Mapping[str, SizedModel]) -> dict[str, Placement]:
+    placements = {}
+    for call, wish in wishes.items():
+        if wish.role in models:
+            strategy = _fit(wish, models[wish.role].config, is_train=call.endswith("_train"))
+            placements[call] = Placement(strategy=strategy, devices=tuple(wish.devices[: strategy.size]))
+    return placements
+
+
+def _fit(wish: _Wish, config: ModelConfig, *, is_train: bool) -> ParallelStrategy:
+    """Returns the strategy nearest to a wish that divides the model: most devices first, then most pp, then most tp."""
+    for size in range(len(wish.devices), 1, -1):
+        for pp in range(wish.pp, 0, -1):
+            for tp in range(max(1, wish.tp), 0, -1):
+                if size % (pp * tp) == 0 and _divides(config, size // (pp * tp), pp, tp, is_train):
+                    sequence_parallel = wish.sequence_parallel and tp > 1 and ROW_UNIT % tp == 0
+                    return ParallelStrategy(dp=size // (pp * tp), pp=pp, tp=tp, sequence_parallel=sequence_parallel)
+    return ParallelStrategy()
+
+
+def _divides(config: ModelConfig, dp: int, pp: int, tp: int, is_train: bool) -> bool:
+    """Returns whether a model splits this way. Key-value heads need not: they are copied where tp does not divide them.
+
+    ZeRO splits the hidden size of a trained model over dp.
+    """
+    over_tp = (config.num_q_heads, config.ffn_size, config.vocab_size)
+    return (
+        config.num_layers % pp == 0
+        and all(dim % tp == 0 for dim in over_tp)
+        and (not is_train or config.hidden_size % dp == 0)
+    )

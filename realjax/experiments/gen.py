@@ -1,0 +1,62 @@
+"""Generation: one model answers a file of prompts."""
+
+from collections.abc import Sequence
+
+import jax
+
+from realjax.core.layout import Layout
+from realjax.data.prompts import load_prompts
+from realjax.dataflow.generation_run import GenerationSpec
+from realjax.experiments import common
+from realjax.hf.generation import load_eos_ids
+from realjax.hf.load import load_config
+from realjax.options.config_dict import to_json
+from realjax.options.generation import GenConfig
+from realjax.options.paths import run_paths
+
+
+def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
+    """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
+    role = common.role_spec("default", config.model, devices, is_trained=False)
+    layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=False)
+    _check_slots(config.gen.num_slots, layout)
+    tokenizer = common.load_tokenizer(role.path)
+    data = config.dataset
+    prompts = load_prompts(
+        data.path, tokenizer, max_prompt_len=data.max_prompt_len, use_chat_template=data.use_chat_template
+    )
+    positions, new = load_config(role.path).max_positions, config.gen.max_new_tokens
+    if prompts.longest + new > positions:
+        raise ValueError(
+            f"gen.max_new_tokens: the longest prompt has {prompts.longest} tokens, and {new} new ones are more than "
+            f"the model's {positions} positions; lower gen.max_new_tokens or dataset.max_prompt_len by "
+            f"{prompts.longest + new - positions}"
+        )
+    return GenerationSpec(
+        title=f"{config.experiment_name} / {config.trial_name}",
+        config_json=to_json(config),
+        decisive_options=("model", "dataset", "gen", "num_samples", "stop", "seed"),
+        paths=run_paths(config),
+        role=role,
+        layout=layout,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        config=config.gen,
+        eos_ids=load_eos_ids(role.path, tokenizer),
+        num_samples=config.num_samples,
+        prompts_per_call=data.train_bs_n_seqs,
+        num_slots=config.gen.num_slots,
+        stop=config.stop,
+        output_file=config.output_file,
+        seed=config.seed,
+        recover_mode=config.recover_mode,
+    )
+
+
+def _check_slots(num_slots: int | None, layout: Layout) -> None:
+    multiple = layout.strategy.dp * layout.strategy.pp
+    if num_slots is not None and num_slots % multiple:
+        raise ValueError(
+            f"gen.num_slots: {num_slots} answers at once cannot be divided over data x pipeline = {multiple} devices; "
+            "use a multiple of it, or null"
+        )

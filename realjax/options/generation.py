@@ -1,0 +1,71 @@
+"""Options of generation: how answers are drawn, and the `gen` experiment."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from realjax.core.generation_config import GenerationConfig
+from realjax.options.common import CommonExperimentConfig, ExperimentSaveEvalControl
+from realjax.options.datasets import PromptOnlyDatasetConfig
+from realjax.options.experiments import check_role
+from realjax.options.fields import check_bounds, group, option
+from realjax.options.model import ModelTrainEvalConfig
+from realjax.options.parallel import MFCConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(GenerationConfig):
+    """How answers are drawn."""
+
+    num_slots: int | None = option(None, "answers decoded at once; the next waits for a slot; null chooses", at_least=1)
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "use_cuda_graph": "XLA compiles the whole decoding loop",
+        "force_cudagraph_recapture": "XLA compiles the whole decoding loop once for each shape",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenConfig(CommonExperimentConfig):
+    """Generation: one model answers prompts, into a file of JSON lines."""
+
+    model: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
+    allocation: MFCConfig = group(MFCConfig)
+    dataset: PromptOnlyDatasetConfig = group(PromptOnlyDatasetConfig)
+    gen: GenerationOptions = group(GenerationOptions)
+    num_samples: int = option(1, "answers to each prompt", at_least=1)
+    stop: tuple[str, ...] = option((), "texts that end an answer; it keeps what stands before the first of them")
+    output_file: str | None = option("output.jsonl", "name of the answers' file in the log directory; null writes none")
+
+    ALIASES: ClassVar[dict[str, str]] = {**CommonExperimentConfig.ALIASES, "n": "num_samples"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_role("model", self.model, is_critic=False, is_trained=False)
+        if self.output_file is not None and (not self.output_file.endswith(".jsonl") or "/" in self.output_file):
+            raise ValueError(
+                f"output_file: found '{self.output_file}'; it needs a name that ends in .jsonl, without '/': the file "
+                "lies in the run's log directory"
+            )
+        if "" in self.stop:
+            raise ValueError(f"stop: found {list(self.stop)}; an empty text would end every answer at once")
+        if self.dataset.valid_path is not None:
+            raise ValueError(f"dataset.valid_path: found '{self.dataset.valid_path}'; gen answers dataset.path only")
+        check_samples_differ("num_samples", self.num_samples, self.gen)
+
+    def notices(self) -> list[str]:
+        if self.exp_ctrl == ExperimentSaveEvalControl():
+            return []
+        return ["exp_ctrl.* (epochs, saves, evaluations) has no effect: gen answers each prompt and trains nothing."]
+
+
+def check_samples_differ(name: str, num_samples: int, gen: GenerationConfig) -> None:
+    """Raises ValueError for several greedy samples of one prompt, which would all be the same."""
+    if num_samples > 1 and gen.greedy:
+        raise ValueError(
+            f"{name}: found {num_samples} with greedy=True, whose answers to a prompt are all the same; set greedy to "
+            f"False and the temperature above 0, or {name} to 1"
+        )

@@ -1,0 +1,276 @@
+"""Options of reinforcement learning: PPO, GRPO, RLOO and ReMax; and where rewards come from."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from realjax.algorithms.grpo import GRPOParameters
+from realjax.algorithms.policy import PolicyParameters
+from realjax.algorithms.ppo import PPOParameters
+from realjax.algorithms.remax import ReMaxParameters
+from realjax.algorithms.rloo import RLOOParameters
+from realjax.algorithms.text_rewards import load_function
+from realjax.options.common import CommonExperimentConfig
+from realjax.options.datasets import PromptOnlyDatasetConfig
+from realjax.options.experiments import check_role
+from realjax.options.fields import check_bounds, group, option
+from realjax.options.generation import GenerationOptions, check_samples_differ
+from realjax.options.model import ModelFamily, ModelTrainEvalConfig
+from realjax.options.parallel import MFCConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """Rewards beside those of the model at rew.path; of several sources the weighted sum counts."""
+
+    fn: str | None = option(
+        None,
+        "function <module>:<function> of (prompts, answers, rows of the data) that returns a number for each answer, "
+        "such as realjax.algorithms.verifiable:number_reward",
+    )
+    classifier: str | None = option(
+        None, "Hugging Face sequence classifier, which reads the texts with its own tokenizer; needs realjax[torch]"
+    )
+    classifier_label: str | None = option(None, "label whose logit is the reward; null is the last one")
+    model_weight: float = option(1.0, "weight of the model at rew.path")
+    fn_weight: float = option(1.0, "weight of fn")
+    classifier_weight: float = option(1.0, "weight of classifier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Answers to held-out prompts, scored by the run's own rewards."""
+
+    greedy: bool = option(True, "take the likeliest tokens; False draws answers as in training")
+    num_prompts: int | None = option(None, "prompts answered, from the start of valid_path; null is all", at_least=1)
+    best_metric: str | None = option(
+        None, "metric of the evaluation, such as task_reward, whose highest value marks the checkpoint kept as best"
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(PolicyParameters):
+    """What a step draws, scores and learns from, whatever the algorithm."""
+
+    gen: GenerationOptions = group(GenerationOptions)
+    ppo_n_minibatches: int = option(4, "updates that the sequences of a step are split into", at_least=1)
+    ppo_epochs: int = option(1, "passes over the sequences of a step", at_least=1)
+    shuffle_minibatches: bool = option(True, "deal the sequences to minibatches anew in each pass")
+    reward_output_scaling: float = option(1.0, "the reward model's score becomes (score - bias) * scaling")
+    reward_output_bias: float = option(0.0, "see reward_output_scaling")
+    ref_ema_eta: float | None = option(
+        None, "after each step the reference becomes eta * actor + (1 - eta) * reference; null leaves it as it is"
+    )
+
+    # The older release has the options of generation one level up.
+    ALIASES: ClassVar[dict[str, str]] = {
+        field.name: f"gen.{field.name}" for field in dataclasses.fields(GenerationOptions)
+    }
+    NO_EFFECT: ClassVar[dict[str, str]] = GenerationOptions.NO_EFFECT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self)
+        if self.ref_ema_eta is not None and not (0 < self.ref_ema_eta <= 1 and self.needs_reference):
+            raise ValueError(
+                f"ref_ema_eta: found {self.ref_ema_eta} with kl_ctl={self.kl_ctl}; it must be in (0, 1], with a kl_ctl "
+                "above 0, or null"
+            )
+
+    def with_lengths(self) -> Self:
+        """Returns these options with max_response_len filled in."""
+        return dataclasses.replace(self, max_response_len=self.max_response_len or self.gen.max_new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOHyperparameters(PPOParameters, StepOptions):
+    """PPO: how sequences are drawn, scored and learned from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOHyperparameters(GRPOParameters, StepOptions):
+    """GRPO: how sequences are drawn, scored and learned from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOHyperparameters(RLOOParameters, StepOptions):
+    """RLOO: how sequences are drawn, scored and learned from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMaxHyperparameters(ReMaxParameters, StepOptions):
+    """ReMax: how sequences are drawn, scored and learned from."""
+
+    ppo_n_minibatches: int = option(1, "updates that the sequences of a step are split into", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(CommonExperimentConfig):
+    """Options of every algorithm that learns from rewards of its own answers to prompts."""
+
+    actor: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
+    ref: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
+    rew: ModelTrainEvalConfig = group(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
+    actor_gen: MFCConfig = group(MFCConfig)
+    actor_train: MFCConfig = group(MFCConfig)
+    ref_inf: MFCConfig = group(MFCConfig)
+    rew_inf: MFCConfig = group(MFCConfig)
+    dataset: PromptOnlyDatasetConfig = group(PromptOnlyDatasetConfig)
+    reward: RewardOptions = group(RewardOptions)
+    eval: EvaluationOptions = group(EvaluationOptions)
+
+    EVALUATES: ClassVar[bool] = True
+    HAS_HEURISTIC: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_role("actor", self.actor, is_critic=False, is_trained=True)
+        check_role("ref", self.ref, is_critic=False, is_trained=False)
+        check_role("rew", self.rew, is_critic=True, is_trained=False)
+        num_seqs = self.dataset.train_bs_n_seqs * self.num_samples
+        if self.algorithm.ppo_n_minibatches > num_seqs:
+            raise ValueError(
+                f"ppo_n_minibatches: found {self.algorithm.ppo_n_minibatches} for the {num_seqs} sequences of a step; "
+                f"set it to {num_seqs} or less, or raise dataset.train_bs_n_seqs"
+            )
+
+    @property
+    def algorithm(self) -> StepOptions:
+        """The algorithm's own options."""
+        raise NotImplementedError
+
+    @property
+    def num_samples(self) -> int:
+        """Answers drawn for each prompt."""
+        return 1
+
+    @property
+    def unused(self) -> frozenset[str]:
+        ref = () if self.algorithm.needs_reference else ("ref", "ref_inf")
+        rew = () if self.rew.path else ("rew", "rew_inf")
+        return frozenset((*ref, *rew))
+
+    def check(self) -> None:
+        if not (self.rew.path or self.reward.fn or self.reward.classifier):
+            raise ValueError(
+                "rew.path: nothing given, and no other source of rewards; give a reward model here, a function as "
+                "reward.fn, or a classifier as reward.classifier"
+            )
+        if self.reward.fn:
+            load_function(self.reward.fn, "reward.fn")
+
+    def notices(self) -> list[str]:
+        if self.ref.path and "ref" in self.unused:
+            return ["ref is not loaded: with kl_ctl=0 nothing reads it."]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(RLConfig):
+    """PPO: an actor learns from rewards, with a critic's values as their baseline."""
+
+    is_sft_lora: bool = option(False, "only False: low-rank adapters are not available")
+    sft_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
+    is_rew_lora: bool = option(False, "only False: low-rank adapters are not available")
+    rew_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
+    rew_head_path: str | None = option(None, "only null: the head of a reward model is part of its checkpoint")
+    critic: ModelTrainEvalConfig = group(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
+    critic_inf: MFCConfig = group(MFCConfig)
+    critic_train: MFCConfig = group(MFCConfig)
+    ppo: PPOHyperparameters = group(PPOHyperparameters)
+
+    ALIASES: ClassVar[dict[str, str]] = {**CommonExperimentConfig.ALIASES, "ref_ema_eta": "ppo.ref_ema_eta"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_role("critic", self.critic, is_critic=True, is_trained=True)
+        for name in ("is_sft_lora", "sft_lora_path", "is_rew_lora", "rew_lora_path", "rew_head_path"):
+            if value := getattr(self, name):
+                raise ValueError(f"{name}: found {value!r}; low-rank adapters are not available, leave it out")
+
+    @property
+    def algorithm(self) -> PPOHyperparameters:
+        return self.ppo
+
+    def notices(self) -> list[str]:
+        gen, notices = self.ppo.gen, super().notices()
+        if gen.min_new_tokens == gen.max_new_tokens and self.ppo.missing_eos_penalty is None:
+            notices.append(
+                "ppo.gen.min_new_tokens equals max_new_tokens, so no answer can end, and only answers that end are "
+                "given their score: lower it, or set ppo.missing_eos_penalty=0 to score cut off answers too."
+            )
+        return notices
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(RLConfig):
+    """GRPO: an actor learns from rewards, compared within several answers to a prompt."""
+
+    group_size: int = option(4, "answers to each prompt", at_least=2)
+    ppo: GRPOHyperparameters = group(GRPOHyperparameters)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_samples_differ("group_size", self.group_size, self.ppo.gen)
+
+    @property
+    def algorithm(self) -> GRPOHyperparameters:
+        return self.ppo
+
+    @property
+    def num_samples(self) -> int:
+        return self.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(RLConfig):
+    """RLOO: an actor learns from rewards, each compared with those of the prompt's other answers."""
+
+    group_size: int = option(4, "answers to each prompt", at_least=2)
+    rloo: RLOOHyperparameters = group(RLOOHyperparameters)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_samples_differ("group_size", self.group_size, self.rloo.gen)
+
+    @property
+    def algorithm(self) -> RLOOHyperparameters:
+        return self.rloo
+
+    @property
+    def num_samples(self) -> int:
+        return self.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMaxConfig(RLConfig):
+    """ReMax: an actor learns from rewards, compared with that of its greedy answer to the prompt."""
+
+    remax: ReMaxHyperparameters = group(ReMaxHyperparameters)
+
+    # ReaL has these at the top level, and a call of its own for greedy answers.
+    ALIASES: ClassVar[dict[str, str]] = {
+        **CommonExperimentConfig.ALIASES,
+        **{
+            name: f"remax.{name}"
+            for name in ("gen", "discount", "adv_norm", "reward_output_scaling", "reward_output_bias")
+        },
+        "sample_gen": "actor_gen",
+        "sample_rew_inf": "rew_inf",
+    }
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        **CommonExperimentConfig.NO_EFFECT,
+        "greedy_gen": "greedy answers are generated together with the samples, in actor_gen",
+        "greedy_rew_inf": "greedy answers are scored together with the samples, in rew_inf",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_samples_differ("answers to a prompt, the baseline counted", 2, self.remax.gen)
+
+    @property
+    def algorithm(self) -> ReMaxHyperparameters:
+        return self.remax

@@ -1,0 +1,79 @@
+"""Held-out measurements: the mean of a loss, or what a model's own answers to held-out prompts are worth."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from realjax.core.batch import Batch
+from realjax.core.loss import LossSums, finalize
+from realjax.data.packing import sequences_of
+from realjax.dataflow.graph import HostCall
+from realjax.dataflow.run import Evaluation, RolloutEvaluation
+from realjax.runtime.executor import Executor
+from realjax.runtime.processes import fetch
+
+MOST_SAMPLES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answer to a held-out prompt, for a person to read."""
+
+    variant: str
+    prompt: str
+    answer: str
+    reward: float
+
+
+def evaluate_loss(executor: Executor, evaluation: Evaluation) -> dict[str, float]:
+    """Returns the held-out loss and its metrics, of sums over all batches divided once."""
+    total: LossSums | None = None
+    for i in range(evaluation.loader.total_steps):
+        sums = fetch(executor.evaluate(evaluation, evaluation.loader.batch(i)))
+        total = sums if total is None else jax.tree.map(np.add, sums, total)
+    assert total is not None
+    return {name: float(np.asarray(x)) for name, x in finalize({"loss": total.loss, **total.metrics}).items()}
+
+
+def evaluate_rollouts(
+    executor: Executor, evaluation: RolloutEvaluation, decode_fn: Callable[[np.ndarray], str] | None
+) -> tuple[dict[str, float], list[Sample]]:
+    """Returns `<variant>/<metric>`, each the mean over held-out prompts, and a few answers."""
+    values: dict[str, float] = {}
+    samples: list[Sample] = []
+    for variant, calls in evaluation.variants.items():
+        parts: list[tuple[int, dict[str, float]]] = []
+        for i in range(evaluation.loader.total_steps):
+            result = executor.run_calls(calls, evaluation.loader.batch(i), step=None)
+            metrics = [m for call in calls if isinstance(call, HostCall) for m in result.metrics[call.name]]
+            parts.append((_num_sequences(result.batch), {k: v for m in metrics for k, v in m.items()}))
+            if i == 0 and decode_fn is not None:
+                samples += read_samples(result.batch, decode_fn, variant)
+        values |= {f"{variant}/{name}": value for name, value in _weighted_mean(parts).items()}
+    return values, samples
+
+
+def read_samples(rollout: Batch, decode_fn: Callable[[np.ndarray], str], variant: str) -> list[Sample]:
+    """Returns the texts of a rollout's first prompts, in the order of their numbers."""
+    keys = [key for key in ("tokens", "loss_mask", "rewards", "group", "segment_ids", "positions") if key in rollout]
+    sequences = sorted(sequences_of(rollout.select(keys)), key=lambda sequence: int(sequence["group"]))
+    return [
+        Sample(
+            variant=variant,
+            prompt=decode_fn(sequence["tokens"][~sequence["loss_mask"]]),
+            answer=decode_fn(sequence["tokens"][sequence["loss_mask"]]),
+            reward=float(sequence.get("rewards", np.float32(np.nan))),
+        )
+        for sequence in sequences[:MOST_SAMPLES]
+    ]
+
+
+def _num_sequences(rollout: Batch) -> int:
+    return int(np.asarray(rollout["segment_ids"]).max(axis=1).sum())
+
+
+def _weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> Mapping[str, float]:
+    total = sum(count for count, _ in parts)
+    return {name: sum(count * part[name] for count, part in parts) / total for name in parts[0][1]}

@@ -1,0 +1,145 @@
+"""A run that answers a file of prompts: load, generate call by call, write as prompts are answered."""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from realjax.dataflow.generation_run import GenerationSpec
+from realjax.engine.compiled import CompileLog
+from realjax.engine.generate import Generation, Generator, Request
+from realjax.runtime.answers import AnswerFile, make_answers, open_run
+from realjax.runtime.console import format_seconds, make_console
+from realjax.runtime.loop import STOPPED
+from realjax.runtime.processes import any_process, fetch
+from realjax.runtime.roles import Role, build_role, load_role
+from realjax.runtime.rollouts import default_num_slots
+from realjax.runtime.rundir import write_log
+from realjax.runtime.triggers import StopSignal
+
+logger = logging.getLogger("realjax.generation")
+
+
+def run(spec: GenerationSpec, console: Console | None = None) -> int:
+    """Carries out the run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it between calls."""
+    role = build_role(spec.role, spec.layout, total_updates=0)
+    compile_log = CompileLog()
+    generator = _make_generator(spec, role, compile_log)
+    # After what may refuse the run, which then leaves an earlier one's files where they are.
+    file, num_done = open_run(spec)
+    with write_log(spec.paths.logs), StopSignal() as stop:
+        if num_done == len(spec.prompts):
+            logger.info("all %d prompts were answered before", num_done)
+            return _finish(spec, file)
+        logger.info(
+            "%d prompts (up to %d tokens), %d answers each, starting after prompt %d; %d decoded at once",
+            len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done, generator.num_slots,
+        )  # fmt: skip
+        params = load_role(role, spec.seed)
+        tally = Tally()
+        with _progress_bar(console) as progress:
+            total = len(spec.prompts) * spec.num_samples
+            bar = progress.add_task("", total=total, completed=num_done * spec.num_samples)
+            for first in range(num_done, len(spec.prompts), spec.prompts_per_call):
+                requests = make_requests(spec, first)
+                start, num_compiled = time.perf_counter(), len(compile_log.entries)
+                before = first * spec.num_samples
+                show = lambda n, before=before: progress.update(bar, completed=before + n)
+                generations = generator(params, requests, progress_fn=show)
+                is_timed = len(compile_log.entries) == num_compiled
+                tally = tally.add(generations, time.perf_counter() - start, is_timed)
+                if file is not None:
+                    file.append(make_answers(spec, requests, generations))
+                num_answered = (before + len(requests)) // spec.num_samples
+                _log_call(num_answered, len(spec.prompts), tally, num_answered - num_done)
+                if any_process(stop.received) and num_answered < len(spec.prompts):
+                    logger.warning("stopped by SIGTERM; recover_mode=auto continues after prompt %d", num_answered)
+                    return STOPPED
+        logger.info("compiled %d programs in %.1f s", len(compile_log.entries), compile_log.seconds)
+        logger.info(tally.text())
+        return _finish(spec, file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What has been generated, and how fast; calls that compiled a program count for the rate only if all did."""
+
+    num_answers: int = 0
+    num_ended: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    timed_tokens: int = 0
+    timed_seconds: float = 0.0
+
+    def add(self, generations: list[Generation], seconds: float, is_timed: bool) -> "Tally":
+        """Returns the tally with another call's answers."""
+        num_tokens = sum(len(generation.tokens) for generation in generations)
+        return Tally(
+            num_answers=self.num_answers + len(generations),
+            num_ended=self.num_ended + sum(generation.ended for generation in generations),
+            num_tokens=self.num_tokens + num_tokens,
+            seconds=self.seconds + seconds,
+            timed_tokens=self.timed_tokens + is_timed * num_tokens,
+            timed_seconds=self.timed_seconds + is_timed * seconds,
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        if self.timed_seconds:
+            return self.timed_tokens / self.timed_seconds
+        return self.num_tokens / max(self.seconds, 1e-9)
+
+    def text(self) -> str:
+        note = "calls that compiled left out" if self.timed_seconds else "compilation counted"
+        return (
+            f"{self.num_answers:,} answers, {self.num_tokens:,} tokens (mean {self.num_tokens / self.num_answers:.1f}, "
+            f"{self.num_ended / self.num_answers:.1%} ended by end-of-text) in {self.seconds:.1f} s: "
+            f"{self.tokens_per_second:,.0f} tokens/s ({note})"
+        )
+
+
+def make_requests(spec: GenerationSpec, first: int) -> list[Request]:
+    """Returns the requests of the call that begins with prompt `first`: each prompt's samples one after the other."""
+    indices = range(first, min(first + spec.prompts_per_call, len(spec.prompts)))
+    return [
+        Request(tokens=spec.prompts.example(index)["tokens"], row_id=index, sample_id=sample)
+        for index in indices
+        for sample in range(spec.num_samples)
+    ]
+
+
+def _make_generator(spec: GenerationSpec, role: Role, log: CompileLog) -> Generator:
+    per_call = min(spec.prompts_per_call, len(spec.prompts)) * spec.num_samples
+    return Generator(
+        role.model,
+        spec.layout,
+        # Nothing is trained on these answers: what they were drawn from need not be kept.
+        replace(spec.config, force_no_logits_mask=True),
+        eos_ids=spec.eos_ids,
+        num_slots=spec.num_slots or default_num_slots(per_call, spec.layout),
+        seed=spec.seed,
+        options=role.forward_options,
+        log=log,
+        fetch_fn=fetch,
+    )
+
+
+def _progress_bar(console: Console | None) -> Progress:
+    console = make_console() if console is None else console
+    columns = (TextColumn("answer"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_interactive)
+
+
+def _log_call(num_answered: int, num_prompts: int, tally: Tally, num_now: int) -> None:
+    left = tally.seconds / num_now * (num_prompts - num_answered)
+    rate = f"{tally.tokens_per_second:,.0f} tokens/s"
+    logger.info("%d of %d prompts answered, %s, ETA %s", num_answered, num_prompts, rate, format_seconds(left))
+
+
+def _finish(spec: GenerationSpec, file: AnswerFile | None) -> int:
+    if file is not None:
+        file.finish()
+        logger.info("answers: %s", file.path)
+    return 0

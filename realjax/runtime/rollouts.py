@@ -1,0 +1,103 @@
+"""Rollouts: from prompts to requests, from their continuations to packed sequences, and on to minibatches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+from realjax.data.packing import bucket_rows, pack, pack_rows, sequences_of
+from realjax.dataflow.graph import Minibatches, Sampling
+from realjax.engine.generate import Generation, Request
+
+# Rows decoded at once where nothing else is asked for: enough to keep an accelerator's matrix units busy.
+MOST_SLOTS = 256
+
+
+def make_requests(prompts: Batch, sampling: Sampling, step: int) -> list[Request]:
+    """Returns the requests of a packed batch of prompts: each prompt's samples one after the other, its baseline last.
+
+    Their randomness follows from the prompt's `prompt_id` and the number of its sample, which no other step has.
+    """
+    num_seen: dict[int, int] = {}
+    requests = []
+    for prompt in sequences_of(prompts):
+        row_id = int(prompt["prompt_id"])
+        # A batch that straddles two epochs may hold a prompt twice.
+        occurrence = num_seen.setdefault(row_id, 0)
+        num_seen[row_id] += 1
+        first = (2 * step + occurrence) * sampling.num_samples
+        tokens = np.asarray(prompt["tokens"])
+        for sample in range(sampling.num_samples):
+            requests.append(Request(tokens=tokens, row_id=row_id, sample_id=first + sample))
+        if sampling.has_baseline:
+            requests.append(Request(tokens=tokens, row_id=row_id, is_greedy=True))
+    return requests
+
+
+def default_num_slots(num_requests: int, layout: Layout) -> int:
+    """Returns the rows to decode at once: all of them, up to MOST_SLOTS, and a multiple of what the layout asks for."""
+    multiple = layout.strategy.dp * layout.strategy.pp
+    return -(-min(num_requests, MOST_SLOTS) // multiple) * multiple
+
+
+def pack_rollout(
+    requests: Sequence[Request], generations: Sequence[Generation], sampling: Sampling, row_multiple: int
+) -> Batch:
+    """Returns the packed batch of whole sequences: a response's tokens, log-probabilities and kept sets after its
+    prompt, and what each sequence is. `group` numbers the prompts of the batch.
+    """
+    num_samples = sampling.num_samples + sampling.has_baseline
+    examples = []
+    for i, (request, generation) in enumerate(zip(requests, generations, strict=True)):
+        num_prompt, num_new = len(request.tokens), len(generation.tokens)
+        after_prompt = lambda x, n=num_prompt: np.pad(x, ((n, 0), *[(0, 0)] * (x.ndim - 1)))
+        example = {
+            "tokens": np.concatenate([request.tokens, generation.tokens]),
+            "loss_mask": after_prompt(np.ones(num_new, np.bool_)),
+            "logprobs": after_prompt(generation.logprobs),
+            "has_eos": np.array(generation.ended),
+            "prompt_id": np.array(request.row_id, np.int32),
+            "group": np.array(i // num_samples, np.int32),
+            "sample_id": np.array(i % num_samples, np.int32),
+        }
+        if sampling.has_baseline:
+            example["is_baseline"] = np.array(request.is_greedy)
+        if generation.kept is not None:
+            example["kept"] = after_prompt(generation.kept)
+        examples.append(example)
+    return _pack(examples, sampling.row_len, row_multiple)
+
+
+def make_minibatches(
+    rollout: Batch, minibatches: Minibatches, *, row_multiple: int, seed: tuple[int, ...]
+) -> list[Batch]:
+    """Returns the minibatches of one pass over a batch of host arrays, all of one shape.
+
+    Each has the same number of sequences, give or take one, and about as many tokens: sequences of about one length go
+    to different minibatches. Sequences without a token to train on (`train_mask`) are left out; where too few are left,
+    there are fewer minibatches, or none.
+    """
+    sequences = sequences_of(rollout)
+    if "train_mask" in rollout:
+        sequences = [sequence for sequence in sequences if sequence["train_mask"].any()]
+    if not sequences:
+        return []
+    rng = np.random.default_rng(seed if minibatches.shuffle else 0)
+    noise = rng.random(len(sequences)) * minibatches.shuffle
+    order = np.lexsort((noise, np.array([-len(sequence["tokens"]) for sequence in sequences])))
+    parts: list[list[int]] = [[] for _ in range(min(minibatches.count, len(sequences)))]
+    for start in range(0, len(order), len(parts)):
+        deal = order[start : start + len(parts)]
+        turn = rng.permutation(len(parts))
+        for part, index in zip(turn, deal, strict=False):
+            parts[part].append(int(index))
+    chosen = [[sequences[i] for i in sorted(part)] for part in parts]
+    num_rows = max(len(pack_rows([len(s["tokens"]) for s in part], rollout.row_len).rows) for part in chosen)
+    return [_pack(part, rollout.row_len, row_multiple, num_rows) for part in chosen]
+
+
+def _pack(examples: Sequence[dict[str, np.ndarray]], row_len: int, row_multiple: int, num_rows: int = 1) -> Batch:
+    lengths = [len(example["tokens"]) for example in examples]
+    num_rows = bucket_rows(max(num_rows, len(pack_rows(lengths, row_len).rows)), row_multiple)
+    return pack(examples, pack_rows(lengths, row_len, num_rows=num_rows, num_shards=row_multiple))

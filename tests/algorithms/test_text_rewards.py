@@ -1,0 +1,86 @@
+"""What a function is told of a rollout, where its numbers go, and what is said when it goes wrong."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from realjax.algorithms.text_rewards import load_function, make_text_reward
+from tests.algorithms.rollout_cases import SAMPLES, TOKENIZER, pack_samples, places
+
+ROWS = [{"id": f"row{i}", "prompt": "p", "grade": 10 * i} for i in range(3)]
+
+
+def rewards_of(fn, arrays, name="reward.fn: it"):
+    return make_text_reward(fn, TOKENIZER, ROWS, name=name)(arrays, {}).arrays["rewards"]
+
+
+@pytest.mark.parametrize("row_len", [28, 48, 200])
+def test_a_function_reads_texts_and_rows_however_they_are_packed(row_len):
+    arrays, seen = pack_samples(row_len=row_len), {}
+
+    def score(prompts, answers, rows):
+        seen.update(prompts=prompts, answers=answers, grades=[row["grade"] for row in rows])
+        return [1 + i for i in range(len(answers))]
+
+    rewards = rewards_of(score, arrays)
+    assert seen["prompts"] == [prompt for _, prompt, _, _ in SAMPLES]
+    assert seen["answers"] == [answer for _, _, answer, _ in SAMPLES]
+    assert seen["grades"] == [10 * prompt_id for prompt_id, *_ in SAMPLES]
+    assert rewards.shape == arrays["prompt_id"].shape and rewards.dtype == np.float32
+    where = places(arrays["segment_ids"])
+    assert [rewards[place] for place in where] == [1, 2, 3, 4]
+    assert np.count_nonzero(rewards) == len(where)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], r"it returned \[1.0\], of shape \[1\]; .* one finite number for each of 4 answers"),
+        ([[1.0]] * 4, r"it returned .*, of shape \[4, 1\]"),
+        (None, r"it returned None"),
+        (["good"] * 4, r"it returned \['good', 'good', 'good', 'good'\]; "),
+        ([0.0, float("nan"), 0.0, 0.0], "it returned nan for the answer ' that was so long'; "),
+        ([0.0, 0.0, 0.0, -float("inf")], "it returned -inf for the answer ' so é 日本'; "),
+    ],
+)
+def test_a_wrong_return_value_is_told(returned, message):
+    with pytest.raises(ValueError, match=f"^reward.fn=mine:score: {message}"):
+        rewards_of(lambda *_: returned, pack_samples(), "reward.fn=mine:score")
+
+
+def test_an_exception_keeps_its_cause():
+    def score(prompts, answers, rows):
+        return [row["no such key"] for row in rows]
+
+    with pytest.raises(RuntimeError, match="^mine:score: it raised KeyError: 'no such key'") as caught:
+        rewards_of(score, pack_samples(), "mine:score")
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_load_function_finds_a_module_on_the_path(tmp_path, monkeypatch):
+    (tmp_path / "length_of_answers.py").write_text("def score(prompts, answers, rows): return list(map(len, answers))")
+    monkeypatch.syspath_prepend(tmp_path)
+    fn = load_function("length_of_answers:score")
+    assert fn(["p"], ["abc"], [{}]) == [3]
+    sys.modules.pop("length_of_answers")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_colon", "reward.fn: found 'no_colon'; it needs <module>:<function>"),
+        (":score", "it needs <module>:<function>"),
+        ("no_such_module_here:score", "the module of 'no_such_module_here:score' cannot be found; install it"),
+        ("json.no_such_part:score", "cannot be found"),
+        ("json:no_such_name", "json has no such name; it needs a function"),
+        ("sys:path", "sys has it as a list; it needs a function"),
+        ("needs_more:score", "the module of 'needs_more:score' needs 'no_such_dependency'; install it"),
+    ],
+)
+def test_load_function_says_what_is_wrong(path, message, tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        load_function(path)
+    assert message in str(caught.value)

@@ -1,0 +1,57 @@
+"""One process of several: trains two roles a step, `long` on the first half of the devices and `short` on the second.
+
+Run by test_overlap.py as `overlap_worker.py <port> <num_processes> <process_id>`. Process 0 prints a line of JSON: for
+each step the losses, and when each call began and ended.
+"""
+
+import json
+import sys
+
+import jax
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.runtime.executor import Executor
+from realjax.runtime.processes import fetch
+from tests.builders import make_examples, make_model, pack_in_order
+from tests.runtime.specs import make_role, make_state
+
+STEPS = 4
+# Their ratio of work is far above what a busy machine can distort.
+SIZES = {
+    "long": {"hidden_size": 256, "num_layers": 8, "ffn_size": 1024, "head_dim": 32},
+    "short": {"hidden_size": 32, "num_layers": 1},
+}
+
+
+def make_executor() -> Executor:
+    layouts, roles = {}, {}
+    for i, (name, sizes) in enumerate(SIZES.items()):
+        layouts[name] = Layout(ParallelStrategy(dp=2), tuple(jax.devices()[2 * i : 2 * i + 2]))
+        roles[name] = make_role(make_model(**sizes), layouts[name], name)
+    calls = tuple(
+        MFC(name=name, role=name, call="train_step", inputs=("tokens", "loss_mask"), loss=SFT_LOSS) for name in SIZES
+    )
+    graph = DataflowGraph(calls, frozenset({"tokens", "loss_mask"}))
+    return Executor(graph, layouts, roles, {name: make_state(role) for name, role in roles.items()})
+
+
+def main() -> None:
+    port, num_processes, process_id = map(int, sys.argv[1:])
+    jax.config.update("jax_num_cpu_devices", 4 // num_processes)
+    if num_processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=num_processes, process_id=process_id)
+    executor, lines = make_executor(), []
+    for step in range(STEPS):
+        batch, _ = pack_in_order(make_examples([64] * 16, seed=step), 64, num_rows=16)
+        metrics = executor.step(batch, step).metrics
+        losses = {name: float(fetch(dict(update))["loss"]) for name, (update,) in metrics.items()}
+        times = {record.name: (record.start, record.end) for record in executor.timeline.of_step(step)}
+        lines.append({"losses": losses, "times": times})
+    if process_id == 0:
+        print(json.dumps(lines), flush=True)
+
+
+if __name__ == "__main__":
+    main()
