@@ -59,8 +59,7 @@ def load_function(path: str, name: str = "reward.fn") -> TextFn:
             f"{name}: the module of {path!r} {cause}; install it, or add its folder to PYTHONPATH"
         ) from error
     fn: Any = getattr(module, function_name, None)
-    is_function = callable(fn)  # not in the condition itself, where it would hide the type from a checker
-    if not is_function:
+    if not isinstance(fn, Callable):
         has = "has no such name" if fn is None else f"has it as a {type(fn).__name__}"
         raise ValueError(
             f"{name}: {path!r} is no function: {module_name} {has}; it needs a function of (prompts, answers, rows)"

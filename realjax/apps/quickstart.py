@@ -15,12 +15,15 @@ import jax
 from rich.console import Console
 
 from realjax.core.host_memory import keep_freed_memory
+from realjax.dataflow.generation_run import GenerationSpec
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
 from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
+from realjax.options.generation import GenConfig
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
+from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
 from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
 from realjax.runtime.processes import ProcessGroup, find_process_group, is_first, join, leave, text_from_first
 
@@ -53,6 +56,19 @@ EXPERIMENTS = {
     "dpo": Experiment(
         config_cls=DPOConfig, module="realjax.experiments.dpo", summary="direct preference optimisation on pairs"
     ),
+    "ppo": Experiment(
+        config_cls=PPOConfig, module="realjax.experiments.ppo", summary="PPO on rewards of a model's own answers"
+    ),
+    "grpo": Experiment(
+        config_cls=GRPOConfig, module="realjax.experiments.grpo", summary="GRPO: answers judged within a prompt's group"
+    ),
+    "rloo": Experiment(
+        config_cls=RLOOConfig, module="realjax.experiments.rloo", summary="RLOO: leave-one-out baselines"
+    ),
+    "remax": Experiment(
+        config_cls=ReMaxConfig, module="realjax.experiments.remax", summary="ReMax: the greedy answer as baseline"
+    ),
+    "gen": Experiment(config_cls=GenConfig, module="realjax.experiments.gen", summary="answers to a file of prompts"),
 }
 
 
@@ -112,9 +128,10 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
         logger.info(notice)
     check_mode(config.mode)
     devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, str(paths.compilation_cache))
-    from realjax.runtime import loop
+    from realjax.runtime import generation, loop
 
-    return loop.run(experiment.build(config, devices), console)
+    spec = experiment.build(config, devices)
+    return generation.run(spec, console) if isinstance(spec, GenerationSpec) else loop.run(spec, console)
 
 
 def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> CommonExperimentConfig:

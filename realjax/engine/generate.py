@@ -1,10 +1,12 @@
 """Generation in static shapes: slots of rows, prompts put in as slots fall free, decoding until enough of them do.
 
 Two programs, compiled once per bucket of lengths: `admit` runs a few prompts and writes them into free slots, `advance`
-decodes all slots in one device loop. The host only reads which rows have ended, and admits the next prompts.
+decodes all slots in one device loop. The host only reads which rows have ended, and admits the next prompts. How the
+model's layers are spread is the decoder's matter. A sequence-parallel flag has no effect: one token a row is no
+sequence to split.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,35 +15,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realjax.core.axes import generate_rules, make_constrain
 from realjax.core.draw import KeptTokens
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.compiled import Compiled, CompileLog
-from realjax.engine.forward import ForwardOptions, make_compute_copy
-from realjax.engine.sampling import draw_tokens, process_logits, row_keys
-from realjax.models.attention import make_attention
-from realjax.models.build import Model, unstack_layers
-from realjax.models.cache import KVCache, decode, grow_cache, init_cache, prefill, write_rows
+from realjax.engine.decoder import Decoder, OneStage
+from realjax.engine.decoder_stages import Stages
+from realjax.engine.forward import ForwardOptions
+from realjax.engine.sampling import Drawn, draw, row_keys
+from realjax.models.build import Model
 
-SHORTEST_CACHE = 128
+SHORTEST_CACHE, SHORTEST_PROMPTS = 128, 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """A prompt `[L]` int32 to be continued. Its randomness follows from the seed, `row_id` and `sample_id` alone."""
+    """A prompt `[L]` int32 to be continued. Its randomness follows from the seed, `row_id` and `sample_id` alone.
+
+    `is_greedy` takes the likeliest tokens, whatever the options say of sampling.
+    """
 
     tokens: np.ndarray
     row_id: int
     sample_id: int = 0
+    is_greedy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
     """The continuation of a prompt: tokens `[N]` with the end-of-text token, if it came, and their log-probabilities.
 
-    `kept` `[N, W]` says which tokens each was drawn from, see `core.draw.KeptTokens`; None where nothing was left out.
+    `kept` `[N, W]` says which tokens each was drawn from, see `core.draw.KeptTokens`; None where sets are not recorded.
     """
 
     tokens: np.ndarray
@@ -55,14 +60,28 @@ class Generation:
 class Slots:
     """What decoding carries from token to token, for B slots; N is max_new_tokens."""
 
-    cache: KVCache
+    cache: Any
     lengths: Array  # [B] tokens in the cache
     num_generated: Array  # [B]
     is_running: Array  # [B]
     keys: Array  # [B] random keys
+    is_greedy: Array | None  # [B]; None: no row differs from the options
     tokens: Array  # [B, N]
     logprobs: Array  # [B, N]
     kept: Array | None  # [B, N, W]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompts:
+    """A prompts to be put into slots; unused rows have the number of slots for a place."""
+
+    tokens: Array  # [A, T]
+    lengths: Array  # [A]
+    places: Array  # [A]
+    row_ids: Array  # [A]
+    sample_ids: Array  # [A]
+    is_greedy: Array  # [A]
 
 
 class Generator:
@@ -79,37 +98,49 @@ class Generator:
         seed: int,
         options: ForwardOptions | None = None,
         log: CompileLog | None = None,
+        fetch_fn: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head."""
+        """`fetch_fn(tree)` turns arrays that are whole on each device of the layout into numpy ones, in every process.
+
+        Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head.
+        """
         if model.config.is_critic:
             raise ValueError("generate: the model has a scalar head; generation needs a language model's")
-        strategy = layout.strategy
-        if num_slots % strategy.dp:
-            raise ValueError(f"generate: {num_slots} slots do not divide over dp={strategy.dp}; use a multiple of it")
+        options = options or ForwardOptions()
+        self.decoder: Decoder = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, options)
+        multiple = layout.strategy.dp * self.decoder.num_groups
+        if num_slots % multiple:
+            raise ValueError(
+                f"generate: {num_slots} slots do not divide over dp={layout.strategy.dp} and pp={layout.strategy.pp}; "
+                f"use a multiple of {multiple}"
+            )
         self.model, self.layout, self.config = model, layout, config
         self.eos_ids, self.num_slots, self.seed = tuple(eos_ids), num_slots, seed
-        self.options = options or ForwardOptions()
         self.kept = KeptTokens.of(config, model.config.vocab_size, len(self.eos_ids))
+        self.fetch_fn = fetch_fn or (lambda tree: jax.tree.map(np.asarray, tree))
         # Prompts admitted at once: enough to keep the devices busy, few enough that free slots do not wait.
-        self.num_admitted = max(strategy.dp, num_slots // 4 // strategy.dp * strategy.dp)
-        rules = generate_rules(strategy)
-        self._constrain = make_constrain(rules, layout)
-        self._attention = make_attention(self.options.attention, strategy.tp)
-        compute_copy = make_compute_copy(model, rules, layout, self.options.precision)
-        log = log or CompileLog()
-        self._prepare = jax.jit(lambda params: unstack_layers(compute_copy(params)))
-        self._admit = Compiled("generate: admit", self._admit_rows, log, donate_argnums=1)
-        self._advance = Compiled("generate: advance", self._advance_rows, log, donate_argnums=1)
-        self._grow = jax.jit(
-            lambda slots, length: replace(slots, cache=grow_cache(slots.cache, length)), static_argnums=1
-        )
+        self.num_admitted = max(multiple, num_slots // 4 // multiple * multiple)
+        self._make_programs(log or CompileLog())
 
-    def __call__(self, params: Tree, requests: Sequence[Request]) -> list[Generation]:
-        """Returns the continuation of each request, in their order."""
+    def _make_programs(self, log: CompileLog) -> None:
+        rows, whole = self.layout.sharding("data"), self.layout.replicated
+        slots = Slots(self.decoder.cache_sharding, *[rows] * 8)
+        named = lambda name, fn, out, **options: Compiled(f"generate: {name}", fn, log, out_shardings=out, **options)
+        self._prepare = jax.jit(self.decoder.prepare)
+        self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
+        self._admit = named("admit", self._admit_prompts, slots, donate_argnums=1)
+        self._advance = named("advance", self._advance_slots, (slots, whole), donate_argnums=1)
+        self._take = named("take", self._take_rows, whole)
+        self._grow = jax.jit(self._grow_cache, static_argnums=1, out_shardings=slots)
+
+    def __call__(
+        self, params: Tree, requests: Sequence[Request], progress_fn: Callable[[int], None] | None = None
+    ) -> list[Generation]:
+        """Returns the continuation of each request, in their order; `progress_fn` is told how many have ended."""
         self._check(requests)
         params = self._prepare(params)
         longest = max(len(request.tokens) for request in requests)
-        slots = self._empty_slots(cache_length(longest + 1))
+        slots = self._start(cache_length(longest + 1), any(request.is_greedy for request in requests))
         waiting = list(range(len(requests)))[::-1]
         owner: dict[int, int] = {}  # slot -> request
         results: dict[int, Generation] = {}
@@ -119,15 +150,17 @@ class Generator:
                 taken = [waiting.pop() for _ in range(min(len(free), len(waiting), self.num_admitted))]
                 places, free = free[: len(taken)], free[len(taken) :]
                 owner |= dict(zip(places, taken))
-                slots = self._admit(params, slots, *self._pack_prompts([requests[i] for i in taken], places))
+                slots = self._admit(params, slots, self._pack_prompts([requests[i] for i in taken], places))
             # Go on until enough slots are free for the next prompts, or all are.
             stop_at = max(0, len(owner) - self.num_admitted) if waiting else 0
-            slots = self._advance(params, slots, jax.device_put(np.int32(stop_at), self.layout.replicated))
-            is_running, lengths = np.asarray(slots.is_running), np.asarray(slots.lengths)
-            ended = [slot for slot in owner if not is_running[slot]]
+            slots, state = self._advance(params, slots, self._put(np.int32(stop_at)))
+            state = self.fetch_fn(state)
+            ended = [slot for slot in owner if not state["is_running"][slot]]
             results |= dict(zip([owner.pop(slot) for slot in ended], self._collect(slots, ended)))
-            if any(lengths[slot] >= slots.cache.length for slot in owner):
-                slots = self._grow(slots, cache_length(slots.cache.length + 1))
+            if progress_fn is not None:
+                progress_fn(len(results))
+            if any(state["lengths"][slot] >= self.decoder.cache_length(slots.cache) for slot in owner):
+                slots = self._grow(slots, cache_length(self.decoder.cache_length(slots.cache) + 1))
         return [results[i] for i in range(len(requests))]
 
     def _check(self, requests: Sequence[Request]) -> None:
@@ -140,107 +173,154 @@ class Generator:
                     f"model's {most} positions it needs 1 to {most - new}; shorten prompts or lower max_new_tokens"
                 )
 
-    def _empty_slots(self, length: int) -> Slots:
+    def _empty_slots(self, length: int, has_greedy: bool) -> Slots:
         B, N = self.num_slots, self.config.max_new_tokens
-        rows = self.layout.sharding("data")
+        return Slots(
+            cache=self.decoder.init_cache(B, length),
+            lengths=jnp.zeros(B, jnp.int32),
+            num_generated=jnp.zeros(B, jnp.int32),
+            is_running=jnp.zeros(B, bool),
+            keys=row_keys(self.seed, jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32)),
+            is_greedy=jnp.zeros(B, bool) if has_greedy and not self.config.greedy else None,
+            tokens=jnp.zeros((B, N), jnp.int32),
+            logprobs=jnp.zeros((B, N), jnp.float32),
+            kept=self.kept.init((B, N)) if self.kept else None,
+        )
 
-        def make() -> Slots:
-            return Slots(
-                cache=init_cache(self.model.config, B, length, self.options.precision.dtype),
-                lengths=jnp.zeros(B, jnp.int32),
-                num_generated=jnp.zeros(B, jnp.int32),
-                is_running=jnp.zeros(B, bool),
-                keys=row_keys(self.seed, jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32)),
-                tokens=jnp.zeros((B, N), jnp.int32),
-                logprobs=jnp.zeros((B, N), jnp.float32),
-                kept=self.kept.init((B, N)) if self.kept else None,
-            )
+    def _grow_cache(self, slots: Slots, length: int) -> Slots:
+        return replace(slots, cache=self.decoder.grow(slots.cache, length))
 
-        return jax.jit(make, out_shardings=rows)()
-
-    def _pack_prompts(self, requests: Sequence[Request], places: Sequence[int]) -> tuple[np.ndarray, ...]:
-        """Returns tokens `[A, T]`, lengths, slots, row and sample numbers `[A]`; unused rows have no slot."""
-        A, T = self.num_admitted, cache_length(max(len(r.tokens) for r in requests), shortest=32)
+    def _pack_prompts(self, requests: Sequence[Request], places: Sequence[int]) -> Prompts:
+        A, T = self.num_admitted, cache_length(max(len(r.tokens) for r in requests), shortest=SHORTEST_PROMPTS)
         tokens, lengths = np.zeros((A, T), np.int32), np.ones(A, np.int32)
-        slots, rows, samples = np.full(A, self.num_slots, np.int32), np.zeros(A, np.int32), np.zeros(A, np.int32)
-        for i, (request, place) in enumerate(zip(requests, places)):
+        for i, request in enumerate(requests):
             tokens[i, : len(request.tokens)], lengths[i] = request.tokens, len(request.tokens)
-            slots[i], rows[i], samples[i] = place, request.row_id, request.sample_id
-        return tuple(jax.device_put(x, self.layout.replicated) for x in (tokens, lengths, slots, rows, samples))
+        numbers = np.zeros((3, A), np.int32)
+        numbers[:, : len(requests)] = np.array([(r.row_id, r.sample_id, r.is_greedy) for r in requests]).T
+        slots = np.full(A, self.num_slots, np.int32)
+        slots[: len(requests)] = places
+        row_ids, sample_ids, is_greedy = numbers
+        return jax.tree.map(self._put, Prompts(tokens, lengths, slots, row_ids, sample_ids, is_greedy.astype(bool)))
 
-    def _admit_rows(
-        self, params: Tree, slots: Slots, tokens: Array, lengths: Array, places: Array, rows: Array, samples: Array
-    ) -> Slots:
-        transformer, blocks = self.model.bind_layers(params)
-        hidden, prompts = prefill(transformer, blocks, tokens, lengths, self._attention, self._constrain)
-        put = lambda whole, part: whole.at[places].set(part, mode="drop")
-        zeros = jnp.zeros_like(lengths)
-        slots = replace(
-            slots,
-            cache=write_rows(slots.cache, prompts, places),
-            lengths=put(slots.lengths, lengths),
-            num_generated=put(slots.num_generated, zeros),
-            is_running=put(slots.is_running, zeros == 0),
-            keys=put(slots.keys, row_keys(self.seed, rows, samples)),
+    def _put(self, array: np.ndarray) -> Array:
+        # Every process has the whole array; device_put would stop all of them to compare it.
+        return jax.make_array_from_callback(array.shape, self.layout.replicated, lambda index: array[index])
+
+    def _admit_prompts(self, params: Tree, slots: Slots, prompts: Prompts) -> Slots:
+        hidden, cache = self.decoder.admit(params, slots.cache, prompts.tokens, prompts.lengths, prompts.places)
+        keys = row_keys(self.seed, prompts.row_ids, prompts.sample_ids)
+        is_greedy = None if slots.is_greedy is None else prompts.is_greedy
+        zeros = jnp.zeros_like(prompts.lengths)
+        drawn = self._draw(params, hidden, keys, zeros, is_greedy)
+        put = lambda whole, part: None if part is None else whole.at[prompts.places].set(part, mode="drop")
+        put_first = lambda whole, part: None if part is None else whole.at[prompts.places, 0].set(part, mode="drop")
+        return Slots(
+            cache=cache,
+            lengths=put(slots.lengths, prompts.lengths),
+            num_generated=put(slots.num_generated, zeros + 1),
+            is_running=put(slots.is_running, ~self._has_ended(drawn.tokens, zeros + 1)),
+            keys=put(slots.keys, keys),
+            is_greedy=put(slots.is_greedy, is_greedy),
+            tokens=put_first(slots.tokens, drawn.tokens),
+            logprobs=put_first(slots.logprobs, drawn.logprobs),
+            kept=put_first(slots.kept, drawn.kept),
         )
-        is_new = put(jnp.zeros_like(slots.is_running), zeros == 0)
-        logits = put(
-            jnp.zeros((self.num_slots, self.model.config.vocab_size), jnp.float32), self._logits(transformer, hidden)
-        )
-        return self._draw(slots, logits, is_new)
 
-    def _advance_rows(self, params: Tree, slots: Slots, stop_at: Array) -> Slots:
-        transformer, blocks = self.model.bind_layers(params)
+    def _advance_slots(self, params: Tree, slots: Slots, stop_at: Array) -> tuple[Slots, dict[str, Array]]:
+        num_groups = self.decoder.num_groups
 
-        def go_on(slots: Slots) -> Array:
-            has_room = jnp.all(~slots.is_running | (slots.lengths < slots.cache.length))
+        def go_on(carry: tuple[Slots, Any, Array]) -> Array:
+            slots = carry[0]
+            has_room = jnp.all(~slots.is_running | (slots.lengths < self.decoder.cache_length(slots.cache)))
             return has_room & (jnp.sum(slots.is_running) > stop_at)
 
-        def step(slots: Slots) -> Slots:
-            last = jnp.take_along_axis(slots.tokens, jnp.maximum(slots.num_generated - 1, 0)[:, None], axis=1)[:, 0]
-            hidden, cache = decode(transformer, blocks, slots.cache, last, slots.lengths, self._constrain)
-            slots = replace(slots, cache=cache, lengths=slots.lengths + slots.is_running)
-            return self._draw(slots, self._logits(transformer, hidden), slots.is_running)
+        def go_round(carry: tuple[Slots, Any, Array]) -> tuple[Slots, Any, Array]:
+            slots, flight, is_full = carry
+            for group in range(num_groups):
+                hidden, cache, flight = self._tick(params, slots, flight, group)
+                slots = replace(slots, cache=cache)
+                # In the first round the stages fill: only the group that went in first comes out.
+                is_out = is_full | (group == num_groups - 1)
+                slots = self._add_tokens(params, slots, hidden, (group + 1) % num_groups, is_out)
+            return slots, flight, jnp.array(True)
 
-        return jax.lax.while_loop(go_on, step, slots)
+        carry = (slots, self.decoder.init_flight(self.num_slots), jnp.array(False))
+        slots = jax.lax.while_loop(go_on, go_round, carry)[0]
+        return slots, {"is_running": slots.is_running, "lengths": slots.lengths}
 
-    def _logits(self, transformer: Any, hidden: Array) -> Array:
-        return jnp.einsum("BD,DV->BV", hidden, transformer.head_kernel(), preferred_element_type=jnp.float32)
+    def _tick(self, params: Tree, slots: Slots, flight: Any, group: int) -> tuple[Array, Any, Any]:
+        last = jnp.maximum(self._of_group(slots.num_generated, group) - 1, 0)
+        tokens = jnp.take_along_axis(self._of_group(slots.tokens, group), last[:, None], axis=1)[:, 0]
+        lengths = slots.lengths.reshape(-1, self.decoder.num_groups)
+        return self.decoder.tick(params, slots.cache, flight, group, tokens, lengths)
 
-    def _draw(self, slots: Slots, logits: Array, is_drawn: Array) -> Slots:
-        """Draws the next token of the rows `is_drawn`, and ends those at an end-of-text token or at max_new_tokens."""
-        index = slots.num_generated
-        processed = process_logits(logits, index, self.eos_ids, self.config)
-        tokens, logprobs = draw_tokens(processed, slots.keys, index, greedy=self.config.greedy)
-        rows = jnp.arange(self.num_slots)
+    def _add_tokens(self, params: Tree, slots: Slots, hidden: Array, group: int, is_out: Array) -> Slots:
+        """Draws the next token of a group's running rows, and ends those at end-of-text or max_new_tokens."""
+        num_groups = self.decoder.num_groups
+        of_group = lambda x: None if x is None else self._of_group(x, group)
+        index, is_drawn = of_group(slots.num_generated), of_group(slots.is_running) & is_out
+        drawn = self._draw(params, hidden, of_group(slots.keys), index, of_group(slots.is_greedy))
         at = jnp.where(is_drawn, index, self.config.max_new_tokens)
-        record = lambda whole, part: whole.at[rows, at].set(part, mode="drop")
-        is_eos = jnp.isin(tokens, jnp.array(self.eos_ids, jnp.int32))
-        num_generated = index + is_drawn
-        has_ended = is_drawn & (is_eos | (num_generated >= self.config.max_new_tokens))
+
+        def put(whole: Array, part: Array) -> Array:
+            grouped = whole.reshape(-1, num_groups, *whole.shape[1:])
+            return grouped.at[:, group].set(part).reshape(whole.shape)
+
+        def record(whole: Array | None, part: Array | None) -> Array | None:
+            if whole is None or part is None:
+                return None
+            grouped = whole.reshape(-1, num_groups, *whole.shape[1:])
+            # Mapped over rows, the scatter stays on the devices that hold them.
+            grouped = jax.vmap(lambda row, i, x: row.at[group, i].set(x, mode="drop"))(grouped, at, part)
+            return grouped.reshape(whole.shape)
+
+        is_running = of_group(slots.is_running) & ~(is_drawn & self._has_ended(drawn.tokens, index + 1))
         return replace(
             slots,
-            num_generated=num_generated,
-            is_running=slots.is_running & ~has_ended,
-            tokens=record(slots.tokens, tokens),
-            logprobs=record(slots.logprobs, logprobs),
-            kept=record(slots.kept, self.kept.pack(processed, tokens)) if self.kept else None,
+            lengths=put(slots.lengths, of_group(slots.lengths) + is_drawn),
+            num_generated=put(slots.num_generated, index + is_drawn),
+            is_running=put(slots.is_running, is_running),
+            tokens=record(slots.tokens, drawn.tokens),
+            logprobs=record(slots.logprobs, drawn.logprobs),
+            kept=record(slots.kept, drawn.kept),
         )
 
+    def _of_group(self, x: Array, group: int) -> Array:
+        return x.reshape(-1, self.decoder.num_groups, *x.shape[1:])[:, group]
+
+    def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn:
+        kernel = self.model.bind_layers(params)[0].head_kernel()
+        logits = jnp.einsum("BD,DV->BV", hidden, kernel, preferred_element_type=jnp.float32)
+        # A row's logits meet on one device, where it is drawn.
+        logits = jax.lax.with_sharding_constraint(logits, self.layout.sharding("data"))
+        return draw(logits, keys, index, is_greedy, eos_ids=self.eos_ids, config=self.config, stored=self.kept)
+
+    def _has_ended(self, tokens: Array, num_generated: Array) -> Array:
+        is_eos = jnp.isin(tokens, jnp.array(self.eos_ids, jnp.int32))
+        return is_eos | (num_generated >= self.config.max_new_tokens)
+
+    def _take_rows(self, results: dict[str, Array | None], rows: Array) -> dict[str, Array | None]:
+        return jax.tree.map(lambda x: x[rows], results)
+
     def _collect(self, slots: Slots, ended: Sequence[int]) -> list[Generation]:
-        if not ended:
-            return []
-        tokens, logprobs, counts = map(np.asarray, (slots.tokens, slots.logprobs, slots.num_generated))
-        kept = None if slots.kept is None else np.asarray(slots.kept)
-        return [
-            Generation(
-                tokens=tokens[slot, : counts[slot]].copy(),
-                logprobs=logprobs[slot, : counts[slot]].copy(),
-                ended=int(tokens[slot, counts[slot] - 1]) in self.eos_ids,
-                kept=None if kept is None else kept[slot, : counts[slot]].copy(),
-            )
-            for slot in ended
-        ]
+        generations: list[Generation] = []
+        results = {"tokens": slots.tokens, "logprobs": slots.logprobs, "counts": slots.num_generated}
+        for first in range(0, len(ended), self.num_admitted):
+            rows = np.zeros(self.num_admitted, np.int32)
+            part = ended[first : first + self.num_admitted]
+            rows[: len(part)] = part
+            taken = self.fetch_fn(self._take(results | {"kept": slots.kept}, self._put(rows)))
+            for i, count in enumerate(taken["counts"][: len(part)]):
+                tokens, kept = taken["tokens"][i, :count].copy(), taken["kept"]
+                generations.append(
+                    Generation(
+                        tokens=tokens,
+                        logprobs=taken["logprobs"][i, :count].copy(),
+                        ended=int(tokens[-1]) in self.eos_ids,
+                        kept=None if kept is None else kept[i, :count].copy(),
+                    )
+                )
+        return generations
 
 
 def cache_length(num_tokens: int, shortest: int = SHORTEST_CACHE) -> int:

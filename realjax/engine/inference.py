@@ -16,7 +16,12 @@ from realjax.models.build import Model
 
 
 def make_inference(
-    model: Model, head: str, layout: Layout, options: ForwardOptions, num_mbs: int = 1, draw: Draw = Draw()  # noqa: B008
+    model: Model,
+    head: str,
+    layout: Layout,
+    options: ForwardOptions,
+    num_mbs: int = 1,
+    draw: Draw = Draw(),  # noqa: B008
 ) -> Callable[[Tree, Batch], Mapping[str, Array]]:
     """Returns `fn(params, batch) -> outputs` of the head, computed in `num_mbs` parts; params of any dtype.
 

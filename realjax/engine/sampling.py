@@ -5,17 +5,57 @@ either removes is removed. The log-probability is that of the distribution drawn
 no filter.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.draw import REMOVED
+from realjax.core.draw import REMOVED, KeptTokens
 from realjax.core.generation_config import GenerationConfig
 
 DRAW_BLOCK = 256
 
 
-def process_logits(logits_BV: Array, num_generated: Array, eos_ids: tuple[int, ...], config: GenerationConfig) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each of B rows, its log-probability, and the set it was drawn from where sets are recorded."""
+
+    tokens: Array  # [B] int32
+    logprobs: Array  # [B] float32
+    kept: Array | None  # [B, W], see `core.draw.KeptTokens`
+
+
+def draw(
+    logits_BV: Array,
+    keys: Array,
+    num_generated: Array,
+    is_greedy: Array | None,
+    *,
+    eos_ids: tuple[int, ...],
+    config: GenerationConfig,
+    stored: KeptTokens | None,
+) -> Drawn:
+    """Returns the next token of each row. `is_greedy` `[B]` marks rows that take the likeliest, None: as `config` says.
+
+    A row's draw depends on its key and its number of generated tokens, never on its neighbours.
+    """
+    processed = process_logits(logits_BV, num_generated, eos_ids, config, is_greedy)
+    tokens, logprobs = draw_tokens(processed, keys, num_generated, is_greedy=config.greedy or is_greedy)
+    if stored is None:
+        return Drawn(tokens, logprobs, None)
+    kept = stored.pack(processed, tokens)
+    return Drawn(tokens, logprobs, kept if is_greedy is None else jnp.where(is_greedy[:, None], 0, kept))
+
+
+def process_logits(
+    logits_BV: Array,
+    num_generated: Array,
+    eos_ids: tuple[int, ...],
+    config: GenerationConfig,
+    is_greedy: Array | None = None,
+) -> Array:
     """Returns the float32 logits `[B, V]` of the distribution to draw from; removed tokens are the least float.
 
     `num_generated` `[B]` is how many tokens each row has generated so far.
@@ -27,26 +67,33 @@ def process_logits(logits_BV: Array, num_generated: Array, eos_ids: tuple[int, .
         logits = jnp.where(too_early & is_eos, REMOVED, logits)
     if config.greedy:
         return logits
-    logits = logits / config.temperature
-    least = jnp.maximum(top_k_bound(logits, config.top_k), top_p_bound(logits, config.top_p))
-    return jnp.where(logits < least[:, None], REMOVED, logits)
+    scaled = logits / config.temperature
+    if config.filters(logits.shape[1]):
+        scaled = jnp.where(scaled < least_kept(scaled, config.top_k, config.top_p)[:, None], REMOVED, scaled)
+    return scaled if is_greedy is None else jnp.where(is_greedy[:, None], logits, scaled)
 
 
-def top_k_bound(logits_BV: Array, top_k: int) -> Array:
-    """Returns the k-th largest logit of each row `[B]`; what lies below it is removed, ties with it stay."""
+def least_kept(logits_BV: Array, top_k: int, top_p: float) -> Array:
+    """Returns the least logit of each row `[B]` that both filters keep; ties with it stay, and the largest always does.
+
+    top-k keeps what is no less than the k-th largest; top-p keeps a token when the likelier ones hold less than top_p.
+    """
     if top_k >= logits_BV.shape[1]:
-        return jnp.full(logits_BV.shape[0], -jnp.inf)
-    return jax.lax.top_k(logits_BV, top_k)[0][:, -1]
+        return top_p_bound(logits_BV, top_p)
+    largest = jax.lax.top_k(logits_BV, top_k)[0]
+    if top_p >= 1:
+        return largest[:, -1]
+    # The k largest, in order, tell where top-p would end if it ends among them.
+    probs = jnp.exp(largest - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
+    mass_above = jnp.cumsum(probs, axis=1) - probs
+    return jnp.min(jnp.where(mass_above < top_p, largest, jnp.inf), axis=1)
 
 
 def top_p_bound(logits_BV: Array, top_p: float) -> Array:
     """Returns the least logit of each row `[B]` that top-p keeps; ties with it stay, and the largest always does.
 
-    A token stays when the tokens likelier than it hold less than top_p of the probability. The bound is found by
-    bisection on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
+    The bound is found by bisection on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
     """
-    if top_p >= 1:
-        return jnp.full(logits_BV.shape[0], -jnp.inf)
     probs = jax.nn.softmax(logits_BV, axis=-1)
     keys = _ordered_bits(logits_BV)
 
@@ -78,19 +125,27 @@ def row_keys(seed: int, row_ids: Array, sample_ids: Array) -> Array:
     return jax.vmap(lambda row, sample: jax.random.fold_in(jax.random.fold_in(base, row), sample))(row_ids, sample_ids)
 
 
-def draw_tokens(processed_BV: Array, keys: Array, num_generated: Array, *, greedy: bool) -> tuple[Array, Array]:
-    """Returns tokens int32 `[B]` and their log-probabilities float32 `[B]`.
-
-    A row's draw depends on its key and its number of generated tokens, never on its neighbours.
-    """
+def draw_tokens(
+    processed_BV: Array, keys: Array, num_generated: Array, *, is_greedy: Array | bool | None
+) -> tuple[Array, Array]:
+    """Returns tokens int32 `[B]` and their log-probabilities float32 `[B]`; `is_greedy` may differ from row to row."""
     log_probs = jax.nn.log_softmax(processed_BV, axis=-1)
-    if greedy:
-        tokens = jnp.argmax(processed_BV, axis=-1)
+    if is_greedy is True:
+        tokens = _likeliest(processed_BV)
     else:
         uniforms = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, num_generated)
         tokens = _invert_cdf(jnp.exp(log_probs), uniforms)
+        if isinstance(is_greedy, jax.Array):
+            tokens = jnp.where(is_greedy, _likeliest(processed_BV), tokens)
     tokens = tokens.astype(jnp.int32)
     return tokens, jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
+
+
+def _likeliest(logits_BV: Array) -> Array:
+    """Returns the first index of the largest logit."""
+    # A maximum and a minimum over the vocabulary; XLA's CPU backend takes several times as long for an argmax.
+    is_largest = logits_BV == jnp.max(logits_BV, axis=1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, jnp.arange(logits_BV.shape[1]), logits_BV.shape[1] - 1), axis=1)
 
 
 def _invert_cdf(probs_BV: Array, uniforms: Array) -> Array:

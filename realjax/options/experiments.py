@@ -71,6 +71,11 @@ class DPOConfig(CommonExperimentConfig):
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing: found {self.label_smoothing}; it must be in [0, 0.5)")
 
+    @property
+    def unused(self) -> frozenset[str]:
+        """Names of the models and calls that a run with these options does without."""
+        return frozenset({"ref", "ref_inf"}) if self.reference_free else frozenset()
+
 
 def check_role(name: str, model: ModelTrainEvalConfig, *, is_critic: bool, is_trained: bool) -> None:
     """Raises ValueError when a model's head or optimizer is not what its role in the experiment needs."""

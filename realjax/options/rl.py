@@ -39,16 +39,24 @@ class RewardOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Answers to held-out prompts, scored by the run's own rewards."""
+    """Answers to held-out prompts, scored by the run's own rewards; greedy ones, sampled ones, or both."""
 
-    greedy: bool = option(True, "take the likeliest tokens; False draws answers as in training")
+    greedy: bool = option(True, "answer with the likeliest tokens")
+    sampled: bool = option(True, "answer with tokens drawn as in training")
     num_prompts: int | None = option(None, "prompts answered, from the start of valid_path; null is all", at_least=1)
     best_metric: str | None = option(
-        None, "metric of the evaluation, such as task_reward, whose highest value marks the checkpoint kept as best"
+        None, "metric of the evaluation, such as greedy/task_reward, whose highest value marks the checkpoint kept as best"
     )
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if not self.draws:
+            raise ValueError("eval.greedy: found False, as is eval.sampled; set one of them to True")
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """How answers are drawn, one name for each way."""
+        return tuple(name for name in ("greedy", "sampled") if getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,8 @@ class GRPOHyperparameters(GRPOParameters, StepOptions):
 @dataclass(frozen=True, kw_only=True)
 class RLOOHyperparameters(RLOOParameters, StepOptions):
     """RLOO: how sequences are drawn, scored and learned from."""
+
+    ppo_n_minibatches: int = option(1, "updates that the sequences of a step are split into", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

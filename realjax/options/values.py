@@ -1,5 +1,6 @@
 """One value: text of the command line, or a value of a recipe, to the type that an option is annotated with."""
 
+import json
 import math
 import re
 import types
@@ -111,7 +112,19 @@ def _split_list(value: Any, annotation: Any, name: str) -> list:
         return list(value)
     if not isinstance(value, str):
         raise wrong_type(name, value, type_label(annotation))
+    if (texts := _json_texts(value)) is not None:
+        return texts
     inner = unquote(value).strip()
     if inner[:1] + inner[-1:] in ("[]", "()"):
         inner = inner[1:-1]
     return [item.strip() for item in inner.split(",")] if inner.strip() else []
+
+
+def _json_texts(value: str) -> list[str] | None:
+    """Returns the texts of a JSON list of nothing else, whose quotes keep commas, and line breaks as backslash n."""
+    try:
+        found = json.loads(value)
+    except ValueError:  # also for numbers of thousands of digits
+        return None
+    is_texts = isinstance(found, list) and all(isinstance(text, str) for text in found)
+    return found if is_texts else None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from realjax.algorithms.classifier_reward import load_classifier
-from tests.algorithms.rollout_cases import SAMPLES
+from tests.algorithms.text_rollouts import SAMPLES
 from tests.data.test_datasets import make_tokenizer
 from tests.hf.tiny import SIZES
 

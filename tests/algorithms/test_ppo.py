@@ -24,7 +24,7 @@ STATE = {"value_mean": 0.02, "value_mean_square": 0.11, "value_weight": 0.04}
 
 
 def plain_ppo(rollouts, state, p):
-    """The issue's recipe, sequence by sequence: advantages, returns in the critic's units, and values before actions."""
+    """Advantages, returns and values before actions, sequence by sequence."""
     mean, std = 0.0, 1.0
     if p.value_norm:
         weight = 1.0 if p.value_norm_type == "ma" else max(state.get("value_weight", 0), p.value_norm_eps)

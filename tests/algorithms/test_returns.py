@@ -25,7 +25,7 @@ def packed(packing="short rows", rollouts=None):
 
 
 def plain_gae(rewards, values, goes_on, discount, gae_lambda):
-    """Advantages and returns of one response from its rewards and one value more: before each action, after the last."""
+    """Advantages and returns of one response; `values` are those before each action and after the last."""
     advantages = np.zeros(len(rewards))
     for t in range(len(rewards)):
         for k in range(t, len(rewards)):

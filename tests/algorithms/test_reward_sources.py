@@ -11,7 +11,7 @@ from realjax.algorithms.reward_sources import (
     mixed_inputs,
 )
 from realjax.core.host_call import HostResult
-from tests.algorithms.rollout_cases import pack_samples, places
+from tests.algorithms.text_rollouts import pack_samples, places
 
 
 def with_scores(arrays, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from realjax.algorithms.text_rewards import load_function, make_text_reward
-from tests.algorithms.rollout_cases import SAMPLES, TOKENIZER, pack_samples, places
+from tests.algorithms.text_rollouts import SAMPLES, TOKENIZER, pack_samples, places
 
 ROWS = [{"id": f"row{i}", "prompt": "p", "grade": 10 * i} for i in range(3)]
 

@@ -21,7 +21,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "hf": frozenset({"core", "models"}),
     "allocation": frozenset({"core", "dataflow", "models.config"}),
     "options": frozenset({"core", "engine", "algorithms", "data", "dataflow"}),
-    "experiments": frozenset({"core", "options", "dataflow", "algorithms", "data", "hf", "allocation"}),
+    "experiments": frozenset(
+        {"core", "options", "dataflow", "algorithms", "data", "hf", "allocation", "models.config"}
+    ),
     # No options and no experiments: the runtime carries out any run that is described to it. The models are for
     # building a role before its engine.
     "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data"}),

@@ -44,7 +44,7 @@ def test_20000_draws_follow_the_filtered_distribution(top_k, top_p, temperature)
     zeros = jnp.zeros(num_draws, jnp.int32)
     processed = process_logits(jnp.array(logits)[None], zeros[:1], (3,), config(top_k, top_p, temperature))
     np.testing.assert_array_equal(np.asarray(processed[0]) > REMOVED, keep)
-    draw = jax.jit(lambda keys: draw_tokens(jnp.tile(processed, (num_draws, 1)), keys, zeros, greedy=False))
+    draw = jax.jit(lambda keys: draw_tokens(jnp.tile(processed, (num_draws, 1)), keys, zeros, is_greedy=None))
     tokens, logprobs = map(np.asarray, draw(row_keys(1, jnp.arange(num_draws), zeros)))
     np.testing.assert_allclose(logprobs, np.log(probs[tokens]), atol=1e-5)
     counts, expected = np.bincount(tokens, minlength=V), probs * num_draws
@@ -62,7 +62,7 @@ def test_end_of_text_cannot_be_drawn_early_and_greedy_takes_the_likeliest():
     logits = jnp.array(random_logits()).at[7].set(50.0)[None].repeat(2, axis=0)
     options = config(50, 0.9, 1.0, min_new_tokens=3, greedy=True)
     processed = process_logits(logits, jnp.array([2, 3]), (7,), options)
-    tokens, logprobs = draw_tokens(processed, row_keys(0, jnp.arange(2), jnp.arange(2)), jnp.zeros(2), greedy=True)
+    tokens, logprobs = draw_tokens(processed, row_keys(0, jnp.arange(2), jnp.arange(2)), jnp.zeros(2), is_greedy=True)
     assert tokens[0] != 7 and tokens[1] == 7
     np.testing.assert_allclose(logprobs[1], jax.nn.log_softmax(logits[1])[7], atol=1e-6)
 
@@ -73,7 +73,7 @@ def test_a_draw_depends_on_its_own_row_alone():
         process_logits(logits[rows], jnp.zeros(len(rows)), (), config(100, 0.9, 1.0)),
         row_keys(5, rows, jnp.zeros(len(rows), jnp.int32)),
         jnp.zeros(len(rows), jnp.int32),
-        greedy=False,
+        is_greedy=None,
     )[0]
     together, alone = draw(jnp.arange(4)), jnp.concatenate([draw(jnp.array([row])) for row in range(4)])
     np.testing.assert_array_equal(together, alone)

@@ -43,6 +43,7 @@ def test_null_is_refused_where_a_value_is_needed(annotation):
         ("1, 2", list[int], [1, 2]),
         ("[]", list[int], []),
         ("('x','y')", tuple[str, ...], ("x", "y")),
+        (r'["a, b", "\n\n\u00e9"]', tuple[str, ...], ("a, b", "\n\né")),
         ("", str, ""),
         ("/a path=with:all,signs", str, "/a path=with:all,signs"),
     ],

@@ -22,7 +22,7 @@ from tests.runtime.specs import make_role, make_state
 
 MODEL = make_model(vocab_size=512, hidden_size=96, head_dim=12, ffn_size=256)
 LAYOUT = make_layout(dp=2, zero=2)
-REF_LAYOUT = make_layout(tp=2)
+REF_LAYOUT = make_layout(dp=2)
 KEYS = frozenset({"tokens", "loss_mask", "pair_weight"})
 BEFORE = MFC(name="ref", role="ref", call="inference", inputs=("tokens",), outputs=("ref_logprobs",), head="logprobs")
 DPO = MFC(
@@ -38,7 +38,7 @@ SFT = MFC(name="train", role="default", call="train_step", inputs=("tokens", "lo
 def make_trees() -> list[Any]:
     """Returns parameters split, replicated and in host memory, on the same and on other devices."""
     params = random_tree(MODEL)
-    trees = [place_params(MODEL, params, layout) for layout in (LAYOUT, REF_LAYOUT, make_layout(dp=4, tp=2, zero=3))]
+    trees = [place_params(MODEL, params, layout) for layout in (LAYOUT, make_layout(tp=2), make_layout(dp=4, tp=2, zero=3))]
     host = jax.device_put(params, on_host(jax.tree.map(lambda a: a.sharding, trees[0])))
     return [*trees, host]
 
@@ -73,8 +73,8 @@ def peaks(*calls: MFC, offload: bool = False) -> dict[str, float]:
         roles["ref"], states["ref"] = role, params
     layouts = {SFT.name: LAYOUT, BEFORE.name: REF_LAYOUT}
     executor = Executor(DataflowGraph(calls, KEYS), layouts, roles, states)
-    batch, _ = pack_in_order(make_examples([16] * 16, vocab_size=512), 32, num_rows=8)
-    batch = batch.with_arrays(pair_weight=np.ones((8, 1), np.float32))
+    batch, _ = pack_in_order(make_examples([8] * 8, vocab_size=512), 16, num_rows=4)
+    batch = batch.with_arrays(pair_weight=np.ones((4, 1), np.float32))
     for step in range(2):
         executor.step(batch, step)
     return {record.name: record.metrics()["memory_mib"] for record in executor.timeline.of_step(1)}

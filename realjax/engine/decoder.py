@@ -1,0 +1,105 @@
+"""The model as the sampler uses it, on one stage: parameters made ready, prompts taken in, one token a row decoded."""
+
+from typing import Any, Protocol
+
+from jax import Array
+from jax.sharding import NamedSharding
+
+from realjax.core.axes import generate_rules, make_constrain, resolve
+from realjax.core.layout import Layout
+from realjax.core.trees import Tree
+from realjax.engine.forward import ForwardOptions, make_compute_copy
+from realjax.models.attention import make_attention
+from realjax.models.build import Model, unstack_layers
+from realjax.models.cache import KVCache, decode, grow_cache, init_cache, prefill, write_rows
+
+CACHE_NAMES = ("rows", "cache_time", "kv_heads", "head_dim")
+
+
+class Decoder(Protocol):
+    """What a layout decides about decoding. Slots form `num_groups` groups, slot b in group b mod num_groups: a tick
+    takes one group's new tokens in and gives another's hidden states out.
+    """
+
+    num_groups: int
+    cache_sharding: NamedSharding
+
+    def prepare(self, params: Tree) -> Tree:
+        """Returns the parameters in the compute dtype and in the form that the other functions take."""
+        ...
+
+    def init_cache(self, num_slots: int, length: int) -> Any:
+        """Returns an empty cache."""
+        ...
+
+    def cache_length(self, cache: Any) -> int:
+        """Returns the tokens a slot has room for."""
+        ...
+
+    def grow(self, cache: Any, length: int) -> Any:
+        """Returns the cache with room for `length` tokens a slot."""
+        ...
+
+    def admit(self, params: Tree, cache: Any, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Any]:
+        """Returns the last hidden states `[A, D]` of prompts `[A, T]`, and the cache with them in the slots `places`.
+
+        A place beyond the last slot is dropped.
+        """
+        ...
+
+    def init_flight(self, num_slots: int) -> Any:
+        """Returns what is between the stages before the first tick: nothing of worth."""
+        ...
+
+    def tick(
+        self, params: Tree, cache: Any, flight: Any, group: int, tokens: Array, lengths: Array
+    ) -> tuple[Array, Any, Any]:
+        """Takes in `tokens` `[B/G]` of `group`, at index `lengths` `[B/G, G]` of their slots.
+
+        Returns the hidden states `[B/G, D]` of group `(group + 1) % num_groups`, the cache and what is in flight.
+        """
+        ...
+
+
+class OneStage:
+    """The whole model in one stage: a single group, whose tokens come out in the tick that they go in."""
+
+    num_groups = 1
+
+    def __init__(self, model: Model, layout: Layout, options: ForwardOptions) -> None:
+        rules, config = generate_rules(layout.strategy), model.config
+        self.model, self.dtype = model, options.precision.dtype
+        self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
+        self.constrain = make_constrain(rules, layout)
+        self.attention_fn = make_attention(options.attention, layout.strategy.tp)
+        shape = (layout.strategy.dp, 1, config.num_kv_heads, config.head_dim)
+        self.cache_sharding = NamedSharding(layout.mesh, resolve(CACHE_NAMES, shape, rules, layout, "cache"))
+
+    def prepare(self, params: Tree) -> Tree:
+        return unstack_layers(self.compute_copy(params))
+
+    def init_cache(self, num_slots: int, length: int) -> KVCache:
+        return init_cache(self.model.config, num_slots, length, self.dtype)
+
+    def cache_length(self, cache: KVCache) -> int:
+        return cache.length
+
+    def grow(self, cache: KVCache, length: int) -> KVCache:
+        return grow_cache(cache, length)
+
+    def admit(
+        self, params: Tree, cache: KVCache, tokens: Array, lengths: Array, places: Array
+    ) -> tuple[Array, KVCache]:
+        transformer, blocks = self.model.bind_layers(params)
+        hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.attention_fn, self.constrain)
+        return hidden, write_rows(cache, prompts, places)
+
+    def init_flight(self, num_slots: int) -> tuple[()]:
+        return ()
+
+    def tick(
+        self, params: Tree, cache: KVCache, flight: tuple[()], group: int, tokens: Array, lengths: Array
+    ) -> tuple[Array, KVCache, tuple[()]]:
+        transformer, blocks = self.model.bind_layers(params)
+        hidden, cache = decode(transformer, blocks, cache, tokens, lengths[:, 0], self.constrain)
+        return hidden, cache, flight

@@ -1,0 +1,309 @@
+"""What the algorithms share that learn from rewards of their own answers: prompts -> answers -> rewards -> update."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from realjax.algorithms.classifier_reward import load_classifier
+from realjax.algorithms.policy import PolicyParameters, make_policy_loss
+from realjax.algorithms.returns import Responses, rollout_metrics
+from realjax.algorithms.reward_sources import (
+    MODEL_REWARD_INPUTS,
+    REWARD_OUTPUTS,
+    RewardSource,
+    make_model_reward,
+    mix_rewards,
+    mixed_inputs,
+)
+from realjax.algorithms.text_rewards import TEXT_REWARD_INPUTS, load_function, make_text_reward
+from realjax.allocation.heuristic import Placement, SizedModel
+from realjax.core.draw import Draw
+from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.layout import Layout
+from realjax.data.loader import Loader
+from realjax.data.packing import rollout_row_len
+from realjax.data.prompts import PromptDataset, load_prompts
+from realjax.dataflow.graph import MFC, DataflowGraph, HostCall, Minibatches, Sampling
+from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
+from realjax.experiments import common
+from realjax.hf.generation import load_eos_ids
+from realjax.hf.load import has_critic_head, load_config
+from realjax.models.config import ModelConfig
+from realjax.options.parallel import MFCConfig
+from realjax.options.rl import RLConfig
+
+ROLLOUT_KEYS = ("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id")
+
+# place(models by role, n_nodes=, n_gpus_per_node=) -> placements by call: the rules of allocation_mode=heuristic.
+PlaceFn = Callable[..., dict[str, Placement]]
+
+
+class Setup:
+    """An RL experiment's models, data and layouts, checked; and the calls that all of them make."""
+
+    def __init__(
+        self, config: RLConfig, devices: Sequence[jax.Device], roles_by_call: Mapping[str, str], place_fn: PlaceFn
+    ) -> None:
+        """Raises ValueError for data, models or layouts that cannot work; nothing is allocated."""
+        self.config, self.options = config, config.algorithm.with_lengths()
+        self.roles_by_call = {call: role for call, role in roles_by_call.items() if role not in config.unused}
+        trained = {role for call, role in self.roles_by_call.items() if call.endswith("_train")}
+        self.roles = {
+            name: self._role(name, devices, is_trained=name in trained)
+            for name in dict.fromkeys(self.roles_by_call.values())
+        }
+        self.models = {name: load_config(role.path) for name, role in self.roles.items()}
+        self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
+        check_models(self.roles, self.models, self.tokenizer)
+        self.layouts = self._layouts(devices, place_fn)
+        self.prompts, self.held_out = self._load_prompts()
+        self.longest = (
+            max(one.longest for one in (self.prompts, self.held_out) if one) + self.options.gen.max_new_tokens
+        )
+        self._check_positions()
+        self.eos_ids = load_eos_ids(self.roles["actor"].path, self.tokenizer)
+        self.draw = Draw.of(self.options.gen, self.models["actor"].vocab_size, len(self.eos_ids))
+
+    def _role(self, name: str, devices: Sequence[jax.Device], *, is_trained: bool) -> RoleSpec:
+        role = common.role_spec(name, getattr(self.config, name), devices, is_trained=is_trained)
+        return replace(role, is_averaged=name == "ref" and self.options.ref_ema_eta is not None)
+
+    def _layouts(self, devices: Sequence[jax.Device], place_fn: PlaceFn) -> dict[str, Layout]:
+        config = self.config
+        if config.allocation_mode == "heuristic":
+            sized = {
+                name: SizedModel(size=getattr(config, name).type.size, config=model)
+                for name, model in self.models.items()
+            }
+            places = place_fn(sized, n_nodes=config.n_nodes, n_gpus_per_node=config.n_gpus_per_node)
+            return {call: self._placed(call, places[call], devices) for call in self.roles_by_call}
+        return {
+            call: common.call_layout(
+                call,
+                config,
+                getattr(config, call),
+                getattr(config, role),
+                devices,
+                is_train=call.endswith("_train"),
+            )
+            for call, role in self.roles_by_call.items()
+        }
+
+    def _placed(self, call: str, place: Placement, devices: Sequence[jax.Device]) -> Layout:
+        is_train = call.endswith("_train")
+        zero_stage = getattr(self.config, self.roles_by_call[call]).zero_stage if is_train else 0
+        return Layout(replace(place.strategy, zero_stage=zero_stage), tuple(devices[i] for i in place.devices))
+
+    def _load_prompts(self) -> tuple[PromptDataset, PromptDataset | None]:
+        data = self.config.dataset
+
+        def load(path: str, name: str, **changes: Any) -> PromptDataset:
+            chat = data.use_chat_template
+            return load_prompts(
+                path, self.tokenizer, max_prompt_len=data.max_prompt_len, use_chat_template=chat, name=name, **changes
+            )
+
+        train = load(data.path, "dataset.path", pad_to_max_length=data.pad_to_max_length)
+        if not data.valid_path:
+            return train, None
+        return train, load(data.valid_path, "dataset.valid_path", max_prompts=self.config.eval.num_prompts)
+
+    def _check_positions(self) -> None:
+        for name, model in self.models.items():
+            if self.longest > model.max_positions:
+                raise ValueError(
+                    f"{name}.path: the longest prompt and gen.max_new_tokens make {self.longest} tokens, but the model "
+                    f"has {model.max_positions} positions; lower dataset.max_prompt_len or gen.max_new_tokens"
+                )
+
+    def loader(self) -> Loader:
+        """Returns the loader of prompts."""
+        data, control = self.config.dataset, self.config.exp_ctrl
+        return Loader(
+            self.prompts, batch_size=data.train_bs_n_seqs, num_epochs=control.total_train_epochs, seed=self.config.seed
+        )
+
+    def generate(self, *, has_baseline: bool = False) -> MFC:
+        """Returns the call by which the actor answers a step's prompts."""
+        own = (*(("kept",) if self.draw.kept else ()), *(("is_baseline",) if has_baseline else ()))
+        sampling = Sampling(
+            config=self.options.gen,
+            eos_ids=self.eos_ids,
+            row_len=self._row_len(self.config.num_samples + has_baseline),
+            num_samples=self.config.num_samples,
+            num_slots=self.options.gen.num_slots,
+            has_baseline=has_baseline,
+        )
+        return MFC(
+            name="actor_gen",
+            role="actor",
+            call="generate",
+            inputs=("prompts",),
+            outputs=(*ROLLOUT_KEYS, *own),
+            sampling=sampling,
+        )
+
+    def _row_len(self, answers_per_prompt: int) -> int:
+        multiples = [common.row_multiple(self._call_options(call), layout) for call, layout in self.layouts.items()]
+        num_seqs = self.config.dataset.train_bs_n_seqs * answers_per_prompt // self.options.ppo_n_minibatches
+        return rollout_row_len(self.longest, num_seqs, math.lcm(*multiples))
+
+    def _call_options(self, call: str) -> MFCConfig:
+        return getattr(self.config, call)
+
+    def infer(self, call: str, key: str, head: str, *, options: str | None = None) -> MFC:
+        """Returns an inference call whose head's output becomes `key`; `options` is the call whose options it has."""
+        draw = self.draw if head == "logprobs" else Draw()
+        return MFC(
+            name=call,
+            role=self.roles_by_call.get(call, "actor"),
+            call="inference",
+            inputs=("tokens", *(("kept",) if draw.kept else ())),
+            outputs=(key,),
+            head=head,
+            draw=draw,
+            max_seqlen=self.longest,
+            **common.micro_batches(self._call_options(options or call)),
+        )
+
+    def references(self) -> tuple[MFC, ...]:
+        """Returns the calls that compute log-probabilities anew: the reference's, and the actor's own if asked for."""
+        ref = (self.infer("ref_inf", "ref_logprobs", "logprobs"),) if "ref" in self.roles else ()
+        if not self.options.recompute_logprobs:
+            return ref
+        return (*ref, self.infer("actor_inf", "old_logprobs", "logprobs", options="actor_train"))
+
+    def rewards(self, prompts: PromptDataset | None = None) -> tuple[MFC | HostCall, ...]:
+        """Returns the calls that give every answer a reward; `prompts` are the training prompts or others."""
+        config, options = self.config.reward, self.options
+        rows = (prompts or self.prompts).rows
+        text = partial(make_text_reward, tokenizer=self.tokenizer, rows=rows)
+        sources: list[RewardSource] = []
+        if "rew" in self.roles:
+            fn = make_model_reward(scaling=options.reward_output_scaling, bias=options.reward_output_bias)
+            sources.append(RewardSource(name="model", fn=fn, inputs=MODEL_REWARD_INPUTS, weight=config.model_weight))
+        if config.fn:
+            fn = text(load_function(config.fn), name=f"reward.fn {config.fn}")
+            sources.append(RewardSource(name="fn", fn=fn, inputs=TEXT_REWARD_INPUTS, weight=config.fn_weight))
+        if config.classifier:
+            classifier = load_classifier(config.classifier, label=config.classifier_label)
+            fn = text(classifier, name=f"reward.classifier {config.classifier}")
+            weight = config.classifier_weight
+            sources.append(RewardSource(name="classifier", fn=fn, inputs=TEXT_REWARD_INPUTS, weight=weight))
+        scores = (self.infer("rew_inf", "scores", "values"),) if "rew" in self.roles else ()
+        inputs = mixed_inputs(sources)
+        return (*scores, HostCall(name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS))
+
+    def advantages(self, fn: HostFn) -> HostCall:
+        """Returns the host call that turns rewards into advantages."""
+        return HostCall(
+            name="advantages", fn=fn, inputs=self.options.advantage_inputs, outputs=self.options.ADVANTAGE_OUTPUTS
+        )
+
+    def train(self, call: str, loss: Any, inputs: tuple[str, ...]) -> MFC:
+        """Returns a training call, in the minibatches that the options ask for."""
+        kept = ("kept",) if loss.draw.kept else ()
+        options = self.options
+        minibatches = Minibatches(
+            count=options.ppo_n_minibatches, passes=options.ppo_epochs, shuffle=options.shuffle_minibatches
+        )
+        return MFC(
+            name=call,
+            role=self.roles_by_call[call],
+            call="train_step",
+            inputs=(*inputs, *kept),
+            loss=loss,
+            minibatches=minibatches,
+            max_seqlen=self.longest,
+            **common.micro_batches(self._call_options(call)),
+        )
+
+    def train_actor(self) -> MFC:
+        """Returns the actor's training call."""
+        return self.train("actor_train", make_policy_loss(self.options, self.draw), self.options.actor_inputs)
+
+    def run_spec(self, experiment: str, calls: Sequence[MFC | HostCall]) -> RunSpec:
+        """Returns the run of these calls."""
+        layouts = dict(self.layouts)
+        for call in calls:
+            if isinstance(call, MFC) and call.name == "actor_inf":
+                layouts[call.name] = layouts["actor_train"]
+        evaluation = self._evaluation()
+        if evaluation:
+            layouts |= {f"{variant}_gen": layouts["actor_gen"] for variant in evaluation.variants}
+        eta = self.options.ref_ema_eta
+        return common.run_spec(
+            self.config,
+            experiment=experiment,
+            graph=DataflowGraph(tuple(calls), frozenset({"prompts"})),
+            layouts=layouts,
+            roles=self.roles,
+            loader=self.loader(),
+            evaluation=evaluation,
+            averages=() if eta is None else (MovingAverage(role="ref", source="actor", eta=eta),),
+            decode_fn=partial(self.tokenizer.decode, skip_special_tokens=True),
+        )
+
+    def _evaluation(self) -> RolloutEvaluation | None:
+        if self.held_out is None:
+            return None
+        options, gen = self.config.eval, self.options.gen
+        scored = self.rewards(self.held_out)
+        ways = {"greedy": replace(gen, greedy=True), "sampled": gen}
+        base = self.generate()
+        assert base.sampling is not None
+        row_len = base.sampling.row_len
+        variants = {}
+        for variant in options.draws:
+            sampling = Sampling(config=ways[variant], eos_ids=self.eos_ids, row_len=row_len, num_slots=gen.num_slots)
+            answer = replace(base, name=f"{variant}_gen", sampling=sampling)
+            measure = partial(measure_rollout, parameters=replace(self.options, recompute_logprobs=False))
+            inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
+            variants[variant] = (answer, *scored, HostCall(name="measures", fn=measure, inputs=inputs, outputs=()))
+        loader = Loader(
+            self.held_out,
+            batch_size=self.config.dataset.train_bs_n_seqs,
+            num_epochs=1,
+            seed=self.config.seed,
+            shuffle=False,
+            allow_partial=True,
+        )
+        return RolloutEvaluation(role="actor", variants=variants, loader=loader, best_metric=options.best_metric)
+
+
+def measure_rollout(arrays: Arrays, state: State, *, parameters: PolicyParameters) -> HostResult:
+    """Returns a rollout's measures: reward, lengths, how answers end."""
+    return HostResult(arrays={}, metrics=rollout_metrics(arrays, Responses.of(arrays), parameters))
+
+
+def check_models(
+    roles: Mapping[str, RoleSpec], models: Mapping[str, ModelConfig], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises ValueError for a model that does not read the actor's tokens, or a reward model without a head."""
+    vocabulary = tokenizer.get_vocab()
+    for name, role in roles.items():
+        if name == "actor":
+            continue
+        other = common.load_tokenizer(role.path).get_vocab()
+        if differing := len(set(vocabulary.items()) ^ set(other.items())):
+            remedy = "; as reward.classifier it would read the texts with its own" if name == "rew" else ""
+            raise ValueError(
+                f"{name}.path: its tokenizer is not the actor's ({differing} tokens differ), so it would misread the "
+                f"answers; use a model of the same family{remedy}"
+            )
+        if models[name].vocab_size < len(vocabulary):
+            raise ValueError(
+                f"{name}.path: the model has {models[name].vocab_size} tokens, the actor's tokenizer "
+                f"{len(vocabulary)}; use a checkpoint that was made with this tokenizer"
+            )
+    rew = roles.get("rew")
+    if rew and not rew.init_from_scratch and not has_critic_head(rew.path):
+        raise ValueError(
+            f"rew.path: '{rew.path}' has no scalar head, so it cannot score answers; give a reward model, such as "
+            "those that rw saves"
+        )

@@ -1,0 +1,149 @@
+"""Prompts: their tokens, texts and rows; chat templates; how long ones are cut; what is refused."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from tokenizers import normalizers
+
+from realjax.data.loader import Dataset, Loader
+from realjax.data.packing import sequences_of
+from realjax.data.prompts import PromptDataset, load_prompts
+from tests.data.test_datasets import make_tokenizer
+
+TEXTS = ["the film was", "a film that is good, a film that was not good and not so long", "naïve 😀", "so"]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def write(folder, prompts, **keys):
+    path = folder / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "prompt": prompt, **keys} for i, prompt in enumerate(prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(folder, prompts=TEXTS, tokenizer=None, max_prompt_len=256, **options) -> PromptDataset:
+    path = write(folder, prompts, answer="x")
+    return load_prompts(path, tokenizer or make_tokenizer(), max_prompt_len=max_prompt_len, **options)
+
+
+def tokens_of(dataset):
+    return [dataset.example(i)["tokens"].tolist() for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("special", ["", "bos", "bos eos"])
+def test_an_answer_can_follow_every_prompt(tmp_path, special):
+    tokenizer = make_tokenizer(special)
+    dataset = load(tmp_path, tokenizer=tokenizer)
+    assert dataset.texts == tuple(TEXTS) and dataset.ids == ("p0", "p1", "p2", "p3")
+    assert dataset.rows[1] == {"id": "p1", "prompt": TEXTS[1], "answer": "x"}
+    for index, text in enumerate(TEXTS):
+        example = dataset.example(index)
+        assert (example["tokens"].dtype, example["prompt_id"].dtype) == (np.int32, np.int32)
+        assert (example["prompt_id"].shape, int(example["prompt_id"])) == ((), index)
+        assert tokenizer.decode(example["tokens"], skip_special_tokens=True) == text
+        assert (tokenizer.bos_token_id in example["tokens"]) == ("bos" in special)
+        assert tokenizer.eos_token_id not in example["tokens"]
+    assert dataset.lengths.tolist() == [len(tokens) for tokens in tokens_of(dataset)]
+    assert dataset.longest == dataset.lengths.max()
+
+
+def test_an_eos_that_the_prompt_itself_ends_in_stays(tmp_path):
+    tokenizer = make_tokenizer()
+    assert tokens_of(load(tmp_path, ["so</s>"], tokenizer))[0] == tokenizer("so</s>")["input_ids"]
+
+
+def test_a_batch_says_which_prompt_is_where(tmp_path):
+    dataset: Dataset = load(tmp_path)
+    loader = Loader(dataset, batch_size=3, num_epochs=3, seed=1)
+    seen = []
+    for step in range(loader.total_steps):
+        for sequence in sequences_of(loader.batch(step)):
+            index = int(sequence["prompt_id"])
+            assert sequence["tokens"].tolist() == dataset.example(index)["tokens"].tolist()
+            seen.append(index)
+    assert sorted(seen) == sorted(3 * list(range(len(dataset))))
+    assert dataset.order(0, 0, shuffle=False).tolist() == [0, 1, 2, 3]
+
+
+def test_long_prompts_lose_their_end_and_are_counted(tmp_path, caplog):
+    whole = tokens_of(load(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        cut = load(tmp_path, max_prompt_len=4)
+    assert tokens_of(cut) == [tokens[:4] for tokens in whole]
+    assert cut.texts == tuple(TEXTS)
+    num_cut = sum(len(tokens) > 4 for tokens in whole)
+    assert 0 < num_cut < len(TEXTS)
+    assert [record.message for record in caplog.records] == [
+        f"dataset.path: {num_cut} of 4 prompts have more tokens than max_prompt_len=4 and lose those at their end"
+    ]
+
+
+def test_padding_stands_in_front(tmp_path):
+    tokenizer = make_tokenizer()
+    padded = tokens_of(load(tmp_path, tokenizer=tokenizer, max_prompt_len=12, pad_to_max_length=True))
+    for found, plain in zip(padded, tokens_of(load(tmp_path, max_prompt_len=12)), strict=True):
+        assert found == [tokenizer.eos_token_id] * (12 - len(plain)) + plain
+
+
+def test_the_first_prompts_can_be_asked_for(tmp_path):
+    assert load(tmp_path, max_prompts=2).texts == tuple(TEXTS[:2])
+    assert len(load(tmp_path, max_prompts=9)) == 4
+
+
+@pytest.mark.parametrize("special", ["", "bos eos"])
+def test_a_chat_template_frames_texts_and_messages(tmp_path, special):
+    tokenizer = make_tokenizer(special, chat_template=TEMPLATE)
+    messages = [{"role": "system", "content": "be good"}, {"role": "user", "content": "so"}]
+    dataset = load(tmp_path, ["so", messages], tokenizer, use_chat_template=True)
+    assert dataset.texts == ("<s>user: so\n<s>assistant:", "<s>system: be good\n<s>user: so\n<s>assistant:")
+    assert dataset.rows[1]["prompt"] == messages
+    for text, tokens in zip(dataset.texts, tokens_of(dataset), strict=True):
+        assert tokenizer.decode(tokens) == text
+        assert tokens.count(tokenizer.bos_token_id) == text.count("<s>")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["so", ""], {}, r"dataset.path: '.*prompts.jsonl' line 2: 'prompt' is empty"),
+        ([["so"]], {}, r"line 1: 'prompt' has type list; every row needs the keys 'prompt' \(string\)"),
+        (["so", 3], {"use_chat_template": True}, r"line 2: 'prompt' has type integer; .* \(string or list\)"),
+        ([[]], {"use_chat_template": True}, "line 1: 'prompt' is empty"),
+        ([["so"]], {"use_chat_template": True}, "line 1: message 1 of 'prompt' is not an object with the strings"),
+        ([[{"role": "user"}]], {"use_chat_template": True}, "line 1: message 1 of 'prompt' is not an object"),
+        (
+            [[{"role": "user", "content": "half \ud83d"}]],
+            {"use_chat_template": True},
+            "line 1: 'prompt' holds half of a surrogate pair",
+        ),
+        (
+            [[{"role": "tool", "content": "so"}]],
+            {"use_chat_template": True},
+            r"the tokenizer's chat template refuses the prompt with id 'p0' \(no tools here\)",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(tmp_path, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, prompts, make_tokenizer(chat_template=TEMPLATE), **options)
+
+
+def test_tokenizers_that_lack_something_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataset.use_chat_template: the tokenizer .* has no chat template"):
+        load(tmp_path, use_chat_template=True)
+    with pytest.raises(ValueError, match="has no EOS token"):
+        load(tmp_path, tokenizer=make_tokenizer(eos_token=None))
+    with pytest.raises(ValueError, match="dataset.valid_path: .*nowhere.jsonl' does not exist"):
+        load_prompts(str(tmp_path / "nowhere.jsonl"), make_tokenizer(), max_prompt_len=8, name="dataset.valid_path")
+
+
+def test_a_prompt_without_tokens_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(ValueError, match="the prompt with id 'p1' has no tokens"):
+        load(tmp_path, ["so", " "], tokenizer)

@@ -1,0 +1,175 @@
+"""The `gen` experiment: answers in the prompts' order, those of transformers, and what is left when it stops."""
+
+import getpass
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realjax.apps import quickstart
+from realjax.runtime.answers import AnswerFile
+from tests.e2e.builders import write_llama
+
+PROMPTS = ("the film was", "a plot", "its music is", "never", "the cast and the end was very long but", "dull", "warm")
+NEW = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenTrial:
+    """A run of `gen` on a tiny model and a few prompts."""
+
+    model: Path
+    root: Path
+    name: str = "trial"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs" / getpass.getuser() / "e2e" / self.name
+
+    def run(self, **changes: Any) -> int:
+        """Runs the command in this process and returns its exit code; `__` in a change's name stands for a dot."""
+        options = {
+            "experiment_name": "e2e",
+            "trial_name": self.name,
+            "fileroot": self.root,
+            "mode": "local",
+            "allocation_mode": "manual",
+            "n_gpus_per_node": 2,
+            "allocation.parallel.data_parallel_size": 2,
+            "model.path": self.model,
+            "dataset.path": self.root / "prompts.jsonl",
+            "dataset.train_bs_n_seqs": 3,
+            "gen.max_new_tokens": NEW,
+            "gen.min_new_tokens": 0,
+            "gen.num_slots": 4,
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+        return quickstart.main(["gen", *(f"{name}={value}" for name, value in options.items())])
+
+    def answers(self, name: str = "output.jsonl") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.logs / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model, two of whose tokens end a text: the second is one that it often writes."""
+    directory = write_llama(tmp_path_factory.mktemp("gen") / "llama")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 63]}))
+    return directory
+
+
+@pytest.fixture
+def trial(model: Path, tmp_path: Path) -> GenTrial:
+    rows = [{"id": f"p{i}", "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return GenTrial(model=model, root=tmp_path)
+
+
+def their_answers(model: Path) -> list[str]:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    language_model = AutoModelForCausalLM.from_pretrained(model)
+    texts = []
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        mask = torch.ones_like(tokens)
+        whole = language_model.generate(
+            tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=1
+        )[0]
+        texts.append(tokenizer.decode(whole[tokens.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def test_greedy_answers_are_those_of_transformers(trial, capsys):
+    assert trial.run(gen__greedy=True) == 0
+    lines = trial.answers()
+    assert [list(line) for line in lines] == [["prompt", "answer", "seq", "id"]] * len(PROMPTS)
+    assert [line["id"] for line in lines] == [f"p{i}" for i in range(len(PROMPTS))]
+    assert [line["prompt"] for line in lines] == list(PROMPTS)
+    assert [line["answer"] for line in lines] == their_answers(trial.model)
+    assert all(line["seq"] == line["prompt"] + line["answer"] for line in lines)
+    assert {path.name for path in trial.logs.iterdir()} == {"config.json", "output.jsonl", "run.log"}
+    output = capsys.readouterr().out
+    assert "7 of 7 prompts answered" in output and "tokens/s" in output and str(trial.logs / "output.jsonl") in output
+
+
+def test_samples_and_stop_texts(trial):
+    assert trial.run(num_samples=2) == 0
+    whole = trial.answers()
+    expected = [(f"p{i}", sample) for i in range(len(PROMPTS)) for sample in (0, 1)]
+    assert [(line["id"], line["sample"]) for line in whole] == expected
+    assert any(whole[i]["answer"] != whole[i + 1]["answer"] for i in range(0, len(whole), 2))
+    # A text that occurs, and one that does not; how many prompts are handed over at once changes nothing.
+    stop = next(line["answer"][5:7] for line in whole if len(line["answer"]) > 10)
+    words = json.dumps([stop, "no such text"])
+    assert trial.run(num_samples=2, stop=words, dataset__train_bs_n_seqs=7, gen__num_slots=6) == 0
+    cut = trial.answers()
+    assert [line["answer"] for line in cut] == [line["answer"].split(stop)[0] for line in whole]
+    assert all(line["seq"] == line["prompt"] + line["answer"] for line in cut)
+    # The first run's files were set aside.
+    assert (trial.logs.with_name("trial.1") / "output.jsonl").exists()
+
+
+def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeypatch, capsys):
+    assert GenTrial(model=trial.model, root=trial.root, name="whole").run(num_samples=2) == 0
+    append = AnswerFile.append
+
+    def append_part(self, lines):
+        if lines[0]["id"] == "p3":  # the second call
+            append(self, lines[:3])
+            raise OSError("no space left on device")
+        append(self, lines)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(AnswerFile, "append", append_part)
+        trial.run(num_samples=2)
+    assert not (trial.logs / "output.jsonl").exists()
+    assert len(trial.answers("output.jsonl.part")) == 6 + 3
+    assert trial.run(num_samples=2, recover_mode="auto") == 0
+    assert "starting after prompt 4" in capsys.readouterr().out
+    whole = (trial.logs.with_name("whole") / "output.jsonl").read_bytes()
+    assert (trial.logs / "output.jsonl").read_bytes() == whole
+    assert not (trial.logs / "output.jsonl.part").exists()
+    assert trial.run(num_samples=2, recover_mode="auto") == 0
+    assert "all 7 prompts were answered before" in capsys.readouterr().out
+    assert (trial.logs / "output.jsonl").read_bytes() == whole
+
+
+def test_other_options_do_not_go_on_from_the_answers(trial, capsys):
+    assert trial.run(gen__max_new_tokens=4) == 0
+    assert trial.run(gen__max_new_tokens=5, seed=7, recover_mode="auto") == 2
+    assert "were made with another gen, seed, see " in capsys.readouterr().err
+    assert len(trial.answers()) == len(PROMPTS)
+
+
+def test_nothing_to_write_and_nothing_to_go_on_from(trial, capsys):
+    assert trial.run(output_file="null", gen__max_new_tokens=2) == 0
+    assert {path.name for path in trial.logs.iterdir()} == {"config.json", "run.log"}
+    assert trial.run(recover_mode="resume") == 2
+    assert "recover_mode: resume, but " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gen__max_new_tokens": 120}, "gen.max_new_tokens: the longest prompt has "),
+        ({"gen__num_slots": 3}, "gen.num_slots: 3 answers at once cannot be divided over data x pipeline = 2 devices"),
+        ({"dataset__use_chat_template": True}, "has no chat template"),
+    ],
+)
+def test_bad_options_are_told_before_the_run_begins(trial, capsys, changes, message):
+    assert trial.run(**changes) == 2
+    assert message in capsys.readouterr().err
+    assert not any(trial.logs.iterdir())
+
+
+def test_long_prompts_are_cut_and_counted(trial, capsys):
+    assert trial.run(dataset__max_prompt_len=2, gen__max_new_tokens=2, gen__greedy=True) == 0
+    assert "prompts have more tokens than max_prompt_len=2" in capsys.readouterr().out
+    lines = trial.answers()
+    assert [line["prompt"] for line in lines] == list(PROMPTS)
+    assert lines[4]["seq"] == "the cast" + lines[4]["answer"]
