@@ -12,8 +12,8 @@ out by rule: the actor answers 128 prompts on all devices, reward model, critic 
 actor and critic are trained side by side on halves of the devices, in four minibatches; parameters move from layout to
 layout in between. Expect a first step with `importance_weight` 1 and `kl` 0, then a growing `task_reward`.
 
-As in the quickstart, `min_new_tokens` equals `max_new_tokens`, which is for benchmarks: no answer can end, and only
-answers that end are given their score. For a real training add `--config.ppo.gen.min_new_tokens=0`.
+As in the quickstart, `min_new_tokens` equals `max_new_tokens`: every answer has 256 tokens, and its score as if it had
+ended there. To let answers end by themselves add `--config.ppo.gen.min_new_tokens=0`.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ class GenerationConfig:
     """Sampling options, with ReaL's names and meanings. Raises ValueError for values outside their range."""
 
     max_new_tokens: int = _option(256, "tokens generated at most, the end-of-text token counted")
-    min_new_tokens: int = _option(256, "end-of-text cannot be drawn before so many tokens")
+    min_new_tokens: int = _option(0, "end-of-text cannot be drawn before so many tokens")
     greedy: bool = _option(False, "take the likeliest token; temperature, top_k and top_p are not applied")
     top_p: float = _option(0.9, "draw from the likeliest tokens whose probabilities just reach top_p; 1 is off")
     top_k: int = _option(200, "draw from the top_k likeliest tokens; the vocabulary's size or more is off")

@@ -5,8 +5,7 @@ gives out at tick t is of group (t + 1) mod P, which the first stage takes in at
 between, and no stage waits. Embedding, head and draw are outside the stages, with the vocabulary split over all.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.decoder import CACHE_NAMES
 from realjax.engine.forward import ForwardOptions, make_compute_copy
-from realjax.models.attention import AttentionFn, masked_attention
+from realjax.models.attention import AttentionFn, make_attention, masked_attention
 from realjax.models.build import Model
 from realjax.models.cache import KVCache
 from realjax.models.config import ModelConfig
@@ -81,16 +80,16 @@ class Stages:
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
         stage_lengths = jnp.stack([lengths[:, (group - stage) % num_stages] for stage in range(num_stages)])
 
-        def stage(layers: Any, cache: KVCache, received: Array, new: Array, lengths: Array) -> tuple[Array, KVCache]:
+        def stage(layers: Any, cache: KVCache, received: Array, lengths: Array, new: Array) -> tuple[Array, KVCache]:
             layers, cache, received, lengths = _own((layers, cache, received, lengths))
             x = jnp.where(jax.lax.axis_index("pipe") == 0, new, received)
             blocks = [nnx.merge(graphdef, layer) for layer in layers]
             x, cache = decode_blocks(config, blocks, cache, x, lengths, self.constrain)
             return jax.tree.map(lambda y: y[None], (self._hand_on(x), cache))
 
-        run = self._by_stage(stage, replicated=(3,))
         new = transformer.embed(tokens[:, None])
-        flight, mine = run(params["layers"], cache[group], flight, new, stage_lengths)
+        run = self._by_stage(stage, num_split=4)
+        flight, mine = run(params["layers"], cache[group], flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
         return transformer.norm(flight[0])[:, 0], (*cache[:group], mine, *cache[group + 1 :]), flight
 
@@ -104,10 +103,9 @@ class Stages:
             # Rows are dealt out in turn, so that each stays on its own device of the data axis.
             return jnp.moveaxis(rows.reshape(-1, num_stages, *rows.shape[1:]), 1, 0)
 
-        def stage(layers: Any, caches: StageCaches, inputs: Array, lengths: Array, places: Array):
-            layers, caches = _own((layers, caches))
+        def stage(layers: Any, inputs: Array, lengths: Array) -> tuple[Array, KVCache]:
             index = jax.lax.axis_index("pipe")
-            blocks = [nnx.merge(graphdef, layer) for layer in layers]
+            blocks = [nnx.merge(graphdef, layer) for layer in _own(layers)]
 
             def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, KVCache]]:
                 turn = jnp.clip(t - index, 0, num_stages - 1)
@@ -116,31 +114,58 @@ class Stages:
                 last = jnp.take_along_axis(x, (lengths[turn] - 1)[:, None, None], axis=1)
                 return self._hand_on(x), (last, prompts)
 
-            _, (last, prompts) = jax.lax.scan(tick, jnp.zeros_like(inputs[0]), jnp.arange(2 * num_stages - 1))
-            mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, num_stages), (last, prompts))
-            last, prompts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mine)
-            caches = _write_groups(caches, prompts, places.reshape(-1), index)
-            return last[None], jax.tree.map(lambda x: x[None], caches)
+            _, outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0]), jnp.arange(2 * num_stages - 1))
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, num_stages)[None], outputs)
 
-        run = self._by_stage(stage, replicated=(2, 3, 4))
         x = self.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
-        last, cache = run(params["layers"], cache, split(x), split(lengths), split(places))
-        hidden = transformer.norm(last[-1])[:, 0]
-        # Back from micro-batches to the order of the prompts.
-        return jnp.moveaxis(hidden.reshape(num_stages, -1, hidden.shape[-1]), 0, 1).reshape(hidden.shape), cache
+        outputs = self._by_stage(stage, num_split=1)(params["layers"], split(x), split(lengths))
+        # Back from micro-batches to the order of the prompts: `[P, P, A/P, ...]` -> `[P, A, ...]`.
+        join = lambda x: jnp.moveaxis(x, 1, 2).reshape(num_stages, -1, *x.shape[3:])
+        last, prompts = jax.tree.map(join, outputs)
+        return transformer.norm(last[-1])[:, 0], self._write_prompts(cache, prompts, places)
 
-    def _by_stage(self, stage: Any, replicated: Sequence[int]) -> Any:
-        """Returns `stage` over the pipe axis; arguments are split on their leading dim but for those `replicated`."""
-        num_args = 5
-        specs = tuple(PartitionSpec() if i in replicated else PartitionSpec("pipe") for i in range(num_args))
-        return jax.shard_map(
-            stage,
-            mesh=self.layout.mesh,
-            in_specs=specs,
-            out_specs=PartitionSpec("pipe"),
-            axis_names={"pipe"},
-            check_vma=False,
-        )
+    def _write_prompts(self, caches: StageCaches, prompts: KVCache, slots: Array) -> StageCaches:
+        """Returns the caches with the prompts' rows at `slots`, see `StageCaches` for which holds what."""
+        num_stages, spec = self.num_groups, self.cache_sharding.spec
+        group, row = slots % num_stages, slots // num_stages
+
+        def write(caches: StageCaches, prompts: KVCache, group: Array, row: Array) -> StageCaches:
+            num_rows = caches[0].keys[0].shape[1]
+            row -= jax.lax.axis_index("data") * num_rows
+            tick = (group + jax.lax.axis_index("pipe")) % num_stages
+
+            def write_tick(whole: Array, rows: Array, at: Array) -> Array:
+                return whole.at[0, at, : rows.shape[2]].set(rows[0], mode="drop")
+
+            written = []
+            for i, cache in enumerate(caches):
+                at = jnp.where((tick == i) & (row >= 0) & (row < num_rows), row, num_rows)
+                written.append(jax.tree.map(lambda whole, rows, at=at: write_tick(whole, rows, at), cache, prompts))
+            return tuple(written)
+
+        # Each device has all prompts and writes those of its own slots.
+        of_prompts = PartitionSpec(*(None if axis == "data" else axis for axis in spec))
+        in_specs = (spec, of_prompts, PartitionSpec(), PartitionSpec())
+        run = jax.shard_map(write, mesh=self.layout.mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
+        return run(caches, prompts, group, row)
+
+    def _by_stage(self, stage: Callable[..., Any], num_split: int) -> Callable[..., Any]:
+        """Returns `stage` over the pipe axis; the first `num_split` arguments are split on their leading dim."""
+        by_stage, whole = PartitionSpec("pipe"), PartitionSpec()
+
+        def run(*args: Any) -> Any:
+            specs = tuple(by_stage if i < num_split else whole for i in range(len(args)))
+            mapped = jax.shard_map(
+                stage,
+                mesh=self.layout.mesh,
+                in_specs=specs,
+                out_specs=by_stage,
+                axis_names={"pipe"},
+                check_vma=False,
+            )
+            return mapped(*args)
+
+        return run
 
     def _hand_on(self, x: Array) -> Array:
         return jax.lax.ppermute(x, "pipe", [(i, (i + 1) % self.num_groups) for i in range(self.num_groups)])
@@ -149,21 +174,6 @@ class Stages:
 def _own(tree: Any) -> Any:
     """Returns a stage's own part of arrays split over the stages."""
     return jax.tree.map(lambda x: x[0], tree)
-
-
-def _write_groups(caches: StageCaches, prompts: KVCache, slots: Array, stage: Array) -> StageCaches:
-    """Returns a stage's caches with the prompts' rows at `slots`, see `StageCaches` for which holds what."""
-    num_stages = len(caches)
-    group, row = slots % num_stages, slots // num_stages
-
-    def write(whole: Array, rows: Array, tick: int) -> Array:
-        is_here = (group + stage) % num_stages == tick
-        return whole.at[jnp.where(is_here, row, whole.shape[0]), : rows.shape[1]].set(rows, mode="drop")
-
-    return tuple(
-        jax.tree.map(lambda whole, rows, tick=tick: write(whole, rows, tick), cache, prompts)
-        for tick, cache in enumerate(caches)
-    )
 
 
 def prefill_blocks(

@@ -7,7 +7,7 @@ sequence to split.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -66,9 +66,7 @@ class Slots:
     is_running: Array  # [B]
     keys: Array  # [B] random keys
     is_greedy: Array | None  # [B]; None: no row differs from the options
-    tokens: Array  # [B, N]
-    logprobs: Array  # [B, N]
-    kept: Array | None  # [B, N, W]
+    drawn: Drawn  # [B, N]
 
 
 @jax.tree_util.register_dataclass
@@ -124,7 +122,8 @@ class Generator:
 
     def _make_programs(self, log: CompileLog) -> None:
         rows, whole = self.layout.sharding("data"), self.layout.replicated
-        slots = Slots(self.decoder.cache_sharding, *[rows] * 8)
+        of_fields: dict[str, Any] = {field.name: rows for field in fields(Slots)}
+        slots = Slots(**{**of_fields, "cache": self.decoder.cache_sharding})
         named = lambda name, fn, out, **options: Compiled(f"generate: {name}", fn, log, out_shardings=out, **options)
         self._prepare = jax.jit(self.decoder.prepare)
         self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
@@ -153,7 +152,7 @@ class Generator:
                 slots = self._admit(params, slots, self._pack_prompts([requests[i] for i in taken], places))
             # Go on until enough slots are free for the next prompts, or all are.
             stop_at = max(0, len(owner) - self.num_admitted) if waiting else 0
-            slots, state = self._advance(params, slots, self._put(np.int32(stop_at)))
+            slots, state = self._advance(params, slots, self._put(np.array(stop_at, np.int32)))
             state = self.fetch_fn(state)
             ended = [slot for slot in owner if not state["is_running"][slot]]
             results |= dict(zip([owner.pop(slot) for slot in ended], self._collect(slots, ended)))
@@ -182,9 +181,11 @@ class Generator:
             is_running=jnp.zeros(B, bool),
             keys=row_keys(self.seed, jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32)),
             is_greedy=jnp.zeros(B, bool) if has_greedy and not self.config.greedy else None,
-            tokens=jnp.zeros((B, N), jnp.int32),
-            logprobs=jnp.zeros((B, N), jnp.float32),
-            kept=self.kept.init((B, N)) if self.kept else None,
+            drawn=Drawn(
+                tokens=jnp.zeros((B, N), jnp.int32),
+                logprobs=jnp.zeros((B, N), jnp.float32),
+                kept=self.kept.init((B, N)) if self.kept else None,
+            ),
         )
 
     def _grow_cache(self, slots: Slots, length: int) -> Slots:
@@ -195,12 +196,11 @@ class Generator:
         tokens, lengths = np.zeros((A, T), np.int32), np.ones(A, np.int32)
         for i, request in enumerate(requests):
             tokens[i, : len(request.tokens)], lengths[i] = request.tokens, len(request.tokens)
+        slots = np.concatenate([places, np.full(A - len(places), self.num_slots)]).astype(np.int32)
         numbers = np.zeros((3, A), np.int32)
         numbers[:, : len(requests)] = np.array([(r.row_id, r.sample_id, r.is_greedy) for r in requests]).T
-        slots = np.full(A, self.num_slots, np.int32)
-        slots[: len(requests)] = places
         row_ids, sample_ids, is_greedy = numbers
-        return jax.tree.map(self._put, Prompts(tokens, lengths, slots, row_ids, sample_ids, is_greedy.astype(bool)))
+        return Prompts(*map(self._put, (tokens, lengths, slots, row_ids, sample_ids, is_greedy.astype(bool))))
 
     def _put(self, array: np.ndarray) -> Array:
         # Every process has the whole array; device_put would stop all of them to compare it.
@@ -212,8 +212,10 @@ class Generator:
         is_greedy = None if slots.is_greedy is None else prompts.is_greedy
         zeros = jnp.zeros_like(prompts.lengths)
         drawn = self._draw(params, hidden, keys, zeros, is_greedy)
-        put = lambda whole, part: None if part is None else whole.at[prompts.places].set(part, mode="drop")
-        put_first = lambda whole, part: None if part is None else whole.at[prompts.places, 0].set(part, mode="drop")
+
+        def put(whole: Any, part: Any, *index: int) -> Any:
+            return jax.tree.map(lambda x, new: x.at[prompts.places, *index].set(new, mode="drop"), whole, part)
+
         return Slots(
             cache=cache,
             lengths=put(slots.lengths, prompts.lengths),
@@ -221,9 +223,7 @@ class Generator:
             is_running=put(slots.is_running, ~self._has_ended(drawn.tokens, zeros + 1)),
             keys=put(slots.keys, keys),
             is_greedy=put(slots.is_greedy, is_greedy),
-            tokens=put_first(slots.tokens, drawn.tokens),
-            logprobs=put_first(slots.logprobs, drawn.logprobs),
-            kept=put_first(slots.kept, drawn.kept),
+            drawn=put(slots.drawn, drawn, 0),
         )
 
     def _advance_slots(self, params: Tree, slots: Slots, stop_at: Array) -> tuple[Slots, dict[str, Array]]:
@@ -250,43 +250,39 @@ class Generator:
 
     def _tick(self, params: Tree, slots: Slots, flight: Any, group: int) -> tuple[Array, Any, Any]:
         last = jnp.maximum(self._of_group(slots.num_generated, group) - 1, 0)
-        tokens = jnp.take_along_axis(self._of_group(slots.tokens, group), last[:, None], axis=1)[:, 0]
-        lengths = slots.lengths.reshape(-1, self.decoder.num_groups)
-        return self.decoder.tick(params, slots.cache, flight, group, tokens, lengths)
+        tokens = jnp.take_along_axis(self._of_group(slots.drawn.tokens, group), last[:, None], axis=1)[:, 0]
+        return self.decoder.tick(params, slots.cache, flight, group, tokens, self._by_group(slots.lengths))
 
     def _add_tokens(self, params: Tree, slots: Slots, hidden: Array, group: int, is_out: Array) -> Slots:
         """Draws the next token of a group's running rows, and ends those at end-of-text or max_new_tokens."""
-        num_groups = self.decoder.num_groups
-        of_group = lambda x: None if x is None else self._of_group(x, group)
-        index, is_drawn = of_group(slots.num_generated), of_group(slots.is_running) & is_out
-        drawn = self._draw(params, hidden, of_group(slots.keys), index, of_group(slots.is_greedy))
+        of_group = lambda x: self._of_group(x, group)
+        index, is_running = of_group(slots.num_generated), of_group(slots.is_running)
+        is_drawn = is_running & is_out
+        drawn = self._draw(params, hidden, of_group(slots.keys), index, jax.tree.map(of_group, slots.is_greedy))
         at = jnp.where(is_drawn, index, self.config.max_new_tokens)
 
         def put(whole: Array, part: Array) -> Array:
-            grouped = whole.reshape(-1, num_groups, *whole.shape[1:])
-            return grouped.at[:, group].set(part).reshape(whole.shape)
+            return self._by_group(whole).at[:, group].set(part).reshape(whole.shape)
 
-        def record(whole: Array | None, part: Array | None) -> Array | None:
-            if whole is None or part is None:
-                return None
-            grouped = whole.reshape(-1, num_groups, *whole.shape[1:])
+        def record(whole: Array, part: Array) -> Array:
             # Mapped over rows, the scatter stays on the devices that hold them.
-            grouped = jax.vmap(lambda row, i, x: row.at[group, i].set(x, mode="drop"))(grouped, at, part)
-            return grouped.reshape(whole.shape)
+            one = lambda row, i, x: row.at[group, i].set(x, mode="drop")
+            return jax.vmap(one)(self._by_group(whole), at, part).reshape(whole.shape)
 
-        is_running = of_group(slots.is_running) & ~(is_drawn & self._has_ended(drawn.tokens, index + 1))
         return replace(
             slots,
             lengths=put(slots.lengths, of_group(slots.lengths) + is_drawn),
             num_generated=put(slots.num_generated, index + is_drawn),
-            is_running=put(slots.is_running, is_running),
-            tokens=record(slots.tokens, drawn.tokens),
-            logprobs=record(slots.logprobs, drawn.logprobs),
-            kept=record(slots.kept, drawn.kept),
+            is_running=put(slots.is_running, is_running & ~(is_drawn & self._has_ended(drawn.tokens, index + 1))),
+            drawn=jax.tree.map(record, slots.drawn, drawn),
         )
 
+    def _by_group(self, x: Array) -> Array:
+        """Returns slots `[B, ...]` as `[B/G, G, ...]`: slot b is of group b mod G."""
+        return x.reshape(-1, self.decoder.num_groups, *x.shape[1:])
+
     def _of_group(self, x: Array, group: int) -> Array:
-        return x.reshape(-1, self.decoder.num_groups, *x.shape[1:])[:, group]
+        return self._by_group(x)[:, group]
 
     def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn:
         kernel = self.model.bind_layers(params)[0].head_kernel()
@@ -299,27 +295,20 @@ class Generator:
         is_eos = jnp.isin(tokens, jnp.array(self.eos_ids, jnp.int32))
         return is_eos | (num_generated >= self.config.max_new_tokens)
 
-    def _take_rows(self, results: dict[str, Array | None], rows: Array) -> dict[str, Array | None]:
-        return jax.tree.map(lambda x: x[rows], results)
+    def _take_rows(self, slots_drawn: Drawn, num_generated: Array, rows: Array) -> tuple[Drawn, Array]:
+        return jax.tree.map(lambda x: x[rows], (slots_drawn, num_generated))
 
     def _collect(self, slots: Slots, ended: Sequence[int]) -> list[Generation]:
         generations: list[Generation] = []
-        results = {"tokens": slots.tokens, "logprobs": slots.logprobs, "counts": slots.num_generated}
         for first in range(0, len(ended), self.num_admitted):
-            rows = np.zeros(self.num_admitted, np.int32)
             part = ended[first : first + self.num_admitted]
-            rows[: len(part)] = part
-            taken = self.fetch_fn(self._take(results | {"kept": slots.kept}, self._put(rows)))
-            for i, count in enumerate(taken["counts"][: len(part)]):
-                tokens, kept = taken["tokens"][i, :count].copy(), taken["kept"]
-                generations.append(
-                    Generation(
-                        tokens=tokens,
-                        logprobs=taken["logprobs"][i, :count].copy(),
-                        ended=int(tokens[-1]) in self.eos_ids,
-                        kept=None if kept is None else kept[i, :count].copy(),
-                    )
-                )
+            rows = self._put(np.resize(np.array(part, np.int32), self.num_admitted))
+            drawn, counts = self.fetch_fn(self._take(slots.drawn, slots.num_generated, rows))
+            for i, count in enumerate(counts[: len(part)]):
+                tokens, logprobs = drawn.tokens[i, :count].copy(), drawn.logprobs[i, :count].copy()
+                kept = None if drawn.kept is None else drawn.kept[i, :count].copy()
+                ended_so = int(tokens[-1]) in self.eos_ids
+                generations.append(Generation(tokens=tokens, logprobs=logprobs, ended=ended_so, kept=kept))
         return generations
 
 

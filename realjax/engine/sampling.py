@@ -20,11 +20,14 @@ DRAW_BLOCK = 256
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Drawn:
-    """One token for each of B rows, its log-probability, and the set it was drawn from where sets are recorded."""
+    """Tokens `[...]` drawn, int32, with their log-probabilities `[...]`, float32.
 
-    tokens: Array  # [B] int32
-    logprobs: Array  # [B] float32
-    kept: Array | None  # [B, W], see `core.draw.KeptTokens`
+    `kept` `[..., W]` are the sets they were drawn from, see `core.draw.KeptTokens`; None where sets are not recorded.
+    """
+
+    tokens: Array
+    logprobs: Array
+    kept: Array | None
 
 
 def draw(
@@ -92,7 +95,7 @@ def least_kept(logits_BV: Array, top_k: int, top_p: float) -> Array:
 def top_p_bound(logits_BV: Array, top_p: float) -> Array:
     """Returns the least logit of each row `[B]` that top-p keeps; ties with it stay, and the largest always does.
 
-    The bound is found by bisection on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
+    Found by bisection on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
     """
     probs = jax.nn.softmax(logits_BV, axis=-1)
     keys = _ordered_bits(logits_BV)

@@ -16,6 +16,6 @@ ROLES = {"actor_gen": "actor", "rew_inf": "rew", "ref_inf": "ref", "actor_train"
 def build(config: GRPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
     """Returns the run. Raises ValueError for data, models or layouts that cannot work, before anything is allocated."""
     setup = Setup(config, devices, ROLES, place_grpo)
-    advantages = setup.advantages(make_advantages(config.ppo.with_lengths()))
+    advantages = setup.advantages(make_advantages(config.ppo.resolved()))
     calls = (setup.generate(), *setup.rewards(), *setup.references(), advantages, setup.train_actor())
     return setup.run_spec("grpo", calls)

@@ -23,7 +23,7 @@ ROLES = {
 def build(config: PPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
     """Returns the run. Raises ValueError for data, models or layouts that cannot work, before anything is allocated."""
     setup = Setup(config, devices, ROLES, place_ppo)
-    options = config.ppo.with_lengths()
+    options = config.ppo.resolved()
     return setup.run_spec(
         "ppo",
         (

@@ -50,7 +50,7 @@ class Setup:
         self, config: RLConfig, devices: Sequence[jax.Device], roles_by_call: Mapping[str, str], place_fn: PlaceFn
     ) -> None:
         """Raises ValueError for data, models or layouts that cannot work; nothing is allocated."""
-        self.config, self.options = config, config.algorithm.with_lengths()
+        self.config, self.options = config, config.algorithm.resolved()
         self.roles_by_call = {call: role for call, role in roles_by_call.items() if role not in config.unused}
         trained = {role for call, role in self.roles_by_call.items() if call.endswith("_train")}
         self.roles = {

@@ -45,7 +45,8 @@ class EvaluationOptions:
     sampled: bool = option(True, "answer with tokens drawn as in training")
     num_prompts: int | None = option(None, "prompts answered, from the start of valid_path; null is all", at_least=1)
     best_metric: str | None = option(
-        None, "metric of the evaluation, such as greedy/task_reward, whose highest value marks the checkpoint kept as best"
+        None,
+        "metric of the evaluation, such as greedy/task_reward, whose highest value marks the checkpoint kept as best",
     )
 
     def __post_init__(self) -> None:
@@ -88,9 +89,16 @@ class StepOptions(PolicyParameters):
                 "above 0, or null"
             )
 
-    def with_lengths(self) -> Self:
-        """Returns these options with max_response_len filled in."""
-        return dataclasses.replace(self, max_response_len=self.max_response_len or self.gen.max_new_tokens)
+    @property
+    def has_fixed_length(self) -> bool:
+        """True when every answer has max_new_tokens: none can end by itself, and none is cut off either."""
+        return self.gen.min_new_tokens == self.gen.max_new_tokens
+
+    def resolved(self) -> Self:
+        """Returns these options with max_response_len filled in, and with scores for answers of a fixed length."""
+        penalty = 0.0 if self.has_fixed_length and self.missing_eos_penalty is None else self.missing_eos_penalty
+        length = self.max_response_len or self.gen.max_new_tokens
+        return dataclasses.replace(self, max_response_len=length, missing_eos_penalty=penalty)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +214,11 @@ class PPOConfig(RLConfig):
         return self.ppo
 
     def notices(self) -> list[str]:
-        gen, notices = self.ppo.gen, super().notices()
-        if gen.min_new_tokens == gen.max_new_tokens and self.ppo.missing_eos_penalty is None:
+        notices = super().notices()
+        if self.ppo.has_fixed_length and self.ppo.missing_eos_penalty is None:
             notices.append(
-                "ppo.gen.min_new_tokens equals max_new_tokens, so no answer can end, and only answers that end are "
-                "given their score: lower it, or set ppo.missing_eos_penalty=0 to score cut off answers too."
+                "ppo.gen.min_new_tokens equals max_new_tokens, so no answer can end by itself: each is given its score "
+                "as if it had ended (ppo.missing_eos_penalty=0)."
             )
         return notices
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from realjax.core.trees import Tree
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.compiled import CompileLog
 from realjax.engine.generate import Generation, Generator, Request
+from realjax.engine.state import TrainState
 from realjax.runtime.answers import AnswerFile, make_answers, open_run
 from realjax.runtime.console import format_seconds, make_console
 from realjax.runtime.loop import STOPPED
@@ -25,41 +27,63 @@ logger = logging.getLogger("realjax.generation")
 def run(spec: GenerationSpec, console: Console | None = None) -> int:
     """Carries out the run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it between calls."""
     role = build_role(spec.role, spec.layout, total_updates=0)
-    compile_log = CompileLog()
-    generator = _make_generator(spec, role, compile_log)
+    log = CompileLog()
+    generator = _make_generator(spec, role, log)
     # After what may refuse the run, which then leaves an earlier one's files where they are.
     file, num_done = open_run(spec)
     with write_log(spec.paths.logs), StopSignal() as stop:
         if num_done == len(spec.prompts):
             logger.info("all %d prompts were answered before", num_done)
-            return _finish(spec, file)
-        logger.info(
-            "%d prompts (up to %d tokens), %d answers each, starting after prompt %d; %d decoded at once",
-            len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done, generator.num_slots,
-        )  # fmt: skip
-        params = load_role(role, spec.seed)
-        tally = Tally()
-        with _progress_bar(console) as progress:
-            total = len(spec.prompts) * spec.num_samples
-            bar = progress.add_task("", total=total, completed=num_done * spec.num_samples)
-            for first in range(num_done, len(spec.prompts), spec.prompts_per_call):
-                requests = make_requests(spec, first)
-                start, num_compiled = time.perf_counter(), len(compile_log.entries)
-                before = first * spec.num_samples
-                show = lambda n, before=before: progress.update(bar, completed=before + n)
-                generations = generator(params, requests, progress_fn=show)
-                is_timed = len(compile_log.entries) == num_compiled
-                tally = tally.add(generations, time.perf_counter() - start, is_timed)
-                if file is not None:
-                    file.append(make_answers(spec, requests, generations))
-                num_answered = (before + len(requests)) // spec.num_samples
-                _log_call(num_answered, len(spec.prompts), tally, num_answered - num_done)
-                if any_process(stop.received) and num_answered < len(spec.prompts):
-                    logger.warning("stopped by SIGTERM; recover_mode=auto continues after prompt %d", num_answered)
+        else:
+            logger.info(
+                "%d prompts (up to %d tokens), %d answers each, starting after prompt %d; %d decoded at once",
+                len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done, generator.num_slots,
+            )  # fmt: skip
+            params = load_role(role, spec.seed)
+            assert not isinstance(params, TrainState), "a role without an optimizer is parameters alone"
+            with _progress_bar(console) as progress:
+                session = Session(spec=spec, generator=generator, log=log, file=file, progress=progress, stop=stop)
+                if not session.answer(params, num_done):
                     return STOPPED
-        logger.info("compiled %d programs in %.1f s", len(compile_log.entries), compile_log.seconds)
+        if file is not None:
+            file.finish()
+            logger.info("answers: %s", file.path)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What the calls of a run share."""
+
+    spec: GenerationSpec
+    generator: Generator
+    log: CompileLog
+    file: AnswerFile | None
+    progress: Progress
+    stop: StopSignal
+
+    def answer(self, params: Tree, num_done: int) -> bool:
+        """Answers the prompts after the first `num_done`, call by call; returns False when a signal stopped it."""
+        spec, log, num_prompts, tally = self.spec, self.log, len(self.spec.prompts), Tally()
+        bar = self.progress.add_task("", total=num_prompts * spec.num_samples)
+        for first in range(num_done, num_prompts, spec.prompts_per_call):
+            requests = make_requests(spec, first)
+            num_before, num_compiled, start = first * spec.num_samples, len(log.entries), time.perf_counter()
+            show = lambda num_ended, before=num_before: self.progress.update(bar, completed=before + num_ended)
+            generations = self.generator(params, requests, progress_fn=show)
+            tally = tally.add(generations, time.perf_counter() - start, is_timed=len(log.entries) == num_compiled)
+            if self.file is not None:
+                self.file.append(make_answers(spec, requests, generations))
+            num_answered = first + len(requests) // spec.num_samples
+            seconds_left = tally.seconds / (num_answered - num_done) * (num_prompts - num_answered)
+            rate, eta = f"{tally.tokens_per_second:,.0f} tokens/s", format_seconds(seconds_left)
+            logger.info("%d of %d prompts answered, %s, ETA %s", num_answered, num_prompts, rate, eta)
+            if any_process(self.stop.received) and num_answered < num_prompts:
+                logger.warning("stopped by SIGTERM; recover_mode=auto continues after prompt %d", num_answered)
+                return False
+        logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
         logger.info(tally.text())
-        return _finish(spec, file)
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +97,7 @@ class Tally:
     timed_tokens: int = 0
     timed_seconds: float = 0.0
 
-    def add(self, generations: list[Generation], seconds: float, is_timed: bool) -> "Tally":
+    def add(self, generations: list[Generation], seconds: float, *, is_timed: bool) -> "Tally":
         """Returns the tally with another call's answers."""
         num_tokens = sum(len(generation.tokens) for generation in generations)
         return Tally(
@@ -130,16 +154,3 @@ def _progress_bar(console: Console | None) -> Progress:
     console = make_console() if console is None else console
     columns = (TextColumn("answer"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not console.is_interactive)
-
-
-def _log_call(num_answered: int, num_prompts: int, tally: Tally, num_now: int) -> None:
-    left = tally.seconds / num_now * (num_prompts - num_answered)
-    rate = f"{tally.tokens_per_second:,.0f} tokens/s"
-    logger.info("%d of %d prompts answered, %s, ETA %s", num_answered, num_prompts, rate, format_seconds(left))
-
-
-def _finish(spec: GenerationSpec, file: AnswerFile | None) -> int:
-    if file is not None:
-        file.finish()
-        logger.info("answers: %s", file.path)
-    return 0

@@ -25,12 +25,13 @@ from realjax.runtime.evaluation import Sample, evaluate_loss, evaluate_rollouts
 from realjax.runtime.executor import Executor, Metrics
 from realjax.runtime.metrics import MetricsWriter
 from realjax.runtime.processes import any_process, fetch, is_first
-from realjax.runtime.report import REPORT_FILE, Section, write_report
+from realjax.runtime.report import MAIN_METRICS, REPORT_FILE, Section, write_report
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rundir import open_run_directory, write_log
 from realjax.runtime.triggers import StopSignal, Trigger
 
 logger = logging.getLogger("realjax.loop")
+MOST_SHOWN = 12  # metrics in a line; of more, the main ones, and all of them are in the record
 STOPPED = 143  # the shell's code for a process ended by SIGTERM
 
 
@@ -168,6 +169,8 @@ class Session:
     def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
         hidden = ("seconds", "num_skipped")
         shown = {name: value for name, value in values.items() if name not in hidden and "/" not in name}
+        if len(shown) > MOST_SHOWN:
+            shown = {name: value for name, value in shown.items() if name in MAIN_METRICS}
         return StepLine(
             epoch=position.epoch,
             num_epochs=self.spec.num_epochs,
@@ -345,10 +348,9 @@ def _counters(spec: RunSpec) -> dict[str, int]:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    """Orders metrics as a person looks for them: the loss first, counts last."""
-    order = ("loss", "ppl", "lr", "grad_norm", "tokens_per_second")
+    """Orders metrics as a person looks for them: the main ones first, counts last."""
     last = name.rsplit("/", 1)[-1]
-    return (order.index(last) if last in order else len(order), name)
+    return (MAIN_METRICS.index(last) if last in MAIN_METRICS else len(MAIN_METRICS), name)
 
 
 def _log_start(spec: RunSpec, first_step: int) -> None:

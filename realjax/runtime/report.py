@@ -19,7 +19,10 @@ from realjax.runtime.metrics import METRICS_FILE, RECORD_KEYS, read_metrics, rep
 REPORT_FILE = "report.html"
 SECTION_KINDS = ("table", "text", "image")
 # Shown first, in this order; a name counts by its last part, so `actor/loss` stands with `loss`.
-MAIN_METRICS = ("loss", "ppl", "reward", "kl", "acc", "grad_norm", "lr", "tokens_per_second")
+MAIN_METRICS = (
+    *("loss", "ppl", "task_reward", "kl", "importance_weight", "actor_clip_ratio", "actor_loss", "value_loss"),
+    *("avg_response_len", "eos_share", "acc", "grad_norm", "lr", "tokens_per_second"),
+)
 # Pictures that other parts of a run leave in its directory.
 RUN_PICTURES = {"graph.png": "Dataflow graph", "timeline.png": "Timeline of calls"}
 KIND_COLORS = {"train": "#2563eb", "eval": "#ea580c"}

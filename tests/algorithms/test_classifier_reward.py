@@ -17,12 +17,12 @@ PROMPTS, ANSWERS = [prompt for _, prompt, _, _ in SAMPLES], [answer for _, _, an
 LABELS = {0: "bad", 1: "good"}
 
 
-def save_classifier(directory, *, num_labels=2, cls=transformers.LlamaForSequenceClassification, **tokenizer):
+def save_classifier(directory, *, num_labels=2, cls: type = transformers.LlamaForSequenceClassification, **tokenizer):
     torch.manual_seed(0)
-    sizes = {**SIZES, "vocab_size": 320, "num_hidden_layers": 1}
-    labels = {"id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}} if num_labels == 2 else {}
-    config = transformers.LlamaConfig(**sizes, num_labels=num_labels, **labels)
-    cls(config).save_pretrained(directory)
+    options: dict = {**SIZES, "vocab_size": 320, "num_hidden_layers": 1, "num_labels": num_labels}
+    if num_labels == 2:
+        options |= {"id2label": LABELS, "label2id": {text: column for column, text in LABELS.items()}}
+    cls(transformers.LlamaConfig(**options)).save_pretrained(directory)
     make_tokenizer(**tokenizer).save_pretrained(directory)
     return directory
 

@@ -29,7 +29,7 @@ def generate(model: Model, params, config: GenerationConfig, *, num_slots: int, 
     return generator(placed, requests(model.config.vocab_size))
 
 
-@pytest.mark.parametrize(("layout", "num_slots"), [({}, 4), ({"dp": 2, "tp": 2}, 8)], ids=str)
+@pytest.mark.parametrize(("layout", "num_slots"), [({}, 4), ({"dp": 2, "tp": 2}, 8), ({"pp": 2}, 4), ({"dp": 2, "tp": 2, "pp": 2}, 8)], ids=str)
 def test_greedy_tokens_are_those_of_transformers(layout, num_slots):
     theirs = make_theirs("llama")
     model, params = make_ours(theirs)

@@ -243,17 +243,17 @@ def test_evaluations_need_held_out_prompts(sources):
 
 
 def test_notices_name_scores_that_nobody_gets_and_models_that_are_not_used(sources):
-    (notice,) = list_notices(parse(sources))
-    assert notice.startswith("ppo.gen.min_new_tokens equals max_new_tokens, so no answer can end")
+    (notice,) = list_notices(parse([*sources, "ppo.min_new_tokens=256"]))
+    assert notice.startswith("ppo.gen.min_new_tokens equals max_new_tokens, so no answer can end by itself")
     assert list_notices(parse([*sources, "ppo.min_new_tokens=0"])) == []
-    assert list_notices(parse([*sources, "ppo.missing_eos_penalty=0"])) == []
+    assert list_notices(parse([*sources, "ppo.min_new_tokens=256", "ppo.missing_eos_penalty=0"])) == []
     (notice,) = list_notices(parse([*sources, "ppo.min_new_tokens=0", "ppo.kl_ctl=0"]))
     assert notice.startswith("ref is not loaded")
 
 
 def test_lengths_follow_the_generation():
-    assert parse_overrides(PPOConfig, ["ppo.max_new_tokens=300"]).ppo.with_lengths().max_response_len == 300
-    assert parse_overrides(PPOConfig, ["ppo.max_response_len=9"]).ppo.with_lengths().max_response_len == 9
+    assert parse_overrides(PPOConfig, ["ppo.max_new_tokens=300"]).ppo.resolved().max_response_len == 300
+    assert parse_overrides(PPOConfig, ["ppo.max_response_len=9"]).ppo.resolved().max_response_len == 9
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_lengths_follow_the_generation():
         (GRPOConfig, ["ppo.ppo_n_minibatches=9", "dataset.train_bs_n_seqs=2"], "9 for the 8 sequences of a step"),
         (PPOConfig, ["ppo.ppo_epochs=0"], "^ppo.ppo_epochs: found 0; it must be at least 1"),
         (PPOConfig, ["ppo.top_p=2"], r"^ppo.gen.top_p: found 2.0; it must be in \(0, 1\]"),
-        (PPOConfig, ["ppo.max_new_tokens=8"], "^ppo.gen.min_new_tokens: found 256; it must be between 0 and max_new"),
+        (PPOConfig, ["ppo.max_new_tokens=8", "ppo.min_new_tokens=9"], "^ppo.gen.min_new_tokens: found 9; it must be between 0"),
         (PPOConfig, ["ppo.kl_ctl=-1"], "^ppo.kl_ctl: found -1.0; it must be at least 0"),
         (PPOConfig, ["ppo.gae_lambda=2"], "^ppo.gae_lambda: found 2.0"),
         (PPOConfig, ["ref_ema_eta=2"], "^ppo.ref_ema_eta: found 2.0"),
@@ -290,3 +290,11 @@ def test_lengths_follow_the_generation():
 def test_what_no_run_can_be_is_refused(config_cls, words, message):
     with pytest.raises(ValueError, match=message):
         parse_overrides(config_cls, words)
+
+
+def test_answers_of_a_fixed_length_get_their_score():
+    """Where no answer can end by itself none is cut off either; a penalty that was asked for stays."""
+    fixed = ["ppo.max_new_tokens=8", "ppo.min_new_tokens=8"]
+    assert parse_overrides(PPOConfig, fixed).ppo.resolved().missing_eos_penalty == 0
+    assert parse_overrides(PPOConfig, [*fixed, "ppo.missing_eos_penalty=2"]).ppo.resolved().missing_eos_penalty == 2
+    assert parse_overrides(PPOConfig, fixed[:1]).ppo.resolved().missing_eos_penalty is None

@@ -38,7 +38,9 @@ SFT = MFC(name="train", role="default", call="train_step", inputs=("tokens", "lo
 def make_trees() -> list[Any]:
     """Returns parameters split, replicated and in host memory, on the same and on other devices."""
     params = random_tree(MODEL)
-    trees = [place_params(MODEL, params, layout) for layout in (LAYOUT, make_layout(tp=2), make_layout(dp=4, tp=2, zero=3))]
+    trees = [
+        place_params(MODEL, params, layout) for layout in (LAYOUT, make_layout(tp=2), make_layout(dp=4, tp=2, zero=3))
+    ]
     host = jax.device_put(params, on_host(jax.tree.map(lambda a: a.sharding, trees[0])))
     return [*trees, host]
 

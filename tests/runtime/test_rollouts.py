@@ -34,9 +34,7 @@ def answer(requests) -> list[Generation]:
     for i, request in enumerate(requests):
         tokens = np.append(rng.integers(3, 50, i % 5), 2).astype(np.int32)
         kept = np.full((len(tokens), 2), request.row_id + 1, np.int32)
-        answers.append(
-            Generation(tokens=tokens, logprobs=-np.arange(1.0, len(tokens) + 1), ended=i % 3 > 0, kept=kept)
-        )
+        answers.append(Generation(tokens=tokens, logprobs=-np.arange(1.0, len(tokens) + 1), ended=i % 3 > 0, kept=kept))
     return answers
 
 
