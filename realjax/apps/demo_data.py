@@ -1,4 +1,7 @@
-"""What the demo trains on, made on the spot: film reviews from templates, a tokenizer, a tiny model's config."""
+"""What the demo trains on, made on the spot: film reviews from templates, a tokenizer, a tiny model's config.
+
+Reviews that praise are the better ones. A reward model learns that from pairs; `praise_reward` knows it.
+"""
 
 import json
 import random
@@ -12,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from realjax.algorithms.text_rewards import Row
 from realjax.hf.families import config_to_hf
 from realjax.models.config import ModelConfig
 
@@ -21,12 +25,12 @@ NUM_ANSWERS = 2  # of each sentiment, for one prompt
 MODEL = ModelConfig(
     family="llama",
     vocab_size=1024,
-    hidden_size=192,
-    num_layers=4,
-    num_q_heads=6,
+    hidden_size=128,
+    num_layers=2,
+    num_q_heads=4,
     num_kv_heads=2,
     head_dim=32,
-    ffn_size=512,
+    ffn_size=384,
     max_positions=512,
 )
 
@@ -98,6 +102,7 @@ VERDICTS = {
         "characters nobody could care for", "a finale that fizzles", "no suspense at all", "one cliche after another",
     ),
 }  # fmt: skip
+PRAISING, BLAMING = ("good", "praise", "treat"), ("bad", "blame", "flaw")  # slots of one sentiment only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +169,12 @@ def rows_by_kind(reviews: Sequence[Review], rng: random.Random) -> dict[str, lis
         ],
         "prompt": [{"prompt": r.prompt} for r in reviews],
     }
+
+
+def praise_reward(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """Returns 1 for answers with words of praise and none of blame, else 0: what a `reward.fn` is."""
+    has_words = lambda answer, slots: any(word in answer for slot in slots for word in VERDICTS[slot])
+    return [float(has_words(answer, PRAISING) and not has_words(answer, BLAMING)) for answer in answers]
 
 
 def write_model(directory: Path, texts: Sequence[str]) -> None:

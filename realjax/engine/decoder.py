@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from jax import Array
 from jax.sharding import NamedSharding
 
-from realjax.core.axes import generate_rules, make_constrain, resolve
+from realjax.core.axes import Constrain, generate_rules, make_constrain, resolve
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.forward import ForwardOptions, make_compute_copy
@@ -23,6 +23,7 @@ class Decoder(Protocol):
 
     num_groups: int
     cache_sharding: NamedSharding
+    constrain: Constrain
 
     def prepare(self, params: Tree) -> Tree:
         """Returns the parameters in the compute dtype and in the form that the other functions take."""

@@ -205,17 +205,18 @@ def decode_blocks(
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
     cos, sin = rope_tables(config.rope, config.head_dim, lengths[:, None])
-    rows, index = jnp.arange(x.shape[0]), jnp.arange(cache.length)[None]
+    index = jnp.arange(cache.length)[None]
     mask = index <= lengths[:, None]
     if config.sliding_window is not None:
         mask &= index > lengths[:, None] - config.sliding_window
     written = KVCache((), ())
+    # Mapped over rows, the write stays on the devices that hold them.
+    write = jax.vmap(lambda row, new, at: row.at[at].set(new[0], mode="drop"))
 
     def attend_fn(q: Array, k: Array, v: Array) -> Array:
         nonlocal written
         layer = len(written.keys)
-        keys = cache.keys[layer].at[rows, lengths].set(k[:, 0], mode="drop")
-        values = cache.values[layer].at[rows, lengths].set(v[:, 0], mode="drop")
+        keys, values = (write(whole, new, lengths) for whole, new in ((cache.keys[layer], k), (cache.values[layer], v)))
         written = KVCache((*written.keys, keys), (*written.values, values))
         return masked_attention(q, keys, values, mask[:, None])
 

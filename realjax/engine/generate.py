@@ -8,12 +8,14 @@ sequence to split.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from realjax.core.draw import KeptTokens
 from realjax.core.generation_config import GenerationConfig
@@ -287,9 +289,15 @@ class Generator:
     def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn:
         kernel = self.model.bind_layers(params)[0].head_kernel()
         logits = jnp.einsum("BD,DV->BV", hidden, kernel, preferred_element_type=jnp.float32)
-        # A row's logits meet on one device, where it is drawn.
-        logits = jax.lax.with_sharding_constraint(logits, self.layout.sharding("data"))
-        return draw(logits, keys, index, is_greedy, eos_ids=self.eos_ids, config=self.config, stored=self.kept)
+        # Made with the vocabulary split; then a row's logits meet on one device, and all devices share the rows.
+        logits = self.decoder.constrain(logits, ("rows", "act_vocab"))
+        all_axes = ("data", "tensor", "pipe")
+        spec = PartitionSpec(all_axes if len(logits) % self.layout.strategy.size == 0 else "data")
+        fn = partial(draw, eos_ids=self.eos_ids, config=self.config, stored=self.kept)
+        run = jax.shard_map(fn, mesh=self.layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        # Only the draw is spread like that: fixed on both sides, it does not spread to what comes before and after.
+        fix = lambda tree: jax.lax.with_sharding_constraint(tree, self.layout.sharding("data"))
+        return fix(run(logits, *fix((keys, index, is_greedy))))
 
     def _has_ended(self, tokens: Array, num_generated: Array) -> Array:
         is_eos = jnp.isin(tokens, jnp.array(self.eos_ids, jnp.int32))

@@ -1,7 +1,7 @@
 """One draw per row: end-of-text suppression, temperature, top-k and top-p, a token and its log-probability.
 
-The order is ReaL's: suppress, divide by the temperature, then both filters on the same logits independently; what
-either removes is removed. The log-probability is that of the distribution drawn from. Greedy takes no temperature and
+As in ReaL, both filters see the same logits, divided by the temperature and without suppressed tokens; what either
+removes is removed. The log-probability is that of the distribution drawn from. Greedy takes no temperature and
 no filter.
 """
 
@@ -64,16 +64,16 @@ def process_logits(
     `num_generated` `[B]` is how many tokens each row has generated so far.
     """
     logits = logits_BV.astype(jnp.float32)
+    if not config.greedy:
+        logits /= config.temperature if is_greedy is None else jnp.where(is_greedy, 1, config.temperature)[:, None]
     if config.min_new_tokens > 0 and eos_ids:
         too_early = (num_generated < config.min_new_tokens)[:, None]
         is_eos = jnp.isin(jnp.arange(logits.shape[1]), jnp.array(eos_ids))[None]
         logits = jnp.where(too_early & is_eos, REMOVED, logits)
-    if config.greedy:
+    if not config.filters(logits.shape[1]):
         return logits
-    scaled = logits / config.temperature
-    if config.filters(logits.shape[1]):
-        scaled = jnp.where(scaled < least_kept(scaled, config.top_k, config.top_p)[:, None], REMOVED, scaled)
-    return scaled if is_greedy is None else jnp.where(is_greedy[:, None], logits, scaled)
+    is_removed = logits < least_kept(logits, config.top_k, config.top_p)[:, None]
+    return jnp.where(is_removed if is_greedy is None else is_removed & ~is_greedy[:, None], REMOVED, logits)
 
 
 def least_kept(logits_BV: Array, top_k: int, top_p: float) -> Array:

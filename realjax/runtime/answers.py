@@ -82,9 +82,9 @@ class AnswerFile:
                 f"recover: the answers in '{file}' are not those to the first prompts of dataset.path; continue with "
                 "the same data, or use another trial_name"
             )
-        if file == self.part:
-            with file.open("rb+") as part:
-                part.truncate(sum(map(len, lines)))
+        # Of a whole file too: the data may have grown since.
+        os.replace(file, self.part)
+        os.truncate(self.part, sum(map(len, lines)))
         return num_prompts
 
 

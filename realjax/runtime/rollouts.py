@@ -78,7 +78,8 @@ def make_minibatches(
     to different minibatches. Sequences without a token to train on (`train_mask`) are left out; where too few are left,
     there are fewer minibatches, or none.
     """
-    sequences = sequences_of(rollout)
+    # In an order of their own: how they are packed differs between layouts.
+    sequences = sorted(sequences_of(rollout), key=lambda sequence: sequence["tokens"].tobytes())
     if "train_mask" in rollout:
         sequences = [sequence for sequence in sequences if sequence["train_mask"].any()]
     if not sequences:

@@ -2,6 +2,8 @@
 
 import getpass
 import json
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,22 @@ def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeyp
     assert trial.run(num_samples=2, recover_mode="auto") == 0
     assert "all 7 prompts were answered before" in capsys.readouterr().out
     assert (trial.logs / "output.jsonl").read_bytes() == whole
+
+
+def test_a_signal_ends_the_run_after_a_call(trial, monkeypatch, capsys):
+    append = AnswerFile.append
+
+    def append_and_stop(self, lines):
+        append(self, lines)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "append", append_and_stop)
+        assert trial.run() == 143
+    assert len(trial.answers("output.jsonl.part")) == 3
+    assert "recover_mode=auto continues after prompt 3" in capsys.readouterr().out
+    assert trial.run(recover_mode="resume") == 0
+    assert len(trial.answers()) == len(PROMPTS)
 
 
 def test_other_options_do_not_go_on_from_the_answers(trial, capsys):

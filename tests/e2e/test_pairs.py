@@ -169,6 +169,11 @@ def test_dpo_starts_at_ln_2_and_keeps_its_reference_in_host_memory(dpo):
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(steps[0]["margin"]) < 1e-5 < abs(steps[-1]["margin"])
     assert all(record["moved_mib/ref_inf"] > 0 == record["moved_mib/actor_train"] for record in steps)
+    # Once, at the first move: what it took.
+    (moved,) = re.findall(r"ref_inf: ref from host memory: moved (\d+\.\d) MiB, .* in \d+\.\d+ s", dpo.output)
+    assert float(moved) == pytest.approx(steps[0]["moved_mib/ref_inf"], abs=0.05)
+    for name in ("time", "tokens_per_second", "tflops", "memory_mib"):
+        assert all(record[f"{name}/{call}"] > 0 for record in steps for call in ("ref_inf", "actor_train"))
     for name in ("graph.png", "timeline.png", "trace.json", "report.html"):
         assert (dpo.folder("logs") / name).stat().st_size > 0
 
@@ -195,8 +200,9 @@ def test_the_saved_dpo_actor_is_a_language_model(dpo, given):
     assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-def test_a_reference_free_run_loads_no_reference(given, tmp_path):
-    run = carry_out("dpo", [*QUICKSTART_DPO, "reference_free=True", "benchmark_steps=1"], given, tmp_path)
+def test_a_reference_free_run_needs_no_reference(given, tmp_path):
+    words = [word for word in QUICKSTART_DPO if not word.startswith("ref")]
+    run = carry_out("dpo", [*words, "reference_free=True", "benchmark_steps=1"], given, tmp_path)
     (step,) = run.metrics("train")
     assert abs(step["loss"] - math.log(2)) > 1e-4
     assert "role actor" in run.output and "role ref" not in run.output

@@ -36,7 +36,7 @@ def one_token_at_a_time(q, k, v, segment_ids, window):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 1000])
-@pytest.mark.parametrize("row_len", [17, 96])
+@pytest.mark.parametrize("row_len", [17, 96, 256])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_attends_to_its_own_segment_and_window(backend, row_len, window):
     q, k, v, segment_ids = make_inputs(row_len)
@@ -70,9 +70,10 @@ def test_a_bound_on_segments_changes_nothing_where_it_holds(backend, window):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
-@pytest.mark.parametrize("window", [None, 20])
-def test_every_backend_has_the_gradients_of_the_reference(backend, window):
-    q, k, v, segment_ids = make_inputs(96)
+@pytest.mark.parametrize("num_kv_heads", [1, N])
+@pytest.mark.parametrize(("row_len", "window"), [(96, None), (96, 20), (320, 65), (320, 64), (640, 120)])
+def test_every_backend_has_the_gradients_of_the_reference(backend, row_len, window, num_kv_heads):
+    q, k, v, segment_ids = make_inputs(row_len, num_kv_heads)
     weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32) * (segment_ids > 0)[..., None, None]
 
     def loss(backend, q, k, v):

@@ -1,4 +1,4 @@
-"""One process of several: trains two roles a step, `long` on the first half of the devices and `short` on the second.
+"""One process of several: trains two roles a step, `long` on the first of two devices and `short` on the second.
 
 Run by test_overlap.py as `overlap_worker.py <port> <num_processes> <process_id>`. Process 0 prints a line of JSON: for
 each step the losses, and when each call began and ended.
@@ -20,7 +20,7 @@ from tests.runtime.specs import make_role, make_state
 STEPS = 3
 # The work of one is hundreds of times that of the other, which no other load of the machine makes up for.
 SIZES = {
-    "long": {"hidden_size": 128, "num_layers": 32, "ffn_size": 512, "head_dim": 16},
+    "long": {"hidden_size": 128, "num_layers": 12, "ffn_size": 512, "head_dim": 16},
     "short": {"hidden_size": 32, "num_layers": 1},
 }
 
@@ -28,7 +28,7 @@ SIZES = {
 def make_executor() -> Executor:
     layouts, roles = {}, {}
     for i, (name, sizes) in enumerate(SIZES.items()):
-        layouts[name] = Layout(ParallelStrategy(dp=2), tuple(jax.devices()[2 * i : 2 * i + 2]))
+        layouts[name] = Layout(ParallelStrategy(), (jax.devices()[i],))
         roles[name] = make_role(make_model(**sizes), layouts[name], name)
     calls = tuple(
         MFC(name=name, role=name, call="train_step", inputs=("tokens", "loss_mask"), loss=SFT_LOSS) for name in SIZES
@@ -39,7 +39,7 @@ def make_executor() -> Executor:
 
 def main() -> None:
     port, num_processes, process_id = map(int, sys.argv[1:])
-    jax.config.update("jax_num_cpu_devices", 4 // num_processes)
+    jax.config.update("jax_num_cpu_devices", 2 // num_processes)
     if num_processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=num_processes, process_id=process_id)
     executor, lines = make_executor(), []

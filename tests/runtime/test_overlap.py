@@ -48,7 +48,8 @@ def run_workers(num_processes: int, folder: Path) -> list[dict]:
 @pytest.mark.e2e
 def test_calls_on_disjoint_devices_of_two_processes_overlap(tmp_path):
     alone, apart = (run_workers(n, tmp_path) for n in (1, 2))
-    assert [step["losses"] for step in apart] == [step["losses"] for step in alone]
+    for ours, theirs in zip(apart, alone, strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
     # The first step compiles, in each process as long as it takes.
     for step in apart[1:]:
         (long_start, long_end), (short_start, short_end) = step["times"]["long"], step["times"]["short"]

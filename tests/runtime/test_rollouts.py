@@ -98,6 +98,17 @@ def test_minibatches_share_out_a_rollout(shuffle):
     assert same(parts, other) == (not shuffle)
 
 
+def test_minibatches_do_not_depend_on_how_sequences_were_packed():
+    lengths = np.random.default_rng(4).integers(4, 25, 12)
+    examples = [{"tokens": np.full(n, i, np.int32), "loss_mask": np.ones(n, bool)} for i, n in enumerate(lengths)]
+    dealt = []
+    for row_len, num_shards in ((128, 1), (64, 2), (32, 4)):
+        rollout = pack(examples, pack_rows(lengths, row_len, num_shards=num_shards))
+        parts = make_minibatches(rollout, Minibatches(count=3), row_multiple=num_shards, seed=(1, 2, 0))
+        dealt.append([sorted(int(s["tokens"][0]) for s in sequences_of(part)) for part in parts])
+    assert dealt[0] == dealt[1] == dealt[2]
+
+
 def test_sequences_without_a_trained_token_are_left_out():
     lengths = [5, 6, 7, 8]
     examples = [

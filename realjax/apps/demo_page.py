@@ -1,0 +1,57 @@
+"""One page for the demo: what each stage achieved, then the stages' reports one after the other."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from realjax.runtime.metrics import replace_text
+from realjax.runtime.report import PAGE, STYLE, table_html
+
+TITLE = "realjax demo: SFT, reward model, PPO"
+COLUMNS = ("stage", "measured on held-out data", "before", "after", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A held-out measure of the model before a stage's first step and after its last."""
+
+    subject: str
+    before: float
+    after: float
+    num_steps: int
+
+    def text(self) -> str:
+        """Returns it as a line."""
+        return f"{self.subject}: {self.before:.4g} before, {self.after:.4g} after {self.num_steps} steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A finished stage: what it achieved, and the file of its report."""
+
+    name: str
+    title: str
+    findings: tuple[Finding, ...]
+    report: Path
+
+
+def write_page(path: Path, results: Sequence[StageResult]) -> Path:
+    """Writes a page that needs nothing from outside, and returns its path."""
+    rows = [
+        (result.name, finding.subject, f"{finding.before:.4g}", f"{finding.after:.4g}", finding.num_steps)
+        for result in results
+        for finding in result.findings
+    ]
+    links = " · ".join(f'<a href="#{result.name}">{html.escape(result.title)}</a>' for result in results)
+    parts = [f"<h1>{html.escape(TITLE)}</h1>", f"<p>{links}</p>", table_html(COLUMNS, rows)]
+    for result in results:
+        parts.append(f'<hr id="{result.name}"><p>{html.escape(result.title)}</p>')
+        parts.append(body_of(result.report.read_text(encoding="utf-8")))
+    replace_text(path, PAGE.format(title=html.escape(TITLE), style=STYLE, body="\n".join(parts)))
+    return path
+
+
+def body_of(page: str) -> str:
+    """Returns what stands in the body of a report."""
+    return page.partition("<body>")[2].rpartition("</body>")[0]

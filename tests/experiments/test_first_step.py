@@ -1,0 +1,70 @@
+"""The first step of PPO: its ratios are 1 and its KL 0, whatever the layouts, and all of them give the same numbers."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from realjax.runtime.executor import StepResult
+from tests.experiments.rl_runs import (
+    LAYOUTS,
+    RLInputs,
+    as_numbers,
+    make_executor,
+    make_rl_spec,
+    quick_compiles,
+    write_rl_inputs,
+)
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compiles():
+        yield
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> RLInputs:
+    return write_rl_inputs(tmp_path_factory.mktemp("rl"))
+
+
+@pytest.fixture(scope="module")
+def steps_of(inputs: RLInputs, tmp_path_factory: pytest.TempPathFactory):
+    """Returns `steps_of(layout) -> the results of the first steps`, each run once."""
+    root: Path = tmp_path_factory.mktemp("root")
+
+    @cache
+    def steps(layout: str) -> tuple[StepResult, ...]:
+        spec = make_rl_spec(inputs, root, **{k.replace(".", "__"): v for k, v in LAYOUTS[layout].items()})
+        executor = make_executor(spec)
+        return tuple(executor.step(spec.loader.batch(i), i) for i in range(STEPS))
+
+    return steps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_policy_that_is_trained_is_the_one_that_answered(layout, steps_of):
+    """Before its first update of a step; so in the second step too, whose answers the trained actor gave."""
+    first, second = steps_of(layout)
+    for result in (first, second):
+        update = as_numbers(result.metrics["actor_train"])[0]
+        assert update["importance_weight"] == pytest.approx(1, abs=1e-5)
+        assert update["approx_kl"] == pytest.approx(0, abs=1e-5)
+        assert update["actor_clip_ratio"] == 0
+    kl = [as_numbers(result.metrics["advantages"])[0]["kl"] for result in (first, second)]
+    assert kl[0] == pytest.approx(0, abs=1e-5)
+    # The actor has learned by then, so that none of this is for lack of change.
+    assert abs(kl[1]) > 1e-3
+    assert np.any(first.batch["kept"])
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one device"])
+def test_layouts_change_nothing(layout, steps_of):
+    found, expected = steps_of(layout)[0].metrics, steps_of("one device")[0].metrics
+    assert list(found) == list(expected)
+    for call in found:
+        for ours, theirs in zip(as_numbers(found[call]), as_numbers(expected[call]), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5), call
