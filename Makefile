@@ -12,7 +12,7 @@ BIN := .venv/bin
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: .venv/.installed  ## train a tiny model on made-up film reviews, about two minutes; ends with a report
+demo: .venv/.installed  ## SFT, reward model and PPO of a tiny model, about three minutes; ends with a report
 	@# transformers would remark that it found no PyTorch, which nothing here needs
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python -m realjax.apps.demo
 

@@ -122,7 +122,7 @@ class DemoFiles:
     model: Path
 
 
-def write_demo_files(out: Path, *, seed: int = 1, num_train: int = 4096, num_valid: int = 256) -> DemoFiles:
+def write_demo_files(out: Path, *, seed: int = 1, num_train: int = 4096, num_valid: int = 128) -> DemoFiles:
     """Writes the data files and the model directory (no weights) beneath `out`; equal arguments give equal bytes."""
     files = DemoFiles(data=out / "data", model=out / "model")
     files.data.mkdir(parents=True, exist_ok=True)

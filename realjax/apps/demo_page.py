@@ -9,12 +9,12 @@ from realjax.runtime.metrics import replace_text
 from realjax.runtime.report import PAGE, STYLE, table_html
 
 TITLE = "realjax demo: SFT, reward model, PPO"
-COLUMNS = ("stage", "measured on held-out data", "before", "after", "steps")
+COLUMNS = ("stage", "what was measured", "before", "after", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A held-out measure of the model before a stage's first step and after its last."""
+    """A measure of the model before a stage's first step and after its last."""
 
     subject: str
     before: float
@@ -23,7 +23,8 @@ class Finding:
 
     def text(self) -> str:
         """Returns it as a line."""
-        return f"{self.subject}: {self.before:.4g} before, {self.after:.4g} after {self.num_steps} steps"
+        before, after = map(format_number, (self.before, self.after))
+        return f"{self.subject}: {before} before, {after} after {self.num_steps} steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class StageResult:
 def write_page(path: Path, results: Sequence[StageResult]) -> Path:
     """Writes a page that needs nothing from outside, and returns its path."""
     rows = [
-        (result.name, finding.subject, f"{finding.before:.4g}", f"{finding.after:.4g}", finding.num_steps)
+        (result.name, finding.subject, format_number(finding.before), format_number(finding.after), finding.num_steps)
         for result in results
         for finding in result.findings
     ]
@@ -50,6 +51,11 @@ def write_page(path: Path, results: Sequence[StageResult]) -> Path:
         parts.append(body_of(result.report.read_text(encoding="utf-8")))
     replace_text(path, PAGE.format(title=html.escape(TITLE), style=STYLE, body="\n".join(parts)))
     return path
+
+
+def format_number(value: float) -> str:
+    """Returns at most four digits; what is left of a 0 after rounding is 0."""
+    return f"{round(value, 4) + 0.0:.4g}"
 
 
 def body_of(page: str) -> str:

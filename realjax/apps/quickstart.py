@@ -123,7 +123,8 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
     check_writable(paths)
     logger.info("Running %s experiment.", name)
     logger.info("Logs will be dumped to %s", paths.logs)
-    logger.info("Model checkpoints will be saved to %s", paths.checkpoints)
+    if name != "gen":
+        logger.info("Model checkpoints will be saved to %s", paths.checkpoints)
     for notice in list_notices(config):
         logger.info(notice)
     check_mode(config.mode)

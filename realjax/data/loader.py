@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +51,23 @@ class Position:
     ends_epoch: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The static shapes of a run's batches: rows [R, T] for a few R and one T, with [R, S] beside them."""
+
+    row_len: int
+    num_segments: int
+    row_counts: tuple[int, ...]  # ascending
+    of_step: np.ndarray  # R of each step's batch, int [num_steps]
+
+    @property
+    def num_slots(self) -> int:
+        """Token slots of all steps, full or not."""
+        return int(self.of_step.sum(dtype=np.int64)) * self.row_len
+
+
 class Loader:
-    """Batches of one static shape; `batch(step)` depends on the arguments and the step only, so a resume repeats it.
+    """Batches of few static shapes; `batch(step)` depends on the arguments and the step only, so a resume repeats it.
 
     The stream of samples is the epochs' permutations one after the other, each from (seed, epoch); step t takes
     the next `batch_size` of it. A batch may straddle two epochs and the last may be smaller: nothing is dropped, every
@@ -71,15 +86,17 @@ class Loader:
         row_len: int | None = None,
         num_shards: int = 1,
         allow_partial: bool = False,
+        max_shapes: int = 3,
         name: str = "dataset.train_bs_n_seqs",
     ):
-        """Rows are a multiple of `row_multiple` and of `num_shards`, of `row_len` tokens (None: see `plan_shape`).
+        """Rows are a multiple of `row_multiple` and of `num_shards`, of `row_len` tokens (None: see `plan_shapes`).
 
-        `allow_partial` lets the batch exceed the dataset, for evaluation. Raises
-        ValueError, naming `name` (the option with the batch size), for sizes below 1, a batch larger than the dataset,
-        or rows shorter than an example.
+        Batches have at most `max_shapes` shapes. `allow_partial` lets the batch exceed the dataset, for evaluation.
+        Raises ValueError, naming `name` (the option with the batch size), for sizes below 1, a batch larger than the
+        dataset, or rows shorter than an example.
         """
-        _check_sizes(batch_size, num_epochs, seed, row_multiple, num_shards, name)
+        counts = {"epochs": num_epochs, "row_multiple": row_multiple, "num_shards": num_shards}
+        _check_sizes({name: batch_size, **counts, "max_shapes": max_shapes}, seed)
         self._dataset = dataset
         self._lengths = dataset.lengths
         self._batch_size = batch_size
@@ -100,12 +117,15 @@ class Loader:
             )
         batches = [self._lengths[self._indices(step)] for step in range(self.total_steps)]
         multiple = math.lcm(row_multiple, num_shards)
-        self._shape = plan_shape(batches, multiple) if row_len is None else shape_of(batches, row_len, multiple)
+        if row_len is None:
+            self.shapes = plan_shapes(batches, multiple, max_shapes)
+        else:
+            self.shapes = shapes_of(batches, row_len, multiple, max_shapes)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(R, T, S) of every batch: rows, tokens per row, sequences per row."""
-        return self._shape
+        """(R, T, S) of the largest batches: rows, tokens per row, sequences per row."""
+        return self.shapes.row_counts[-1], self.shapes.row_len, self.shapes.num_segments
 
     @property
     def total_steps(self) -> int:
@@ -120,8 +140,7 @@ class Loader:
     @property
     def padding_share(self) -> float:
         """Share of the token slots that hold no token, over the whole run."""
-        num_rows, row_len, _ = self._shape
-        return 1.0 - float(self._lengths[self._stream].sum(dtype=np.int64)) / (self.total_steps * num_rows * row_len)
+        return 1.0 - float(self._lengths[self._stream].sum(dtype=np.int64)) / self.shapes.num_slots
 
     @property
     def fingerprint(self) -> int:
@@ -133,9 +152,9 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps)."""
         indices = self._indices(step)
-        num_rows, row_len, num_segments = self._shape
+        num_rows, row_len = int(self.shapes.of_step[step]), self.shapes.row_len
         plan = pack_rows(self._lengths[indices], row_len, num_rows=num_rows, num_shards=self._num_shards)
-        return pack([self._dataset.example(i) for i in indices], plan, num_segments=num_segments)
+        return pack([self._dataset.example(i) for i in indices], plan, num_segments=self.shapes.num_segments)
 
     def ids(self, step: int) -> list[str | int]:
         """Ids of the step's examples, in the stream's order; a batch that straddles two epochs may hold one twice."""
@@ -164,26 +183,46 @@ class Loader:
         return self._stream[start : start + self._batch_size]
 
 
-def plan_shape(batches: Sequence[np.ndarray], row_multiple: int) -> tuple[int, int, int]:
-    """Returns the (R, T, S) that pads least and holds every one of `batches`, the lengths of a step's examples.
+def plan_shapes(batches: Sequence[np.ndarray], row_multiple: int, max_shapes: int = 1) -> Shapes:
+    """Returns the shapes that pad least and hold `batches`, the lengths of each step's examples.
 
     Rows are one to eight times the bucket of the longest example: longer ones pack tighter, and attention looks no
-    further back than the longest example, so they cost no more. One shape for all steps: a run compiles one program.
+    further back than the longest example, so they cost no more.
     """
     shortest = bucket_len(max(int(lengths.max()) for lengths in batches))
-    shapes = [shape_of(batches, shortest * times, row_multiple) for times in range(1, 9)]
-    return min(shapes, key=lambda shape: shape[0] * shape[1])
+    found = [shapes_of(batches, shortest * times, row_multiple, max_shapes) for times in range(1, 9)]
+    return min(found, key=lambda shapes: shapes.num_slots)
 
 
-def shape_of(batches: Sequence[np.ndarray], row_len: int, row_multiple: int) -> tuple[int, int, int]:
-    """Returns the (R, T, S) of rows of `row_len` tokens that holds every one of `batches`."""
-    plans = (pack_rows(lengths, row_len) for lengths in batches)
-    num_rows, num_segments = map(max, zip(*((len(plan.rows), plan.num_segments) for plan in plans), strict=True))
-    return -(-num_rows // row_multiple) * row_multiple, row_len, num_segments
+def shapes_of(batches: Sequence[np.ndarray], row_len: int, row_multiple: int, max_shapes: int = 1) -> Shapes:
+    """Returns the shapes with rows of `row_len` tokens that hold `batches`: at most `max_shapes`, a compile each."""
+    plans = [pack_rows(lengths, row_len) for lengths in batches]
+    needed = np.array([-(-len(plan.rows) // row_multiple) * row_multiple for plan in plans])
+    row_counts = _row_counts(needed, max_shapes)
+    return Shapes(
+        row_len=row_len,
+        num_segments=max(plan.num_segments for plan in plans),
+        row_counts=tuple(row_counts.tolist()),
+        of_step=row_counts[np.searchsorted(row_counts, needed)],
+    )
 
 
-def _check_sizes(batch_size: int, num_epochs: int, seed: int, row_multiple: int, num_shards: int, name: str) -> None:
-    sizes = {name: batch_size, "epochs": num_epochs, "row_multiple": row_multiple, "num_shards": num_shards}
+def _row_counts(needed: np.ndarray, max_shapes: int) -> np.ndarray:
+    """Returns up to `max_shapes` numbers of rows, ascending, for steps that need as many rows as `needed` says.
+
+    One that holds every step, and then whichever other saves most, as long as it saves a tenth of all rows.
+    """
+    of_step = np.full_like(needed, needed.max())
+    for _ in range(max_shapes - 1):
+        with_another = [np.where(needed <= n, np.minimum(of_step, n), of_step) for n in np.unique(needed)]
+        best = min(with_another, key=np.sum)
+        if best.sum() > 0.9 * of_step.sum():
+            break
+        of_step = best
+    return np.unique(of_step)
+
+
+def _check_sizes(sizes: Mapping[str, int], seed: int) -> None:
     for subject, size in sizes.items():
         if size < 1:
             raise ValueError(f"{subject}: found {size}; needed at least 1")

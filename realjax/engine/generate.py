@@ -206,7 +206,9 @@ class Generator:
 
     def _put(self, array: np.ndarray) -> Array:
         # Every process has the whole array; device_put would stop all of them to compare it.
-        return jax.make_array_from_callback(array.shape, self.layout.replicated, lambda index: array[index])
+        return jax.make_array_from_callback(
+            array.shape, self.layout.replicated, lambda index: array[index], dtype=array.dtype
+        )
 
     def _admit_prompts(self, params: Tree, slots: Slots, prompts: Prompts) -> Slots:
         hidden, cache = self.decoder.admit(params, slots.cache, prompts.tokens, prompts.lengths, prompts.places)

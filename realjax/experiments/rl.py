@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from realjax.algorithms.reward_sources import (
     mix_rewards,
     mixed_inputs,
 )
-from realjax.algorithms.text_rewards import TEXT_REWARD_INPUTS, load_function, make_text_reward
+from realjax.algorithms.text_rewards import TEXT_REWARD_INPUTS, TextFn, load_function, make_text_reward
 from realjax.allocation.heuristic import Placement, SizedModel
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
@@ -187,17 +187,23 @@ class Setup:
         if "rew" in self.roles:
             fn = make_model_reward(scaling=options.reward_output_scaling, bias=options.reward_output_bias)
             sources.append(RewardSource(name="model", fn=fn, inputs=MODEL_REWARD_INPUTS, weight=config.model_weight))
-        if config.fn:
-            fn = text(load_function(config.fn), name=f"reward.fn {config.fn}")
-            sources.append(RewardSource(name="fn", fn=fn, inputs=TEXT_REWARD_INPUTS, weight=config.fn_weight))
-        if config.classifier:
-            classifier = load_classifier(config.classifier, label=config.classifier_label)
-            fn = text(classifier, name=f"reward.classifier {config.classifier}")
-            weight = config.classifier_weight
-            sources.append(RewardSource(name="classifier", fn=fn, inputs=TEXT_REWARD_INPUTS, weight=weight))
+        for name, fn in self._text_functions.items():
+            host_fn = text(fn, name=f"reward.{name} {getattr(config, name)}")
+            weight = getattr(config, f"{name}_weight")
+            sources.append(RewardSource(name=name, fn=host_fn, inputs=TEXT_REWARD_INPUTS, weight=weight))
         scores = (self.infer("rew_inf", "scores", "values"),) if "rew" in self.roles else ()
         inputs = mixed_inputs(sources)
         return (*scores, HostCall(name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS))
+
+    @cached_property
+    def _text_functions(self) -> dict[str, TextFn]:
+        """The rewards that read texts, by the option that names them."""
+        config, functions = self.config.reward, {}
+        if config.fn:
+            functions["fn"] = load_function(config.fn)
+        if config.classifier:
+            functions["classifier"] = load_classifier(config.classifier, label=config.classifier_label)
+        return functions
 
     def advantages(self, fn: HostFn) -> HostCall:
         """Returns the host call that turns rewards into advantages."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from realjax.data.datasets import PromptAnswerDataset
-from realjax.data.loader import Loader, plan_shape, shape_of
+from realjax.data.loader import Loader, plan_shapes, shapes_of
 
 
 def make_dataset(num_examples: int, longest: int = 60) -> PromptAnswerDataset:
@@ -82,9 +82,9 @@ def test_a_batch_straddles_two_epochs():
 
 
 @pytest.mark.parametrize(("row_multiple", "num_shards"), [(1, 1), (8, 2), (6, 4), (1, 8)])
-def test_a_run_has_one_shape(row_multiple, num_shards):
+def test_a_run_of_one_shape(row_multiple, num_shards):
     dataset = make_dataset(101)
-    sizes = {"batch_size": 25, "num_epochs": 3, "seed": 1}
+    sizes = {"batch_size": 25, "num_epochs": 3, "seed": 1, "max_shapes": 1}
     loader = Loader(dataset, **sizes, row_multiple=row_multiple, num_shards=num_shards)
     num_rows, row_len, num_segments = loader.shape
     assert num_rows % row_multiple == 0 and num_rows % num_shards == 0 and row_len % 64 == 0
@@ -135,12 +135,35 @@ def test_sizes_that_make_no_run_are_refused():
             loader.batch(step)
 
 
-def test_the_chosen_rows_pad_least():
+@pytest.mark.parametrize("max_shapes", [1, 2, 3])
+def test_the_chosen_rows_pad_least(max_shapes):
     dataset = make_dataset(101)
     lengths = [dataset.lengths[start : start + 25] for start in range(0, 101, 25)]
-    chosen = plan_shape(lengths, row_multiple=4)
-    slots = {times: np.prod(shape_of(lengths, 64 * times, 4)[:2]) for times in range(1, 9)}
-    assert chosen[0] * chosen[1] == min(slots.values())
+    chosen = plan_shapes(lengths, 4, max_shapes)
+    assert chosen.num_slots == min(shapes_of(lengths, 64 * times, 4, max_shapes).num_slots for times in range(1, 9))
+
+
+@pytest.mark.parametrize(("batch_size", "row_multiple"), [(2, 1), (5, 1), (9, 2), (40, 4), (101, 1)])
+def test_more_shapes_hold_the_same_batches_in_fewer_slots(batch_size, row_multiple):
+    dataset = make_dataset(101)
+    sizes = {"batch_size": batch_size, "num_epochs": 2, "seed": 1, "row_multiple": row_multiple, "row_len": 64}
+    loaders = [Loader(dataset, **sizes, max_shapes=n) for n in (1, 2, 3, 50)]
+    for loader, max_shapes in zip(loaders, (1, 2, 3, 50), strict=True):
+        batches = [loader.batch(step) for step in range(loader.total_steps)]
+        found = {batch.num_rows for batch in batches}
+        assert found == set(loader.shapes.row_counts) and len(found) <= max_shapes and max(found) == loader.shape[0]
+        assert all(num_rows % row_multiple == 0 for num_rows in found)
+        for step, batch in enumerate(batches):
+            assert examples_in(batch) == Counter(loader.ids(step))
+            # The smallest that the run has and the batch fits in.
+            least = int((batch["segment_ids"].max(axis=1) > 0).sum())
+            assert batch.num_rows == min(n for n in found if n >= least)
+        padding = 1 - sum(batch.num_tokens for batch in batches) / sum(batch["tokens"].size for batch in batches)
+        assert loader.padding_share == pytest.approx(padding)
+    slots = [loader.shapes.num_slots for loader in loaders]
+    # Each further shape saves a tenth, or it is not there.
+    for fewer, more, one, other in zip(slots, slots[1:], loaders, loaders[1:]):
+        assert more <= 0.9 * fewer if len(other.shapes.row_counts) > len(one.shapes.row_counts) else more == fewer
 
 
 def test_the_fingerprint_tells_other_data_or_batches_apart():

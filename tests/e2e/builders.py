@@ -205,9 +205,9 @@ class Trial:
         (directory,) = self.folder("checkpoints").glob(f"default/*globalstep{step}")
         return load_file(directory / "model.safetensors")
 
-    def state(self, step: int) -> dict[str, np.ndarray]:
-        """Returns every array of the training state saved after `step` steps: parameters, moments, counters."""
-        directory = epath.Path(self.folder("recover") / str(step) / "role_default")
+    def state(self, step: int, role: str = "default") -> dict[str, np.ndarray]:
+        """Returns every array of a role's state saved after `step` steps: parameters, moments, counters."""
+        directory = epath.Path(self.folder("recover") / str(step) / f"role_{role}")
         # On one device: the save knows those of the run, which may have had other processes.
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         saved = ocp.StandardCheckpointHandler().metadata(directory).tree

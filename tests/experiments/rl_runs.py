@@ -83,9 +83,14 @@ def rl_options(inputs: RLInputs, root: Path, experiment: str = "ppo", **changes:
 
     A change of `algo__<name>` is one of the algorithm's own options, whatever their group is called.
     """
-    critic = {"critic.path": inputs.actor, "critic.init_critic_from_actor": True, "critic.optimizer.lr": 0.01}
+    critic = {
+        "critic.path": inputs.actor,
+        "critic.init_critic_from_actor": True,
+        "critic.optimizer.lr": 0.01,
+        "critic.gradient_checkpointing": False,
+    }
     algorithm = {
-        "ppo_n_minibatches": 2,
+        "ppo_n_minibatches": 4,  # of two sequences, which always fit into one row: one program
         "kl_ctl": 0.1,
         "reward_output_scaling": 10.0,
         "gen.max_new_tokens": NEW,
@@ -101,12 +106,13 @@ def rl_options(inputs: RLInputs, root: Path, experiment: str = "ppo", **changes:
         **LAYOUTS["one device"],
         "actor.path": inputs.actor,
         "actor.optimizer.lr": 0.01,
+        "actor.gradient_checkpointing": False,
         "ref.path": inputs.actor,
         "rew.path": inputs.actor,
         "rew.init_from_scratch": True,
         **(critic if experiment == "ppo" else {}),
         "dataset.path": inputs.prompts,
-        "dataset.max_prompt_len": 16,
+        "dataset.max_prompt_len": 8,
         "dataset.train_bs_n_seqs": 8,
         **{f"algo.{name}": value for name, value in algorithm.items()},
         **{name.replace("__", "."): value for name, value in changes.items()},

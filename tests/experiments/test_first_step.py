@@ -38,7 +38,7 @@ def steps_of(inputs: RLInputs, tmp_path_factory: pytest.TempPathFactory):
 
     @cache
     def steps(layout: str) -> tuple[StepResult, ...]:
-        spec = make_rl_spec(inputs, root, **{k.replace(".", "__"): v for k, v in LAYOUTS[layout].items()})
+        spec = make_rl_spec(inputs, root, **LAYOUTS[layout])
         executor = make_executor(spec)
         return tuple(executor.step(spec.loader.batch(i), i) for i in range(STEPS))
 

@@ -38,6 +38,7 @@ from realjax.allocation.plan import make_plan
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.host_memory import keep_freed_memory
 from realjax.core.layout import Layout, ParallelStrategy
+from realjax.data.loader import Loader
 from realjax.experiments import ppo
 from realjax.hf.families import config_to_hf
 from realjax.hf.save import save_hf
@@ -203,6 +204,25 @@ def run_realjax(args: argparse.Namespace) -> None:
     turns = Turns()
     if jax.default_backend() == "cpu":
         keep_freed_memory()  # as `realjax ppo` does
+    loader, executor = make_executor(args)
+    compiled = executor.compile_log
+    num_warm = 0
+    for step in range(loader.total_steps):
+        num_compiled = len(compiled.entries)
+        result = executor.step(loader.batch(step), step)
+        jax.block_until_ready((executor.states, result.metrics))
+        calls = {record.name: record.end - record.start for record in executor.timeline.of_step(step)}
+        if num_warm >= 2:
+            turns.end_step(calls)
+            continue
+        num_warm = num_warm + 1 if len(compiled.entries) == num_compiled else 0
+        if num_warm == 2:
+            rows = f"{result.batch.num_rows} rows x {result.batch.row_len}"
+            turns.begin(f"{len(compiled.entries)} programs compiled in {compiled.seconds:.0f} s, answers in {rows}")
+
+
+def make_executor(args: argparse.Namespace) -> tuple[Loader, Executor]:
+    """Returns the prompts and the executor of `realjax ppo` with these options."""
     config = resolve_names(parse_overrides(PPOConfig, options(args)), "ppo")
     validate(config)
     spec = ppo.build(config, jax.devices()[:1])
@@ -212,21 +232,7 @@ def run_realjax(args: argparse.Namespace) -> None:
         for name, role in spec.roles.items()
     }
     states = {name: load_role(role, spec.seed) for name, role in roles.items()}
-    executor = Executor(spec.graph, spec.layouts, roles, states, seed=spec.seed)
-    compiled = executor.compile_log
-    num_warm, shapes = 0, ""
-    for step in range(spec.loader.total_steps):
-        num_compiled = len(compiled.entries)
-        result = executor.step(spec.loader.batch(step), step)
-        jax.block_until_ready((executor.states, result.metrics))
-        calls = {record.name: record.end - record.start for record in executor.timeline.of_step(step)}
-        if num_warm >= 2:
-            turns.end_step(calls)
-            continue
-        num_warm = num_warm + 1 if len(compiled.entries) == num_compiled else 0
-        if num_warm == 2:
-            shapes = f"{result.batch.num_rows} rows x {result.batch.row_len}"
-            turns.begin(f"{len(compiled.entries)} programs compiled in {compiled.seconds:.0f} s, answers in {shapes}")
+    return spec.loader, Executor(spec.graph, spec.layouts, roles, states, seed=spec.seed)
 
 
 def options(args: argparse.Namespace) -> list[str]:

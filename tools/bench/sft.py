@@ -29,7 +29,7 @@ from realjax.core.host_memory import keep_freed_memory
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import num_params
-from realjax.data.loader import plan_shape
+from realjax.data.loader import plan_shapes
 from realjax.data.packing import pack, pack_rows
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
 from realjax.engine.forward import ForwardOptions, Precision
@@ -181,7 +181,7 @@ def realjax_loop(
     """Returns `run(steps) -> seconds` of realjax, the number of parameters, and a note on the packing."""
     model, layout = build_model(config), Layout.of(ParallelStrategy())
     lengths = [len(e["tokens"]) for e in examples]
-    row_len = args.row_len or plan_shape([np.array(lengths)], row_multiple=1)[1]
+    row_len = args.row_len or plan_shapes([np.array(lengths)], row_multiple=1).row_len
     batch = pack(examples, pack_rows(lengths, row_len))
     optimizer = make_optimizer(OptimizerConfig(lr=LR, lr_scheduler_type="constant", warmup_steps_proportion=0.0), 1000)
     options = TrainOptions(

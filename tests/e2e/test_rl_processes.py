@@ -1,0 +1,51 @@
+"""PPO in two processes, actor and critic trained in different ones: the numbers of one process."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.e2e.test_processes import SECONDS, launch_words, started
+from tests.e2e.test_rl import RLTrial, without_durations
+from tests.experiments.rl_runs import write_rl_inputs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+STEPS = 2
+# Of eight devices process 0 has the first four; answers are drawn on all of them.
+OPTIONS = {
+    "n_gpus_per_node": 8,
+    "allocation_mode": "manual",
+    "actor_gen.parallel.data_parallel_size": 8,
+    "ref_inf.parallel.data_parallel_size": 4,
+    "ref_inf.parallel.model_parallel_size": 2,
+    "rew_inf.parallel.data_parallel_size": 4,
+    "rew_inf.device_mesh": "NODE01:2,3,4,5",
+    "critic_inf.parallel.data_parallel_size": 4,
+    "critic_inf.device_mesh": "NODE01:0,1,2,3",
+    "actor_train.parallel.data_parallel_size": 2,
+    "actor_train.parallel.model_parallel_size": 2,
+    "actor_train.device_mesh": "NODE01:0,1,2,3",
+    "critic_train.parallel.data_parallel_size": 4,
+    "critic_train.device_mesh": "NODE01:4,5,6,7",
+    "algo.ppo_n_minibatches": 2,
+    "algo.ref_ema_eta": 0.1,
+    "reward.fn": "tests.experiments.rl_rewards:shortness",
+    "benchmark_steps": STEPS,
+}
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    alone = RLTrial(inputs=write_rl_inputs(tmp_path), root=tmp_path, name="alone", options=OPTIONS)
+    assert alone.run() == 0
+    both, log = replace(alone, name="both"), tmp_path / "both.log"
+    with started(launch_words(both.words(), experiment="ppo"), log) as process:
+        assert process.wait(SECONDS) == 0, log.read_text()
+    output = log.read_text()
+    assert "process 0 of 2 joined" in output and "process 1 of 2 joined" in output
+    assert len(re.findall(r"\(global step \d\):", output)) == STEPS
+    found, expected = without_durations(both.metrics()), without_durations(alone.metrics())
+    assert [list(record) for record in found] == [list(record) for record in expected]
+    for ours, theirs in zip(found, expected):
+        assert ours == {k: x if isinstance(x, str) else pytest.approx(x, rel=1e-3, abs=1e-4) for k, x in theirs.items()}
+    for role in ("actor", "critic", "ref"):
+        assert both.saved(role, STEPS).keys() == alone.saved(role, STEPS).keys()

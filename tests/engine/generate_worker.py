@@ -1,0 +1,74 @@
+"""One process of two: generates on layouts that span both, or belong to the other one, and compares with one device.
+
+Run by test_generate_processes.py as `generate_worker.py <port> <process_id>`.
+"""
+
+import sys
+import traceback
+
+import jax
+import numpy as np
+
+from realjax.core.axes import generate_rules, tree_shardings
+from realjax.core.generation_config import GenerationConfig
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.trees import Tree, map_paths
+from realjax.engine.generate import Generation, Generator, Request
+from realjax.models.build import Model
+from realjax.runtime.processes import fetch, leave
+from tests.builders import make_model, random_tree
+
+CONFIG = GenerationConfig(max_new_tokens=10, min_new_tokens=2, top_k=20, top_p=0.9)
+
+
+def place(model: Model, params: Tree, layout: Layout) -> Tree:
+    shardings = tree_shardings(model.axes, model.abstract, generate_rules(layout.strategy), layout)
+
+    def one(_: str, x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index], dtype=x.dtype)
+
+    return map_paths(one, params, shardings)
+
+
+def generate(model: Model, params: Tree, devices: list[jax.Device], num_slots: int, **sizes: int) -> list[Generation]:
+    layout = Layout.of(ParallelStrategy(**sizes), devices)
+    generator = Generator(
+        model, layout, CONFIG, eos_ids=range(6, 14), num_slots=num_slots, seed=3, fetch_fn=fetch if sizes else None
+    )
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(tokens=rng.integers(6, 96, n).astype(np.int32), row_id=i, is_greedy=i == 2)
+        for i, n in enumerate([3, 17, 8, 1, 30])
+    ]
+    return generator(place(model, params, layout), requests)
+
+
+def main() -> None:
+    port, process_id = map(int, sys.argv[1:3])
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process_id)
+    model = make_model()
+    params = random_tree(model, scale=0.4)
+    expected = generate(model, params, jax.local_devices()[:1], 2)
+    devices = jax.devices()
+    of_second = [device for device in devices if device.process_index == 1]
+    split_pairs = [devices[i] for i in (0, 4, 1, 5)]  # the pipe's stages and the data's rows in both processes
+    for found in (
+        generate(model, params, split_pairs, 4, dp=2, pp=2),
+        generate(model, params, of_second, 4, dp=2, tp=2),
+    ):
+        for a, b in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            np.testing.assert_array_equal(a.kept, b.kept)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+            assert a.ended == b.ended
+    print("all equal", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        # An orderly end would wait for the other process, and it for this one.
+        leave(1)

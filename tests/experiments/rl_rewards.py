@@ -1,0 +1,15 @@
+"""Reward functions of tests, as a user would write them."""
+
+from collections.abc import Sequence
+
+from realjax.algorithms.text_rewards import Row
+
+
+def shortness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """Returns more for shorter answers."""
+    return [-len(answer) / 100 for answer in answers]
+
+
+def sameness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """Returns the same for all answers to a prompt, from its row of the data."""
+    return [float(row["id"]) for row in rows]
