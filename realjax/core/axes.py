@@ -69,7 +69,7 @@ def inference_rules(strategy: ParallelStrategy) -> Rules:
 
 def generate_rules(strategy: ParallelStrategy) -> Rules:
     """Returns the table of prefill and decode. One token a row leaves no sequence to split."""
-    return {**train_rules(strategy), "residual_time": None, "cache_rows": "data", "cache_time": None}
+    return {**train_rules(strategy), "residual_time": None}
 
 
 def resolve(names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, subject: str) -> PartitionSpec:

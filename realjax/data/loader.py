@@ -65,6 +65,9 @@ class Shapes:
         """Token slots of all steps, full or not."""
         return int(self.of_step.sum(dtype=np.int64)) * self.row_len
 
+    def __str__(self) -> str:
+        return f"{' or '.join(map(str, self.row_counts))} x {self.row_len}"
+
 
 class Loader:
     """Batches of few static shapes; `batch(step)` depends on the arguments and the step only, so a resume repeats it.

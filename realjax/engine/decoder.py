@@ -11,9 +11,7 @@ from realjax.core.trees import Tree
 from realjax.engine.forward import ForwardOptions, make_compute_copy
 from realjax.models.attention import make_attention
 from realjax.models.build import Model, unstack_layers
-from realjax.models.cache import KVCache, decode, grow_cache, init_cache, prefill, write_rows
-
-CACHE_NAMES = ("rows", "cache_time", "kv_heads", "head_dim")
+from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
 
 
 class Decoder(Protocol):
@@ -73,14 +71,15 @@ class OneStage:
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
         self.constrain = make_constrain(rules, layout)
         self.attention_fn = make_attention(options.attention, layout.strategy.tp)
-        shape = (layout.strategy.dp, 1, config.num_kv_heads, config.head_dim)
+        shape = (layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = NamedSharding(layout.mesh, resolve(CACHE_NAMES, shape, rules, layout, "cache"))
 
     def prepare(self, params: Tree) -> Tree:
         return unstack_layers(self.compute_copy(params))
 
     def init_cache(self, num_slots: int, length: int) -> KVCache:
-        return init_cache(self.model.config, num_slots, length, self.dtype)
+        config = self.model.config
+        return init_cache(config, config.num_layers, (num_slots,), length, self.dtype)
 
     def cache_length(self, cache: KVCache) -> int:
         return cache.length
@@ -91,6 +90,7 @@ class OneStage:
     def admit(
         self, params: Tree, cache: KVCache, tokens: Array, lengths: Array, places: Array
     ) -> tuple[Array, KVCache]:
+        """Whole prompts at once; see `Decoder.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.attention_fn, self.constrain)
         return hidden, write_rows(cache, prompts, places)
@@ -101,6 +101,7 @@ class OneStage:
     def tick(
         self, params: Tree, cache: KVCache, flight: tuple[()], group: int, tokens: Array, lengths: Array
     ) -> tuple[Array, KVCache, tuple[()]]:
+        """The only group's tokens, in and out; see `Decoder.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         hidden, cache = decode(transformer, blocks, cache, tokens, lengths[:, 0], self.constrain)
         return hidden, cache, flight

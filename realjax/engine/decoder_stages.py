@@ -5,7 +5,7 @@ gives out at tick t is of group (t + 1) mod P, which the first stage takes in at
 between, and no stage waits. Embedding, head and draw are outside the stages, with the vocabulary split over all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,17 +14,21 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from realjax.core.axes import Constrain, generate_rules, make_constrain, resolve
+from realjax.core.axes import generate_rules, make_constrain, resolve
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
-from realjax.engine.decoder import CACHE_NAMES
 from realjax.engine.forward import ForwardOptions, make_compute_copy
-from realjax.models.attention import AttentionFn, make_attention, masked_attention
+from realjax.models.attention import make_attention
 from realjax.models.build import Model
-from realjax.models.cache import KVCache
-from realjax.models.config import ModelConfig
-from realjax.models.layers import rope_tables
-from realjax.models.transformer import Block
+from realjax.models.cache import (
+    CACHE_NAMES,
+    KVCache,
+    decode_blocks,
+    grow_cache,
+    init_cache,
+    prefill_blocks,
+    write_rows,
+)
 
 # One cache for each tick of a round: at tick k stage s finds its group, (k - s) mod P, in the k-th. Which cache a tick
 # works on is thus the same for all stages and known beforehand. Each stage holds its part of the leading dim, the pipe.
@@ -41,7 +45,7 @@ class Stages:
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
         self.constrain = make_constrain(rules, layout)
         self.attention_fn = make_attention(options.attention, layout.strategy.tp)
-        shape = (self.num_groups, layout.strategy.dp, 1, config.num_kv_heads, config.head_dim)
+        shape = (self.num_groups, layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = NamedSharding(
             layout.mesh, resolve(("layers", *CACHE_NAMES), shape, rules, layout, "cache")
         )
@@ -54,18 +58,17 @@ class Stages:
         return {**params, "layers": [take(layer) for layer in range(self.model.config.num_layers // self.num_groups)]}
 
     def init_cache(self, num_slots: int, length: int) -> StageCaches:
-        config = self.model.config
-        shape = (self.num_groups, num_slots // self.num_groups, length, config.num_kv_heads, config.head_dim)
-        layers = range(config.num_layers // self.num_groups)
-        zeros = lambda: tuple(jnp.zeros(shape, self.dtype) for _ in layers)
-        return tuple(KVCache(zeros(), zeros()) for _ in range(self.num_groups))
+        """Returns the empty caches of a round's ticks."""
+        config, num_stages = self.model.config, self.num_groups
+        rows = (num_stages, num_slots // num_stages)
+        make = lambda: init_cache(config, config.num_layers // num_stages, rows, length, self.dtype)
+        return tuple(make() for _ in range(num_stages))
 
     def cache_length(self, cache: StageCaches) -> int:
-        return cache[0].keys[0].shape[2]
+        return cache[0].length
 
     def grow(self, cache: StageCaches, length: int) -> StageCaches:
-        longer = ((0, 0), (0, 0), (0, length - self.cache_length(cache)), (0, 0), (0, 0))
-        return jax.tree.map(lambda x: jnp.pad(x, longer), cache)
+        return tuple(grow_cache(part, length) for part in cache)
 
     def init_flight(self, num_slots: int) -> Array:
         """Returns hidden states `[P, B/P, 1, D]`, what each stage has received."""
@@ -76,6 +79,7 @@ class Stages:
     def tick(
         self, params: Tree, cache: StageCaches, flight: Array, group: int, tokens: Array, lengths: Array
     ) -> tuple[Array, StageCaches, Array]:
+        """Each stage runs its layers on the group it has; see `Decoder.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
         stage_lengths = jnp.stack([lengths[:, (group - stage) % num_stages] for stage in range(num_stages)])
@@ -96,6 +100,7 @@ class Stages:
     def admit(
         self, params: Tree, cache: StageCaches, tokens: Array, lengths: Array, places: Array
     ) -> tuple[Array, StageCaches]:
+        """The prompts go through the stages in P micro-batches; see `Decoder.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
 
@@ -130,18 +135,14 @@ class Stages:
         group, row = slots % num_stages, slots // num_stages
 
         def write(caches: StageCaches, prompts: KVCache, group: Array, row: Array) -> StageCaches:
-            num_rows = caches[0].keys[0].shape[1]
+            caches, prompts = _own((caches, prompts))
+            num_rows = caches[0].keys[0].shape[0]
             row -= jax.lax.axis_index("data") * num_rows
             tick = (group + jax.lax.axis_index("pipe")) % num_stages
-
-            def write_tick(whole: Array, rows: Array, at: Array) -> Array:
-                return whole.at[0, at, : rows.shape[2]].set(rows[0], mode="drop")
-
-            written = []
-            for i, cache in enumerate(caches):
-                at = jnp.where((tick == i) & (row >= 0) & (row < num_rows), row, num_rows)
-                written.append(jax.tree.map(lambda whole, rows, at=at: write_tick(whole, rows, at), cache, prompts))
-            return tuple(written)
+            is_own = (row >= 0) & (row < num_rows)
+            places = [jnp.where((tick == i) & is_own, row, num_rows) for i in range(num_stages)]
+            written = tuple(write_rows(cache, prompts, at) for cache, at in zip(caches, places))
+            return jax.tree.map(lambda x: x[None], written)
 
         # Each device has all prompts and writes those of its own slots.
         of_prompts = PartitionSpec(*(None if axis == "data" else axis for axis in spec))
@@ -174,52 +175,3 @@ class Stages:
 def _own(tree: Any) -> Any:
     """Returns a stage's own part of arrays split over the stages."""
     return jax.tree.map(lambda x: x[0], tree)
-
-
-def prefill_blocks(
-    config: ModelConfig,
-    blocks: Sequence[Block],
-    x: Array,
-    lengths: Array,
-    attention_fn: AttentionFn,
-    constrain: Constrain,
-) -> tuple[Array, KVCache]:
-    """Returns the hidden states `[B, T, D]` after some blocks of prompts padded on the right, and their cache."""
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    cos, sin = rope_tables(config.rope, config.head_dim, positions)
-    prompts = KVCache((), ())
-
-    def attend_fn(q: Array, k: Array, v: Array) -> Array:
-        nonlocal prompts
-        prompts = KVCache((*prompts.keys, k), (*prompts.values, v))
-        return attention_fn(q, k, v, segment_ids, config.sliding_window)
-
-    for block in blocks:
-        x = block(x, cos, sin, attend_fn, constrain)
-    return x, prompts
-
-
-def decode_blocks(
-    config: ModelConfig, blocks: Sequence[Block], cache: KVCache, x: Array, lengths: Array, constrain: Constrain
-) -> tuple[Array, KVCache]:
-    """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
-    cos, sin = rope_tables(config.rope, config.head_dim, lengths[:, None])
-    index = jnp.arange(cache.length)[None]
-    mask = index <= lengths[:, None]
-    if config.sliding_window is not None:
-        mask &= index > lengths[:, None] - config.sliding_window
-    written = KVCache((), ())
-    # Mapped over rows, the write stays on the devices that hold them.
-    write = jax.vmap(lambda row, new, at: row.at[at].set(new[0], mode="drop"))
-
-    def attend_fn(q: Array, k: Array, v: Array) -> Array:
-        nonlocal written
-        layer = len(written.keys)
-        keys, values = (write(whole, new, lengths) for whole, new in ((cache.keys[layer], k), (cache.values[layer], v)))
-        written = KVCache((*written.keys, keys), (*written.values, values))
-        return masked_attention(q, keys, values, mask[:, None])
-
-    for block in blocks:
-        x = block(x, cos, sin, attend_fn, constrain)
-    return x, written

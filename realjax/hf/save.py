@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -228,8 +229,15 @@ def _make_fetch(leaves: Mapping[str, jax.Array]) -> FetchFn:
     take_layer = jax.jit(_take_layer, out_shardings=whole)
     take_all = jax.jit(lambda x: x, out_shardings=whole)
 
+    @lru_cache(maxsize=1)
+    def on_devices(path: str) -> jax.Array:
+        # Programs do not read host memory as it is; leaf by leaf, for the devices may have no room for all.
+        leaf = leaves[path]
+        is_there = leaf.sharding.memory_kind in (None, "device")
+        return leaf if is_there else jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+
     def fetch(tensor: HFTensor) -> np.ndarray:
-        leaf = leaves[tensor.rule.path]
+        leaf = on_devices(tensor.rule.path)
         x = take_all(leaf) if tensor.layer is None else take_layer(leaf, tensor.layer)
         return np.asarray(x.addressable_data(0)) if x.addressable_shards else np.empty(x.shape, x.dtype)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.axes import Constrain
-from realjax.models.attention import AttentionFn, masked_attention
+from realjax.models.attention import AttentionFn
 from realjax.models.config import ModelConfig
 from realjax.models.layers import rope_tables
 from realjax.models.transformer import Block, Transformer
@@ -17,35 +17,45 @@ from realjax.models.transformer import Block, Transformer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of each layer, `[B, S, K, H]` for B rows of up to S tokens; token t of a row is at index t."""
+    """Keys `[..., B, K, H, S]` and values `[..., B, K, S, H]` of each layer; token t of a row is at index t of S.
+
+    Both of decoding's products then read the cache as it lies; with the heads inside, it was transposed every token.
+    """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
 
     @property
     def length(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[-1]
 
 
-def init_cache(config: ModelConfig, num_rows: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache."""
-    shape = (num_rows, length, config.num_kv_heads, config.head_dim)
-    layers = range(config.num_layers)
-    return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+# Names of the dims that keys and values agree on, rows first; the two within a head are never split.
+CACHE_NAMES = ("rows", "kv_heads", "head_dim", "head_dim")
+
+
+def init_cache(config: ModelConfig, num_layers: int, rows: tuple[int, ...], length: int, dtype: jnp.dtype) -> KVCache:
+    """Returns an empty cache of `num_layers` layers, with `rows` for its leading dims."""
+    heads, size = (*rows, config.num_kv_heads), config.head_dim
+    keys = tuple(jnp.zeros((*heads, size, length), dtype) for _ in range(num_layers))
+    return KVCache(keys, tuple(jnp.zeros((*heads, length, size), dtype) for _ in range(num_layers)))
 
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
     """Returns the cache with room for `length` tokens a row."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), cache)
+    more = (0, length - cache.length)
+
+    def pad(x: Array, dim: int) -> Array:
+        return jnp.pad(x, [more if i == x.ndim + dim else (0, 0) for i in range(x.ndim)])
+
+    return KVCache(tuple(pad(x, -1) for x in cache.keys), tuple(pad(x, -2) for x in cache.values))
 
 
 def write_rows(cache: KVCache, prompts: KVCache, slots: Array) -> KVCache:
     """Returns the cache with the rows of `prompts` at `slots`; a slot beyond the last row is dropped."""
-
-    def write(whole: Array, rows: Array) -> Array:
-        return whole.at[slots, : rows.shape[1]].set(rows, mode="drop")
-
-    return jax.tree.map(write, cache, prompts)
+    keys = (x.at[slots, :, :, : prompts.length].set(new, mode="drop") for x, new in zip(cache.keys, prompts.keys))
+    values = (x.at[slots, :, : prompts.length].set(new, mode="drop") for x, new in zip(cache.values, prompts.values))
+    return KVCache(tuple(keys), tuple(values))
 
 
 def prefill(
@@ -60,23 +70,35 @@ def prefill(
 
     `tokens` `[B, T]` are padded on the right, `lengths` `[B]` says where.
     """
-    config = transformer.config
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
+    x, cache = prefill_blocks(transformer.config, blocks, x, lengths, attention_fn, constrain)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return transformer.norm(last)[:, 0], cache
+
+
+def prefill_blocks(
+    config: ModelConfig,
+    blocks: Sequence[Block],
+    x: Array,
+    lengths: Array,
+    attention_fn: AttentionFn,
+    constrain: Constrain,
+) -> tuple[Array, KVCache]:
+    """Returns the hidden states `[B, T, D]` after some blocks of prompts padded on the right, and their cache."""
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     cos, sin = rope_tables(config.rope, config.head_dim, positions)
-    keys: list[Array] = []
-    values: list[Array] = []
+    prompts = KVCache((), ())
 
     def attend_fn(q: Array, k: Array, v: Array) -> Array:
-        keys.append(k)
-        values.append(v)
+        nonlocal prompts
+        keys, values = jnp.einsum("BSKH->BKHS", k), jnp.einsum("BSKH->BKSH", v)
+        prompts = KVCache((*prompts.keys, keys), (*prompts.values, values))
         return attention_fn(q, k, v, segment_ids, config.sliding_window)
 
-    x = constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
     for block in blocks:
         x = block(x, cos, sin, attend_fn, constrain)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return transformer.norm(last)[:, 0], KVCache(tuple(keys), tuple(values))
+    return x, prompts
 
 
 def decode(
@@ -91,22 +113,44 @@ def decode(
 
     `tokens` `[B]` go to index `lengths` `[B]` of their rows; they see all tokens before them (within the window).
     """
-    config = transformer.config
+    x = transformer.embed(tokens[:, None])
+    x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, constrain)
+    return transformer.norm(x)[:, 0], cache
+
+
+def decode_blocks(
+    config: ModelConfig, blocks: Sequence[Block], cache: KVCache, x: Array, lengths: Array, constrain: Constrain
+) -> tuple[Array, KVCache]:
+    """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
     cos, sin = rope_tables(config.rope, config.head_dim, lengths[:, None])
-    rows, index = jnp.arange(tokens.shape[0]), jnp.arange(cache.length)[None]
+    index = jnp.arange(cache.length)[None]
     mask = index <= lengths[:, None]
     if config.sliding_window is not None:
         mask &= index > lengths[:, None] - config.sliding_window
-    keys: list[Array] = []
-    values: list[Array] = []
+    written = KVCache((), ())
+    # Mapped over rows, the writes stay on the devices that hold them.
+    write_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new[0], mode="drop"))
+    write_value = jax.vmap(lambda row, new, at: row.at[:, at].set(new[0], mode="drop"))
 
     def attend_fn(q: Array, k: Array, v: Array) -> Array:
-        layer = len(keys)
-        keys.append(cache.keys[layer].at[rows, lengths].set(k[:, 0], mode="drop"))
-        values.append(cache.values[layer].at[rows, lengths].set(v[:, 0], mode="drop"))
-        return masked_attention(q, keys[-1], values[-1], mask[:, None])
+        nonlocal written
+        layer = len(written.keys)
+        keys = write_key(cache.keys[layer], k, lengths)
+        values = write_value(cache.values[layer], v, lengths)
+        written = KVCache((*written.keys, keys), (*written.values, values))
+        return attend_to_cache(q[:, 0], keys, values, mask)[:, None]
 
-    x = transformer.embed(tokens[:, None])
     for block in blocks:
         x = block(x, cos, sin, attend_fn, constrain)
-    return transformer.norm(x)[:, 0], KVCache(tuple(keys), tuple(values))
+    return x, written
+
+
+def attend_to_cache(q_BNH: Array, k_BKHS: Array, v_BKSH: Array, mask_BS: Array) -> Array:
+    """Returns the attention `[B, N, H]` of one query a row, as `attention.masked_attention`."""
+    B, N, H = q_BNH.shape
+    K = k_BKHS.shape[1]
+    q = (q_BNH * H**-0.5).reshape(B, K, N // K, H)
+    scores = jnp.einsum("BKGH,BKHS->BKGS", q, k_BKHS, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGS,BKSH->BKGH", probs, v_BKSH).reshape(B, N, H)

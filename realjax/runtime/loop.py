@@ -265,7 +265,7 @@ class Session:
             "steps": f"{self.first_step} to {self.last_step} of {spec.loader.total_steps}",
             "parameters": ", ".join(f"{name} {num_params(role.model.abstract):,}" for name, role in self.roles.items()),
             "layouts": ", ".join(f"{name} {layout}" for name, layout in spec.layouts.items()),
-            "rows x tokens of a batch": f"{spec.loader.shape[0]} x {spec.loader.shape[1]}",
+            "rows x tokens of a batch": str(spec.loader.shapes),
             "padding": f"{spec.loader.padding_share:.1%} of the tokens computed",
             "tokens per second": f"{tokens_per_second:,.0f}",
             "programs compiled": f"{len(log.entries)} in {log.seconds:.1f} s",
@@ -354,8 +354,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _log_start(spec: RunSpec, first_step: int) -> None:
-    rows, row_len, _ = spec.loader.shape
     logger.info(
-        "%d steps of %d rows x %d tokens (%.1f%% padding), starting after step %d",
-        spec.loader.total_steps, rows, row_len, 100 * spec.loader.padding_share, first_step,
+        "%d steps of %s rows x tokens (%.1f%% padding), starting after step %d",
+        spec.loader.total_steps, spec.loader.shapes, 100 * spec.loader.padding_share, first_step,
     )  # fmt: skip

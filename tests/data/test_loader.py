@@ -151,6 +151,7 @@ def test_more_shapes_hold_the_same_batches_in_fewer_slots(batch_size, row_multip
     for loader, max_shapes in zip(loaders, (1, 2, 3, 50), strict=True):
         batches = [loader.batch(step) for step in range(loader.total_steps)]
         found = {batch.num_rows for batch in batches}
+        assert str(loader.shapes) == f"{' or '.join(map(str, sorted(found)))} x 64"
         assert found == set(loader.shapes.row_counts) and len(found) <= max_shapes and max(found) == loader.shape[0]
         assert all(num_rows % row_multiple == 0 for num_rows in found)
         for step, batch in enumerate(batches):

@@ -31,8 +31,9 @@ def test_a_second_epoch_compiles_nothing(trial, capsys):
         compiled[epochs] = re.findall(r"compiled (\w+) for rows (\S+ \S+) in", output)
         assert f"compiled {len(compiled[epochs])} programs in" in output
         assert trial.steps()[-1] == {1: 6, 2: 12}[epochs]
-    assert [name for name, _ in compiled[1]] == ["evaluate", "trainDefault"]
-    assert [name for name, _ in compiled[2]] == ["evaluate", "trainDefault"]
+    # The last held-out batch is half as large as the others, which is worth a shape of its own.
+    assert [name for name, _ in compiled[1]] == ["evaluate", "evaluate", "trainDefault"]
+    assert [name for name, _ in compiled[2]] == ["evaluate", "evaluate", "trainDefault"]
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_finite_state(trial):

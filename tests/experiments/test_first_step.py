@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,13 @@ from tests.experiments.rl_runs import (
 )
 
 STEPS = 2
+MICRO_BATCHES = {
+    "rew_inf.n_mbs": 2,
+    "ref_inf.max_tokens_per_mb": 32,
+    "actor_train.n_mbs": 2,
+    "critic_train.max_tokens_per_mb": 32,
+}
+CASES = LAYOUTS | {"micro-batches": MICRO_BATCHES, "one minibatch": {"algo.ppo_n_minibatches": 1}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,12 +41,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> RLInputs:
 
 @pytest.fixture(scope="module")
 def steps_of(inputs: RLInputs, tmp_path_factory: pytest.TempPathFactory):
-    """Returns `steps_of(layout) -> the results of the first steps`, each run once."""
+    """Returns `steps_of(case) -> the results of the first steps`, each run once."""
     root: Path = tmp_path_factory.mktemp("root")
 
     @cache
-    def steps(layout: str) -> tuple[StepResult, ...]:
-        spec = make_rl_spec(inputs, root, **LAYOUTS[layout])
+    def steps(case: str) -> tuple[StepResult, ...]:
+        spec = make_rl_spec(inputs, root, **CASES[case])
         executor = make_executor(spec)
         return tuple(executor.step(spec.loader.batch(i), i) for i in range(STEPS))
 
@@ -61,10 +69,23 @@ def test_the_policy_that_is_trained_is_the_one_that_answered(layout, steps_of):
     assert np.any(first.batch["kept"])
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one device"])
-def test_layouts_change_nothing(layout, steps_of):
-    found, expected = steps_of(layout)[0].metrics, steps_of("one device")[0].metrics
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("one device", "one minibatch")])
+def test_layouts_and_micro_batches_change_nothing(case, steps_of):
+    found, expected = steps_of(case)[0].metrics, steps_of("one device")[0].metrics
     assert list(found) == list(expected)
     for call in found:
-        for ours, theirs in zip(as_numbers(found[call]), as_numbers(expected[call]), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5), call
+        assert_same(found[call], expected[call])
+
+
+def test_the_number_of_minibatches_changes_the_updates_alone(steps_of):
+    found, expected = steps_of("one minibatch")[0].metrics, steps_of("one device")[0].metrics
+    assert {call: len(updates) for call, updates in found.items()} == dict.fromkeys(expected, 1)
+    assert [len(expected[call]) for call in ("actor_train", "critic_train")] == [4, 4]
+    for call in ("rewards", "advantages"):
+        assert_same(found[call], expected[call])
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    """Fails unless a call's updates have the same metrics, to what rounding may do to the first few of them."""
+    for ours, theirs in zip(as_numbers(found), as_numbers(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5)
