@@ -25,7 +25,10 @@ MICRO_BATCHES = {
     "actor_train.n_mbs": 2,
     "critic_train.max_tokens_per_mb": 32,
 }
-CASES = LAYOUTS | {"micro-batches": MICRO_BATCHES, "one minibatch": {"algo.ppo_n_minibatches": 1}}
+CASES: dict[str, dict[str, Any]] = LAYOUTS | {
+    "micro-batches": MICRO_BATCHES,
+    "one minibatch": {"algo.ppo_n_minibatches": 1},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

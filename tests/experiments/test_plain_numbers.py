@@ -108,8 +108,8 @@ def test_log_probabilities_values_and_rewards(step):
 def plain_advantages(sequence: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns advantages, returns, and values before each response token."""
     start = int(np.argmax(sequence["loss_mask"]))
-    values = 0.1 * np.float64(sequence["values"])  # statistics without data: mean 0, standard deviation 0.1
-    kl = np.float64(sequence["logprobs"]) - sequence["ref_logprobs"]
+    values = 0.1 * sequence["values"].astype(np.float64)  # statistics without data: mean 0, standard deviation 0.1
+    kl = sequence["logprobs"].astype(np.float64) - sequence["ref_logprobs"]
     advantages, last = [], 0.0
     following = 0.0 if sequence["has_eos"] else values[-1]
     for t in reversed(range(start, len(values))):
@@ -126,7 +126,7 @@ def plain_advantages(sequence: dict[str, np.ndarray]) -> tuple[np.ndarray, np.nd
 def test_metrics_and_gradients(step):
     parts = [plain_advantages(sequence) for sequence in step.sequences]
     advantages, returns, before = (np.concatenate(column) for column in zip(*parts))
-    joined = lambda key: np.concatenate([np.float64(s[key][s["loss_mask"]]) for s in step.sequences])
+    joined = lambda key: np.concatenate([s[key][s["loss_mask"]].astype(np.float64) for s in step.sequences])
     old, reference = joined("logprobs"), joined("ref_logprobs")
     expected = {
         "task_reward": np.mean([s["rewards"] for s in step.sequences]),

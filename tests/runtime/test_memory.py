@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_shards_on_the_device():
 def test_what_a_call_is_given_does_not_count_beside_it():
     first, second, third, host = make_trees()
     states, devices = {"a": first, "b": second, "c": third, "d": host}, jax.devices()
-    expected = [bytes_of_shards([first, third], device) for device in devices]
+    expected = [bytes_of_shards({"a": first, "c": third}, device) for device in devices]
     assert bytes_held_beside(second, states, devices) == max(expected)
     assert bytes_held_beside(second, states, devices[2:]) == max(expected[2:]) < max(expected)
     assert bytes_held_beside((first, second, third), states, devices) == 0
@@ -90,7 +90,8 @@ def test_dpo_with_its_reference_in_host_memory_needs_what_sft_needs():
     reference = max(bytes_of_shards(place_params(MODEL, random_tree(MODEL), REF_LAYOUT), d) for d in LAYOUT.devices)
     assert resident["train"] - offloaded["train"] == pytest.approx(reference / 2**20)
     # A training step holds masters, two moments and gradients at the least.
-    held = max(bytes_of_shards(make_state(make_role(MODEL, LAYOUT)), d) for d in LAYOUT.devices)
+    state = jax.tree.leaves(make_state(make_role(MODEL, LAYOUT)))
+    held = max(device_bytes(state, device) for device in LAYOUT.devices)
     assert sft > held / 2**20
 
 

@@ -61,6 +61,11 @@ def test_a_call_lasts_until_its_results_are_there():
     assert timeline.of_step(2) == []
 
 
+def test_a_record_says_what_its_call_took():
+    found = CallRecord(step=0, name="call", devices="0", start=1.0, end=3.0, peak_bytes=3 * 2**20, **FIELDS).metrics()
+    assert found == {"time": 2, "tokens_per_second": 5, "tflops": 5e-4, "memory_mib": 3, "moved_mib": 1}
+
+
 def test_the_trace_has_a_row_for_each_group_of_devices(tmp_path):
     timeline = Timeline()
     timeline.records += [record("gen", 0.5, 1.5, devices="0-3"), record("inf", 0.6, 0.7, step=1, devices="4-7")]
