@@ -15,7 +15,8 @@ def describe_graph(graph: DataflowGraph) -> str:
     lines = []
     for call in graph.order:
         reads = ", ".join(f"{key} from {graph.producers.get(key, 'dataset')}" for key in call.inputs)
-        lines.append(f"{call.name} ({_kind(call)} on {_place(call)}): {reads} -> {', '.join(call.outputs) or 'metrics'}")
+        writes = ", ".join(call.outputs) or "metrics"
+        lines.append(f"{call.name} ({_kind(call)} on {_place(call)}): {reads} -> {writes}")
     return "\n".join(lines)
 
 

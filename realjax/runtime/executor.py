@@ -63,9 +63,7 @@ class Executor:
         """Runs every call once on a host batch; the metrics of training calls are still on the devices."""
         result = self.run_calls(self.graph.order, batch, step)
         for average in self.averages:
-            self.states[average.role] = ema_update(
-                self.params(average.role), self.params(average.source), average.eta
-            )
+            self.states[average.role] = ema_update(self.params(average.role), self.params(average.source), average.eta)
         return result
 
     def run_calls(self, calls: Iterable[MFC | HostCall], batch: Batch, step: int | None) -> StepResult:

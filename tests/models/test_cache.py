@@ -18,8 +18,8 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
     model, constrain = make_model(**changes), Constrain()
     params = random_tree(model)
     tokens = np.random.default_rng(0).integers(0, 96, (3, ROW_LEN)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(ROW_LEN), tokens.shape)
-    whole = quick_jit(lambda params: model.bind(params)(tokens, positions, np.ones_like(tokens)))(params)
+    row = (jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(ROW_LEN), tokens.shape), jnp.ones_like(tokens))
+    whole = quick_jit(lambda params: model.bind(params)(*row))(params)
 
     @quick_jit
     def admit(params, prompts, lengths, places):

@@ -267,7 +267,7 @@ def test_lengths_follow_the_generation():
         (GRPOConfig, ["ppo.ppo_n_minibatches=9", "dataset.train_bs_n_seqs=2"], "9 for the 8 sequences of a step"),
         (PPOConfig, ["ppo.ppo_epochs=0"], "^ppo.ppo_epochs: found 0; it must be at least 1"),
         (PPOConfig, ["ppo.top_p=2"], r"^ppo.gen.top_p: found 2.0; it must be in \(0, 1\]"),
-        (PPOConfig, ["ppo.max_new_tokens=8", "ppo.min_new_tokens=9"], "^ppo.gen.min_new_tokens: found 9; it must be between 0"),
+        (PPOConfig, ["ppo.max_new_tokens=8", "ppo.min_new_tokens=9"], "^ppo.gen.min_new_tokens: found 9"),
         (PPOConfig, ["ppo.kl_ctl=-1"], "^ppo.kl_ctl: found -1.0; it must be at least 0"),
         (PPOConfig, ["ppo.gae_lambda=2"], "^ppo.gae_lambda: found 2.0"),
         (PPOConfig, ["ref_ema_eta=2"], "^ppo.ref_ema_eta: found 2.0"),
