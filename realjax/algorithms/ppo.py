@@ -137,11 +137,13 @@ def critic_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: PPOPa
     clipped = old + jnp.clip(new - old, -parameters.value_eps_clip, parameters.value_eps_clip)
     plain_loss, clipped_loss = jnp.square(new - targets) / 2, jnp.square(clipped - targets) / 2
     loss = mean(jnp.maximum(plain_loss, clipped_loss))
+    # By the distance too: of values that have not moved, one loss is larger by rounding.
+    is_clipped = (jnp.abs(new - old) > parameters.value_eps_clip) & (clipped_loss > plain_loss)
     return LossSums(
         loss=loss,
         metrics={
             "value_loss": loss,
-            "value_clip_ratio": mean(clipped_loss > plain_loss),
+            "value_clip_ratio": mean(is_clipped),
             "values": mean(new),
             "value_targets": mean(targets),
             "n_tokens": Total(num_tokens),

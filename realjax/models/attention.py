@@ -5,6 +5,8 @@ segment 0 and attends to padding only, so every row of scores has a finite maxim
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +144,24 @@ def _block_len(row_len: int, reach: int) -> int:
     return size if size * 4 >= limit else row_len
 
 
-BACKENDS: dict[str, AttentionFn] = {"dense": dense_attention, "blocked": blocked_attention}
+def fused_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, *, implementation: Literal["xla", "cudnn"]
+) -> Array:
+    """JAX's own attention under the packed mask, which cuDNN takes as a bias of one head: `[R, 1, T, T]` of memory.
+
+    cuDNN asks for 16-bit types, a head size that is a multiple of 8 up to 128 (256 on Hopper), and a GPU; ValueError
+    or RuntimeError from JAX where it finds another.
+    """
+    mask = packed_mask(segment_ids, segment_ids, 0, window)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+
+
+BACKENDS: dict[str, AttentionFn] = {
+    "dense": dense_attention,
+    "blocked": blocked_attention,
+    "xla": partial(fused_attention, implementation="xla"),
+    "cudnn": partial(fused_attention, implementation="cudnn"),
+}
 
 
 def make_attention(backend: str, num_shards: int = 1, max_segment_len: int | None = None) -> AttentionFn:

@@ -49,7 +49,9 @@ class ModelTrainEvalConfig:
         None, "compute in bfloat16 (True) or float32 (False); null is bfloat16 on accelerators, float32 on CPUs"
     )
     enable_fp16: bool | None = option(None, "half precision; computed in bfloat16, which needs no loss scale")
-    attention: Literal["auto", "dense", "blocked", "cudnn"] = option("auto", "attention implementation")
+    attention: Literal["auto", "dense", "blocked", "xla", "cudnn"] = option(
+        "auto", "attention implementation: blocked (auto), one matrix of scores (dense), JAX's own (xla), or cuDNN's"
+    )
     loss_chunk_tokens: int | None = option(
         None, "tokens whose logits are in memory at once while the loss is computed; null chooses", at_least=1
     )

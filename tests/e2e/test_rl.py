@@ -18,6 +18,7 @@ from realjax.data.loader import Loader
 from tests.e2e.builders import Trial, differing, without_clocks
 from tests.experiments.rl_runs import LAYOUTS, RLInputs, quick_compiles, rl_options, write_rl_inputs
 
+pytestmark = pytest.mark.slow
 STEPS = 4  # 32 prompts, 8 at a time
 PARTS = {
     **LAYOUTS["halves"],

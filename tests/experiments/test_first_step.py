@@ -18,6 +18,7 @@ from tests.experiments.rl_runs import (
     write_rl_inputs,
 )
 
+pytestmark = pytest.mark.slow
 STEPS = 2
 MICRO_BATCHES = {
     "rew_inf.n_mbs": 2,
@@ -65,6 +66,7 @@ def test_the_policy_that_is_trained_is_the_one_that_answered(layout, steps_of):
         assert update["importance_weight"] == pytest.approx(1, abs=1e-5)
         assert update["approx_kl"] == pytest.approx(0, abs=1e-5)
         assert update["actor_clip_ratio"] == 0
+        assert as_numbers(result.metrics["critic_train"])[0]["value_clip_ratio"] == 0
     kl = [as_numbers(result.metrics["advantages"])[0]["kl"] for result in (first, second)]
     assert kl[0] == pytest.approx(0, abs=1e-5)
     # The actor has learned by then, so that none of this is for lack of change.

@@ -8,6 +8,7 @@ from realjax.models.attention import BACKENDS, make_attention
 from tests.builders import quick_jit
 
 N, K, H = 4, 2, 4
+ANYWHERE = [name for name in BACKENDS if name != "cudnn"]
 
 
 def make_inputs(row_len: int, num_kv_heads: int = K, seed: int = 0):
@@ -37,7 +38,7 @@ def one_token_at_a_time(q, k, v, segment_ids, window):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 1000])
 @pytest.mark.parametrize("row_len", [17, 96, 256])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ANYWHERE)
 def test_every_backend_attends_to_its_own_segment_and_window(backend, row_len, window):
     q, k, v, segment_ids = make_inputs(row_len)
     found = quick_jit(partial(make_attention(backend), window=window))(q, k, v, segment_ids)
@@ -47,7 +48,7 @@ def test_every_backend_attends_to_its_own_segment_and_window(backend, row_len, w
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ANYWHERE)
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("num_shards", [2, 4])
 def test_repeating_kv_heads_for_shards_changes_nothing(backend, num_kv_heads, num_shards):
@@ -57,7 +58,7 @@ def test_repeating_kv_heads_for_shards_changes_nothing(backend, num_kv_heads, nu
     np.testing.assert_allclose(repeated, alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ANYWHERE)
 @pytest.mark.parametrize("window", [None, 7, 90])
 def test_a_bound_on_segments_changes_nothing_where_it_holds(backend, window):
     q, k, v, segment_ids = make_inputs(192)
@@ -69,7 +70,7 @@ def test_a_bound_on_segments_changes_nothing_where_it_holds(backend, window):
         np.testing.assert_allclose(bounded, free, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
+@pytest.mark.parametrize("backend", [name for name in ANYWHERE if name != "dense"])
 @pytest.mark.parametrize("num_kv_heads", [1, N])
 @pytest.mark.parametrize(("row_len", "window"), [(96, None), (96, 20), (320, 65), (320, 64), (640, 120)])
 def test_every_backend_has_the_gradients_of_the_reference(backend, row_len, window, num_kv_heads):
@@ -83,6 +84,24 @@ def test_every_backend_has_the_gradients_of_the_reference(backend, row_len, wind
     expected = quick_jit(jax.grad(partial(loss, "dense"), (0, 1, 2)))(q, k, v)
     for one, other in zip(found, expected):
         assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("window", [None, 20])
+def test_cudnn_agrees_with_the_reference_on_packed_rows(window):
+    """In bfloat16, with grouped heads: values and gradients within the type's rounding."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jax.numpy.asarray(rng.standard_normal((3, 128, heads, 64)), "bfloat16") for heads in (8, 2, 2))
+    segment_ids = make_inputs(128)[3]
+    weights = np.asarray(segment_ids > 0, np.float32)[..., None, None]
+
+    def loss(backend, q, k, v):
+        return (make_attention(backend)(q, k, v, segment_ids, window).astype("float32") * weights).sum()
+
+    found, expected = (jax.value_and_grad(partial(loss, name), (0, 1, 2))(q, k, v) for name in ("cudnn", "dense"))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
 
 
 def test_auto_is_a_backend_and_another_name_is_refused():

@@ -81,8 +81,8 @@ def main() -> None:
     if missing:
         print(f"not compared with TRL, no module {', '.join(missing)}: --help says how to get them", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder), args)
-        compare([OURS] if missing else [OURS, THEIRS], folder, args)
+        tokens = write_inputs(Path(folder), args)
+        compare([OURS] if missing else [OURS, THEIRS], folder, args, tokens)
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,8 +99,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(names: list[str], folder: str, args: argparse.Namespace) -> None:
-    """Prints a line for each of `names`, and their ratio."""
+def compare(names: list[str], folder: str, args: argparse.Namespace, tokens: float) -> None:
+    """Prints a line for each of `names`, and their ratio; a step has `tokens` tokens."""
     workers = {name: Worker(name, folder) for name in names}
     try:
         for name, worker in workers.items():
@@ -116,7 +116,6 @@ def compare(names: list[str], folder: str, args: argparse.Namespace) -> None:
         name: {call: statistics.median(one.get(call, 0.0) for one in found) / args.steps for call in found[0]}
         for name, found in rounds.items()
     }
-    tokens = args.batch * (sum(args.prompt_lens) / 2 + args.new_tokens)
     for name, seconds in medians.items():
         total, cpu = seconds.pop("step"), seconds.pop("cpu")
         calls = ", ".join(f"{call} {value:.2f}" for call, value in seconds.items())
@@ -176,8 +175,11 @@ class Turns:
         self.start, self.cpu = time.perf_counter(), time.process_time()
 
 
-def write_inputs(folder: Path, args: argparse.Namespace) -> None:
-    """Writes a language model, a model with a scalar head, both with a tokenizer of one token a word, and prompts."""
+def write_inputs(folder: Path, args: argparse.Namespace) -> float:
+    """Writes a language model, a model with a scalar head, both with a tokenizer of one token a word, and prompts.
+
+    Returns the mean number of tokens in a step, answers counted.
+    """
     source = folder / "source"
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=WORDS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -197,6 +199,7 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
     lengths = rng.integers(low, high + 1, NUM_BATCHES * args.batch)
     rows = [{"id": i, "prompt": " ".join(rng.choice(WORDS[2:], n))} for i, n in enumerate(lengths)]
     (folder / PROMPTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return args.batch * (float(lengths.mean()) + args.new_tokens)
 
 
 def run_realjax(args: argparse.Namespace) -> None:
