@@ -48,7 +48,10 @@ def make_plan(
         others = {device for mfc in graph.mfcs if mfc.role != role for device in layouts[mfc.name].devices}
         wanted = (offload or {}).get(role)
         if train is not None and wanted:
-            raise ValueError(f"{role}.offload: a role that is trained stays on its devices; set it to False or null")
+            raise ValueError(
+                f"{role}.offload: a role that is trained stays on its devices, where its masters and moments are "
+                "updated; set it to False or null"
+            )
         if train is None and (bool(devices & others) if wanted is None else wanted):
             offloaded.add(role)
     roles = {call.name: call.role for call in graph.order if isinstance(call, MFC)}

@@ -39,12 +39,17 @@ class Compiled:
         self.name, self.log = name, log
         self.jitted = jax.jit(fn, **jit_options)
         self.programs: dict[Any, Any] = {}
+        self._bytes: dict[Any, int] = {}
+        # What the program that ran last takes of a device: its arguments, results and scratch. 0 before the first.
+        self.device_bytes = 0
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
         key = (structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
         if key not in self.programs:
             self.programs[key] = self._compile(args)
+            self._bytes[key] = program_bytes(self.programs[key])
+        self.device_bytes = self._bytes[key]
         return self.programs[key](*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Any:
@@ -61,6 +66,14 @@ class Compiled:
             len(self.log.entries),
         )
         return program
+
+
+def program_bytes(program: Any) -> int:
+    """Returns the bytes of device memory that a compiled program takes on each device while it runs."""
+    sizes = program.memory_analysis()
+    # Results that are written over donated arguments take no room of their own.
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
 def place_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:

@@ -77,11 +77,12 @@ def make_outputs(
         constrain=constrain, attention_fn=attention_fn, run_layers_fn=make_run_layers(layout), remat=options.remat
     )
 
-    def chunk_len(batch: Batch) -> int:
+    def chunk_len(batch: Batch, max_bytes: int = heads.CHUNK_BYTES) -> int:
         if options.loss_chunk_tokens is not None:
             return heads.chunk_len(batch.row_len, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
         rows = max(1, batch.num_rows // strategy.dp)
-        return heads.chunk_len(batch.row_len, rows, max(1, model.config.vocab_size // (strategy.tp * strategy.pp)))
+        vocab_per_device = max(1, model.config.vocab_size // (strategy.tp * strategy.pp))
+        return heads.chunk_len(batch.row_len, rows, vocab_per_device, max_bytes)
 
     def outputs(params: Tree, batch: Batch) -> Mapping[str, Array]:
         transformer = model.bind(params)
@@ -96,7 +97,8 @@ def make_outputs(
                 kernel,
                 tokens,
                 segment_ids,
-                size=chunk_len(batch),
+                # Half: XLA's CPU backend lets the backward pass not reuse the logits' memory of the forward pass.
+                size=chunk_len(batch, heads.CHUNK_BYTES // 2),
                 constrain=constrain,
                 draw=draw,
                 kept=None if draw.kept is None else batch["kept"],

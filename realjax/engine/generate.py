@@ -164,6 +164,11 @@ class Generator:
                 slots = self._grow(slots, cache_length(self.decoder.cache_length(slots.cache) + 1))
         return [results[i] for i in range(len(requests))]
 
+    @property
+    def device_bytes(self) -> int:
+        """What the larger of the two programs took of a device when it ran last."""
+        return max(self._admit.device_bytes, self._advance.device_bytes)
+
     def _check(self, requests: Sequence[Request]) -> None:
         most, new = self.model.config.max_positions, self.config.max_new_tokens
         for request in requests:

@@ -15,12 +15,14 @@ from realjax.options.experiments import DPOConfig
 def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
     """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
     actor = common.role_spec("actor", config.actor, devices, is_trained=True)
-    ref = common.role_spec("ref", config.ref, devices, is_trained=False)
     train_layout = common.call_layout("actor_train", config, config.actor_train, config.actor, devices, is_train=True)
-    ref_layout = common.call_layout("ref_inf", config, config.ref_inf, config.ref, devices, is_train=False)
+    layouts, roles, ref_multiple = {"actor_train": train_layout}, {"actor": actor}, 1
+    if not config.reference_free:
+        roles["ref"] = common.role_spec("ref", config.ref, devices, is_trained=False)
+        layouts["ref_inf"] = common.call_layout("ref_inf", config, config.ref_inf, config.ref, devices, is_train=False)
+        ref_multiple = common.row_multiple(config.ref_inf, layouts["ref_inf"])
     # The same rows serve both calls, so they divide over both layouts; held-out rows only meet the reference's call.
     train_multiple = common.row_multiple(config.actor_train, train_layout)
-    ref_multiple = common.row_multiple(config.ref_inf, ref_layout)
     loader, held_out = common.make_loaders(
         config,
         *common.load_pairs(config.dataset, common.load_tokenizer(actor.path)),
@@ -35,7 +37,7 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         reference_free=config.reference_free,
     )
     loss = make_dpo_loss(parameters)
-    ref_inf = MFC(
+    reference = MFC(
         name="ref_inf",
         role="ref",
         call="inference",
@@ -45,30 +47,22 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         max_seqlen=max(one.longest for one in (loader, held_out) if one),
         **common.micro_batches(config.ref_inf),
     )
+    before = () if config.reference_free else (reference,)
     actor_train = MFC(
         name="actor_train",
         role="actor",
         call="train_step",
-        inputs=("tokens", "loss_mask", "pair_weight", *(() if config.reference_free else ref_inf.outputs)),
+        inputs=("tokens", "loss_mask", "pair_weight", *(key for mfc in before for key in mfc.outputs)),
         loss=loss,
         max_seqlen=loader.longest,
         **common.micro_batches(config.actor_train),
     )
-    calls = (
-        {actor_train: (actor, train_layout)}
-        if config.reference_free
-        else {
-            ref_inf: (ref, ref_layout),
-            actor_train: (actor, train_layout),
-        }
-    )
     return common.run_spec(
         config,
         experiment="dpo",
-        graph=DataflowGraph(tuple(calls), frozenset({"tokens", "loss_mask", "pair_weight"})),
-        layouts={mfc.name: layout for mfc, (_, layout) in calls.items()},
-        roles={role.name: role for role, _ in calls.values()},
+        graph=DataflowGraph((*before, actor_train), frozenset({"tokens", "loss_mask", "pair_weight"})),
+        layouts=layouts,
+        roles=roles,
         loader=loader,
-        evaluation=held_out
-        and Evaluation(role="actor", loss=loss, loader=held_out, calls=() if config.reference_free else (ref_inf,)),
+        evaluation=held_out and Evaluation(role="actor", loss=loss, loader=held_out, calls=before),
     )

@@ -1,9 +1,11 @@
 """Runs a dataflow graph: take inputs, bring parameters to the call's layout, call, merge outputs."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import networkx as nx
 import numpy as np
 from jax import Array
@@ -18,12 +20,14 @@ from realjax.dataflow.run import Evaluation, MovingAverage
 from realjax.engine.compiled import CompileLog, place_batch
 from realjax.engine.state import TrainState
 from realjax.reshard.apply import ema_update, reshard
+from realjax.runtime.memory import bytes_held_beside
 from realjax.runtime.processes import fetch_arrays
 from realjax.runtime.programs import Programs, num_micro_batches, row_multiple
 from realjax.runtime.roles import Role
 from realjax.runtime.rollouts import default_num_slots, make_minibatches, make_requests, pack_rollout
 from realjax.runtime.timeline import Timeline
 
+logger = logging.getLogger("realjax.executor")
 PACKING_KEYS = ("tokens", "segment_ids", "positions")
 
 Controls = dict[str, dict[str, float]]
@@ -58,6 +62,7 @@ class Executor:
         self.controls: Controls = {call.name: dict((controls or {}).get(call.name, call.state)) for call in host_calls}
         self.averages = averages
         self.programs, self.timeline = Programs(seed), Timeline()
+        self._moved: set[str] = set()  # calls whose first move of parameters has been logged
 
     def step(self, batch: Batch, step: int = 0) -> StepResult:
         """Runs every call once on a host batch; the metrics of training calls are still on the devices."""
@@ -87,9 +92,18 @@ class Executor:
         generator = self.programs.generator(mfc, self.roles[mfc.role], layout, num_slots)
         params, bytes_moved = self._params_for(mfc)
         generations = generator(params, requests)
+        peak_bytes = self._peak_bytes(mfc, params, generator.device_bytes)
         readers = [(other, self.layouts[other.name]) for other in self.graph.mfcs if other.call == "inference"]
         rollout = pack_rollout(requests, generations, sampling, row_multiple([(mfc, layout), *readers]))
-        self._watch(mfc, (), start=start, step=step, bytes_moved=bytes_moved, num_tokens=rollout.num_tokens)
+        self._watch(
+            mfc,
+            (),
+            start=start,
+            step=step,
+            num_tokens=rollout.num_tokens,
+            bytes_moved=bytes_moved,
+            peak_bytes=peak_bytes,
+        )
         return rollout, []
 
     def _infer(self, mfc: MFC, batch: Batch, step: int | None) -> tuple[Batch, list[Metrics]]:
@@ -100,7 +114,15 @@ class Executor:
         # A copy made for this call is dropped with this name, when the call no longer needs it.
         params, bytes_moved = self._params_for(mfc)
         results = program(params, inputs)
-        self._watch(mfc, results, start=start, step=step, bytes_moved=bytes_moved, num_tokens=batch.num_tokens)
+        self._watch(
+            mfc,
+            results,
+            start=start,
+            step=step,
+            num_tokens=batch.num_tokens,
+            bytes_moved=bytes_moved,
+            peak_bytes=self._peak_bytes(mfc, params, program.device_bytes),
+        )
         (key,) = mfc.outputs
         return batch.with_arrays(**{key: results[mfc.head or key]}), []
 
@@ -108,14 +130,23 @@ class Executor:
         """Updates the role, once or for each minibatch, and returns the metrics of each update."""
         start, layout, role = self.timeline.now(), self.layouts[mfc.name], self.roles[mfc.role]
         metrics: list[Metrics] = []
-        num_tokens = 0
+        num_tokens = program_bytes = 0
         for part in self._minibatches(mfc, batch, step):
             inputs = self._place(part, mfc)
             program = self.programs.train_step(mfc, role, layout, num_micro_batches(mfc, inputs, layout))
             self.states[mfc.role], of_update = program(self.states[mfc.role], inputs)
             metrics.append(of_update)
             num_tokens += part.num_tokens
-        self._watch(mfc, metrics, start=start, step=step, bytes_moved=0, num_tokens=num_tokens)
+            program_bytes = max(program_bytes, program.device_bytes)
+        self._watch(
+            mfc,
+            metrics,
+            start=start,
+            step=step,
+            num_tokens=num_tokens,
+            bytes_moved=0,
+            peak_bytes=self._peak_bytes(mfc, self.states[mfc.role], program_bytes),
+        )
         return batch, metrics
 
     def _minibatches(self, mfc: MFC, batch: Batch, step: int | None) -> Iterable[Batch]:
@@ -154,11 +185,30 @@ class Executor:
         if layout == role.home and not role.is_offloaded:
             return params, 0
         shardings = tree_shardings(role.model.axes, role.model.abstract, inference_rules(layout.strategy), layout)
-        copy, report = reshard(params, shardings, dtype=role.forward_options.precision.dtype)
+        is_first = mfc.name not in self._moved
+        if is_first:
+            self._moved.add(mfc.name)
+            jax.block_until_ready(params)  # so that the seconds logged are those of the move
+        copy, report = reshard(params, shardings, dtype=role.forward_options.precision.dtype, block=is_first)
+        if is_first:
+            source = "host memory" if role.is_offloaded else f"its home {role.home}"
+            logger.info("%s: %s from %s: %s", mfc.name, mfc.role, source, report)
         return copy, report.bytes_moved
 
+    def _peak_bytes(self, mfc: MFC, given: Any, program_bytes: int) -> int:
+        """Returns what a device of the call holds while its program runs on `given`: the program's, and the rest."""
+        return program_bytes + bytes_held_beside(given, self.states, self.layouts[mfc.name].devices)
+
     def _watch(
-        self, mfc: MFC, results: Any, *, start: float, step: int | None, bytes_moved: int, num_tokens: int
+        self,
+        mfc: MFC,
+        results: Any,
+        *,
+        start: float,
+        step: int | None,
+        num_tokens: int,
+        bytes_moved: int,
+        peak_bytes: int,
     ) -> None:
         if step is None:
             return
@@ -174,6 +224,7 @@ class Executor:
             num_tokens=num_tokens,
             num_flops=float(per_token * num_tokens),
             bytes_moved=bytes_moved,
+            peak_bytes=peak_bytes,
             after=self._waits_for(mfc),
         )
 

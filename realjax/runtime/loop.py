@@ -23,6 +23,7 @@ from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
 from realjax.runtime.evaluation import Sample, evaluate_loss, evaluate_rollouts
 from realjax.runtime.executor import Executor, Metrics
+from realjax.runtime.memory import measured_peak_bytes
 from realjax.runtime.metrics import MetricsWriter
 from realjax.runtime.processes import any_process, fetch, is_first
 from realjax.runtime.report import MAIN_METRICS, REPORT_FILE, Section, write_report
@@ -154,17 +155,11 @@ class Session:
         return position
 
     def _call_metrics(self, step: int) -> dict[str, float]:
-        """Returns seconds, TFLOP/s and moved bytes of each call of the step, in a graph of several calls."""
+        """Returns what each call of the step took (`CallRecord.metrics`), and what the devices measured."""
         records = self.executor.timeline.of_step(step)
-        if len(records) == 1:
-            return {}
-        values = {}
-        for record in records:
-            seconds = max(record.end - record.start, 1e-9)
-            values[f"time/{record.name}"] = seconds
-            values[f"tflops/{record.name}"] = record.num_flops / seconds / 1e12
-            values[f"moved_mib/{record.name}"] = record.bytes_moved / 2**20
-        return values
+        values = {f"{name}/{record.name}": value for record in records for name, value in record.metrics().items()}
+        measured = measured_peak_bytes(jax.local_devices())
+        return values if measured is None else values | {"device_peak_mib": measured / 2**20}
 
     def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
         hidden = ("seconds", "num_skipped")
