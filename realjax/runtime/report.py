@@ -83,7 +83,8 @@ def write_report(
 def collect_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     """Curves per metric name: numeric values of >= 2 steps in some kind, in the order of `MAIN_METRICS`, then by name.
 
-    The last record of a step counts; non-finite values (null in the file) are left out.
+    The last record of a step counts; non-finite values (null in the file) are left out, as are metrics that never
+    change: of the many counters of a run few have a curve to look at.
     """
     points: dict[str, dict[str, dict[int, float]]] = {}
     for record in records:
@@ -92,7 +93,8 @@ def collect_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
                 points.setdefault(name, {}).setdefault(record["kind"], {})[record["step"]] = value
     curves = {}
     for name in sorted(points, key=lambda name: (metric_rank(name), name)):
-        if max(map(len, points[name].values())) >= 2:
+        values = {value for by_step in points[name].values() for value in by_step.values()}
+        if max(map(len, points[name].values())) >= 2 and (len(values) > 1 or metric_rank(name) < len(MAIN_METRICS)):
             curves[name] = {
                 kind: (np.array(sorted(by_step)), np.array([by_step[step] for step in sorted(by_step)], float))
                 for kind, by_step in points[name].items()

@@ -1,7 +1,7 @@
 """One process of several: moves trees between layouts that span processes, or belong to others, and checks its shards.
 
-Run by test_processes.py as `process_worker.py <port> <num_processes> <process_id>`. With `all-pairs` behind, it takes
-every pair of layouts, which is minutes of compiling.
+Run by test_processes.py as `process_worker.py <port> <num_processes> <process_id>`. With `all-pairs <dtype>` behind, it
+takes every pair of layouts, which is minutes of compiling.
 """
 
 import sys
@@ -55,9 +55,9 @@ def main() -> None:
     port, num_processes, process_id = map(int, sys.argv[1:4])
     jax.config.update("jax_num_cpu_devices", 8 // num_processes)
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=num_processes, process_id=process_id)
-    if sys.argv[4:] == ["all-pairs"]:
+    if sys.argv[4:5] == ["all-pairs"]:
         for here, there in combinations(LAYOUTS, 2):
-            walk("everything", "bfloat16", (here, there))
+            walk("everything", sys.argv[5], (here, there))
     else:
         walk("everything", "bfloat16", WALK)
         walk("tied", "float32", ("mixed", "middle", "single"), free_source=True)

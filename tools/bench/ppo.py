@@ -6,8 +6,8 @@
 
 A folder with TRL, beside an environment that has realjax[torch], is made with
 
-    pip install --target FOLDER --no-deps trl==1.12.0 accelerate datasets pyarrow pandas dill multiprocess xxhash \\
-        fsspec tqdm psutil
+    pip install --target FOLDER --no-deps trl==1.12.0 accelerate psutil datasets pyarrow pandas xxhash \\
+        "dill<0.4.2" "multiprocess<0.70.20"
 
 Actor, reference, critic and reward model are Llamas of 8.6 million parameters in float32. Every answer has --new-tokens
 tokens, drawn from the whole vocabulary, so both do the same work. Each has its own process, so that no library's
@@ -64,6 +64,7 @@ MODEL = ModelConfig(
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, MODEL.vocab_size))]
 ACTOR, CRITIC, PROMPTS = "actor", "critic", "prompts.jsonl"
 NUM_BATCHES = 4  # of prompts, used again and again
+NUM_WARM = 2  # steps before any is timed; those that compile do not count
 MOST_STEPS = 1000
 LR, KL, LAMBDA = 1e-5, 0.05, 0.95
 OURS, THEIRS = "realjax", "TRL"
@@ -215,11 +216,11 @@ def run_realjax(args: argparse.Namespace) -> None:
         result = executor.step(loader.batch(step), step)
         jax.block_until_ready((executor.states, result.metrics))
         calls = {record.name: record.end - record.start for record in executor.timeline.of_step(step)}
-        if num_warm >= 2:
+        if num_warm == NUM_WARM:
             turns.end_step(calls)
             continue
         num_warm = num_warm + 1 if len(compiled.entries) == num_compiled else 0
-        if num_warm == 2:
+        if num_warm == NUM_WARM:
             rows = f"{result.batch.num_rows} rows x {result.batch.row_len}"
             turns.begin(f"{len(compiled.entries)} programs compiled in {compiled.seconds:.0f} s, answers in {rows}")
 
@@ -276,43 +277,9 @@ def run_trl(args: argparse.Namespace) -> None:
     turns = Turns()
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-    from trl.experimental.ppo import PPOConfig as TRLConfig
-    from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
-    read = lambda cls, name: cls.from_pretrained(args.inputs / name, dtype=torch.float32)
-    judge = lambda: read(AutoModelForSequenceClassification, CRITIC)
-    tokenizer = AutoTokenizer.from_pretrained(args.inputs / ACTOR, padding_side="left")
-    rows = map(json.loads, (args.inputs / PROMPTS).read_text().splitlines())
-    prompts: Any = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows]
-    config = TRLConfig(
-        output_dir=str(args.inputs / "trl"),
-        total_episodes=MOST_STEPS * args.batch,
-        per_device_train_batch_size=args.batch,  # a minibatch is one forward and backward pass
-        gradient_accumulation_steps=1,
-        num_mini_batches=args.minibatches,
-        num_ppo_epochs=args.epochs,
-        local_rollout_forward_batch_size=args.batch,
-        response_length=args.new_tokens,
-        temperature=1.0,
-        kl_coef=KL,
-        lam=LAMBDA,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        save_strategy="no",
-        num_sample_generations=0,
-        disable_tqdm=True,
-    )
+    trl = importlib.import_module("trl.experimental.ppo.ppo_trainer")  # no dependency that a type checker would find
     marks: list[float] = []  # of a step: generation begins, generation ends, training begins
-
-    def generate(*inputs: Any) -> Any:
-        marks[:] = [time.perf_counter()]
-        result = batch_generation(*inputs)
-        marks.append(time.perf_counter())
-        return result
 
     class Steps(TrainerCallback):
         num_done = 0
@@ -322,25 +289,60 @@ def run_trl(args: argparse.Namespace) -> None:
             start, generated, scored = marks[:3]
             calls = {"generation": generated - start, "scoring": scored - generated}
             calls["training"] = time.perf_counter() - scored
-            if self.num_done > 2:
+            if self.num_done > NUM_WARM:
                 turns.end_step(calls)
-            elif self.num_done == 2:
+            elif self.num_done == NUM_WARM:
                 turns.begin(f"torch with {torch.get_num_threads()} threads, rows padded to the longest prompt")
 
-    batch_generation, ppo_trainer.batch_generation = ppo_trainer.batch_generation, generate
-    trainer = PPOTrainer(
-        args=config,
+    def generate(*inputs: Any) -> Any:
+        marks[:] = [time.perf_counter()]
+        result = batch_generation(*inputs)
+        marks.append(time.perf_counter())
+        return result
+
+    batch_generation, trl.batch_generation = trl.batch_generation, generate
+    read = lambda cls, name: cls.from_pretrained(args.inputs / name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.inputs / ACTOR, padding_side="left")
+    rows = map(json.loads, (args.inputs / PROMPTS).read_text().splitlines())
+    trainer = trl.PPOTrainer(
+        args=trl.PPOConfig(**trl_options(args), use_cpu=not torch.cuda.is_available()),
         processing_class=tokenizer,
         model=read(AutoModelForCausalLM, ACTOR),
         ref_model=read(AutoModelForCausalLM, ACTOR),
-        reward_model=judge(),
-        value_model=judge(),
-        train_dataset=prompts,
+        reward_model=read(AutoModelForSequenceClassification, CRITIC),
+        value_model=read(AutoModelForSequenceClassification, CRITIC),
+        train_dataset=[{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows],
         callbacks=[Steps()],
     )
     # Only training calls actor and critic as one module.
     trainer.model.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
     trainer.train()
+
+
+def trl_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `options` says in TRL's words."""
+    return {
+        "output_dir": str(args.inputs / "trl"),
+        "total_episodes": MOST_STEPS * args.batch,
+        # A minibatch is one forward and backward pass.
+        "per_device_train_batch_size": args.batch,
+        "gradient_accumulation_steps": 1,
+        "num_mini_batches": args.minibatches,
+        "num_ppo_epochs": args.epochs,
+        "local_rollout_forward_batch_size": args.batch,
+        "response_length": args.new_tokens,
+        "temperature": 1.0,
+        "kl_coef": KL,
+        "lam": LAMBDA,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "num_sample_generations": 0,
+        "disable_tqdm": True,
+    }
 
 
 WORKERS: dict[str, Callable[[argparse.Namespace], None]] = {OURS: run_realjax, THEIRS: run_trl}
