@@ -181,9 +181,15 @@ class RLConfig(CommonExperimentConfig):
             load_function(self.reward.fn, "reward.fn")
 
     def notices(self) -> list[str]:
+        notices = []
         if self.ref.path and "ref" in self.unused:
-            return ["ref is not loaded: with kl_ctl=0 nothing reads it."]
-        return []
+            notices.append("ref is not loaded: with kl_ctl=0 nothing reads it.")
+        if self.algorithm.has_fixed_length and self.algorithm.missing_eos_penalty is None:
+            notices.append(
+                "gen.min_new_tokens equals max_new_tokens, so no answer can end by itself: each is given its score as "
+                "if it had ended (missing_eos_penalty=0)."
+            )
+        return notices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,15 +218,6 @@ class PPOConfig(RLConfig):
     @property
     def algorithm(self) -> PPOHyperparameters:
         return self.ppo
-
-    def notices(self) -> list[str]:
-        notices = super().notices()
-        if self.ppo.has_fixed_length and self.ppo.missing_eos_penalty is None:
-            notices.append(
-                "ppo.gen.min_new_tokens equals max_new_tokens, so no answer can end by itself: each is given its score "
-                "as if it had ended (ppo.missing_eos_penalty=0)."
-            )
-        return notices
 
 
 @dataclass(frozen=True, kw_only=True)

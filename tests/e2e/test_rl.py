@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from realjax.apps import quickstart
 from realjax.data.loader import Loader
 from tests.e2e.builders import Trial, differing, without_clocks
+from tests.e2e.test_pairs import kept_log_settings
 from tests.experiments.rl_runs import LAYOUTS, RLInputs, quick_compiles, rl_options, write_rl_inputs
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,7 @@ class RLTrial(Trial):
         return [f"{name}={value}" for name, value in options.items()]
 
     def run(self, **changes: Any) -> int:
-        with quick_compiles():
+        with kept_log_settings(), quick_compiles():
             return quickstart.main([self.experiment, *self.words(**changes)])
 
     def records(self, kind: str = "train") -> list[dict[str, Any]]:

@@ -244,7 +244,7 @@ def test_evaluations_need_held_out_prompts(sources):
 
 def test_notices_name_scores_that_nobody_gets_and_models_that_are_not_used(sources):
     (notice,) = list_notices(parse([*sources, "ppo.min_new_tokens=256"]))
-    assert notice.startswith("ppo.gen.min_new_tokens equals max_new_tokens, so no answer can end by itself")
+    assert notice.startswith("gen.min_new_tokens equals max_new_tokens, so no answer can end by itself")
     assert list_notices(parse([*sources, "ppo.min_new_tokens=0"])) == []
     assert list_notices(parse([*sources, "ppo.min_new_tokens=256", "ppo.missing_eos_penalty=0"])) == []
     (notice,) = list_notices(parse([*sources, "ppo.min_new_tokens=0", "ppo.kl_ctl=0"]))

@@ -241,8 +241,8 @@ def make_executor(args: argparse.Namespace) -> tuple[Loader, Executor]:
 
 def options(args: argparse.Namespace) -> list[str]:
     """Returns the command line of the run, after `realjax ppo`."""
-    models = ("actor", "ref", "critic", "rew")
-    of_roles = {f"{role}.path": args.inputs / (ACTOR if role in ("actor", "ref") else CRITIC) for role in models}
+    roles = ("actor", "ref", "critic", "rew")
+    of_roles = {f"{role}.path": args.inputs / (ACTOR if role in ("actor", "ref") else CRITIC) for role in roles}
     of_roles |= {f"{role}.gradient_checkpointing": False for role in ("actor", "critic")}
     of_roles |= {
         f"{role}.optimizer.{name}": value
@@ -278,7 +278,7 @@ def run_trl(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-    trl = importlib.import_module("trl.experimental.ppo.ppo_trainer")  # no dependency that a type checker would find
+    trl: Any = importlib.import_module("trl.experimental.ppo.ppo_trainer")  # not installed as a rule
     marks: list[float] = []  # of a step: generation begins, generation ends, training begins
 
     class Steps(TrainerCallback):
