@@ -161,7 +161,8 @@ def unpack(array: Array, plan: PackPlan) -> list[np.ndarray]:
 def sequences_of(batch: Batch) -> list[dict[str, np.ndarray]]:
     """The sequences of a packed batch of host arrays, row by row from the left.
 
-    [L, ...] of each per-token array, 0-d of each [R, S] one. `segment_ids` and `positions` are left out, as `pack` makes them anew.
+    [L, ...] of each per-token array, 0-d of each [R, S] one. `segment_ids` and `positions` are left out, as `pack`
+    makes them anew.
     """
     keys = [key for key in batch if key not in ("segment_ids", "positions")]
     arrays = {key: np.asarray(batch[key]) for key in keys}
