@@ -8,7 +8,8 @@ Two PyTorch loops: `padded` (one row per sequence, padded to the longest) and `p
 one row,
 without padding, positions restarting, attention kept inside each sequence). Prints real tokens per second of each,
 the ratio, and 6 * parameters * tokens/s as a share of the matrix-product rate measured in the same run; and the same
-per second of processor time, which says something on a machine that others use too.
+per second of processor time, which says something on a machine that others use too (with OMP_NUM_THREADS=1: PyTorch's
+threads spin while they wait).
 """
 
 import argparse
