@@ -129,10 +129,14 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
         logger.info(notice)
     check_mode(config.mode)
     devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, str(paths.compilation_cache))
-    from realjax.runtime import generation, loop
-
     spec = experiment.build(config, devices)
-    return generation.run(spec, console) if isinstance(spec, GenerationSpec) else loop.run(spec, console)
+    if isinstance(spec, GenerationSpec):
+        from realjax.runtime import generation
+
+        return generation.run(spec, console)
+    from realjax.runtime import loop
+
+    return loop.run(spec, console)
 
 
 def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> CommonExperimentConfig:

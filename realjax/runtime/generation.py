@@ -14,12 +14,11 @@ from realjax.engine.generate import Generation, Generator, Request
 from realjax.engine.state import TrainState
 from realjax.runtime.answers import AnswerFile, make_answers, open_run
 from realjax.runtime.console import format_seconds, make_console
-from realjax.runtime.loop import STOPPED
 from realjax.runtime.processes import any_process, fetch
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rollouts import default_num_slots
 from realjax.runtime.rundir import write_log
-from realjax.runtime.triggers import StopSignal
+from realjax.runtime.triggers import STOPPED, StopSignal
 
 logger = logging.getLogger("realjax.generation")
 

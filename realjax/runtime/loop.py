@@ -29,11 +29,10 @@ from realjax.runtime.processes import any_process, fetch, is_first
 from realjax.runtime.report import MAIN_METRICS, REPORT_FILE, Section, write_report
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rundir import open_run_directory, write_log
-from realjax.runtime.triggers import StopSignal, Trigger
+from realjax.runtime.triggers import STOPPED, StopSignal, Trigger
 
 logger = logging.getLogger("realjax.loop")
 MOST_SHOWN = 12  # metrics in a line; of more, the main ones, and all of them are in the record
-STOPPED = 143  # the shell's code for a process ended by SIGTERM
 
 
 def run(spec: RunSpec, console: Console | None = None) -> int:

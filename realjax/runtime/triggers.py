@@ -8,6 +8,8 @@ from realjax.data.loader import Position
 from realjax.dataflow.run import Frequency
 from realjax.runtime.processes import from_first
 
+STOPPED = 143  # the shell's code for a process ended by SIGTERM
+
 
 class Trigger:
     """Fires at the ends of epochs, at steps and after seconds, whichever of them its frequency sets."""

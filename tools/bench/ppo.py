@@ -155,14 +155,18 @@ class Turns:
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print must not mix with the answers
-        self.num_left, self.start, self.cpu, self.calls = 0, 0.0, 0.0, Counter()
+        self.num_asked = 0
+        self._start_round()
 
     def begin(self, note: str) -> None:
         """Describes the loop once it is warm, and waits."""
         self._answer(note)
 
-    def end_step(self, calls: Seconds) -> None:
-        """Counts a step, and waits where it was the last of its round."""
+    def end_step(self, calls: Seconds, *, is_warm: bool = True) -> None:
+        """Counts a step, and waits where it was the last of its round; one that is not warm starts the round anew."""
+        if not is_warm:
+            self._start_round()
+            return
         self.num_left -= 1
         self.calls.update(calls)
         if self.num_left == 0:
@@ -172,7 +176,11 @@ class Turns:
 
     def _answer(self, value: Any) -> None:
         print(json.dumps(value), file=self.answers, flush=True)
-        self.num_left, self.calls = int(sys.stdin.readline() or sys.exit()), Counter()
+        self.num_asked = int(sys.stdin.readline() or sys.exit())
+        self._start_round()
+
+    def _start_round(self) -> None:
+        self.num_left, self.calls = self.num_asked, Counter()
         self.start, self.cpu = time.perf_counter(), time.process_time()
 
 
@@ -217,7 +225,7 @@ def run_realjax(args: argparse.Namespace) -> None:
         jax.block_until_ready((executor.states, result.metrics))
         calls = {record.name: record.end - record.start for record in executor.timeline.of_step(step)}
         if num_warm == NUM_WARM:
-            turns.end_step(calls)
+            turns.end_step(calls, is_warm=len(compiled.entries) == num_compiled)
             continue
         num_warm = num_warm + 1 if len(compiled.entries) == num_compiled else 0
         if num_warm == NUM_WARM:
