@@ -12,11 +12,14 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, flatten_paths, map_paths
 from realjax.data.packing import PackPlan, pack
 from realjax.hf.families import FAMILIES, config_from_hf
+from realjax.models.attention import BACKENDS
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
 from tests.hf.tiny import SIZES
 
 FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES}, name) for name in FAMILIES}
+# The attention backends that run on any device.
+PORTABLE_BACKENDS = tuple(name for name in BACKENDS if name != "cudnn")
 # Every leaf a family can have: norms and biases everywhere, a head of its own.
 FULL = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}
 

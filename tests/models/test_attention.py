@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from realjax.models.attention import BACKENDS, make_attention
-from tests.builders import quick_jit
+from tests.builders import PORTABLE_BACKENDS, quick_jit
 
 N, K, H = 4, 2, 4
-ANYWHERE = [name for name in BACKENDS if name != "cudnn"]
 
 
 def make_inputs(row_len: int, num_kv_heads: int = K, seed: int = 0):
@@ -38,7 +37,7 @@ def one_token_at_a_time(q, k, v, segment_ids, window):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 1000])
 @pytest.mark.parametrize("row_len", [17, 96, 256])
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
 def test_every_backend_attends_to_its_own_segment_and_window(backend, row_len, window):
     q, k, v, segment_ids = make_inputs(row_len)
     found = quick_jit(partial(make_attention(backend), window=window))(q, k, v, segment_ids)
@@ -48,7 +47,7 @@ def test_every_backend_attends_to_its_own_segment_and_window(backend, row_len, w
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("num_shards", [2, 4])
 def test_repeating_kv_heads_for_shards_changes_nothing(backend, num_kv_heads, num_shards):
@@ -58,7 +57,7 @@ def test_repeating_kv_heads_for_shards_changes_nothing(backend, num_kv_heads, nu
     np.testing.assert_allclose(repeated, alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
 @pytest.mark.parametrize("window", [None, 7, 90])
 def test_a_bound_on_segments_changes_nothing_where_it_holds(backend, window):
     q, k, v, segment_ids = make_inputs(192)
@@ -70,7 +69,7 @@ def test_a_bound_on_segments_changes_nothing_where_it_holds(backend, window):
         np.testing.assert_allclose(bounded, free, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [name for name in ANYWHERE if name != "dense"])
+@pytest.mark.parametrize("backend", [name for name in PORTABLE_BACKENDS if name != "dense"])
 @pytest.mark.parametrize("num_kv_heads", [1, N])
 @pytest.mark.parametrize(("row_len", "window"), [(96, None), (96, 20), (320, 65), (320, 64), (640, 120)])
 def test_every_backend_has_the_gradients_of_the_reference(backend, row_len, window, num_kv_heads):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from realjax.core.trees import flatten_paths
-from realjax.models.attention import BACKENDS, make_attention, packed_mask
+from realjax.models.attention import make_attention, packed_mask
 from realjax.models.transformer import Forward
-from tests.builders import FULL, assert_close_in_norm, make_model, quick_jit, random_tree
+from tests.builders import FULL, PORTABLE_BACKENDS, assert_close_in_norm, make_model, quick_jit, random_tree
 
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0], range(12)], np.int32)
@@ -14,7 +14,7 @@ POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0], range(12)], np.int32
 TOKENS = np.arange(SEGMENTS.size, dtype=np.int32).reshape(SEGMENTS.shape)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
 @pytest.mark.parametrize("window", [None, 3])
 def test_no_gradient_reaches_an_earlier_logit_or_another_segment(backend, window):
     model = make_model(vocab_size=TOKENS.size, sliding_window=window)

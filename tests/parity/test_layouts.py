@@ -18,10 +18,10 @@ from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import make_optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step
-from realjax.models.attention import BACKENDS
 from realjax.models.build import Model
 from tests.builders import (
     FULL,
+    PORTABLE_BACKENDS,
     assert_close_in_norm,
     make_examples,
     make_layout,
@@ -85,7 +85,7 @@ CASES = [
     Case("tied-pp2-tp4-bounded", {"pp": 2, "tp": 4}, batch=long(), forward=BOUNDED, model="tied"),
     Case("tied-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, num_mbs=4, model="tied"),
     Case("tied-dp4-tp2-zero1", {"dp": 4, "tp": 2, "zero": 1}, batch=long(), model="tied"),
-] + [Case(f"backend-{name}", batch=long(), forward=ForwardOptions(attention=name)) for name in BACKENDS]
+] + [Case(f"backend-{name}", batch=long(), forward=ForwardOptions(attention=name)) for name in PORTABLE_BACKENDS]
 
 
 def mean_gradients(
