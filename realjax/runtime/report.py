@@ -21,7 +21,7 @@ SECTION_KINDS = ("table", "text", "image")
 # Shown first, in this order; a name counts by its last part, so `actor/loss` stands with `loss`.
 MAIN_METRICS = (
     *("loss", "ppl", "task_reward", "kl", "importance_weight", "actor_clip_ratio", "actor_loss", "value_loss"),
-    *("avg_response_len", "eos_share", "acc", "grad_norm", "lr", "tokens_per_second"),
+    *("avg_response_len", "eos_share", "acc", "lr", "grad_norm", "tokens_per_second"),
 )
 # Pictures that other parts of a run leave in its directory.
 RUN_PICTURES = {"graph.png": "Dataflow graph", "timeline.png": "Timeline of calls"}

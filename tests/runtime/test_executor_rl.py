@@ -41,7 +41,9 @@ def test_memory_returns_to_its_level_after_each_step(tmp_path):
                 name: layout.device_names for name, layout in spec.layouts.items()
             }
             levels.append(live_bytes())
-    assert np.unique([sum(level.values()) for level in levels]).size == 1, levels
-    assert all(level == levels[0] for level in levels)
+    # The first step compiles: what its programs hold on to is there from the second on.
+    assert np.unique([sum(level.values()) for level in levels[1:]]).size == 1, levels
+    assert all(level == levels[1] for level in levels[1:])
+    assert sum(levels[1].values()) < 1.05 * sum(levels[0].values())
     # What was measured is not nothing: the states of four models, three of them trained or averaged.
     assert sum(levels[0].values()) > 4 * 40_000 * 3
