@@ -39,6 +39,11 @@ class ParallelStrategy:
         """Number of devices."""
         return self.dp * self.pp * self.tp
 
+    @property
+    def row_multiple(self) -> int:
+        """What a number of rows must be a multiple of: every device along `data` gets some for each pipeline stage."""
+        return self.dp * self.pp
+
     def __str__(self) -> str:
         flags = ("+sp" if self.sequence_parallel else "") + (f"+zero{self.zero_stage}" if self.zero_stage else "")
         return f"d{self.dp}p{self.pp}t{self.tp}{flags}"

@@ -19,13 +19,12 @@ _ROWS_PER_CALL = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PromptAnswerDataset:
-    """N examples for SFT, flat: example i is `tokens[offsets[i]:offsets[i+1]]`, learned in `target_spans[i]`."""
+class FlatDataset:
+    """N examples of one sequence each, flat: example i is `tokens[offsets[i]:offsets[i+1]]`."""
 
     ids: tuple[str | int, ...]
     tokens: np.ndarray  # int32, all examples one after the other
     offsets: np.ndarray  # int64 [N+1]
-    target_spans: np.ndarray  # int32 [N, 2]: first target and one past the last, within the example
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,9 +43,20 @@ class PromptAnswerDataset:
         """Indices of the examples in the order of an epoch."""
         return np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
 
+    def tokens_of(self, index: int) -> np.ndarray:
+        """Tokens of one example, int32 [L]."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptAnswerDataset(FlatDataset):
+    """Examples for SFT, each learned in its target span."""
+
+    target_spans: np.ndarray  # int32 [N, 2]: first target and one past the last, within the example
+
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` int32 [L] and `loss_mask` bool [L], True at the answer's tokens and EOS."""
-        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        tokens = self.tokens_of(index)
         loss_mask = np.zeros(len(tokens), np.bool_)
         loss_mask[slice(*self.target_spans[index])] = True
         return {"tokens": tokens, "loss_mask": loss_mask}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from realjax.data.datasets import eos_id
+from realjax.data.datasets import FlatDataset, eos_id
 from realjax.data.jsonl import load_rows
 
 if TYPE_CHECKING:
@@ -17,36 +17,15 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PromptDataset:
-    """N prompts, flat: prompt i is `tokens[offsets[i]:offsets[i+1]]`."""
+class PromptDataset(FlatDataset):
+    """Prompts, with what they were made of."""
 
-    ids: tuple[str | int, ...]
     rows: tuple[dict[str, Any], ...]  # as in the file, with all their keys
     texts: tuple[str, ...]  # what was tokenised, uncut
-    tokens: np.ndarray  # int32, all prompts one after the other
-    offsets: np.ndarray  # int64 [N+1]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each prompt, int32 [N]."""
-        return np.diff(self.offsets).astype(np.int32)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return int(self.lengths.max())
-
-    def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-        """Indices of the prompts in the order of an epoch."""
-        return np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` int32 [L], and `prompt_id` int32, 0-d: the prompt's index."""
-        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
-        return {"tokens": tokens, "prompt_id": np.array(index, np.int32)}
+        return {"tokens": self.tokens_of(index), "prompt_id": np.array(index, np.int32)}
 
 
 def load_prompts(

@@ -79,7 +79,7 @@ def row_multiple(call: MFCConfig, layout: Layout) -> int:
     """Returns what the number of rows must be a multiple of, so that they divide over a call's micro-batches and
     devices.
     """
-    return layout.strategy.dp * layout.strategy.pp * (call.n_mbs or 1)
+    return layout.strategy.row_multiple * (call.n_mbs or 1)
 
 
 def micro_batches(call: MFCConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         *common.load_pairs(config.dataset, common.load_tokenizer(actor.path)),
         num_shards=train_layout.strategy.dp,
         row_multiple=math.lcm(train_multiple, ref_multiple),
-        valid_row_multiple=math.lcm(train_layout.strategy.dp * train_layout.strategy.pp, ref_multiple),
+        valid_row_multiple=math.lcm(train_layout.strategy.row_multiple, ref_multiple),
     )
     parameters = DPOParameters(
         beta=config.beta,

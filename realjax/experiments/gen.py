@@ -54,7 +54,7 @@ def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
 
 
 def _check_slots(num_slots: int | None, layout: Layout) -> None:
-    multiple = layout.strategy.dp * layout.strategy.pp
+    multiple = layout.strategy.row_multiple
     if num_slots is not None and num_slots % multiple:
         raise ValueError(
             f"gen.num_slots: {num_slots} answers at once cannot be divided over data x pipeline = {multiple} devices; "

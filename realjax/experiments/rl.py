@@ -21,7 +21,7 @@ from realjax.algorithms.reward_sources import (
     mixed_inputs,
 )
 from realjax.algorithms.text_rewards import TEXT_REWARD_INPUTS, TextFn, load_function, make_text_reward
-from realjax.allocation.heuristic import Placement, SizedModel
+from realjax.allocation.heuristic import Placement, SizedModel, place_grpo
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.layout import Layout
@@ -236,9 +236,8 @@ class Setup:
     def run_spec(self, experiment: str, calls: Sequence[MFC | HostCall]) -> RunSpec:
         """Returns the run of these calls."""
         layouts = dict(self.layouts)
-        for call in calls:
-            if isinstance(call, MFC) and call.name == "actor_inf":
-                layouts[call.name] = layouts["actor_train"]
+        if self.options.recompute_logprobs:
+            layouts["actor_inf"] = layouts["actor_train"]
         evaluation = self._evaluation()
         if evaluation:
             layouts |= {f"{variant}_gen": layouts["actor_gen"] for variant in evaluation.variants}
@@ -263,10 +262,9 @@ class Setup:
         ways = {"greedy": replace(gen, greedy=True), "sampled": gen}
         base = self.generate()
         assert base.sampling is not None
-        row_len = base.sampling.row_len
         variants = {}
         for variant in options.draws:
-            sampling = Sampling(config=ways[variant], eos_ids=self.eos_ids, row_len=row_len, num_slots=gen.num_slots)
+            sampling = replace(base.sampling, config=ways[variant], num_samples=1)
             answer = replace(base, name=f"{variant}_gen", sampling=sampling)
             measure = partial(measure_rollout, parameters=replace(self.options, recompute_logprobs=False))
             inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
@@ -280,6 +278,22 @@ class Setup:
             allow_partial=True,
         )
         return RolloutEvaluation(role="actor", variants=variants, loader=loader, best_metric=options.best_metric)
+
+
+def build_without_critic(
+    experiment: str,
+    config: RLConfig,
+    devices: Sequence[jax.Device],
+    make_advantages: Callable[[Any], HostFn],
+    *,
+    has_baseline: bool = False,
+) -> RunSpec:
+    """Returns the run of an algorithm that judges answers without a value model; ValueError as for `Setup`."""
+    roles = {"actor_gen": "actor", "rew_inf": "rew", "ref_inf": "ref", "actor_train": "actor"}
+    setup = Setup(config, devices, roles, place_grpo)
+    answers, advantages = setup.generate(has_baseline=has_baseline), setup.advantages(make_advantages(setup.options))
+    calls = (answers, *setup.rewards(), *setup.references(), advantages, setup.train_actor())
+    return setup.run_spec(experiment, calls)
 
 
 def measure_rollout(arrays: Arrays, state: State, *, parameters: PolicyParameters) -> HostResult:

@@ -5,17 +5,11 @@ from collections.abc import Sequence
 import jax
 
 from realjax.algorithms.rloo import make_advantages
-from realjax.allocation.heuristic import place_grpo
 from realjax.dataflow.run import RunSpec
-from realjax.experiments.rl import Setup
+from realjax.experiments.rl import build_without_critic
 from realjax.options.rl import RLOOConfig
-
-ROLES = {"actor_gen": "actor", "rew_inf": "rew", "ref_inf": "ref", "actor_train": "actor"}
 
 
 def build(config: RLOOConfig, devices: Sequence[jax.Device]) -> RunSpec:
     """Returns the run. Raises ValueError for data, models or layouts that cannot work, before anything is allocated."""
-    setup = Setup(config, devices, ROLES, place_grpo)
-    advantages = setup.advantages(make_advantages(config.rloo.resolved()))
-    calls = (setup.generate(), *setup.rewards(), *setup.references(), advantages, setup.train_actor())
-    return setup.run_spec("rloo", calls)
+    return build_without_critic("rloo", config, devices, make_advantages)

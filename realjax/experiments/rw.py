@@ -20,7 +20,7 @@ def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
         *common.load_pairs(config.dataset, common.load_tokenizer(role.path)),
         num_shards=layout.strategy.dp,
         row_multiple=common.row_multiple(config.allocation, layout),
-        valid_row_multiple=layout.strategy.dp * layout.strategy.pp,
+        valid_row_multiple=layout.strategy.row_multiple,
     )
     mfc = MFC(
         name="rwTrain",

@@ -39,7 +39,7 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         valid,
         num_shards=dp,
         row_multiple=common.row_multiple(config.allocation, layout),
-        valid_row_multiple=layout.strategy.dp * layout.strategy.pp,
+        valid_row_multiple=layout.strategy.row_multiple,
     )
     mfc = MFC(
         name="trainDefault",

@@ -85,7 +85,7 @@ class Programs:
 
 def row_multiple(calls: Sequence[tuple[MFC, Layout]]) -> int:
     """Returns what a batch's rows must be a multiple of, to divide over every call's devices and micro-batches."""
-    return math.lcm(*(layout.strategy.dp * layout.strategy.pp * (mfc.num_mbs or 1) for mfc, layout in calls))
+    return math.lcm(*(layout.strategy.row_multiple * (mfc.num_mbs or 1) for mfc, layout in calls))
 
 
 def num_micro_batches(mfc: MFC, batch: Batch, layout: Layout) -> int:

@@ -37,7 +37,7 @@ def make_requests(prompts: Batch, sampling: Sampling, step: int) -> list[Request
 
 def default_num_slots(num_requests: int, layout: Layout) -> int:
     """Returns the rows to decode at once: all of them, up to MOST_SLOTS, and a multiple of what the layout asks for."""
-    multiple = layout.strategy.dp * layout.strategy.pp
+    multiple = layout.strategy.row_multiple
     return -(-min(num_requests, MOST_SLOTS) // multiple) * multiple
 
 
@@ -66,7 +66,8 @@ def pack_rollout(
         if generation.kept is not None:
             example["kept"] = after_prompt(generation.kept)
         examples.append(example)
-    return _pack(examples, sampling.row_len, row_multiple)
+    num_rows = _num_rows(examples, sampling.row_len)
+    return _pack(examples, sampling.row_len, bucket_rows(num_rows, row_multiple), row_multiple)
 
 
 def make_minibatches(
@@ -94,11 +95,14 @@ def make_minibatches(
         for part, index in zip(turn, deal, strict=False):
             parts[part].append(int(index))
     chosen = [[sequences[i] for i in sorted(part)] for part in parts]
-    num_rows = max(len(pack_rows([len(s["tokens"]) for s in part], rollout.row_len).rows) for part in chosen)
-    return [_pack(part, rollout.row_len, row_multiple, num_rows) for part in chosen]
+    num_rows = bucket_rows(max(_num_rows(part, rollout.row_len) for part in chosen), row_multiple)
+    return [_pack(part, rollout.row_len, num_rows, row_multiple) for part in chosen]
 
 
-def _pack(examples: Sequence[dict[str, np.ndarray]], row_len: int, row_multiple: int, num_rows: int = 1) -> Batch:
+def _num_rows(examples: Sequence[dict[str, np.ndarray]], row_len: int) -> int:
+    return len(pack_rows([len(example["tokens"]) for example in examples], row_len).rows)
+
+
+def _pack(examples: Sequence[dict[str, np.ndarray]], row_len: int, num_rows: int, num_shards: int) -> Batch:
     lengths = [len(example["tokens"]) for example in examples]
-    num_rows = bucket_rows(max(num_rows, len(pack_rows(lengths, row_len).rows)), row_multiple)
-    return pack(examples, pack_rows(lengths, row_len, num_rows=num_rows, num_shards=row_multiple))
+    return pack(examples, pack_rows(lengths, row_len, num_rows=num_rows, num_shards=num_shards))
