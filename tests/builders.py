@@ -1,6 +1,7 @@
 """Tiny models, parameters, packed batches and layouts that many tests share."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -58,6 +59,26 @@ def random_tree(model: Model, seed: int = 0, scale: float = 0.2) -> Tree:
         return (rng.standard_normal(leaf.shape) * scale + path.endswith("scale")).astype(np.float32)
 
     return map_paths(draw, model.abstract)
+
+
+def with_empty_layers(model: Model, num_empty: int) -> Model:
+    """Returns the same model with empty layers at the end of its stack."""
+    return build_model(replace(model.config, num_empty_layers=num_empty))
+
+
+def fill_up(params: Tree, num_empty: int) -> Tree:
+    """Returns host parameters (or anything of their shapes) with zeros for empty layers."""
+    return {
+        **params,
+        "layers": jax.tree.map(lambda x: np.pad(x, [(0, num_empty)] + [(0, 0)] * (x.ndim - 1)), params["layers"]),
+    }
+
+
+def cut_empty(model: Model, params: Tree) -> tuple[Tree, list[np.ndarray]]:
+    """Returns the parameters without empty layers, and the leaves of those."""
+    num_layers, layers = model.config.num_layers, params["layers"]
+    real = {**params, "layers": jax.tree.map(lambda x: np.asarray(x)[:num_layers], layers)}
+    return real, [np.asarray(x)[num_layers:] for x in jax.tree.leaves(layers)]
 
 
 def place_params(model: Model, params: Tree, layout: Layout, rules: Rules | None = None) -> Tree:

@@ -25,10 +25,12 @@ class RoleSpec:
     compute_dtype: str = "float32"
     attention: str = "auto"
     remat: bool = True
+    unroll: bool | None = None
     loss_chunk_tokens: int | None = None
     optimizer: OptimizerConfig | None = None
     is_averaged: bool = False  # follows another role (`MovingAverage`): kept in float32, or small steps would be lost
     offload: bool | None = None  # parameters in host memory between calls; None: where roles share devices
+    num_empty_layers: int = 0  # behind the model's own, so that the pipeline stages of its calls are equal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ class OneStage:
         self.cache_sharding = NamedSharding(layout.mesh, resolve(CACHE_NAMES, shape, rules, layout, "cache"))
 
     def prepare(self, params: Tree) -> Tree:
-        return unstack_layers(self.compute_copy(params))
+        return unstack_layers(self.compute_copy(params), self.model.config.num_layers)
 
     def init_cache(self, num_slots: int, length: int) -> KVCache:
         config = self.model.config

@@ -5,7 +5,7 @@ gives out at tick t is of group (t + 1) mod P, which the first stage takes in at
 between, and no stage waits. Embedding, head and draw are outside the stages, with the vocabulary split over all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,12 +36,13 @@ StageCaches = tuple[KVCache, ...]
 
 
 class Stages:
-    """P stages over the mesh axis `pipe`, each with L / P layers."""
+    """P stages over the mesh axis `pipe`, each with L / P layers; the last ones may be empty."""
 
     def __init__(self, model: Model, layout: Layout, options: ForwardOptions) -> None:
         rules, config = generate_rules(layout.strategy), model.config
         self.model, self.layout, self.dtype = model, layout, options.precision.dtype
         self.num_groups = layout.strategy.pp
+        self.layers_per_stage = config.num_stacked_layers // self.num_groups
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
         self.constrain = make_constrain(rules, layout)
         self.attention_fn = make_attention(options.attention, layout.strategy.tp)
@@ -55,13 +56,13 @@ class Stages:
         params = self.compute_copy(params)
         by_stage = jax.tree.map(lambda x: x.reshape(self.num_groups, -1, *x.shape[1:]), params["layers"])
         take = lambda layer: jax.tree.map(lambda x: x[:, layer], by_stage)
-        return {**params, "layers": [take(layer) for layer in range(self.model.config.num_layers // self.num_groups)]}
+        return {**params, "layers": [take(layer) for layer in range(self.layers_per_stage)]}
 
     def init_cache(self, num_slots: int, length: int) -> StageCaches:
         """Returns the empty caches of a round's ticks."""
         config, num_stages = self.model.config, self.num_groups
         rows = (num_stages, num_slots // num_stages)
-        make = lambda: init_cache(config, config.num_layers // num_stages, rows, length, self.dtype)
+        make = lambda: init_cache(config, self.layers_per_stage, rows, length, self.dtype)
         return tuple(make() for _ in range(num_stages))
 
     def cache_length(self, cache: StageCaches) -> int:
@@ -87,7 +88,7 @@ class Stages:
         def stage(layers: Any, cache: KVCache, received: Array, lengths: Array, new: Array) -> tuple[Array, KVCache]:
             layers, cache, received, lengths = _own((layers, cache, received, lengths))
             x = jnp.where(jax.lax.axis_index("pipe") == 0, new, received)
-            blocks = [nnx.merge(graphdef, layer) for layer in layers]
+            blocks = self._own_blocks(graphdef, layers)
             x, cache = decode_blocks(config, blocks, cache, x, lengths, self.constrain)
             return jax.tree.map(lambda y: y[None], (self._hand_on(x), cache))
 
@@ -110,7 +111,7 @@ class Stages:
 
         def stage(layers: Any, inputs: Array, lengths: Array) -> tuple[Array, KVCache]:
             index = jax.lax.axis_index("pipe")
-            blocks = [nnx.merge(graphdef, layer) for layer in _own(layers)]
+            blocks = self._own_blocks(graphdef, _own(layers))
 
             def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, KVCache]]:
                 turn = jnp.clip(t - index, 0, num_stages - 1)
@@ -149,6 +150,19 @@ class Stages:
         in_specs = (spec, of_prompts, PartitionSpec(), PartitionSpec())
         run = jax.shard_map(write, mesh=self.layout.mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
         return run(caches, prompts, group, row)
+
+    def _own_blocks(self, graphdef: nnx.GraphDef, layers: Sequence[Any]) -> list[Callable[..., Array]]:
+        """Returns a stage's blocks; where a stage has an empty layer, its block hands on what it gets."""
+        first = jax.lax.axis_index("pipe") * len(layers)
+
+        def make(number: int, layer: Any) -> Callable[..., Array]:
+            block = nnx.merge(graphdef, layer)
+            if (self.num_groups - 1) * len(layers) + number < self.model.config.num_layers:
+                return block  # a layer of the model in every stage
+            is_real = first + number < self.model.config.num_layers
+            return lambda x, *args: jnp.where(is_real, block(x, *args), x)
+
+        return [make(number, layer) for number, layer in enumerate(layers)]
 
     def _by_stage(self, stage: Callable[..., Any], num_split: int) -> Callable[..., Any]:
         """Returns `stage` over the pipe axis; the first `num_split` arguments are split on their leading dim."""

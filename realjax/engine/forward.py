@@ -39,6 +39,7 @@ class ForwardOptions:
     precision: Precision = Precision()
     attention: str = "auto"
     remat: bool = False
+    unroll: bool | None = None  # compile every layer by itself; None: on CPUs
     loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: by memory
     max_segment_len: int | None = None  # no sequence is longer: attention looks no further back
 
@@ -74,7 +75,10 @@ def make_outputs(
     strategy = layout.strategy
     attention_fn = make_attention(options.attention, strategy.tp, options.max_segment_len)
     forward = Forward(
-        constrain=constrain, attention_fn=attention_fn, run_layers_fn=make_run_layers(layout), remat=options.remat
+        constrain=constrain,
+        attention_fn=attention_fn,
+        run_layers_fn=make_run_layers(layout, unroll=options.unroll),
+        remat=options.remat,
     )
 
     def chunk_len(batch: Batch, max_bytes: int = heads.CHUNK_BYTES) -> int:

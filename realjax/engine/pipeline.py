@@ -5,6 +5,7 @@ through P stages take M + P - 1 ticks. The other mesh axes stay with XLA. The em
 vocabulary is split over `tensor` and `pipe`, so that no stage computes them for nothing.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +17,13 @@ from realjax.core.layout import Layout
 from realjax.models.transformer import BlockFn, RunLayersFn, scan_layers
 
 
-def make_run_layers(layout: Layout) -> RunLayersFn:
-    """Returns how the stacked layers run in `layout`: one after another, or in pipeline stages."""
-    return scan_layers if layout.strategy.pp == 1 else make_pipeline(layout)
+def make_run_layers(layout: Layout, *, unroll: bool | None = None) -> RunLayersFn:
+    """Returns how the stacked layers run in `layout`: one after another, or in pipeline stages.
+
+    `unroll` as for `scan_layers`; None: on CPUs, where the copies cost a sixth of a step.
+    """
+    scan_fn = partial(scan_layers, unroll=layout.devices[0].platform == "cpu" if unroll is None else unroll)
+    return scan_fn if layout.strategy.pp == 1 else make_pipeline(layout, scan_fn)
 
 
 def num_stage_batches(num_rows: int, layout: Layout) -> int:
@@ -27,8 +32,11 @@ def num_stage_batches(num_rows: int, layout: Layout) -> int:
     return next(n for n in range(2 * layout.strategy.pp, 0, -1) if rows_per_device % n == 0)
 
 
-def make_pipeline(layout: Layout) -> RunLayersFn:
-    """Returns `run_layers(block_fn, stacked, x, per_row)` with `stacked` split over the stages on its layer dim."""
+def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
+    """Returns `run_layers(block_fn, stacked, x, per_row)` with `stacked` split over the stages on its layer dim.
+
+    `run_stage_fn` runs the layers of one stage.
+    """
     num_stages = layout.strategy.pp
     by_stage, whole = PartitionSpec("pipe"), PartitionSpec()
 
@@ -45,7 +53,7 @@ def make_pipeline(layout: Layout) -> RunLayersFn:
             def tick(received: Array, t: Array) -> tuple[Array, Array]:
                 turn = jnp.clip(t - index, 0, num_batches - 1)
                 x = jnp.where(index == 0, inputs[0, turn], received)
-                x = scan_layers(block_fn, layers, x, jax.tree.map(lambda rows: rows[turn], per_row))
+                x = run_stage_fn(block_fn, layers, x, jax.tree.map(lambda rows: rows[turn], per_row))
                 return jax.lax.ppermute(x, "pipe", [(i, i + 1) for i in range(num_stages - 1)]), x
 
             ticks = jnp.arange(num_batches + num_stages - 1)

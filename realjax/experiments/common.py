@@ -1,7 +1,9 @@
 """Parts of a run that experiments share."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_dev
 from realjax.core.layout import Layout
 from realjax.data.loader import Dataset, Loader
 from realjax.data.paired import PairedDataset, load_paired
-from realjax.dataflow.run import Frequency, RoleSpec, RunSpec
+from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.run import Frequency, MovingAverage, RoleSpec, RunSpec
 from realjax.hf.files import resolve_model_path
+from realjax.hf.load import load_config
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
 from realjax.options.datasets import PairedComparisonDatasetConfig
@@ -37,6 +41,7 @@ def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Devi
         compute_dtype=dtype,
         attention=model.attention,
         remat=model.gradient_checkpointing,
+        unroll=model.unroll_layers,
         loss_chunk_tokens=model.loss_chunk_tokens,
         optimizer=model.optimizer if is_trained else None,
         offload=model.offload,
@@ -73,6 +78,23 @@ def call_layout(
             )
         chosen = tuple(devices[i] for i in mesh)
     return Layout(sizes.strategy(model.zero_stage if is_train else 0), chosen)
+
+
+def with_equal_stages(role: RoleSpec, layouts: Mapping[str, Layout]) -> RoleSpec:
+    """Returns the role with the empty layers that make its pipeline stages equal in each of these layouts of calls.
+
+    It has one number for all of them: its parameters go from layout to layout as they are. Raises ValueError for more
+    stages than layers.
+    """
+    num_layers = load_config(role.path).num_layers
+    for call, layout in layouts.items():
+        if (pp := layout.strategy.pp) > num_layers:
+            raise ValueError(
+                f"{call}: {pp} pipeline stages, but {role.name}'s model has {num_layers} layers; use a "
+                f"pipeline_parallel_size of at most {num_layers}"
+            )
+    num_stages = math.lcm(*(layout.strategy.pp for layout in layouts.values()))
+    return replace(role, num_empty_layers=-num_layers % num_stages)
 
 
 def row_multiple(call: MFCConfig, layout: Layout) -> int:
@@ -145,10 +167,25 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def run_spec(config: CommonExperimentConfig, *, experiment: str, **parts: Any) -> RunSpec:
-    """Returns the run of `config`; `parts` are the fields of RunSpec that an experiment decides itself."""
+def run_spec(
+    config: CommonExperimentConfig,
+    *,
+    experiment: str,
+    graph: DataflowGraph,
+    layouts: Mapping[str, Layout],
+    roles: Mapping[str, RoleSpec],
+    averages: tuple[MovingAverage, ...] = (),
+    **parts: Any,
+) -> RunSpec:
+    """Returns the run of `config`; `parts` are further fields of RunSpec that an experiment decides itself."""
     control = config.exp_ctrl
     paths = run_paths(config)
+
+    def layouts_of(name: str) -> dict[str, Layout]:
+        # A role and the one that it follows are averaged leaf by leaf, so they have equal trees.
+        alike = {name}.union(*({a.role, a.source} for a in averages if name in (a.role, a.source)))
+        return {mfc.name: layouts[mfc.name] for mfc in graph.mfcs if mfc.role in alike}
+
     return RunSpec(
         experiment=experiment,
         title=f"{config.experiment_name} / {config.trial_name}",
@@ -164,6 +201,10 @@ def run_spec(config: CommonExperimentConfig, *, experiment: str, **parts: Any) -
         max_nonfinite_steps=config.max_nonfinite_steps,
         wandb_mode=config.wandb_mode,
         max_shard_bytes=max_shard_bytes(),
+        graph=graph,
+        layouts=layouts,
+        roles={name: with_equal_stages(role, layouts_of(name)) for name, role in roles.items()},
+        averages=averages,
         **parts,
     )
 

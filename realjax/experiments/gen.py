@@ -19,6 +19,7 @@ def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
     """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
     role = common.role_spec("default", config.model, devices, is_trained=False)
     layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=False)
+    role = common.with_equal_stages(role, {"allocation": layout})
     _check_slots(config.gen.num_slots, layout)
     tokenizer = common.load_tokenizer(role.path)
     data = config.dataset

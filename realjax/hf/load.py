@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from realjax.core.trees import Tree, flatten_paths, unflatten_paths
 from realjax.hf.families import config_from_hf, find_family
 from realjax.hf.files import CONFIG, DTYPES, CheckpointFiles, read_json
-from realjax.hf.rules import CRITIC_HEAD_NAME, HEAD, Rule, Shape, check_tensors, hf_tensors, leaf_rules
+from realjax.hf.rules import CRITIC_HEAD_NAME, HEAD, Rule, Shape, check_tensors, hf_tensors, leaf_rules, real_shapes
 from realjax.models.build import Model
 from realjax.models.config import ModelConfig
 
@@ -47,7 +47,10 @@ def load_params(
     places = flatten_paths(shardings)
     leaves = {}
     for name, shape in shapes.items():
-        fill = _make_fill(files, rules[name], shape) if name in rules else _without_files((fresh or {})[name])
+        if name in rules:
+            fill = _make_fill(files, rules[name], shape, model.config.num_layers)
+        else:
+            fill = _without_files((fresh or {})[name])
         leaves[name] = _place(fill, shape, places[name], jnp.dtype(dtype))
     return unflatten_paths(leaves)
 
@@ -78,7 +81,8 @@ def _match(
         elif HEAD in fresh:
             del rules[HEAD]
             optional.add(LM_HEAD_NAME)
-    expected = {tensor.name: tensor.shape for tensor in hf_tensors(rules, shapes)}
+    tensors = hf_tensors(rules, real_shapes(rules, shapes, config.num_layers))
+    expected = {tensor.name: tensor.shape for tensor in tensors}
     subject = f"checkpoint '{files.directory}'"
     check_tensors(subject, expected, files.shapes, frozenset(optional))
     for name in expected:
@@ -90,8 +94,11 @@ def _match(
     return rules
 
 
-def _make_fill(files: CheckpointFiles, rule: Rule, shape: Shape) -> CastFn:
-    """Returns `fill(index, dtype)`, which reads that slice of the leaf, layer after layer into one array."""
+def _make_fill(files: CheckpointFiles, rule: Rule, shape: Shape, num_layers: int) -> CastFn:
+    """Returns `fill(index, dtype)`, which reads that slice of the leaf, layer after layer into one array.
+
+    Of a stack, what follows the first `num_layers` is 0.
+    """
 
     def fill(index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape)], dtype)
@@ -100,7 +107,8 @@ def _make_fill(files: CheckpointFiles, rule: Rule, shape: Shape) -> CastFn:
                 out[...] = rule.read(read, rule.name, shape, index)
                 return out
             for i, layer in enumerate(range(*index[0].indices(shape[0]))):
-                out[i] = rule.read(read, rule.name.format(layer=layer), shape[1:], index[1:])
+                is_real = layer < num_layers
+                out[i] = rule.read(read, rule.name.format(layer=layer), shape[1:], index[1:]) if is_real else 0
         return out
 
     return fill

@@ -126,6 +126,11 @@ def hf_tensors(rules: Mapping[str, Rule], shapes: Mapping[str, Shape]) -> Iterat
                 yield HFTensor(name=rule.name.format(layer=layer), rule=rule, layer=layer, shape=shape)
 
 
+def real_shapes(rules: Mapping[str, Rule], shapes: Mapping[str, Shape], num_layers: int) -> dict[str, Shape]:
+    """Returns the shapes of the leaves without empty layers: what a checkpoint holds of them."""
+    return {path: (num_layers, *shapes[path][1:]) if rule.stacked else shapes[path] for path, rule in rules.items()}
+
+
 def check_tensors(
     subject: str, expected: Mapping[str, Shape], found: Mapping[str, Shape], optional: frozenset[str] = frozenset()
 ) -> None:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from realjax.core.trees import Tree, flatten_paths
 from realjax.hf.families import config_from_hf, config_to_hf, find_family
 from realjax.hf.files import CONFIG, DTYPES, EXTRAS, INDEXES, SINGLES, CheckpointFiles, read_json
-from realjax.hf.rules import HFTensor, hf_tensors, leaf_rules
+from realjax.hf.rules import HFTensor, hf_tensors, leaf_rules, real_shapes
 from realjax.models.config import ModelConfig
 
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -64,9 +64,11 @@ def save_hf(
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     rules = leaf_rules(find_family(config.family), config, shapes)
     for path, rule in rules.items():
-        if rule.stacked and shapes[path][0] != config.num_layers:
-            raise ValueError(f"save: '{path}' has {shapes[path][0]} layers, the model config {config.num_layers}")
-    out = _choose_dtypes(list(hf_tensors(rules, shapes)), leaves, source_dir, dtype)
+        if rule.stacked and (found := shapes[path][0]) != config.num_stacked_layers:
+            raise ValueError(f"save: '{path}' has {found} layers, the model config {config.num_stacked_layers}")
+    config = replace(config, num_empty_layers=0)
+    tensors = list(hf_tensors(rules, real_shapes(rules, shapes, config.num_layers)))
+    out = _choose_dtypes(tensors, leaves, source_dir, dtype)
     shards = _group(out, max_shard_bytes)
     fetch = _make_fetch(leaves)
     devices = next(iter(leaves.values())).sharding.device_set

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-from realjax.core.trees import Tree, map_paths
+from realjax.core.trees import Tree, map_paths, num_params
 from realjax.models.config import ModelConfig
 from realjax.models.transformer import Block, Transformer
 
@@ -24,6 +24,13 @@ class Model:
     graphdef: nnx.GraphDef
     abstract: Tree  # jax.ShapeDtypeStruct leaves, float32
     axes: Tree  # tuples of logical axis names
+
+    @property
+    def num_params(self) -> int:
+        """Scalars in the model's parameters, without those of empty layers."""
+        config = self.config
+        per_layer = num_params(self.abstract["layers"]) // config.num_stacked_layers
+        return num_params(self.abstract) - config.num_empty_layers * per_layer
 
     def bind(self, params: Tree) -> Transformer:
         """Returns the module with these parameters, ready to be called inside a jitted function."""
@@ -39,12 +46,11 @@ class Model:
         return transformer, [nnx.merge(graphdef, layer) for layer in params["layers"]]
 
 
-def unstack_layers(params: Tree) -> Tree:
-    """Returns the parameters with `layers` as a list of trees, one for each layer, without the leading dim L.
+def unstack_layers(params: Tree, num_layers: int) -> Tree:
+    """Returns the parameters with `layers` as a list of trees, one for each of the first `num_layers` of the stack.
 
     A loop that reads every weight once a token cannot afford a slice of the stack in front of each product.
     """
-    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
     take = lambda layer: jax.tree.map(lambda x: x[layer], params["layers"])
     return {**params, "layers": [take(layer) for layer in range(num_layers)]}
 
@@ -63,7 +69,7 @@ Index = tuple[slice, ...]
 
 
 def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type = np.float32) -> Tree:
-    """Returns random parameters: norms 1, biases 0, the rest normal with deviation 0.02.
+    """Returns random parameters: norms 1, biases 0, the rest normal with deviation 0.02; empty layers 0.
 
     Values depend on (seed, path, layer) only, never on the layout, and are drawn on the host a layer at a time: no
     compile.
@@ -71,9 +77,14 @@ def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type
 
     def one(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
         fill = make_fill(path, leaf.shape, seed)
-        return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: fill(cast(Index, index)).astype(dtype), dtype=dtype
-        )
+
+        def values(index: Index | None) -> np.ndarray:
+            filled = fill(cast(Index, index)).astype(dtype)
+            if path.startswith("layers/"):
+                filled[np.arange(leaf.shape[0])[cast(Index, index)[0]] >= model.config.num_layers] = 0
+            return filled
+
+        return jax.make_array_from_callback(leaf.shape, sharding, values, dtype=dtype)
 
     return map_paths(one, model.abstract, shardings)
 

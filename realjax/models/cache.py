@@ -1,6 +1,6 @@
 """The key-value cache, and the two uses of the blocks that fill and read it: whole prompts, and one token a row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,6 +12,8 @@ from realjax.models.attention import AttentionFn
 from realjax.models.config import ModelConfig
 from realjax.models.layers import rope_tables
 from realjax.models.transformer import Block, Transformer
+
+BlockCall = Callable[..., Array]  # called as a `Block` is
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +80,7 @@ def prefill(
 
 def prefill_blocks(
     config: ModelConfig,
-    blocks: Sequence[Block],
+    blocks: Sequence[BlockCall],
     x: Array,
     lengths: Array,
     attention_fn: AttentionFn,
@@ -119,7 +121,7 @@ def decode(
 
 
 def decode_blocks(
-    config: ModelConfig, blocks: Sequence[Block], cache: KVCache, x: Array, lengths: Array, constrain: Constrain
+    config: ModelConfig, blocks: Sequence[BlockCall], cache: KVCache, x: Array, lengths: Array, constrain: Constrain
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
     cos, sin = rope_tables(config.rope, config.head_dim, lengths[:, None])

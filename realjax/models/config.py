@@ -41,6 +41,8 @@ class ModelConfig:
     tied: bool = False  # the head is the embedding table
     sliding_window: int | None = None  # a token sees itself and the window-1 tokens before it
     is_critic: bool = False  # a scalar head instead of the vocabulary's
+    # Layers of zeros at the end of the stack, which make pipeline stages equal. Identities, no part of the model.
+    num_empty_layers: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -55,6 +57,8 @@ class ModelConfig:
         ):
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"model config: {name}={size}; it must be at least 1")
+        if self.num_empty_layers < 0:
+            raise ValueError(f"model config: num_empty_layers={self.num_empty_layers}; it must be at least 0")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"model config: {self.num_q_heads} query heads do not divide over {self.num_kv_heads} key-value heads; "
@@ -64,6 +68,11 @@ class ModelConfig:
             raise ValueError(f"model config: head_dim={self.head_dim} is odd; rotary embedding needs an even head size")
         if self.is_critic and self.tied:
             raise ValueError("model config: a critic has its own scalar head and cannot be tied to the embedding")
+
+    @property
+    def num_stacked_layers(self) -> int:
+        """The length of the stack of parameters: the model's layers, then the empty ones."""
+        return self.num_layers + self.num_empty_layers
 
     def as_critic(self) -> "ModelConfig":
         """Returns the same trunk with a scalar head."""

@@ -45,7 +45,11 @@ class RMSNorm(nnx.Module):
         self.scale = make_param((size,), (name,))
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, merge_rows: bool = True) -> Array:
+        """Returns the normed x; `merge_rows` as for `Linear`."""
+        if merge_rows and x.ndim > 2:
+            # XLA's CPU backend sums [1, T, D] over the tokens at a tenth of the speed of [T, D].
+            return self(x.reshape(-1, *x.shape[2:]), merge_rows=False).reshape(x.shape)
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 * inverse_rms).astype(x.dtype) * self.scale[...]

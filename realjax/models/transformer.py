@@ -26,9 +26,25 @@ BlockFn = Callable[[Any, Array, Any], Array]
 RunLayersFn = Callable[[BlockFn, Any, Array, Any], Array]
 
 
-def scan_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any) -> Array:
-    """Runs the blocks one after another; one block is compiled, whatever their number."""
-    return jax.lax.scan(lambda carry, layer: (block_fn(layer, carry, per_row), None), x, stacked)[0]
+def scan_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any, *, unroll: bool = False) -> Array:
+    """Runs the blocks one after another; one block is compiled, whatever their number, unless `unroll`.
+
+    Unrolled, a layer's weights and what it keeps for the backward pass are not copied out of and into stacks.
+    """
+    return jax.lax.scan(lambda carry, layer: (block_fn(layer, carry, per_row), None), x, stacked, unroll=unroll)[0]
+
+
+def skip_empty(block_fn: BlockFn) -> BlockFn:
+    """Returns the block of `(params, is_real)`: where that is False, an identity, and no parameter has a gradient.
+
+    It is computed all the same: the stages of a pipeline run one program, whose collectives all of them take part in.
+    """
+
+    def skipping(layer: Any, x: Array, per_row: Any) -> Array:
+        params, is_real = layer
+        return jnp.where(is_real, block_fn(params, x, per_row), x)
+
+    return skipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +85,9 @@ class Block(nnx.Module):
         # Norms and residuals may be split along the row; projections read whole rows.
         whole = lambda h: constrain(h, ("rows", "time", "act_embed"))
         split = lambda h: constrain(h, ("rows", "residual_time", "act_embed"))
-        x = x + split(self.attn(whole(self.attn_norm(x)), cos, sin, attend_fn, constrain))
-        return x + split(self.mlp(whole(self.mlp_norm(x)), constrain))
+        merge_rows = not constrain.splits_residuals
+        x = x + split(self.attn(whole(self.attn_norm(x, merge_rows=merge_rows)), cos, sin, attend_fn, constrain))
+        return x + split(self.mlp(whole(self.mlp_norm(x, merge_rows=merge_rows)), constrain))
 
 
 class Embedding(nnx.Module):
@@ -84,15 +101,20 @@ class Embedding(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens to final hidden states. `layers` holds every block's parameters stacked on a leading dim L."""
+    """Tokens to final hidden states. `layers` holds every block's parameters stacked on a leading dim.
+
+    Empty layers are at the end of the stack, see `ModelConfig`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.embed = Embedding(config)
         stack = nnx.vmap(
-            lambda _: Block(config), axis_size=config.num_layers, transform_metadata={nnx.PARTITION_NAME: "layers"}
+            lambda _: Block(config),
+            axis_size=config.num_stacked_layers,
+            transform_metadata={nnx.PARTITION_NAME: "layers"},
         )
-        self.layers = stack(jnp.zeros(config.num_layers))
+        self.layers = stack(jnp.zeros(config.num_stacked_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied:
             out = {"score": 1} if config.is_critic else {"vocab": config.vocab_size}
@@ -101,7 +123,8 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: Array, positions: Array, segment_ids: Array, forward: Forward = Forward()) -> Array:  # noqa: B008
         """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`."""
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
-        graphdef, stacked = nnx.split(self.layers)
+        graphdef, state = nnx.split(self.layers)
+        stacked: Any = nnx.to_pure_dict(state)
 
         def block_fn(layer: Any, x: Array, per_row: Any) -> Array:
             cos, sin, segment_ids = per_row
@@ -109,9 +132,14 @@ class Transformer(nnx.Module):
             return nnx.merge(graphdef, layer)(x, cos, sin, attend_fn, forward.constrain)
 
         x = forward.constrain(self.embed(tokens), ("rows", "residual_time", "act_embed"))
-        block_fn = jax.checkpoint(block_fn) if forward.remat else block_fn
-        x = forward.run_layers_fn(block_fn, nnx.to_pure_dict(stacked), x, (cos, sin, segment_ids))
-        return forward.constrain(self.norm(x), ("rows", "time", "act_embed"))
+        run_fn: BlockFn = block_fn
+        if self.config.num_empty_layers:
+            is_real = jnp.arange(self.config.num_stacked_layers) < self.config.num_layers
+            run_fn, stacked = skip_empty(block_fn), (stacked, is_real)
+        run_fn = jax.checkpoint(run_fn) if forward.remat else run_fn
+        x = forward.run_layers_fn(run_fn, stacked, x, (cos, sin, segment_ids))
+        normed = self.norm(x, merge_rows=not forward.constrain.splits_residuals)
+        return forward.constrain(normed, ("rows", "time", "act_embed"))
 
     def head_kernel(self) -> Array:
         """Returns the head's matrix: `[D, V]`, the transposed embedding when tied, or `[D, 1]` for a critic."""

@@ -52,6 +52,9 @@ class ModelTrainEvalConfig:
     attention: Literal["auto", "dense", "blocked", "xla", "cudnn"] = option(
         "auto", "attention implementation: blocked (auto), one matrix of scores (dense), JAX's own (xla), or cuDNN's"
     )
+    unroll_layers: bool | None = option(
+        None, "compile every layer by itself: quicker steps, longer compiles; null does so on CPUs"
+    )
     loss_chunk_tokens: int | None = option(
         None, "tokens whose logits are in memory at once while the loss is computed; null chooses", at_least=1
     )

@@ -27,6 +27,8 @@ class RunState:
     step: int  # steps finished
     roles: Mapping[str, Any]  # trained roles' TrainStates (or, to restore into, their abstract ones)
     counters: Mapping[str, Any] = field(default_factory=dict)  # small JSON values: the seed, controllers, best metrics
+    # By role, the empty layers at the end of its stacks: a run that goes on with other pipeline stages has others.
+    empty_layers: Mapping[str, int] = field(default_factory=dict)
 
 
 class RunCheckpointer:
@@ -49,28 +51,33 @@ class RunCheckpointer:
         # What was copied for the save is dropped with this dict, once it is off the devices.
         spread = {name: reshard(role, _saved_shardings(role))[0] for name, role in state.roles.items()}
         roles = {f"role_{name}": ocp.args.StandardSave(role) for name, role in spread.items()}
-        run = {"step": state.step, "counters": dict(state.counters)}
+        run = {"step": state.step, "counters": dict(state.counters), "empty_layers": dict(state.empty_layers)}
         self._manager.save(state.step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles))
 
-    def restore(self, abstract_roles: Mapping[str, Any]) -> RunState:
-        """Returns the last complete save, laid out as the abstract states say.
+    def restore(self, abstract_roles: Mapping[str, Any], empty_layers: Mapping[str, int] | None = None) -> RunState:
+        """Returns the last complete save, laid out as the abstract states say, with as many empty layers by role.
 
         Raises ValueError when there is none, or it has other arrays.
         """
         step = self.latest_step
         if step is None:
             raise ValueError(f"recover: no complete save in {self.directory}; start with recover_mode=auto or disabled")
-        saved = {name: _in_saved_shardings(role) for name, role in abstract_roles.items()}
-        roles = {f"role_{name}": ocp.args.StandardRestore(role) for name, role in saved.items()}
+        empty_layers = empty_layers or {}
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        roles = {}
         for name, role in abstract_roles.items():
-            _refuse_other_arrays(self.directory / str(step) / f"role_{name}", role)
-        restored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **roles))
+            saved, needed = run.get("empty_layers", {}).get(name, 0), empty_layers.get(name, 0)
+            _refuse_other_arrays(self.directory / str(step) / f"role_{name}", saved, role, needed)
+            # Not strict, Orbax cuts off what is too much and appends zeros for what lacks: here, empty layers alone.
+            wanted = _in_saved_shardings(role)
+            roles[f"role_{name}"] = ocp.args.StandardRestore(wanted, strict=saved == needed)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**roles))
         states = {
             name: reshard(restored[f"role_{name}"], jax.tree.map(lambda leaf: leaf.sharding, role), free_source=True)[0]
             for name, role in abstract_roles.items()
         }
         logger.info("continuing after step %d, saved in %s", step, self.directory)
-        return RunState(step=restored["run"]["step"], roles=states, counters=restored["run"]["counters"])
+        return RunState(step=run["step"], roles=states, counters=run["counters"], empty_layers=empty_layers)
 
     def __enter__(self) -> "RunCheckpointer":
         return self
@@ -105,9 +112,10 @@ def _in_saved_shardings(abstract: Any) -> Any:
     )
 
 
-def _refuse_other_arrays(directory: Path, abstract: Any) -> None:
+def _refuse_other_arrays(directory: Path, saved_empty: int, abstract: Any, needed_empty: int) -> None:
     # Orbax would notice too, half way through its reads, and leave them behind.
-    saved, needed = map(_shapes, (ocp.StandardCheckpointHandler().metadata(epath.Path(directory)).tree, abstract))
+    saved = _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(directory)).tree, saved_empty)
+    needed = _shapes(abstract, needed_empty)
     differing = sorted(path for path in saved.keys() | needed.keys() if saved.get(path) != needed.get(path))
     if differing:
         first = differing[0]
@@ -118,6 +126,8 @@ def _refuse_other_arrays(directory: Path, abstract: Any) -> None:
         )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any, num_empty: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a state's arrays by path, stacks of layers without their empty ones."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {p: (s[0] - num_empty, *s[1:]) if "layers" in p.split("/") else s for p, s in shapes.items()}

@@ -14,7 +14,7 @@ from realjax.core.axes import Rules, inference_rules, train_rules, tree_sharding
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import LossSums
-from realjax.core.trees import Tree, num_params
+from realjax.core.trees import Tree
 from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
 from realjax.dataflow.run import Evaluation, MovingAverage
 from realjax.engine.compiled import CompileLog, place_batch
@@ -214,7 +214,7 @@ class Executor:
             return
         role, layout = self.roles[mfc.role], self.layouts[mfc.name]
         # Forward 2 and backward 4 operations a parameter and token; attention's own share is left out.
-        per_token = (6 if mfc.call == "train_step" else 2) * num_params(role.model.abstract)
+        per_token = (6 if mfc.call == "train_step" else 2) * role.model.num_params
         self.timeline.watch(
             results,
             start=start,

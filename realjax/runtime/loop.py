@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import jax
@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 
 from realjax.allocation.plan import make_plan
-from realjax.core.trees import num_params
 from realjax.data.loader import Position
 from realjax.dataflow.picture import describe_graph, draw_graph
 from realjax.dataflow.run import RolloutEvaluation, RunSpec
@@ -74,7 +73,9 @@ def _first_state(spec: RunSpec, roles: dict[str, Role], checkpointer: RunCheckpo
     changing = {name: role for name, role in roles.items() if role.optimizer is not None or role.spec.is_averaged}
     if checkpointer is None or checkpointer.latest_step is None:
         return RunState(step=0, roles={name: load_role(role, spec.seed) for name, role in roles.items()})
-    state = checkpointer.restore({name: role.abstract_state() for name, role in changing.items()})
+    state = checkpointer.restore(
+        {name: role.abstract_state() for name, role in changing.items()}, _empty_layers(roles, changing)
+    )
     for name, value in _counters(spec).items():
         if state.counters.get(name) != value:
             raise ValueError(
@@ -232,7 +233,13 @@ class Session:
         for name in states if export else ():
             self._export(name, checkpoint_name(position))
         counters = {**_counters(self.spec), "controls": self.executor.controls, "best": self.best}
-        self.checkpointer.save(RunState(step=position.global_step, roles=states, counters=counters))
+        state = RunState(
+            step=position.global_step,
+            roles=states,
+            counters=counters,
+            empty_layers=_empty_layers(self.roles, states),
+        )
+        self.checkpointer.save(state)
 
     def finish(self) -> None:
         """Writes the report and says where everything is."""
@@ -257,7 +264,7 @@ class Session:
         tokens_per_second = self.num_tokens / sum(self.step_seconds) if self.step_seconds else math.nan
         return {
             "steps": f"{self.first_step} to {self.last_step} of {spec.loader.total_steps}",
-            "parameters": ", ".join(f"{name} {num_params(role.model.abstract):,}" for name, role in self.roles.items()),
+            "parameters": ", ".join(f"{name} {role.model.num_params:,}" for name, role in self.roles.items()),
             "layouts": ", ".join(f"{name} {layout}" for name, layout in spec.layouts.items()),
             "rows x tokens of a batch": str(spec.loader.shapes),
             "padding": f"{spec.loader.padding_share:.1%} of the tokens computed",
@@ -339,6 +346,10 @@ def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:
 def _counters(spec: RunSpec) -> dict[str, int]:
     """Returns what must be the same in a run that continues, by the name that an error gives it."""
     return {"seed": spec.seed, "batch size or dataset": spec.loader.fingerprint}
+
+
+def _empty_layers(roles: Mapping[str, Role], names: Iterable[str]) -> dict[str, int]:
+    return {name: roles[name].model.config.num_empty_layers for name in names}
 
 
 def _rank(name: str) -> tuple[int, str]:

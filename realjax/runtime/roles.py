@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout
-from realjax.core.trees import Tree, map_paths, num_params
+from realjax.core.trees import Tree, map_paths
 from realjax.dataflow.run import RoleSpec
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import make_optimizer
@@ -40,6 +40,7 @@ class Role:
             precision=Precision(compute=self.spec.compute_dtype),
             attention=self.spec.attention,
             remat=self.spec.remat,
+            unroll=self.spec.unroll,
             loss_chunk_tokens=self.spec.loss_chunk_tokens,
         )
 
@@ -68,7 +69,7 @@ class Role:
 
 def role_config(spec: RoleSpec) -> ModelConfig:
     """Returns the model config of a role. Raises ValueError when the checkpoint's is missing or not supported."""
-    config = load_config(spec.path)
+    config = replace(load_config(spec.path), num_empty_layers=spec.num_empty_layers)
     return config.as_critic() if spec.is_critic else config
 
 
@@ -79,9 +80,12 @@ def build_role(spec: RoleSpec, home: Layout, total_updates: int, *, is_offloaded
         CheckpointFiles.open(spec.path)  # a file that is missing or torn is found by its head
     tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
     optimizer = None if spec.optimizer is None else make_optimizer(spec.optimizer, total_updates)
-    logger.info(
-        "role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{num_params(model.abstract):,}", home
-    )
+    logger.info("role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{model.num_params:,}", home)
+    if spec.num_empty_layers:
+        logger.info(
+            "role %s: %d layers and %d empty ones, so that pipeline stages are equal",
+            spec.name, model.config.num_layers, spec.num_empty_layers,
+        )  # fmt: skip
     return Role(spec=spec, model=model, home=home, optimizer=optimizer, is_offloaded=is_offloaded)
 
 

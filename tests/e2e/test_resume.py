@@ -6,13 +6,14 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from realjax.data.loader import Loader
-from tests.e2e.builders import Inputs, Trial, differing, without_clocks
+from tests.e2e.builders import Inputs, Trial, differing, without_clocks, write_llama
 
 OPTIONS = {
     "allocation_mode": "manual",
@@ -130,19 +131,41 @@ def test_a_run_goes_on_in_another_layout(first, second, whole):
     assert trial.steps() == [1, 2, 3, 4]
     assert trial.run(**layout_options(**second)) == 0
     assert trial.steps() == list(range(1, FEW_STEPS + 1))
+    assert_same_work(trial, whole, 4)
+
+
+def test_a_run_goes_on_with_other_stages(inputs, tmp_path):
+    """Three layers: in two stages with an empty one, in one stage without, and again in two."""
+    inputs = replace(inputs, model=write_llama(tmp_path / "llama", num_hidden_layers=3))
+    whole = Trial(inputs=inputs, root=tmp_path, name="whole", options=OPTIONS | FEW)
+    assert whole.run() == 0
+    trial, stages = another(whole, "stages"), layout_options(pp=2)
+    assert trial.run(**stages, benchmark_steps=3) == 0
+    assert trial.run(benchmark_steps=3) == 0
+    assert trial.run(**stages) == 0
+    assert trial.steps() == list(range(1, FEW_STEPS + 1))
+    assert_same_work(trial, whole, 6)
+    stacks = [leaf for name, leaf in trial.state(FEW_STEPS).items() if "layers" in name]
+    assert len(stacks) == 27 and all(len(leaf) == 4 and not leaf[3].any() for leaf in stacks)
+
+
+def assert_same_work(found: Trial, expected: Trial, step: int) -> None:
+    """Fails unless what both trials did after `step` steps is the same, empty layers aside."""
     for find in (Trial.weights, Trial.state):
-        found, expected, start = find(trial, FEW_STEPS), find(whole, FEW_STEPS), find(trial, 4)
-        assert found.keys() == expected.keys()
-        for name in found:
-            # As a share of what the second half of the run changed: a half that did nothing would not pass.
-            change = np.linalg.norm(np.float64(expected[name]) - start[name])
-            error = np.linalg.norm(np.float64(found[name]) - expected[name])
+        a, b, start = find(found, FEW_STEPS), find(expected, FEW_STEPS), find(found, step)
+        assert a.keys() == b.keys()
+        for name, leaf in b.items():
+            own = tuple(map(slice, leaf.shape))
+            # As a share of what the steps changed: steps that did nothing would not pass.
+            change = np.linalg.norm(np.float64(leaf) - start[name][own])
+            error = np.linalg.norm(np.float64(a[name][own]) - leaf)
             assert error <= 1e-3 * change, name
 
 
-def layout_options(*, dp: int, tp: int = 1, sp: bool = False, zero: int = 2) -> dict:
+def layout_options(*, dp: int = 1, pp: int = 1, tp: int = 1, sp: bool = False, zero: int = 2) -> dict:
     return {
-        "n_gpus_per_node": dp * tp,
+        "n_gpus_per_node": dp * pp * tp,
+        "allocation__parallel__pipeline_parallel_size": pp,
         "allocation__parallel__data_parallel_size": dp,
         "allocation__parallel__model_parallel_size": tp,
         "allocation__parallel__use_sequence_parallel": sp,

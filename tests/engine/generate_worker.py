@@ -1,10 +1,7 @@
 """One process of two: generates on layouts that span both, or belong to the other one, and compares with one device.
 
-Run by test_generate_processes.py as `generate_worker.py <port> <process_id>`.
+Run by test_generate_processes.py as `generate_worker.py <port> <num_processes> <process_id>`.
 """
-
-import sys
-import traceback
 
 import jax
 import numpy as np
@@ -15,8 +12,9 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
 from realjax.engine.generate import Generation, Generator, Request
 from realjax.models.build import Model
-from realjax.runtime.processes import fetch, leave
+from realjax.runtime.processes import fetch
 from tests.builders import make_model, random_tree
+from tests.workers import work
 
 CONFIG = GenerationConfig(max_new_tokens=10, min_new_tokens=2, top_k=20, top_p=0.9)
 
@@ -44,9 +42,6 @@ def generate(model: Model, params: Tree, devices: list[jax.Device], num_slots: i
 
 
 def main() -> None:
-    port, process_id = map(int, sys.argv[1:3])
-    jax.config.update("jax_num_cpu_devices", 4)
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process_id)
     model = make_model()
     params = random_tree(model, scale=0.4)
     expected = generate(model, params, jax.local_devices()[:1], 2)
@@ -66,9 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        # An orderly end would wait for the other process, and it for this one.
-        leave(1)
+    work(main, num_devices=8)

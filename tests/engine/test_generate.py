@@ -18,7 +18,17 @@ from realjax.engine.forward import ForwardOptions
 from realjax.engine.generate import Generation, Generator, Request
 from realjax.engine.inference import make_inference
 from realjax.models.build import Model
-from tests.builders import make_layout, make_model, pack_in_order, place_params, quick_jit, random_tree
+from tests.builders import (
+    FULL,
+    fill_up,
+    make_layout,
+    make_model,
+    pack_in_order,
+    place_params,
+    quick_jit,
+    random_tree,
+    with_empty_layers,
+)
 from tests.parity.theirs import make_ours, make_theirs
 
 EOS = 5
@@ -47,10 +57,16 @@ def generate(
     return make_generator(model, config, layout, **options)(placed, requests)
 
 
-@pytest.mark.parametrize("layout", [{}, {"dp": 8}, {"tp": 4}, *PIPELINED], ids=str)
-def test_greedy_tokens_are_those_of_transformers(layout):
-    theirs = make_theirs("llama", num_hidden_layers=layout.get("pp", 2))
+@pytest.mark.parametrize(
+    ("layout", "num_layers"),
+    [({}, 2), ({"dp": 8}, 2), ({"tp": 4}, 2), *((layout, layout["pp"]) for layout in PIPELINED), ({"pp": 4}, 5)],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_transformers(layout, num_layers):
+    theirs = make_theirs("llama", num_hidden_layers=num_layers)
+    num_empty = -num_layers % layout.get("pp", 1)  # of five layers in four stages, the last has none
     model, params = make_ours(theirs)
+    model, params = with_empty_layers(model, num_empty), fill_up(params, num_empty)
     config = GenerationConfig(max_new_tokens=20, min_new_tokens=0, greedy=True)
     ours = generate(model, params, config, make_layout(**layout))
     for request, generation in zip(make_requests(model.config.vocab_size), ours):
@@ -77,6 +93,16 @@ def test_tokens_do_not_depend_on_slots_neighbours_or_layout():
             np.testing.assert_array_equal(a.tokens, b.tokens)
             np.testing.assert_array_equal(a.kept, b.kept)
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {}], ids=str)
+def test_empty_layers_change_no_token(layout):
+    model = make_model(num_layers=3, **FULL)
+    params, config = random_tree(model, scale=0.4), GenerationConfig(max_new_tokens=16, min_new_tokens=0, greedy=True)
+    expected = generate(model, params, config)
+    for a, b in zip(expected, generate(with_empty_layers(model, 1), fill_up(params, 1), config, make_layout(**layout))):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
 def test_greedy_rows_beside_sampled_ones_are_those_of_a_greedy_run():

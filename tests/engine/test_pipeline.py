@@ -1,5 +1,7 @@
 """Pipeline stages compute what one device computes: gradients, outputs, scalar heads, any number of micro-batches."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -15,8 +17,13 @@ from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.engine.pipeline import num_stage_batches
 from realjax.engine.train import TrainOptions, make_gradients
+from realjax.models.build import build_model
 from tests.builders import (
+    FAMILY_CONFIGS,
+    FULL,
     assert_close_in_norm,
+    cut_empty,
+    fill_up,
     make_examples,
     make_layout,
     make_model,
@@ -24,6 +31,7 @@ from tests.builders import (
     place_params,
     quick_jit,
     random_tree,
+    with_empty_layers,
 )
 
 DEEP = make_model(num_layers=8)
@@ -95,6 +103,27 @@ def test_inference_in_stages(num_mbs):
 @pytest.mark.parametrize(("rows", "expected"), [(16, 4), (8, 4), (6, 3), (4, 2), (2, 1)])
 def test_micro_batches_of_a_pass_leave_every_device_whole_rows(rows, expected):
     assert num_stage_batches(rows, make_layout(pp=2, dp=2)) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "num_mbs"),
+    [
+        (make_model(num_layers=3, qkv_bias=True, o_bias=True, mlp_bias=True), {"pp": 2}, 1),
+        (build_model(replace(FAMILY_CONFIGS["qwen3"], num_layers=3)), {"pp": 2}, 2),
+        (make_model(num_layers=5, **FULL), {"pp": 4, "dp": 2}, 1),
+        (make_model(num_layers=3, **FULL), {"dp": 2}, 1),
+    ],
+    ids=["llama", "qwen3", "a whole stage is empty", "one stage"],
+)
+def test_empty_layers_change_nothing_and_have_no_gradient(model, layout, num_mbs):
+    params, num_empty = random_tree(model, scale=0.1), -model.config.num_layers % max(2, layout.get("pp", 1))
+    expected, loss = gradients(model, SFT_LOSS, params, BATCH, make_layout())
+    filled, options = with_empty_layers(model, num_empty), {"num_mbs": num_mbs, "forward": ForwardOptions(remat=True)}
+    found, same_loss = gradients(filled, SFT_LOSS, fill_up(params, num_empty), BATCH, make_layout(**layout), **options)
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+    grads, of_empty = cut_empty(filled, found)
+    assert_close_in_norm(grads, expected, 1e-5)
+    assert all(len(leaf) == num_empty and (leaf == 0).all() for leaf in of_empty)
 
 
 def test_layers_that_do_not_divide_are_refused_before_anything_is_allocated():

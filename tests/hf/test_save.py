@@ -11,6 +11,7 @@ from realjax.hf import save
 from realjax.hf.load import load_config, load_params
 from realjax.hf.save import save_hf, write_config
 from realjax.models.build import build_model, init_params, make_fill
+from tests.builders import assert_bitwise_equal, cut_empty, with_empty_layers
 from tests.hf.tiny import KINDS, edit_config, make_bin, make_checkpoint, on_one_device, tensors_of
 
 
@@ -47,6 +48,22 @@ def test_every_layout_writes_the_same_tensors(strategy, memory_kind, tmp_path):
     shardings = tree_shardings(model.axes, model.abstract, train_rules(strategy), layout, memory_kind)
     save_hf(load_params(source, model, shardings), model.config, tmp_path / "out")
     assert tensors_of(tmp_path / "out") == tensors_of(source)
+
+
+@pytest.mark.parametrize("kind", ["llama-biases", "qwen3"])
+def test_empty_layers_are_in_no_checkpoint(kind, tmp_path):
+    source = make_checkpoint(tmp_path / "hf", kind, dtype="bfloat16")
+    model = with_empty_layers(build_model(load_config(source)), 2)
+    layout = Layout.of(ParallelStrategy(dp=2, pp=3, zero_stage=3))
+    params = load_params(
+        source, model, tree_shardings(model.axes, model.abstract, train_rules(layout.strategy), layout)
+    )
+    real, of_empty = cut_empty(model, params)
+    assert_bitwise_equal(real, load(source)[0])
+    assert all(len(leaf) == 2 and not leaf.any() for leaf in of_empty)
+    save_hf(params, model.config, tmp_path / "out", source_dir=source)
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+    assert (tmp_path / "out" / "config.json").read_text() == (source / "config.json").read_text()
 
 
 def test_a_layer_gathered_across_processes_is_taken_bit_for_bit():

@@ -5,7 +5,7 @@ import pytest
 from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
 from realjax.core.trees import flatten_paths, num_params
 from realjax.models.build import build_model, init_params, make_fill
-from tests.builders import FULL, assert_bitwise_equal, make_layout, make_model
+from tests.builders import FULL, assert_bitwise_equal, cut_empty, make_layout, make_model, with_empty_layers
 
 LAYOUTS = [
     {"dp": 8, "zero": 3},
@@ -55,6 +55,16 @@ def test_values_depend_on_the_seed_and_neither_on_depth_nor_on_time():
     assert_bitwise_equal(params["layers"], jax.tree.map(lambda x: x[:2], init(deeper, layout)["layers"]))
     other = init(model, layout, seed=8)
     assert not np.isin(params["embed"]["table"], other["embed"]["table"]).any()
+
+
+def test_empty_layers_are_zeros_that_do_not_count():
+    model, layout = make_model(**FULL, num_layers=3), make_layout(pp=2, dp=2, zero=2)
+    filled = with_empty_layers(model, 3)
+    params = init(filled, layout)
+    real, of_empty = cut_empty(filled, params)
+    assert_bitwise_equal(real, init(model, make_layout()))
+    assert all(len(leaf) == 3 and not leaf.any() for leaf in of_empty)
+    assert filled.num_params == model.num_params == num_params(model.abstract)
 
 
 def test_a_slice_of_a_fill_is_the_slice_of_the_whole():

@@ -30,7 +30,7 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
     def advance(params, cache, tokens, lengths):
         return decode(*model.bind_layers(params), cache, tokens, lengths, constrain)
 
-    unstacked, places = unstack_layers(params), np.array([2, 0, 3])
+    unstacked, places = unstack_layers(params, model.config.num_layers), np.array([2, 0, 3])
     hidden, cache = admit(unstacked, tokens[:, :7], np.array(LENGTHS), places)
     np.testing.assert_allclose(hidden, [whole[i, n - 1] for i, n in enumerate(LENGTHS)], atol=1e-5, rtol=1e-5)
     for step in range(ROW_LEN - max(LENGTHS)):

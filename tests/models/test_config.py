@@ -12,6 +12,7 @@ from tests.builders import make_model
         ({"vocab_size": 0}, "model config: vocab_size=0; it must be at least 1"),
         ({"num_layers": -1}, "model config: num_layers=-1"),
         ({"num_q_heads": 8, "num_kv_heads": 3}, "8 query heads do not divide over 3 key-value heads"),
+        ({"num_empty_layers": -1}, "model config: num_empty_layers=-1; it must be at least 0"),
         ({"head_dim": 5}, "head_dim=5 is odd; rotary embedding needs an even head size"),
         ({"is_critic": True, "tied": True}, "a critic has its own scalar head"),
     ],

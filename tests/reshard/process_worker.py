@@ -4,15 +4,14 @@ Run by test_processes.py as `process_worker.py <port> <num_processes> <process_i
 takes every pair of layouts, which is minutes of compiling.
 """
 
-import sys
 from itertools import combinations
 
-import jax
 import numpy as np
 
 from realjax.core.trees import flatten_paths, map_paths
 from realjax.reshard.apply import ema_update, on_host, reshard
 from tests.reshard.cases import DTYPES, LAYOUTS, check_equal, make_host_tree, make_shardings, place
+from tests.workers import work
 
 # Grows, shrinks, permutes, jumps between processes, and leaves some without a shard.
 WALK = ("mixed", "first-half", "second-half", "tensor8-permuted", "host-half", "single", "zero3")
@@ -51,13 +50,10 @@ def cast_and_average() -> None:
                 np.testing.assert_allclose(np.asarray(shard.data), wanted[shard.index], rtol=1e-6)
 
 
-def main() -> None:
-    port, num_processes, process_id = map(int, sys.argv[1:4])
-    jax.config.update("jax_num_cpu_devices", 8 // num_processes)
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=num_processes, process_id=process_id)
-    if sys.argv[4:5] == ["all-pairs"]:
+def main(mode: str = "walks", dtype: str = "bfloat16") -> None:
+    if mode == "all-pairs":
         for here, there in combinations(LAYOUTS, 2):
-            walk("everything", sys.argv[5], (here, there))
+            walk("everything", dtype, (here, there))
     else:
         walk("everything", "bfloat16", WALK)
         walk("tied", "float32", ("mixed", "middle", "single"), free_source=True)
@@ -67,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(main, num_devices=8)

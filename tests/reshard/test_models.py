@@ -14,7 +14,17 @@ from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.models.build import Model
 from realjax.reshard.apply import on_host, reshard
-from tests.builders import FULL, make_examples, make_model, pack_in_order, quick_jit, random_tree
+from tests.builders import (
+    FULL,
+    assert_bitwise_equal,
+    fill_up,
+    make_examples,
+    make_model,
+    pack_in_order,
+    quick_jit,
+    random_tree,
+    with_empty_layers,
+)
 
 MODELS = {"untied": make_model(**FULL), "tied": make_model(tied=True)}
 BATCH, _ = pack_in_order(make_examples([9, 12, 5, 14, 7, 3, 16, 8]), 16, num_rows=8)
@@ -76,6 +86,19 @@ def test_a_moved_model_says_what_one_loaded_there_says():
         for away in ("data8", "single"):
             moved, _ = reshard(jax.device_put(params, shardings(model, AWAY[away])), there)
             assert infer(moved).tobytes() == infer(jax.device_put(params, there)).tobytes()
+
+
+def test_empty_layers_travel_along():
+    model, layout = make_model(num_layers=3, **FULL), HOMES["pipe"]
+    filled = with_empty_layers(model, 1)
+    params = jax.device_put(fill_up(random_tree(model), 1), shardings(filled, layout))
+    before = jax.tree.map(np.asarray, params)
+    for away in AWAY.values():
+        for destination in (shardings(filled, away), on_host(shardings(filled, away))):
+            moved, _ = reshard(params, destination)
+            assert_bitwise_equal(moved, before)
+            params, _ = reshard(moved, shardings(filled, layout), free_source=True)
+    assert_bitwise_equal(params, before)
 
 
 def test_another_models_layout_is_refused():

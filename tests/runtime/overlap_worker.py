@@ -5,7 +5,6 @@ each step the losses, and when each call began and ended.
 """
 
 import json
-import sys
 
 import jax
 
@@ -13,9 +12,10 @@ from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.runtime.executor import Executor
-from realjax.runtime.processes import fetch
+from realjax.runtime.processes import fetch, is_first
 from tests.builders import make_examples, make_model, pack_in_order
 from tests.runtime.specs import make_role, make_state
+from tests.workers import work
 
 STEPS = 3
 # The work of one is hundreds of times that of the other, which no other load of the machine makes up for.
@@ -38,10 +38,6 @@ def make_executor() -> Executor:
 
 
 def main() -> None:
-    port, num_processes, process_id = map(int, sys.argv[1:])
-    jax.config.update("jax_num_cpu_devices", 2 // num_processes)
-    if num_processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=num_processes, process_id=process_id)
     executor, lines = make_executor(), []
     for step in range(STEPS):
         batch, _ = pack_in_order(make_examples([64] * 16, seed=step), 64, num_rows=16)
@@ -49,9 +45,9 @@ def main() -> None:
         losses = {name: float(fetch(dict(update))["loss"]) for name, (update,) in metrics.items()}
         times = {record.name: (record.start, record.end) for record in executor.timeline.of_step(step)}
         lines.append({"losses": losses, "times": times})
-    if process_id == 0:
+    if is_first():
         print(json.dumps(lines), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    work(main, num_devices=2)

@@ -1,6 +1,7 @@
 """A saved state comes back bit for bit, in any layout, and a save that is not whole is none."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +10,40 @@ import pytest
 
 from realjax.core.layout import Layout
 from realjax.engine.state import TrainState
+from realjax.models.build import Model
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
-from tests.builders import make_layout, make_model
+from tests.builders import make_layout, make_model, with_empty_layers
 from tests.runtime.specs import make_role, make_state
 
 MODEL = make_model()
 
 
-def make_run_state(step: int, layout: Layout, counters: Mapping | None = None) -> RunState:
+def make_run_state(step: int, layout: Layout, counters: Mapping | None = None, model: Model = MODEL) -> RunState:
     """Returns a state of which every array is random and belongs to that step."""
-    state = make_state(make_role(MODEL, layout), seed=step)
+    state = make_state(make_role(model, layout), seed=step)
     rng = np.random.default_rng(step)
 
     def draw(leaf: jax.Array) -> jax.Array:
         values = rng.integers(0, 99, leaf.shape) if leaf.dtype == jnp.int32 else rng.standard_normal(leaf.shape)
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
-    return RunState(step=step, roles={"default": jax.tree.map(draw, state)}, counters=counters or {"seed": 1})
+    roles = {"default": jax.tree.map(draw, state)}
+    return RunState(step=step, roles=roles, counters=counters or {"seed": 1}, empty_layers=empty_layers(model))
+
+
+def empty_layers(model: Model) -> dict[str, int]:
+    return {"default": model.config.num_empty_layers}
+
+
+def with_stacks(state: TrainState, num_layers: int, num_empty: int) -> TrainState:
+    """Returns a state on the host with the first `num_layers` of every stack, and empty ones behind them."""
+
+    def one(path: tuple, leaf: jax.Array) -> np.ndarray:
+        if jax.tree_util.DictKey("layers") not in path:
+            return np.asarray(leaf)
+        return np.pad(np.asarray(leaf)[:num_layers], [(0, num_empty)] + [(0, 0)] * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def restore(checkpointer: RunCheckpointer, layout: Layout) -> RunState:
@@ -59,6 +77,34 @@ def test_any_layout_gets_the_bits_that_another_saved(saved, restored, tmp_path):
         lambda leaf, spec: leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim), found.roles["default"], wanted
     )
     assert all(jax.tree.leaves(placed))
+
+
+@pytest.mark.parametrize(
+    ("saved", "saved_empty", "restored", "restored_empty"),
+    [
+        (make_layout(pp=2, dp=2, zero=2), 1, make_layout(dp=2, tp=2), 0),
+        (make_layout(tp=2), 0, make_layout(pp=2, dp=2, zero=3), 1),
+        (make_layout(pp=2), 1, make_layout(pp=5), 2),
+        (make_layout(pp=2), 1, make_layout(), 1),
+    ],
+    ids=str,
+)
+def test_a_layout_with_other_stages_gets_the_layers_of_the_model(
+    saved, saved_empty, restored, restored_empty, tmp_path
+):
+    model = make_model(num_layers=3)
+    of_save, of_restore = (with_empty_layers(model, n) for n in (saved_empty, restored_empty))
+    drawn = make_run_state(4, saved, model=of_save)
+    state = with_stacks(drawn.roles["default"], 3, saved_empty)
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, drawn.roles["default"])
+    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
+        checkpointer.save(replace(drawn, roles={"default": placed}))
+    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
+        target = {"default": make_role(of_restore, restored).abstract_state()}
+        found = checkpointer.restore(target, empty_layers(of_restore))
+        with pytest.raises(ValueError, match=r"another model .*there \(3, .*, here \(4, "):
+            checkpointer.restore({"default": make_role(make_model(num_layers=4), make_layout()).abstract_state()})
+    assert bits(found.roles["default"]) == bits(with_stacks(state, 3, restored_empty))
 
 
 def test_what_a_step_does_to_the_arrays_after_a_save_does_not_reach_it(tmp_path):

@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -49,6 +48,7 @@ from realjax.options.parsing import parse_overrides
 from realjax.options.rl import PPOConfig
 from realjax.runtime.executor import Executor
 from realjax.runtime.roles import build_role, load_role
+from tools.bench.workers import start_workers
 
 MODEL = ModelConfig(
     family="llama",
@@ -102,17 +102,13 @@ def parse_args() -> argparse.Namespace:
 
 def compare(names: list[str], folder: str, args: argparse.Namespace, tokens: float) -> None:
     """Prints a line for each of `names`, and their ratio; a step has `tokens` tokens."""
-    workers = {name: Worker(name, folder) for name in names}
-    try:
+    rounds: dict[str, list[Seconds]] = {name: [] for name in names}
+    with start_workers("tools.bench.ppo", names, "--inputs", folder) as workers:
         for name, worker in workers.items():
             print(f"{name}: {worker.read()}", flush=True)
-        rounds: dict[str, list[Seconds]] = {name: [] for name in names}
         for _ in range(args.rounds):
             for name, worker in workers.items():
                 rounds[name].append(worker.run(args.steps))
-    finally:
-        for worker in workers.values():
-            worker.process.kill()
     medians = {
         name: {call: statistics.median(one.get(call, 0.0) for one in found) / args.steps for call in found[0]}
         for name, found in rounds.items()
@@ -124,29 +120,6 @@ def compare(names: list[str], folder: str, args: argparse.Namespace, tokens: flo
     if len(names) == 2:
         ratios = [theirs["step"] / ours["step"] for ours, theirs in zip(rounds[OURS], rounds[THEIRS])]
         print(f"  realjax is x{statistics.median(ratios):.2f} (x{min(ratios):.2f} to x{max(ratios):.2f} by round)")
-
-
-class Worker:
-    """A loop in a process of its own, which takes numbers of steps and answers with their seconds."""
-
-    def __init__(self, name: str, folder: str) -> None:
-        command = [sys.executable, "-m", "tools.bench.ppo", *sys.argv[1:], "--worker", name, "--inputs", folder]
-        self.log, pipe = Path(folder) / f"{name}.log", subprocess.PIPE
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
-
-    def read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args}: ended without an answer:\n{self.log.read_text()}")
-        return json.loads(line)
-
-    def run(self, steps: int) -> Seconds:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return self.read()
 
 
 class Turns:

@@ -15,7 +15,6 @@ threads spin while they wait).
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
 from realjax.models.build import build_model, init_params
 from realjax.models.config import ModelConfig, RopeConfig
+from tools.bench.workers import start_workers
 
 SHAPES = {  # hidden, layers, query heads, kv heads, head size, ffn, vocabulary, tied
     "10m": (256, 8, 8, 4, 32, 704, 8192, False),
@@ -89,19 +89,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def compare(size: str, args: argparse.Namespace, rate: Times) -> None:
-    """Prints the table of one size. Each loop has its own process, so that no library's threads disturb another's."""
+    """Prints the table of one size."""
     names = [OURS] if args.no_torch else [OURS, *TORCH_LOOPS]
-    workers = {name: Worker(name, size) for name in names}
-    info = workers[OURS].read()
-    for name in names[1:]:
-        workers[name].read()
-    print(f"\n{size}: {info['parameters']:,} parameters, {info['tokens']} tokens a step; {info['note']}", flush=True)
     times: dict[str, list[Times]] = {name: [] for name in names}
-    for _ in range(args.rounds):
-        for name, worker in workers.items():
-            times[name].append(worker.run(args.steps))
-    for worker in workers.values():
-        worker.process.kill()
+    with start_workers("tools.bench.sft", names, "--sizes", size) as workers:
+        info = {name: worker.read() for name, worker in workers.items()}[OURS]
+        note = f"{info['tokens']} tokens a step; {info['note']}"
+        print(f"\n{size}: {info['parameters']:,} parameters, {note}", flush=True)
+        for _ in range(args.rounds):
+            for name, worker in workers.items():
+                times[name].append(Times(*worker.run(args.steps)))
     num_tokens = args.steps * info["tokens"]
     # Others' work delays a loop but hardly adds to its processor time, so the least is the truest.
     rates = {
@@ -117,29 +114,6 @@ def compare(size: str, args: argparse.Namespace, rate: Times) -> None:
             share = 6 * info["parameters"] * tokens / full
             ratio = f"realjax is x{best / tokens:.2f}" if name != OURS else ""
             print(f"  {name:<13}{tokens:8,.0f} {label:<19}{share:6.1%} of the matrix product's  {ratio}", flush=True)
-
-
-class Worker:
-    """A loop in a process of its own, which takes numbers of steps and answers with seconds."""
-
-    def __init__(self, name: str, size: str) -> None:
-        flags = [arg for arg in sys.argv[1:] if arg not in ("--no-torch",)]
-        command = [sys.executable, "-m", "tools.bench.sft", *flags, "--worker", name, "--sizes", size]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-
-    def read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args}: ended without an answer; run it by hand to see why")
-        return json.loads(line)
-
-    def run(self, steps: int) -> Times:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return Times(*self.read())
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -1,0 +1,72 @@
+"""Several processes that run one script as a group: started and watched by a test, and what each of them does first."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from realjax.runtime.processes import leave
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_workers(script: Path, num_processes: int, folder: Path, *arguments: str, timeout_s: float = 400.0) -> list[str]:
+    """Runs `script PORT NUM_PROCESSES PROCESS_ID *arguments` once for each process and returns what each printed.
+
+    Fails, with the ends of the logs in `folder`, as soon as one ends with another code than 0 or the time is over.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Each program runs a few times only: unoptimised, it compiles in half the time or less.
+    flags = "--xla_backend_optimization_level=0"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    env.pop("JAX_NUM_CPU_DEVICES", None)
+    logs = [folder / f"{num_processes}-{i}.log" for i in range(num_processes)]
+    workers: list[subprocess.Popen] = []
+    try:
+        for i, log in enumerate(logs):
+            numbers = map(str, (port, num_processes, i))
+            command = [sys.executable, "-W", "error", str(script), *numbers, *arguments]
+            with log.open("w") as output:
+                workers.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+        codes = wait_for_workers(workers, timeout_s)
+    finally:
+        for worker in workers:  # SIGKILL: the distributed runtime traps SIGTERM
+            worker.kill()
+        for worker in workers:
+            worker.wait()
+    texts = [log.read_text() for log in logs]
+    ends = (f"process {i}, exit code {code}:\n{text[-3000:]}" for i, (code, text) in enumerate(zip(codes, texts)))
+    assert codes == [0] * num_processes, "\n".join(ends)
+    return texts
+
+
+def wait_for_workers(workers: list[subprocess.Popen], timeout_s: float) -> list[int | None]:
+    """Returns the exit codes when all have ended, one has failed or the time is over; None: still running."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        codes = [worker.poll() for worker in workers]
+        if None not in codes or any(codes) or time.monotonic() > deadline:
+            return codes
+        time.sleep(0.05)
+
+
+def work(main: Callable[..., None], num_devices: int) -> None:
+    """Runs `main(*arguments)` as a process of the group that `run_workers` started, with its share of the devices."""
+    try:
+        port, num_processes, process_id = map(int, sys.argv[1:4])
+        jax.config.update("jax_num_cpu_devices", num_devices // num_processes)
+        if num_processes > 1:
+            jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=num_processes, process_id=process_id)
+        main(*sys.argv[4:])
+    except BaseException:
+        traceback.print_exc()
+        # An orderly end would wait for the other processes, and they for this one.
+        leave(1)
