@@ -34,6 +34,10 @@ class Batch:
             raise ValueError(f"batch: no key {key!r}; it holds {', '.join(self.keys())}")
         return self.arrays[key]
 
+    def get(self, key: str) -> Any:
+        """The array, None where there is none of this name."""
+        return self.arrays.get(key)
+
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
 

@@ -52,6 +52,8 @@ class MFC:
     loss: Loss | None = None  # train_step: what is minimised
     minibatches: Minibatches | None = None  # train_step: None is one update of the whole batch, as it is packed
     head: str | None = None  # inference: which output of the model, see `core.loss.Loss`
+    # Head `logprobs`: the key of a mask, known on the host, of the tokens that anyone asks about; None: all are.
+    mask: str | None = None
     draw: Draw = Draw()  # inference, head `logprobs`: the distribution that the tokens were drawn from
     num_mbs: int | None = None  # micro-batches; None: one, or as many as `max_tokens_per_mb` asks for
     max_tokens_per_mb: int | None = None

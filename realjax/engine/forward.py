@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -69,11 +70,11 @@ def make_outputs(
 ) -> OutputsFn:
     """Returns `fn(params, batch) -> outputs` of the head, see `core.loss.Loss`; params in the compute dtype.
 
-    Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`.
+    Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
+    limits that head to these tokens, see `heads.token_logprobs`.
     """
     constrain = make_constrain(rules, layout)
-    strategy = layout.strategy
-    attention_fn = make_attention(options.attention, strategy.tp, options.max_segment_len)
+    attention_fn = make_attention(options.attention, layout.strategy.tp, options.max_segment_len)
     forward = Forward(
         constrain=constrain,
         attention_fn=attention_fn,
@@ -81,12 +82,7 @@ def make_outputs(
         remat=options.remat,
     )
 
-    def chunk_len(batch: Batch, max_bytes: int = heads.CHUNK_BYTES) -> int:
-        if options.loss_chunk_tokens is not None:
-            return heads.chunk_len(batch.row_len, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
-        rows = max(1, batch.num_rows // strategy.dp)
-        vocab_per_device = max(1, model.config.vocab_size // (strategy.tp * strategy.pp))
-        return heads.chunk_len(batch.row_len, rows, vocab_per_device, max_bytes)
+    chunk_len = partial(_chunk_len, model, layout, options)
 
     def outputs(params: Tree, batch: Batch) -> Mapping[str, Array]:
         transformer = model.bind(params)
@@ -96,24 +92,49 @@ def make_outputs(
         if head == "values":
             return {"values": heads.token_values(hidden, kernel)}
         if head == "logprobs":
+            targets = batch.get("targets")
+            num_targets = batch.row_len if targets is None else targets.shape[1]
             return heads.token_logprobs(
                 hidden,
                 kernel,
                 tokens,
                 segment_ids,
                 # Half: XLA's CPU backend lets the backward pass not reuse the logits' memory of the forward pass.
-                size=chunk_len(batch, heads.CHUNK_BYTES // 2),
+                size=chunk_len(batch, num_targets, heads.CHUNK_BYTES // 2),
                 constrain=constrain,
                 draw=draw,
                 kept=None if draw.kept is None else batch["kept"],
                 needs_entropy=needs_entropy,
+                targets=targets,
             )
         nll, logprobs = heads.weighted_nll(
-            hidden, kernel, tokens, segment_ids, batch["loss_mask"], size=chunk_len(batch), constrain=constrain
+            hidden,
+            kernel,
+            tokens,
+            segment_ids,
+            batch["loss_mask"],
+            size=chunk_len(batch, batch.row_len),
+            constrain=constrain,
         )
         return {"nll": nll, "logprobs": logprobs}
 
     return outputs
+
+
+def _chunk_len(
+    model: Model,
+    layout: Layout,
+    options: ForwardOptions,
+    batch: Batch,
+    num_positions: int,
+    max_bytes: int | None = None,
+) -> int:
+    """Returns how many of a row's positions are one chunk of the head: by the option, or by memory."""
+    if options.loss_chunk_tokens is not None:
+        return heads.chunk_len(num_positions, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
+    rows = max(1, batch.num_rows // layout.strategy.dp)
+    vocab_per_device = max(1, model.config.vocab_size // (layout.strategy.tp * layout.strategy.pp))
+    return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes or heads.CHUNK_BYTES)
 
 
 def split_rows(batch: Batch, num_parts: int) -> Batch:

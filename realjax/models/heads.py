@@ -41,6 +41,17 @@ def _next(x_RT: Array) -> Array:
     return jnp.pad(x_RT, ((0, 0), (0, 1)) + ((0, 0),) * (x_RT.ndim - 2))[:, 1:]
 
 
+def _take(x_RT: Array, index_RP: Array) -> Array:
+    """Returns the entries of each row at its indices, `[R, P, ...]`; trailing dims come along."""
+    return jax.vmap(lambda row, index: jnp.take(row, index, axis=0, mode="clip"))(x_RT, index_RP)
+
+
+def _put(x_RP: Array, index_RP: Array, row_len: int) -> Array:
+    """Returns rows `[R, row_len]` with the entries at their indices, 0 elsewhere; those beyond a row are dropped."""
+    put = lambda row, index: jnp.zeros(row_len, row.dtype).at[index].set(row, mode="drop")
+    return jax.vmap(put)(x_RP, index_RP)
+
+
 def _split(x: Array, size: int) -> Array:
     """`[R, T, ...]` -> `[T/size, R, size, ...]`: chunks along the row, so that rows stay where they are."""
     R, T = x.shape[:2]
@@ -79,18 +90,22 @@ def token_logprobs(
     draw: Draw = Draw(),  # noqa: B008 - frozen
     kept: Array | None = None,
     needs_entropy: bool = False,
+    targets: Array | None = None,
 ) -> dict[str, Array]:
     """Returns float32 `logprobs` `[R, T]` of the tokens under `draw`, and its `entropy` `[R, T]` if needed.
 
-    `hidden` `[R, T, D]`, `kernel` `[D, V]`, `kept` `[R, T, W]` in the form of `draw.kept`. `size` positions a chunk;
-    the backward pass recomputes a chunk's logits.
+    `hidden` `[R, T, D]`, `kernel` `[D, V]`, `kept` `[R, T, W]` in the form of `draw.kept`. `targets` `[R, P]` are the
+    row indices of the tokens wanted, none of them a segment's first, and T in empty places; others get 0. `size`
+    divides P, or T without targets: as many positions are a chunk, and where there are several the backward pass
+    computes a chunk's logits anew.
     """
     inputs = [hidden, _next(tokens)]
     if draw.kept is not None:
         assert kept is not None, "a draw that leaves tokens out needs the sets that it left"
         inputs.append(_next(kept))
+    if targets is not None:
+        inputs = [_take(x, targets - 1) for x in inputs]
 
-    @jax.checkpoint
     def chunk(hidden_chunk: Array, targets: Array, *sets: Array) -> dict[str, Array]:
         logits = _chunk_logits(hidden_chunk, kernel, constrain) / draw.temperature
         if draw.kept is not None:
@@ -105,7 +120,11 @@ def token_logprobs(
         entropy = -jnp.sum(probs * jnp.where(probs > 0, all_logprobs, 0), axis=-1)
         return {"logprobs": logprobs, "entropy": entropy}
 
-    outputs = jax.lax.map(lambda xs: chunk(*xs), tuple(_split(x, size) for x in inputs))
+    chunk_fn = chunk if size == inputs[0].shape[1] else jax.checkpoint(chunk)
+    outputs = jax.lax.map(lambda xs: chunk_fn(*xs), tuple(_split(x, size) for x in inputs))
+    if targets is not None:
+        row_len = tokens.shape[1]
+        return {name: _put(_join(output), targets, row_len) for name, output in outputs.items()}
     return {name: shift_to_token(_join(output), segment_ids) for name, output in outputs.items()}
 
 

@@ -24,7 +24,13 @@ from realjax.runtime.memory import bytes_held_beside
 from realjax.runtime.processes import fetch_arrays
 from realjax.runtime.programs import Programs, num_micro_batches, row_multiple
 from realjax.runtime.roles import Role
-from realjax.runtime.rollouts import default_num_slots, make_minibatches, make_requests, pack_rollout
+from realjax.runtime.rollouts import (
+    default_num_slots,
+    make_minibatches,
+    make_requests,
+    pack_rollout,
+    target_indices,
+)
 from realjax.runtime.timeline import Timeline
 
 logger = logging.getLogger("realjax.executor")
@@ -177,7 +183,10 @@ class Executor:
         """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
         refuse_longer(batch, mfc.max_seqlen, mfc.name)
         layout = self.layouts[mfc.name]
-        return put_batch(batch.select({*PACKING_KEYS, *mfc.inputs}), train_rules(layout.strategy), layout)
+        inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
+        if mfc.mask and (targets := target_indices(batch[mfc.mask], batch["positions"])) is not None:
+            inputs = inputs.with_arrays(targets=targets)
+        return put_batch(inputs, train_rules(layout.strategy), layout)
 
     def _params_for(self, mfc: MFC) -> tuple[Tree, int]:
         """Returns the role's parameters where the call needs them, and the bytes that had to move for it."""

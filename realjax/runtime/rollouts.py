@@ -106,3 +106,20 @@ def _num_rows(examples: Sequence[dict[str, np.ndarray]], row_len: int) -> int:
 def _pack(examples: Sequence[dict[str, np.ndarray]], row_len: int, num_rows: int, num_shards: int) -> Batch:
     lengths = [len(example["tokens"]) for example in examples]
     return pack(examples, pack_rows(lengths, row_len, num_rows=num_rows, num_shards=num_shards))
+
+
+def target_indices(mask: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
+    """Returns the row indices `[R, P]` of the tokens of a mask `[R, T]`, T in empty places; None where P would be T.
+
+    P is a multiple of an eighth of T, so that there are few shapes. A sequence's first token has no log-probability.
+    """
+    num_rows, row_len = mask.shape
+    is_target = mask & (positions > 0)
+    num_targets = is_target.sum(axis=1)
+    step = -(-row_len // 8)
+    width = max(1, -(-int(num_targets.max()) // step)) * step
+    if width >= row_len:
+        return None
+    targets = np.full((num_rows, width), row_len, np.int32)
+    targets[np.arange(width) < num_targets[:, None]] = np.nonzero(is_target)[1]
+    return targets

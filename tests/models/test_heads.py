@@ -14,6 +14,7 @@ from realjax.models.heads import (
     token_values,
     weighted_nll,
 )
+from realjax.runtime.rollouts import target_indices
 from tests.builders import make_examples, pack_in_order, quick_jit
 
 R, T, D, V = 3, 24, 8, 50
@@ -73,6 +74,30 @@ def random_sets(form: KeptTokens) -> tuple[np.ndarray, np.ndarray]:
 
 
 FORMS = [KeptTokens(V, 20, "kept"), KeptTokens(V, 2, "bits"), KeptTokens(V, 3, "removed")]
+
+
+@pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.parametrize("form", [None, FORMS[0]], ids=["all", "kept"])
+def test_targets_get_what_they_get_among_all_tokens_and_others_nothing(form, size):
+    hidden, kernel, weights = make_inputs()
+    kept = None if form is None else random_sets(form)[0]
+    options = {"constrain": unconstrained, "draw": Draw(0.7, form), "kept": kept, "needs_entropy": True}
+    mask = np.random.default_rng(2).random(TOKENS.shape) < 0.5
+    targets = target_indices(mask, BATCH["positions"])
+    assert targets.shape == (R + 1, 9) and (targets == T).any() and (targets < T).sum() == (mask & ~IS_FIRST).sum()
+
+    def run(hidden, kernel, **options):
+        outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options)
+        outputs = {name: jnp.where(mask & (SEGMENTS > 0), x, 0) for name, x in outputs.items()}
+        return sum((x * weights).sum() for x in outputs.values()), outputs
+
+    grad_fn = lambda fn: quick_jit(jax.grad(fn, (0, 1), has_aux=True))(hidden, kernel)
+    found = grad_fn(partial(run, **options, targets=targets, size=size))
+    expected = grad_fn(partial(run, **options, size=T))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options, targets=targets, size=size)
+    assert all((np.asarray(x)[~mask] == 0).all() for x in outputs.values())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.form)
