@@ -294,8 +294,7 @@ class Generator:
         return self._by_group(x)[:, group]
 
     def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn:
-        kernel = self.model.bind_layers(params)[0].head_kernel()
-        logits = jnp.einsum("BD,DV->BV", hidden, kernel, preferred_element_type=jnp.float32)
+        logits = self.model.bind_layers(params)[0].next_logits(hidden)
         # Made with the vocabulary split; then a row's logits meet on one device, and all devices share the rows.
         logits = self.decoder.constrain(logits, ("rows", "act_vocab"))
         all_axes = ("data", "tensor", "pipe")

@@ -309,9 +309,7 @@ def check_models(
     """Raises ValueError for a model that does not read the actor's tokens, or a reward model without a head."""
     vocabulary = tokenizer.get_vocab()
     for name, role in roles.items():
-        if name == "actor":
-            continue
-        other = common.load_tokenizer(role.path).get_vocab()
+        other = vocabulary if name == "actor" else common.load_tokenizer(role.path).get_vocab()
         if differing := len(set(vocabulary.items()) ^ set(other.items())):
             remedy = "; as reward.classifier it would read the texts with its own" if name == "rew" else ""
             raise ValueError(

@@ -144,3 +144,13 @@ class Transformer(nnx.Module):
     def head_kernel(self) -> Array:
         """Returns the head's matrix: `[D, V]`, the transposed embedding when tied, or `[D, 1]` for a critic."""
         return self.embed.table[...].T if self.config.tied else self.head.kernel[...]
+
+    def next_logits(self, hidden_BD: Array) -> Array:
+        """Returns the float32 logits `[B, V]` of the tokens that follow these final hidden states."""
+        if not self.config.tied:
+            return jnp.matmul(hidden_BD, self.head.kernel[...], preferred_element_type=jnp.float32)
+        # The table as it lies, on the left: with few rows XLA's CPU backend takes half as long again for the transposed
+        # table, which is what it makes of this without the barriers.
+        barrier = jax.lax.optimization_barrier
+        table = self.embed.table[...]
+        return barrier(jnp.matmul(table, barrier(hidden_BD.T), preferred_element_type=jnp.float32)).T
