@@ -9,7 +9,7 @@ import pytest
 
 from tests.experiments.rl_runs import LAYOUTS, make_executor, make_rl_spec, quick_compiles, write_rl_inputs
 
-STEPS = 22
+STEPS = 52
 
 
 def live_bytes() -> Counter[str]:
@@ -29,7 +29,7 @@ def test_memory_returns_to_its_level_after_each_step(tmp_path):
     # Sequences of one length make batches of one shape.
     same = {"dataset__pad_to_max_length": True, "algo__gen__min_new_tokens": 8, "dataset__train_bs_n_seqs": 4}
     spec = make_rl_spec(
-        write_rl_inputs(tmp_path), tmp_path, **LAYOUTS["halves"], **same, algo__ref_ema_eta=0.1, total_train_epochs=3
+        write_rl_inputs(tmp_path), tmp_path, **LAYOUTS["halves"], **same, algo__ref_ema_eta=0.1, total_train_epochs=7
     )
     with quick_compiles():
         executor = make_executor(spec)
