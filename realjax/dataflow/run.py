@@ -25,7 +25,7 @@ class RoleSpec:
     compute_dtype: str = "float32"
     attention: str = "auto"
     remat: bool = True
-    unroll: bool | None = None
+    unroll: bool | None = None  # every layer compiled by itself; None: where it pays
     loss_chunk_tokens: int | None = None
     optimizer: OptimizerConfig | None = None
     is_averaged: bool = False  # follows another role (`MovingAverage`): kept in float32, or small steps would be lost

@@ -40,7 +40,7 @@ class ForwardOptions:
     precision: Precision = Precision()
     attention: str = "auto"
     remat: bool = False
-    unroll: bool | None = None  # compile every layer by itself; None: on CPUs
+    unroll: bool | None = None  # compile every layer by itself; None: on CPUs, but for `remat`
     loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: by memory
     max_segment_len: int | None = None  # no sequence is longer: attention looks no further back
 
@@ -75,10 +75,15 @@ def make_outputs(
     """
     constrain = make_constrain(rules, layout)
     attention_fn = make_attention(options.attention, layout.strategy.tp, options.max_segment_len)
+    unroll = options.unroll
+    if unroll is None:
+        # The stacks' copies cost a CPU a sixth of a step. But what remat computes anew, XLA there merges with the first
+        # time, unless a loop's border lies between.
+        unroll = layout.devices[0].platform == "cpu" and not options.remat
     forward = Forward(
         constrain=constrain,
         attention_fn=attention_fn,
-        run_layers_fn=make_run_layers(layout, unroll=options.unroll),
+        run_layers_fn=make_run_layers(layout, unroll=unroll),
         remat=options.remat,
     )
 

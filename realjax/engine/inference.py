@@ -1,6 +1,7 @@
 """Forward passes without gradients: outputs for other calls, and the loss of an evaluation."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import jax
 from jax import Array
@@ -27,7 +28,7 @@ def make_inference(
 
     Log-probabilities are those of the distribution `draw`.
     """
-    rules = inference_rules(layout.strategy)
+    rules, options = inference_rules(layout.strategy), replace(options, remat=False)
     compute_copy = make_compute_copy(model, rules, layout, options.precision)
     outputs_fn = make_outputs(model, head, rules, layout, options, draw)
 

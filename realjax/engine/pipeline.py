@@ -17,12 +17,9 @@ from realjax.core.layout import Layout
 from realjax.models.transformer import BlockFn, RunLayersFn, scan_layers
 
 
-def make_run_layers(layout: Layout, *, unroll: bool | None = None) -> RunLayersFn:
-    """Returns how the stacked layers run in `layout`: one after another, or in pipeline stages.
-
-    `unroll` as for `scan_layers`; None: on CPUs, where the copies cost a sixth of a step.
-    """
-    scan_fn = partial(scan_layers, unroll=layout.devices[0].platform == "cpu" if unroll is None else unroll)
+def make_run_layers(layout: Layout, *, unroll: bool = False) -> RunLayersFn:
+    """Returns how stacked layers run in `layout`: one after another, or in stages; `unroll` as for `scan_layers`."""
+    scan_fn = partial(scan_layers, unroll=unroll)
     return scan_fn if layout.strategy.pp == 1 else make_pipeline(layout, scan_fn)
 
 

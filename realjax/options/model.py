@@ -53,7 +53,9 @@ class ModelTrainEvalConfig:
         "auto", "attention implementation: blocked (auto), one matrix of scores (dense), JAX's own (xla), or cuDNN's"
     )
     unroll_layers: bool | None = option(
-        None, "compile every layer by itself: quicker steps, longer compiles; null does so on CPUs"
+        None,
+        "compile every layer by itself: quicker steps and longer compiles, but on CPUs gradient_checkpointing saves no "
+        "memory then; null does so on CPUs without gradient_checkpointing",
     )
     loss_chunk_tokens: int | None = option(
         None, "tokens whose logits are in memory at once while the loss is computed; null chooses", at_least=1

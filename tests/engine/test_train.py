@@ -9,6 +9,7 @@ from realjax.core.batch import Batch
 from realjax.core.loss import Loss, LossSums, Mean, Total
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.engine.compiled import place_batch
+from realjax.engine.forward import ForwardOptions
 from realjax.engine.optim import make_optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step, split_rows
@@ -43,6 +44,21 @@ def make_step(layout, loss=SFT_LOSS):
     state = init_train_state(place_params(MODEL, random_tree(MODEL), layout), OPTIMIZER, shardings)
     step = make_train_step(MODEL, loss, OPTIMIZER, CONFIG.gradient_clipping, layout, TrainOptions())
     return quick_jit(step, out_shardings=(shardings, layout.replicated)), state
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=str)
+def test_remat_saves_most_of_the_memory_of_activations(layout):
+    """With what is chosen by default for this platform: a compiler may find what is computed anew, and keep it."""
+    layout, model = make_layout(**layout), make_model(num_layers=8)
+    params = place_params(model, random_tree(model), layout)
+    batch = place_batch(pack_in_order(make_examples([128] * 16), 128)[0], train_rules(layout.strategy), layout)
+
+    def scratch_bytes(remat: bool) -> int:
+        options = TrainOptions(forward=ForwardOptions(remat=remat))
+        gradients = jax.jit(make_gradients(model, SFT_LOSS, layout, options))
+        return gradients.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch_bytes(remat=True) < 0.6 * scratch_bytes(remat=False)
 
 
 POISONS = {"loss": (np.inf, 0.0), "gradient": (0.0, 3e38), "both": (0.0, np.nan)}
