@@ -17,10 +17,10 @@ demo: .venv/.installed  ## SFT, reward model and PPO of a tiny model, about thre
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python -m realjax.apps.demo
 
 test: lint  ## lint, types and all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: .venv/.dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -n 2 -m "not slow and not e2e"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not e2e"
 
 lint: .venv/.dev  ## ruff and pyright, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .

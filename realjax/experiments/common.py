@@ -97,6 +97,16 @@ def with_equal_stages(role: RoleSpec, layouts: Mapping[str, Layout]) -> RoleSpec
     return replace(role, num_empty_layers=-num_layers % num_stages)
 
 
+def check_slots(num_slots: int | None, layout: Layout, option: str) -> None:
+    """Raises ValueError for a number of answers generated at once that the layout cannot share out."""
+    multiple = layout.strategy.row_multiple
+    if num_slots is not None and num_slots % multiple:
+        raise ValueError(
+            f"{option}: {num_slots} answers at once cannot be divided over data x pipeline = {multiple} devices; "
+            "use a multiple of it, or null"
+        )
+
+
 def row_multiple(call: MFCConfig, layout: Layout) -> int:
     """Returns what the number of rows must be a multiple of, so that they divide over a call's micro-batches and
     devices.

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 
-from realjax.core.layout import Layout
 from realjax.data.prompts import load_prompts
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.experiments import common
@@ -20,7 +19,7 @@ def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
     role = common.role_spec("default", config.model, devices, is_trained=False)
     layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=False)
     role = common.with_equal_stages(role, {"allocation": layout})
-    _check_slots(config.gen.num_slots, layout)
+    common.check_slots(config.gen.num_slots, layout, "gen.num_slots")
     tokenizer = common.load_tokenizer(role.path)
     data = config.dataset
     prompts = load_prompts(
@@ -52,12 +51,3 @@ def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
         seed=config.seed,
         recover_mode=config.recover_mode,
     )
-
-
-def _check_slots(num_slots: int | None, layout: Layout) -> None:
-    multiple = layout.strategy.row_multiple
-    if num_slots is not None and num_slots % multiple:
-        raise ValueError(
-            f"gen.num_slots: {num_slots} answers at once cannot be divided over data x pipeline = {multiple} devices; "
-            "use a multiple of it, or null"
-        )

@@ -61,6 +61,7 @@ class Setup:
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
         check_models(self.roles, self.models, self.tokenizer)
         self.layouts = self._layouts(devices, place_fn)
+        common.check_slots(self.options.gen.num_slots, self.layouts["actor_gen"], "gen.num_slots")
         self.prompts, self.held_out = self._load_prompts()
         self.longest = (
             max(one.longest for one in (self.prompts, self.held_out) if one) + self.options.gen.max_new_tokens

@@ -55,6 +55,12 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any], str]] = {
         {},
         r"^critic.path: the model has 256 tokens, the actor's tokenizer 3\d\d; use a checkpoint",
     ),
+    "vocabulary of the actor": (
+        "actor",
+        smaller_vocabulary,
+        {},
+        r"^actor.path: the model has 256 tokens, the actor's tokenizer 3\d\d; use a checkpoint",
+    ),
     "vocabulary of the reference": ("ref", smaller_vocabulary, {}, r"^ref.path: the model has 256 tokens"),
     "positions of the reward model": (
         "rew",
@@ -94,6 +100,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a mesh of another size": (
         {**LAYOUTS["halves"], "ref_inf.parallel.model_parallel_size": 1},
         r"^ref_inf.device_mesh: 'NODE01:0,1' has 2 devices, but ref_inf.parallel needs 1",
+    ),
+    "slots that the layout cannot share out": (
+        {**LAYOUTS["data and tensor"], "algo__gen__num_slots": 3},
+        r"^gen.num_slots: 3 answers at once cannot be divided over data x pipeline = 2 devices; use a multiple",
     ),
     "no held-out prompts": ({"eval_freq_steps": 1}, r"^dataset.valid_path: nothing given, but eval_freq_\* asks"),
 }
