@@ -59,7 +59,7 @@ def reshard(
     plan = plan_reshard(tree, jax.tree.map(lambda a: a.sharding, tree), destination_shardings, dtype=dtype)
     start = time.perf_counter()
     moved: list[Array | None] = [None] * len(arrays)
-    for group in _move_groups(plan, arrays, free_source, chunk_bytes):
+    for group in _move_groups(plan, arrays, free_source, _share(chunk_bytes)):
         for index, array in group.items():
             moved[index] = array
     if block:
@@ -67,7 +67,7 @@ def reshard(
     report = ReshardReport(
         bytes_moved=plan.bytes_moved,
         bytes_kept=plan.bytes_kept,
-        staged_bytes=staged_bytes(plan, chunk_bytes),
+        staged_bytes=staged_bytes(plan, _share(chunk_bytes)),
         seconds=time.perf_counter() - start if block else None,
     )
     return jax.tree.unflatten(treedef, moved), report
@@ -92,7 +92,7 @@ def ema_update(destination: Any, source: Any, eta: float, *, chunk_bytes: int = 
                 f"copy"
             )
     results = list(olds)
-    for group in _move_groups(plan, news, False, chunk_bytes):
+    for group in _move_groups(plan, news, False, _share(chunk_bytes)):
         # A kept copy on the host is brought to the devices for the update, and the new one taken back.
         on_device = [jax.device_put(olds[i], plan.leaves[i].spec.destination) for i in group]
         for index, array in zip(group, _blend(on_device, list(group.values()), eta)):
@@ -144,6 +144,11 @@ def _blend(olds: list[Array], news: list[Array], eta: Array) -> list[Array]:
         return jnp.where(eta == 1, new, jnp.where(eta == 0, old, mixed.astype(old.dtype)))
 
     return [one(old, new) for old, new in zip(olds, news)]
+
+
+def _share(chunk_bytes: int) -> int:
+    """Returns what one group may stage: two of them are under way at a time."""
+    return max(1, chunk_bytes // 2)
 
 
 def _move_groups(

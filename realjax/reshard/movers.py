@@ -1,6 +1,7 @@
 """The ways in which a leaf reaches its destination, and which of them it takes."""
 
 from functools import lru_cache
+from itertools import pairwise
 
 import jax
 from jax import Array
@@ -46,13 +47,14 @@ def make_groups(plan: ReshardPlan, chunk_bytes: int) -> tuple[tuple[int, ...], .
 
 
 def staged_bytes(plan: ReshardPlan, chunk_bytes: int) -> int:
-    """Returns the most bytes that a device holds beside its sources and destinations."""
+    """Returns the most bytes that a device holds beside its sources and destinations: those of two groups in a row."""
     sizes = [
         sum(make_schedule(plan.leaves[i], chunk_bytes).slab_bytes for i in group)
-        for group in make_groups(plan, chunk_bytes)
         if find_route(plan.leaves[group[0]]) == "exchange"
+        else 0
+        for group in make_groups(plan, chunk_bytes)
     ]
-    return max(sizes, default=0)
+    return max((first + second for first, second in pairwise([0, *sizes])), default=0)
 
 
 def _stay(leaves: list[LeafPlan], arrays: list[Array], free_source: bool, chunk_bytes: int) -> list[Array]:
