@@ -38,6 +38,7 @@ LENGTHS = [7, 19, 1, 12, 5, 16, 9, 3, 14, 11, 6, 18, 2, 13, 8]
 EXAMPLES = make_examples(LENGTHS)
 EXAMPLES[2]["loss_mask"][:] = EXAMPLES[9]["loss_mask"][:] = False
 MODELS = {"full": make_model(**FULL, num_layers=4), "tied": make_model(tied=True, num_layers=4)}
+SCANNED = ForwardOptions(unroll=False)  # as accelerators run it
 BOUNDED = ForwardOptions(max_segment_len=max(LENGTHS))
 
 
@@ -76,11 +77,12 @@ CASES = [
     Case("dp8-zero3-remat", {"dp": 8, "zero": 3}, batch=long(), forward=ForwardOptions(remat=True)),
     Case("tp2-kv-heads-split", {"tp": 2}, batch=narrow(), forward=ForwardOptions(loss_chunk_tokens=48)),
     Case("tp4-kv-heads-repeated", {"tp": 4}, num_mbs=4),
-    Case("tp8-sp", {"tp": 8, "sp": True}, batch=long()),
+    Case("tp8-sp-scanned", {"tp": 8, "sp": True}, batch=long(), forward=SCANNED),
     Case("dp2-tp2-zero3-sp-mbs2", {"dp": 2, "tp": 2, "zero": 3, "sp": True}, num_mbs=2, batch=narrow()),
     Case("dp2-tp4-zero2-sp-remat", {"dp": 2, "tp": 4, "zero": 2, "sp": True}, forward=ForwardOptions(remat=True)),
-    Case("dp4-tp2-zero3", {"dp": 4, "tp": 2, "zero": 3}, num_mbs=2),
+    Case("dp4-tp2-zero3-scanned", {"dp": 4, "tp": 2, "zero": 3}, num_mbs=2, forward=SCANNED),
     Case("pp2-dp2-tp2-sp", {"pp": 2, "dp": 2, "tp": 2, "sp": True}, batch=narrow()),
+    Case("pp2-dp2-tp2-sp-scanned", {"pp": 2, "dp": 2, "tp": 2, "sp": True}, batch=narrow(), forward=SCANNED),
     Case("pp4-dp2-zero3-mbs2", {"pp": 4, "dp": 2, "zero": 3}, num_mbs=2, forward=ForwardOptions(remat=True)),
     Case("tied-pp2-tp4-bounded", {"pp": 2, "tp": 4}, batch=long(), forward=BOUNDED, model="tied"),
     Case("tied-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, num_mbs=4, model="tied"),
