@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import Rules, make_constrain, tree_shardings
+from realjax.core.axes import Constrain, Rules, make_constrain, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
@@ -74,19 +74,7 @@ def make_outputs(
     limits that head to these tokens, see `heads.token_logprobs`.
     """
     constrain = make_constrain(rules, layout)
-    attention_fn = make_attention(options.attention, layout.strategy.tp, options.max_segment_len)
-    unroll = options.unroll
-    if unroll is None:
-        # The stacks' copies cost a CPU a sixth of a step. But what remat computes anew, XLA there merges with the first
-        # time, unless a loop's border lies between.
-        unroll = layout.devices[0].platform == "cpu" and not options.remat
-    forward = Forward(
-        constrain=constrain,
-        attention_fn=attention_fn,
-        run_layers_fn=make_run_layers(layout, unroll=unroll),
-        remat=options.remat,
-    )
-
+    forward = _make_forward(constrain, layout, options)
     chunk_len = partial(_chunk_len, model, layout, options)
 
     def outputs(params: Tree, batch: Batch) -> Mapping[str, Array]:
@@ -124,6 +112,20 @@ def make_outputs(
         return {"nll": nll, "logprobs": logprobs}
 
     return outputs
+
+
+def _make_forward(constrain: Constrain, layout: Layout, options: ForwardOptions) -> Forward:
+    unroll = options.unroll
+    if unroll is None:
+        # The stacks' copies cost a CPU a sixth of a step. But what remat computes anew, XLA there merges with the first
+        # time, unless a loop's border lies between.
+        unroll = layout.devices[0].platform == "cpu" and not options.remat
+    return Forward(
+        constrain=constrain,
+        attention_fn=make_attention(options.attention, layout.strategy.tp, options.max_segment_len),
+        run_layers_fn=make_run_layers(layout, unroll=unroll),
+        remat=options.remat,
+    )
 
 
 def _chunk_len(
