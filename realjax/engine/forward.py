@@ -134,14 +134,14 @@ def _chunk_len(
     options: ForwardOptions,
     batch: Batch,
     num_positions: int,
-    max_bytes: int | None = None,
+    max_bytes: int = heads.CHUNK_BYTES,
 ) -> int:
     """Returns how many of a row's positions are one chunk of the head: by the option, or by memory."""
     if options.loss_chunk_tokens is not None:
         return heads.chunk_len(num_positions, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
     rows = max(1, batch.num_rows // layout.strategy.dp)
     vocab_per_device = max(1, model.config.vocab_size // (layout.strategy.tp * layout.strategy.pp))
-    return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes or heads.CHUNK_BYTES)
+    return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes)
 
 
 def split_rows(batch: Batch, num_parts: int) -> Batch:

@@ -108,7 +108,7 @@ class Generator:
             raise ValueError("generate: the model has a scalar head; generation needs a language model's")
         options = options or ForwardOptions()
         self.decoder: Decoder = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, options)
-        multiple = layout.strategy.dp * self.decoder.num_groups
+        multiple = layout.strategy.row_multiple
         if num_slots % multiple:
             raise ValueError(
                 f"generate: {num_slots} slots do not divide over dp={layout.strategy.dp} and pp={layout.strategy.pp}; "

@@ -159,15 +159,15 @@ class Setup:
 
     def infer(self, call: str, key: str, head: str, *, options: str | None = None) -> MFC:
         """Returns an inference call whose head's output becomes `key`; `options` is the call whose options it has."""
-        draw = self.draw if head == "logprobs" else Draw()
+        draw, mask = (self.draw, "loss_mask") if head == "logprobs" else (Draw(), None)
         return MFC(
             name=call,
             role=self.roles_by_call.get(call, "actor"),
             call="inference",
-            inputs=("tokens", *(("loss_mask",) if head == "logprobs" else ()), *(("kept",) if draw.kept else ())),
+            inputs=("tokens", *((mask,) if mask else ()), *(("kept",) if draw.kept else ())),
             outputs=(key,),
             head=head,
-            mask="loss_mask" if head == "logprobs" else None,
+            mask=mask,
             draw=draw,
             max_seqlen=self.longest,
             **common.micro_batches(self._call_options(options or call)),

@@ -59,7 +59,7 @@ def reshard(
     plan = plan_reshard(tree, jax.tree.map(lambda a: a.sharding, tree), destination_shardings, dtype=dtype)
     start = time.perf_counter()
     moved: list[Array | None] = [None] * len(arrays)
-    for group in _move_groups(plan, arrays, free_source, _share(chunk_bytes)):
+    for group in _move_groups(plan, arrays, free_source, chunk_bytes):
         for index, array in group.items():
             moved[index] = array
     if block:
@@ -92,7 +92,7 @@ def ema_update(destination: Any, source: Any, eta: float, *, chunk_bytes: int = 
                 f"copy"
             )
     results = list(olds)
-    for group in _move_groups(plan, news, False, _share(chunk_bytes)):
+    for group in _move_groups(plan, news, False, chunk_bytes):
         # A kept copy on the host is brought to the devices for the update, and the new one taken back.
         on_device = [jax.device_put(olds[i], plan.leaves[i].spec.destination) for i in group]
         for index, array in zip(group, _blend(on_device, list(group.values()), eta)):
@@ -156,6 +156,7 @@ def _move_groups(
 ) -> Iterator[dict[int, Array]]:
     """Yields the moved leaves by index, group by group; waits for a group before it starts the second one after it."""
     previous: list[Array] = []
+    chunk_bytes = _share(chunk_bytes)
     for group in make_groups(plan, chunk_bytes):
         mover = MOVERS[find_route(plan.leaves[group[0]])]
         moved = mover([plan.leaves[i] for i in group], [arrays[i] for i in group], free_source, chunk_bytes)
