@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.texts import decode_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def make_text_reward(fn: TextFn, tokenizer: "PreTrainedTokenizerBase", rows: Seq
             prompts.append(tokens[is_own & ~is_answer].tolist())
             answers.append(tokens[is_answer].tolist())
         found = [rows[int(prompt_ids[place])] for place in places]
-        texts = _decode(tokenizer, prompts), _decode(tokenizer, answers)
+        texts = decode_answers(tokenizer, prompts, answers)
         rewards[tuple(np.array(places).T)] = _checked_call(fn, name, *texts, found)
         return HostResult(arrays={"rewards": rewards})
 
@@ -73,12 +74,6 @@ def _sequences(segment_ids: np.ndarray, loss_mask: np.ndarray) -> Iterator[tuple
         for segment in range(int(segments.max())):
             is_own = segments == segment + 1
             yield row, segment, is_own, is_own & loss_mask[row]
-
-
-def _decode(tokenizer: "PreTrainedTokenizerBase", sequences: list[list[int]]) -> list[str]:
-    # Some tokenizers tidy spaces before punctuation by default, which changes the text.
-    texts: Any = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return texts
 
 
 def _checked_call(

@@ -1,16 +1,18 @@
 """The description of a whole run: what an experiment makes of its options and the runtime carries out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.data.loader import Loader
 from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
+
+Tokens = Sequence[Sequence[int]]
+# fn(prompts, answers) -> the texts of both, as `core.texts.decode_answers` gives them.
+DecodeFn = Callable[[Tokens, Tokens], tuple[list[str], list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class RunSpec:
     evaluate: Frequency
     seed: int
     averages: tuple[MovingAverage, ...] = ()
-    decode_fn: Callable[[np.ndarray], str] | None = None  # tokens to text, where a run shows samples
+    decode_fn: DecodeFn | None = None  # where a run shows samples
     benchmark_steps: int | None = None
     recover_mode: str = "disabled"
     max_recover_saves: int = 2

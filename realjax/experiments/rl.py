@@ -25,6 +25,7 @@ from realjax.allocation.heuristic import Placement, SizedModel, place_grpo
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.layout import Layout
+from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
 from realjax.data.packing import rollout_row_len
 from realjax.data.prompts import PromptDataset, load_prompts
@@ -254,7 +255,7 @@ class Setup:
             loader=self.loader(),
             evaluation=evaluation,
             averages=() if eta is None else (MovingAverage(role="ref", source="actor", eta=eta),),
-            decode_fn=partial(self.tokenizer.decode, skip_special_tokens=True),
+            decode_fn=partial(decode_answers, self.tokenizer),
         )
 
     def _evaluation(self) -> RolloutEvaluation | None:

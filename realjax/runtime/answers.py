@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from realjax.core.texts import decode_answers
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.generate import Generation, Request
 from realjax.runtime.metrics import replace_text
@@ -20,24 +21,17 @@ PART = ".part"
 def make_answers(
     spec: GenerationSpec, requests: Sequence[Request], generations: Sequence[Generation]
 ) -> list[dict[str, Any]]:
-    """Returns the lines of the file, one a request: prompt, answer, seq (both, as the model has them), id, sample.
+    """Returns the lines of the file, one a request: prompt, answer, seq, id, sample.
 
-    Texts are without special tokens; `prompt` is the data's own. `sample` is there when prompts have several answers.
+    `prompt` is the data's own; `seq` is prompt and answer as the model has them, both without special tokens. `sample`
+    is there when prompts have several answers.
     """
     prompts = [request.tokens.tolist() for request in requests]
     answers = [generation.tokens.tolist() for generation in generations]
-    wholes = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    # Some tokenizers tidy spaces before punctuation by default, which changes the text.
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    decode = lambda tokens: spec.tokenizer.batch_decode(tokens, **options)
     lines = []
-    for request, start, answer, whole in zip(requests, decode(prompts), decode(answers), decode(wholes), strict=True):
-        # Some tokenizers drop the space that a text begins with, so the answer is read where it stands.
-        text = whole[len(start) :] if whole.startswith(start) else answer
-        kept = cut_at(text, spec.stop)
-        row = spec.prompts.rows[request.row_id]
-        line = {"prompt": row["prompt"], "answer": kept, "seq": whole[: len(whole) - len(text) + len(kept)]}
-        line["id"] = row["id"]
+    for request, start, text in zip(requests, *decode_answers(spec.tokenizer, prompts, answers), strict=True):
+        row, kept = spec.prompts.rows[request.row_id], cut_at(text, spec.stop)
+        line = {"prompt": row["prompt"], "answer": kept, "seq": start + kept, "id": row["id"]}
         lines.append(line | ({"sample": request.sample_id} if spec.num_samples > 1 else {}))
     return lines
 

@@ -1,6 +1,6 @@
 """Held-out measurements: the mean of a loss, or what a model's own answers to held-out prompts are worth."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +10,7 @@ from realjax.core.batch import Batch
 from realjax.core.loss import LossSums, finalize
 from realjax.data.packing import sequences_of
 from realjax.dataflow.graph import HostCall
-from realjax.dataflow.run import Evaluation, RolloutEvaluation
+from realjax.dataflow.run import DecodeFn, Evaluation, RolloutEvaluation
 from realjax.runtime.executor import Executor
 from realjax.runtime.processes import fetch
 
@@ -38,7 +38,7 @@ def evaluate_loss(executor: Executor, evaluation: Evaluation) -> dict[str, float
 
 
 def evaluate_rollouts(
-    executor: Executor, evaluation: RolloutEvaluation, decode_fn: Callable[[np.ndarray], str] | None
+    executor: Executor, evaluation: RolloutEvaluation, decode_fn: DecodeFn | None
 ) -> tuple[dict[str, float], list[Sample]]:
     """Returns `<variant>/<metric>`, each the mean over held-out prompts, and a few answers."""
     values: dict[str, float] = {}
@@ -55,18 +55,18 @@ def evaluate_rollouts(
     return values, samples
 
 
-def read_samples(rollout: Batch, decode_fn: Callable[[np.ndarray], str], variant: str) -> list[Sample]:
+def read_samples(rollout: Batch, decode_fn: DecodeFn, variant: str) -> list[Sample]:
     """Returns the texts of a rollout's first prompts, in the order of their numbers."""
     keys = [key for key in ("tokens", "loss_mask", "rewards", "group", "segment_ids", "positions") if key in rollout]
     sequences = sorted(sequences_of(rollout.select(keys)), key=lambda sequence: int(sequence["group"]))
+    sequences = sequences[:MOST_SAMPLES]
+    prompts, answers = (
+        [sequence["tokens"][sequence["loss_mask"] == is_answer].tolist() for sequence in sequences]
+        for is_answer in (False, True)
+    )
     return [
-        Sample(
-            variant=variant,
-            prompt=decode_fn(sequence["tokens"][~sequence["loss_mask"]]),
-            answer=decode_fn(sequence["tokens"][sequence["loss_mask"]]),
-            reward=float(sequence.get("rewards", np.float32(np.nan))),
-        )
-        for sequence in sequences[:MOST_SAMPLES]
+        Sample(variant=variant, prompt=prompt, answer=answer, reward=float(sequence.get("rewards", np.float32(np.nan))))
+        for sequence, prompt, answer in zip(sequences, *decode_fn(prompts, answers), strict=True)
     ]
 
 

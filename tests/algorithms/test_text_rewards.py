@@ -7,6 +7,7 @@ import pytest
 
 from realjax.algorithms.text_rewards import load_function, make_text_reward
 from tests.algorithms.text_rollouts import SAMPLES, TOKENIZER, pack_samples, places
+from tests.data.test_datasets import words_tokenizer
 
 ROWS = [{"id": f"row{i}", "prompt": "p", "grade": 10 * i} for i in range(3)]
 
@@ -31,6 +32,20 @@ def test_a_function_reads_texts_and_rows_however_they_are_packed(row_len):
     where = places(arrays["segment_ids"])
     assert [rewards[place] for place in where] == [1, 2, 3, 4]
     assert np.count_nonzero(rewards) == len(where)
+
+
+def test_a_function_reads_the_answer_where_it_stands():
+    """A tokenizer that drops the space a text begins with would give `the filmwas good`."""
+    tokens, seen = np.array([[0, 1, 2, 3, 4]]), []
+    arrays = {
+        "tokens": tokens,
+        "segment_ids": np.ones_like(tokens),
+        "loss_mask": np.arange(5)[None] >= 2,
+        "prompt_id": np.zeros((1, 1), np.int32),
+    }
+    score = lambda prompts, answers, rows: seen.extend(zip(prompts, answers)) or [0.0]
+    make_text_reward(score, words_tokenizer(), ROWS, name="reward.fn")(arrays, {})
+    assert seen == [("the film", " was good")]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,14 @@ def make_tokenizer(special: str = "", **kwargs) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, **{"bos_token": "<s>", "eos_token": "</s>"} | kwargs)
 
 
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that drops the space a text begins with, as those of Llama 2 do."""
+    core = Tokenizer(models.WordLevel({"▁the": 0, "▁film": 1, "▁was": 2, "▁good": 3, "</s>": 4}, unk_token="</s>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
 class WithoutOffsets:
     """The same tokenizer as one written in Python would look."""
 

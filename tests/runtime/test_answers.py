@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from realjax.data.prompts import PromptDataset
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.generate import Generation, Request
 from realjax.runtime.answers import PART, AnswerFile, cut_at, make_answers
-from tests.data.test_datasets import make_tokenizer
+from tests.data.test_datasets import make_tokenizer, words_tokenizer
 
 IDS = ("a", "b", "c")
 LINES = [{"id": row_id, "sample": sample} for row_id in IDS for sample in (0, 1)]
@@ -45,14 +43,6 @@ def answer(spec: GenerationSpec, tokens: list[int], num_prompt_tokens: int | Non
     generation = Generation(tokens=ids, logprobs=np.zeros(len(ids), np.float32), ended=True, kept=None)
     (line,) = make_answers(spec, [request], [generation])
     return line
-
-
-def words_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that drops the space a text begins with, as those of Llama 2 do."""
-    core = Tokenizer(models.WordLevel({"▁the": 0, "▁film": 1, "▁was": 2, "▁good": 3, "</s>": 4}, unk_token="</s>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 
 
 def test_an_answer_keeps_the_space_before_it():
