@@ -57,9 +57,14 @@ class GenConfig(CommonExperimentConfig):
         check_samples_differ("num_samples", self.num_samples, self.gen)
 
     def notices(self) -> list[str]:
-        if self.exp_ctrl == ExperimentSaveEvalControl():
-            return []
-        return ["exp_ctrl.* (epochs, saves, evaluations) has no effect: gen answers each prompt and trains nothing."]
+        notices = []
+        if self.exp_ctrl != ExperimentSaveEvalControl():
+            notices.append(
+                "exp_ctrl.* (epochs, saves, evaluations) has no effect: gen answers each prompt and trains nothing."
+            )
+        if any("\\n" in text for text in self.stop):
+            notices.append("stop: \\n is a backslash and an n here; in quotes, as in stop=['\\n'], it is a line break.")
+        return notices
 
 
 def check_samples_differ(name: str, num_samples: int, gen: GenerationConfig) -> None:

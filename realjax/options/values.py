@@ -10,6 +10,14 @@ NULL_TEXTS = ("null", "None", "none", "~")
 BOOL_TEXTS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 # A backslash before one of these is Hydra's or the shell's escape; before anything else it belongs to the value.
 ESCAPED = re.compile(r"\\(?=[\\'\",:=()\[\]{} ])")
+# A text in quotes, and an item of a list, in quotes or bare, with the comma behind it.
+QUOTED = re.compile(r"""\s*(['"])((?:\\.|(?!\1)[^\\])*)\1\s*""", re.DOTALL)
+ITEM = re.compile(rf"(?:{QUOTED.pattern}|((?:\\.|[^,\\])*\\?))(?:,|\Z)", re.DOTALL)
+BRACKETS = ("[]", "()")
+
+
+class Verbatim(str):
+    """A text that is the value already: without quotes and escapes to be taken off."""
 
 
 def convert(value: Any, annotation: Any, name: str) -> Any:
@@ -91,6 +99,8 @@ def _to_float(value: Any, name: str) -> float:
 
 
 def _to_str(value: Any, name: str) -> str:
+    if isinstance(value, Verbatim):
+        return str(value)
     if not isinstance(value, str) or value in NULL_TEXTS:
         raise wrong_type(name, value, "str")
     return unquote(value)
@@ -108,23 +118,40 @@ def _choice(value: Any, annotation: Any, name: str) -> Any:
 
 
 def _split_list(value: Any, annotation: Any, name: str) -> list:
+    """Returns a list's items: a recipe's as they are, those of a text by the quotes of Python, JSON or Hydra."""
     if isinstance(value, list | tuple):
-        return list(value)
+        return [Verbatim(item) if isinstance(item, str) else item for item in value]
     if not isinstance(value, str):
         raise wrong_type(name, value, type_label(annotation))
-    if (texts := _json_texts(value)) is not None:
-        return texts
-    inner = unquote(value).strip()
-    if inner[:1] + inner[-1:] in ("[]", "()"):
+    text = ESCAPED.sub("", value) if value.startswith("\\") else value
+    if (whole := QUOTED.fullmatch(text)) is not None:
+        text = _quoted(whole)
+        if text[:1] + text[-1:] not in BRACKETS:
+            return [Verbatim(text)]
+    inner = text.strip()
+    if inner[:1] + inner[-1:] in BRACKETS:
         inner = inner[1:-1]
-    return [item.strip() for item in inner.split(",")] if inner.strip() else []
+    items, at = [], 0
+    while inner[at:].strip():
+        match = ITEM.match(inner, at)
+        assert match is not None, "anything up to a comma is an item"
+        items.append(Verbatim(_quoted(match)) if match[3] is None else match[3].strip())
+        at = match.end()
+    return items
 
 
-def _json_texts(value: str) -> list[str] | None:
-    """Returns the texts of a JSON list of nothing else, whose quotes keep commas, and line breaks as backslash n."""
+def _quoted(match: re.Match[str]) -> str:
+    """Returns the text between quotes; \\n, \\t, \\u00e9 and so on are what they are in JSON and Python."""
+    # To JSON's quotes; a backslash that escapes nothing is one.
+    body = re.sub(r"\\(?P<next>.)|\"", _as_json, match[2], flags=re.DOTALL)
     try:
-        found = json.loads(value)
-    except ValueError:  # also for numbers of thousands of digits
-        return None
-    is_texts = isinstance(found, list) and all(isinstance(text, str) for text in found)
-    return found if is_texts else None
+        return json.loads(f'"{body}"', strict=False)
+    except ValueError:  # \u without four digits
+        return match[2]
+
+
+def _as_json(match: re.Match[str]) -> str:
+    escaped = match["next"]
+    if escaped == "'":
+        return "'"
+    return match[0] if escaped and escaped in '"\\/bfnrtu' else f"\\{match[0]}"

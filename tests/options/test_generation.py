@@ -1,8 +1,12 @@
 """Options of the `gen` experiment."""
 
+from pathlib import Path
+
 import pytest
 
+from launch.main import read_config
 from realjax.options.checks import list_notices, resolve_names, validate
+from realjax.options.config_dict import from_config_dict
 from realjax.options.generation import GenConfig
 from realjax.options.parsing import parse_overrides
 
@@ -14,6 +18,19 @@ def test_stop_texts_are_kept_as_they_are_written():
     assert stop("END") == ("END",)
     assert stop('["\n\n", Q:]') == ("\n\n", "Q:")
     assert stop("[]") == ()
+    assert stop("[', and']") == (", and",)
+    (notice,) = parse_overrides(GenConfig, [r"stop=[\n]"]).notices()
+    assert notice.startswith(r"stop: \n is a backslash and an n here")
+    assert parse_overrides(GenConfig, [r"stop=['\n']"]).notices() == []
+
+
+# ml_collections 1.1 loads recipes by a method that Python is giving up.
+@pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("text", ["[', and', '\\n']", "(', and', '\\n')", '[", and", "\\n"]'])
+def test_a_recipes_command_line_reads_stop_texts_alike(text):
+    recipe = Path(__file__).parents[2] / "configs" / "gen.py"
+    config = read_config(["launch", f"--config={recipe}", f"--config.stop={text}"])
+    assert from_config_dict(GenConfig, config).stop == (", and", "\n")
 
 
 def test_samples_and_slots_have_short_names():

@@ -1,5 +1,7 @@
 """Text to typed values."""
 
+import itertools
+import json
 from typing import Literal
 
 import pytest
@@ -54,6 +56,42 @@ def test_text_becomes_the_annotated_type(text, annotation, value):
     assert type(converted) is type(value)
     # A value of a recipe is typed already and passes unchanged.
     assert convert(value, annotation, "x") == value
+
+
+TEXTS = ["", ",", " ", "'", '"', "\n", "\\", "\\n", "[", "]", "()", ", and", "it's", '"x"', "null", "é 😀", "a\tb"]
+
+
+@pytest.mark.parametrize("write", [repr, json.dumps, lambda texts: json.dumps(texts, ensure_ascii=False)])
+def test_a_list_in_quotes_of_python_or_json_is_what_was_written(write):
+    """Two texts side by side, any of them: a comma or a quote inside one is no border."""
+    for pair in itertools.product(TEXTS, TEXTS):
+        for value in (list(pair), pair):
+            assert convert(write(value), tuple[str, ...], "x") == pair, write(value)
+    for text in TEXTS:
+        assert convert(write([text]), tuple[str, ...], "x") == (text,)
+        # A recipe's texts are as they are.
+        assert convert((text,), tuple[str, ...], "x") == (text,)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[', and']", (", and",)),
+        (r"['\n']", ("\n",)),
+        (r"['\n\n', Question:]", ("\n\n", "Question:")),
+        (r"['\\n', '\d']", (r"\n", r"\d")),
+        (r"[\n]", (r"\n",)),
+        ("', and'", (", and",)),
+        ("'a', 'b'", ("a", "b")),
+        ("\"['a, b', 'c']\"", ("a, b", "c")),
+        (r"[a\, b, c]", ("a, b", "c")),
+        (r"\[a\,b\]", ("a", "b")),
+        ("[don't, 'tis]", ("don't", "'tis")),
+        ("[a,]", ("a",)),
+    ],
+)
+def test_lists_as_shells_and_hydra_leave_them(text, value):
+    assert convert(text, tuple[str, ...], "x") == value
 
 
 @pytest.mark.parametrize(
