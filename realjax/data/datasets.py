@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.jsonl import load_rows
+from realjax.data.tokens import Encoded, encode, eos_id, tell_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,19 +70,25 @@ def load_prompt_answer(
     *,
     max_seqlen: int,
     pad_to_max_length: bool = False,
+    use_chat_template: bool = False,
     name: str = "dataset.train_path",
 ) -> PromptAnswerDataset:
     """Dataset of the file's `prompt`+`answer`+EOS, cut on the right to `max_seqlen` tokens.
 
-    `pad_to_max_length` (benchmarks) extends every example to `max_seqlen` with EOS tokens that are no targets.
-    Raises ValueError for a bad file (see `load_rows`), a tokenizer without EOS, or when no row keeps a target.
+    With `use_chat_template` prompts are put into the template, as `load_prompts` does. `pad_to_max_length` (benchmarks)
+    extends every example to `max_seqlen` with EOS tokens that are no targets. Raises ValueError for a bad file (see
+    `load_rows`), a tokenizer without EOS, or when no row keeps a target.
     """
-    rows = load_rows(path, {"prompt": str, "answer": str}, name)
-    prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
     eos = eos_id(tokenizer)
+    kinds = {"prompt": prompt_kinds(tokenizer, use_chat_template), "answer": str}
+    rows = load_rows(path, kinds, name, check_messages)
+    answers = [row["answer"] for row in rows]
+    prompts = prompt_texts(rows, tokenizer, use_chat_template=use_chat_template, subject=f"{name}: {path!r}")
+    tell_repeats([] if use_chat_template else prompts, answers, tokenizer, name)
     tokens: list[np.ndarray] = []
     spans: list[tuple[int, int]] = []
-    for example, answer_start in tokenize_answers(prompts, answers, tokenizer, max_seqlen=max_seqlen):
+    sequences = tokenize_answers(prompts, answers, tokenizer, max_seqlen=max_seqlen, is_rendered=use_chat_template)
+    for example, answer_start in sequences:
         # A sequence's first token is predicted from nothing, so it is no target even when the prompt is empty.
         spans.append((max(answer_start, 1), len(example)))
         if pad_to_max_length:
@@ -105,13 +113,18 @@ def load_prompt_answer(
 
 
 def tokenize_answers(
-    prompts: Sequence[str], answers: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_seqlen: int
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_seqlen: int,
+    is_rendered: bool = False,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Tokens int32 [L] of each prompt+answer+EOS, L <= max_seqlen, and the index of the first answer token.
 
     The text is tokenised whole; a token that ends after the prompt's last character belongs to the answer. A BOS that
-    the tokenizer adds belongs to the prompt. The index is L where nothing of the answer is left.
-    Raises ValueError for a tokenizer without EOS.
+    the tokenizer adds belongs to the prompt; `is_rendered` prompts have their own. The index is L where nothing of the
+    answer is left. Raises ValueError for a tokenizer without EOS.
     """
     eos = eos_id(tokenizer)
     if max_seqlen < 1:
@@ -119,45 +132,25 @@ def tokenize_answers(
     for first in range(0, len(prompts), _ROWS_PER_CALL):
         part = slice(first, first + _ROWS_PER_CALL)
         texts = [prompt + answer for prompt, answer in zip(prompts[part], answers[part], strict=True)]
-        encoded = _encode(texts, tokenizer, return_offsets_mapping=bool(tokenizer.is_fast))
-        starts = _starts_by_offsets if tokenizer.is_fast else _starts_by_prompts
-        for ids, start in zip(encoded["input_ids"], starts(encoded, prompts[part], tokenizer), strict=True):
-            # Some tokenizers add EOS by themselves: one is enough.
+        encoded = encode(texts, tokenizer, is_rendered=is_rendered, with_offsets=True)
+        if encoded.offsets is not None:
+            starts = _starts_by_offsets(encoded, prompts[part])
+        else:
+            starts = _starts_by_prompts(encoded, encode(prompts[part], tokenizer, is_rendered=is_rendered))
+        for ids, start in zip(encoded.tokens, starts, strict=True):
+            # An answer may end with it by itself: one is enough.
             ids = ids if ids and ids[-1] == eos else [*ids, eos]
             tokens = np.array(ids[:max_seqlen], np.int32)
             yield tokens, min(start, len(ids) - 1, len(tokens))
 
 
-def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Id of the token that ends every answer; ValueError for a tokenizer without one."""
-    eos: Any = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(
-            f"tokenizer: {tokenizer.name_or_path!r} has no EOS token, which ends every answer; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    return eos
-
-
-def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", return_offsets_mapping: bool = False) -> Any:
-    # The caller truncates, as a tokenizer's files may set another side or length; verbose would remark on long texts.
-    return tokenizer(
-        list(texts),
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_offsets_mapping=return_offsets_mapping,
-        verbose=False,
-    )
-
-
-def _starts_by_offsets(encoded: Any, prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[int]:
-    for offsets, prompt in zip(encoded["offset_mapping"], prompts, strict=True):
+def _starts_by_offsets(encoded: Encoded, prompts: Sequence[str]) -> Iterator[int]:
+    for offsets, prompt in zip(encoded.offsets or (), prompts, strict=True):
         yield next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
 
 
-def _starts_by_prompts(encoded: Any, prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[int]:
+def _starts_by_prompts(encoded: Encoded, of_prompts: Encoded) -> Iterator[int]:
     # Without offsets, the prompt is what its own tokens and the whole text's have in common.
-    for ids, prompt_ids in zip(encoded["input_ids"], _encode(prompts, tokenizer)["input_ids"], strict=True):
+    for ids, prompt_ids in zip(encoded.tokens, of_prompts.tokens, strict=True):
         pairs = enumerate(zip(ids, prompt_ids, strict=False))
         yield next((i for i, (a, b) in pairs if a != b), min(len(ids), len(prompt_ids)))

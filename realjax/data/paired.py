@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.datasets import tokenize_answers
 from realjax.data.jsonl import load_rows
 from realjax.data.packing import PART_LENS
+from realjax.data.tokens import tell_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,19 +77,26 @@ def load_paired(
     *,
     max_seqlen: int,
     max_pairs_per_prompt: int,
+    use_chat_template: bool = False,
     name: str = "dataset.train_path",
 ) -> PairedDataset:
     """Dataset of rows with `prompt`, `pos_answers` and `neg_answers`, lists of equal length; pair i is their i-th
     entries.
 
-    Each sequence is prompt+answer+EOS, cut on the right to `max_seqlen` tokens. Raises ValueError for a bad file or
-    row, a tokenizer without EOS, or when no pair is left with two different sequences.
+    Each sequence is prompt+answer+EOS, cut on the right to `max_seqlen` tokens. With `use_chat_template` prompts are
+    put into the template, as `load_prompts` does. Raises ValueError for a bad file or row, a tokenizer without EOS, or
+    when no pair is left with two different sequences.
     """
-    rows = load_rows(path, {"prompt": str, "pos_answers": list, "neg_answers": list}, name, _check_answers)
-    prompts = [row["prompt"] for row in rows for _ in row["pos_answers"]]
+    kinds = {"prompt": prompt_kinds(tokenizer, use_chat_template), "pos_answers": list, "neg_answers": list}
+    rows = load_rows(path, kinds, name, _check_row)
+    sizes = [len(row["pos_answers"]) for row in rows]
+    texts = prompt_texts(rows, tokenizer, use_chat_template=use_chat_template, subject=f"{name}: {path!r}")
+    prompts = [text for text, size in zip(texts, sizes, strict=True) for _ in range(size)]
+    answers = [[answer for row in rows for answer in row[key]] for key in ("pos_answers", "neg_answers")]
+    tell_repeats([] if use_chat_template else texts, [*answers[0], *answers[1]], tokenizer, name)
     better, worse = (
-        list(tokenize_answers(prompts, [a for row in rows for a in row[key]], tokenizer, max_seqlen=max_seqlen))
-        for key in ("pos_answers", "neg_answers")
+        list(tokenize_answers(prompts, part, tokenizer, max_seqlen=max_seqlen, is_rendered=use_chat_template))
+        for part in answers
     )
     num_equal = sum(np.array_equal(b, w) for (b, _), (w, _) in zip(better, worse, strict=True))
     if num_equal == len(prompts):
@@ -99,7 +108,6 @@ def load_paired(
         _log.warning(
             "%s: %d of %d pairs have equal answers within %d tokens", name, num_equal, len(prompts), max_seqlen
         )
-    sizes = [len(row["pos_answers"]) for row in rows]
     ends = np.cumsum(sizes)
     return PairedDataset(
         ids=tuple(f"{row['id']}-{i}" for row in rows for i in range(len(row["pos_answers"]))),
@@ -111,7 +119,8 @@ def load_paired(
     )
 
 
-def _check_answers(row: dict, subject: str) -> None:
+def _check_row(row: dict, subject: str) -> None:
+    check_messages(row, subject)
     better, worse = row["pos_answers"], row["neg_answers"]
     if len(better) != len(worse) or not better:
         raise ValueError(

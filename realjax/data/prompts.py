@@ -1,14 +1,15 @@
 """Prompts to be answered: tokenised, with their texts and the data's own rows kept for what reads the answers."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from realjax.data.datasets import FlatDataset, eos_id
+from realjax.data.chat import Messages, check_messages, messages_of, prompt_kinds, prompt_texts, render, shorten
+from realjax.data.datasets import FlatDataset
 from realjax.data.jsonl import load_rows
+from realjax.data.tokens import encode, eos_id, tell_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,29 +42,27 @@ def load_prompts(
     """Dataset of the file's `prompt`, cut on the right to `max_prompt_len` tokens, as ReaL does; the log counts them.
 
     With `use_chat_template` a prompt is a string, which is the user's, or a list of messages with `role` and `content`;
-    the template opens the assistant's turn. `pad_to_max_length` (benchmarks) puts EOS tokens in front of shorter
-    prompts. `max_prompts` keeps the file's first ones. Raises ValueError for a bad file (see `load_rows`), an empty
-    prompt, a tokenizer without EOS, or one without the chat template that was asked for.
+    the template opens the assistant's turn, and where it is too long its longest message is cut. `pad_to_max_length`
+    (benchmarks) puts EOS tokens in front of shorter prompts. `max_prompts` keeps the file's first ones. Raises
+    ValueError for a bad file (see `load_rows`), an empty prompt, a tokenizer without EOS, or one without the chat
+    template that was asked for.
     """
     eos = eos_id(tokenizer)
-    if use_chat_template and not tokenizer.chat_template:
-        raise ValueError(
-            f"dataset.use_chat_template: the tokenizer {tokenizer.name_or_path!r} has no chat template; set it to "
-            "False, or use the checkpoint of a chat model"
-        )
-    kinds = (str, list) if use_chat_template else str
-    rows = load_rows(path, {"prompt": kinds}, name, _check_prompt)[:max_prompts]
-    texts = [_render(row, tokenizer, f"{name}: {path!r}") if use_chat_template else row["prompt"] for row in rows]
-    # A template writes the special tokens itself.
-    options: dict[str, Any] = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
-    encoded: Any = tokenizer(texts, add_special_tokens=not use_chat_template, **options)
-    tokens = [_open_end(ids, text, tokenizer) for ids, text in zip(encoded["input_ids"], texts, strict=True)]
+    kinds = {"prompt": prompt_kinds(tokenizer, use_chat_template)}
+    rows, subject = load_rows(path, kinds, name, _check_prompt)[:max_prompts], f"{name}: {path!r}"
+    texts = prompt_texts(rows, tokenizer, use_chat_template=use_chat_template, subject=subject)
+    tell_repeats([] if use_chat_template else texts, (), tokenizer, name)
+    tokens = encode(texts, tokenizer, is_rendered=use_chat_template).tokens
     if empty := [row["id"] for row, ids in zip(rows, tokens, strict=True) if not ids]:
-        raise ValueError(f"{name}: {path!r}: the prompt with id {empty[0]!r} has no tokens; remove it or write one")
-    if num_cut := sum(len(ids) > max_prompt_len for ids in tokens):
-        cut = "have more tokens than max_prompt_len=%d and lose those at their end"
-        _log.warning("%s: %d of %d prompts " + cut, name, num_cut, len(rows), max_prompt_len)
-    tokens = [ids[:max_prompt_len] for ids in tokens]
+        raise ValueError(f"{subject}: the prompt with id {empty[0]!r} has no tokens; remove it or write one")
+    long = [i for i, ids in enumerate(tokens) if len(ids) > max_prompt_len]
+    for i in long:
+        cut = _cut_messages(rows[i], tokenizer, max_prompt_len, subject) if use_chat_template else tokens[i]
+        tokens[i] = cut[:max_prompt_len]
+    if long:
+        loss = "cut their longest message" if use_chat_template else "lose those at their end"
+        line = "%s: %d of %d prompts have more tokens than max_prompt_len=%d and " + loss
+        _log.warning(line, name, len(long), len(rows), max_prompt_len)
     if pad_to_max_length:
         tokens = [[eos] * (max_prompt_len - len(ids)) + ids for ids in tokens]
     return PromptDataset(
@@ -76,34 +75,24 @@ def load_prompts(
 
 
 def _check_prompt(row: dict[str, Any], subject: str) -> None:
-    prompt = row["prompt"]
-    if not prompt:
+    if not row["prompt"]:
         raise ValueError(f"{subject}: 'prompt' is empty; write one, or remove the row")
-    messages: Sequence[Any] = prompt if isinstance(prompt, list) else ()
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(
-                f"{subject}: message {number} of 'prompt' is not an object with the strings 'role' and 'content'"
-            )
+    check_messages(row, subject)
 
 
-def _render(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", subject: str) -> str:
-    """Returns the text of a prompt in the tokenizer's chat template, up to where the answer begins."""
-    from jinja2 import TemplateError  # what transformers renders with
+def _cut_messages(
+    row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", max_prompt_len: int, subject: str
+) -> list[int]:
+    """Returns the tokens of a prompt whose messages were cut until it fits: what the template writes stays whole."""
 
-    prompt = row["prompt"]
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    def tokens_of(messages: Messages) -> list[int]:
+        text = render(messages, row["id"], tokenizer, subject)
+        return encode([text], tokenizer, is_rendered=True).tokens[0]
+
+    messages = shorten(messages_of(row), lambda messages: len(tokens_of(messages)) <= max_prompt_len)
+    if messages is None:
         raise ValueError(
-            f"{subject}: the tokenizer's chat template refuses the prompt with id {row['id']!r} ({error}); mend its "
-            "messages, or set dataset.use_chat_template=False"
-        ) from error
-    return text
-
-
-def _open_end(ids: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Returns the tokens of a prompt without the EOS that some tokenizers add by themselves: the answer goes on."""
-    has_own = text.endswith(str(tokenizer.eos_token))
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not has_own else ids
+            f"dataset.max_prompt_len: found {max_prompt_len}, but the chat template alone takes more tokens for the "
+            f"prompt with id {row['id']!r}; raise it"
+        )
+    return tokens_of(messages)

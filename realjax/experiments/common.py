@@ -159,8 +159,14 @@ def load_pairs(
     """Returns the training pairs, and the held-out pairs when there is a valid_path."""
 
     def load(path: str, name: str) -> PairedDataset:
-        pairs = data.max_pairs_per_prompt
-        return load_paired(path, tokenizer, max_seqlen=data.max_seqlen, max_pairs_per_prompt=pairs, name=name)
+        return load_paired(
+            path,
+            tokenizer,
+            max_seqlen=data.max_seqlen,
+            max_pairs_per_prompt=data.max_pairs_per_prompt,
+            use_chat_template=data.use_chat_template,
+            name=name,
+        )
 
     train = load(data.train_path, "dataset.train_path")
     return train, load(data.valid_path, "dataset.valid_path") if data.valid_path else None

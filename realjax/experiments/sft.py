@@ -28,11 +28,18 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         tokenizer,
         max_seqlen=data.max_seqlen,
         pad_to_max_length=data.pad_to_max_length,
+        use_chat_template=data.use_chat_template,
         name="dataset.train_path",
     )
     valid = None
     if data.valid_path:
-        valid = load_prompt_answer(data.valid_path, tokenizer, max_seqlen=data.max_seqlen, name="dataset.valid_path")
+        valid = load_prompt_answer(
+            data.valid_path,
+            tokenizer,
+            max_seqlen=data.max_seqlen,
+            use_chat_template=data.use_chat_template,
+            name="dataset.valid_path",
+        )
     loader, held_out = common.make_loaders(
         config,
         train,

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from realjax.options.fields import check_bounds, option
 
+CHAT_TEMPLATE = (
+    "put prompts into the tokenizer's chat template; a prompt is then the user's text, or a list of messages"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptAnswerDatasetConfig:
@@ -15,6 +19,7 @@ class PromptAnswerDatasetConfig:
     train_bs_n_seqs: int = option(256, "sequences in a training batch", at_least=1)
     valid_bs_n_seqs: int = option(256, "sequences in a validation batch", at_least=1)
     pad_to_max_length: bool = option(False, "make every training row max_seqlen long; for benchmarks only")
+    use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -30,6 +35,7 @@ class PairedComparisonDatasetConfig:
     max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2)
     train_bs_n_seqs: int = option(256, "pairs of answers in a training batch", at_least=1)
     valid_bs_n_seqs: int = option(256, "pairs of answers in a validation batch", at_least=1)
+    use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -44,9 +50,7 @@ class PromptOnlyDatasetConfig:
     max_prompt_len: int = option(256, "tokens of a prompt; longer ones lose those at their end", at_least=1)
     train_bs_n_seqs: int = option(256, "prompts in a step", at_least=1)
     pad_to_max_length: bool = option(False, "make every prompt max_prompt_len long; for benchmarks only")
-    use_chat_template: bool = option(
-        False, "put prompts into the tokenizer's chat template; a prompt is then the user's text, or a list of messages"
-    )
+    use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
     def __post_init__(self) -> None:
         check_bounds(self)
