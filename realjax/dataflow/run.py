@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from realjax.core.end_tokens import EndTokens
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
@@ -32,6 +33,7 @@ class RoleSpec:
     optimizer: OptimizerConfig | None = None
     is_averaged: bool = False  # follows another role (`MovingAverage`): kept in float32, or small steps would be lost
     offload: bool | None = None  # parameters in host memory between calls; None: where roles share devices
+    ends: EndTokens | None = None  # of the texts that it is trained on; its checkpoints name them
     num_empty_layers: int = 0  # behind the model's own, so that the pipeline stages of its calls are equal
 
 

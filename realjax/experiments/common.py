@@ -17,6 +17,7 @@ from realjax.data.paired import PairedDataset, load_paired
 from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.run import Frequency, MovingAverage, RoleSpec, RunSpec
 from realjax.hf.files import resolve_model_path
+from realjax.hf.generation import load_end_tokens
 from realjax.hf.load import load_config
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
@@ -190,10 +191,11 @@ def run_spec(
     graph: DataflowGraph,
     layouts: Mapping[str, Layout],
     roles: Mapping[str, RoleSpec],
+    tokenizer: PreTrainedTokenizerBase,
     averages: tuple[MovingAverage, ...] = (),
     **parts: Any,
 ) -> RunSpec:
-    """Returns the run of `config`; `parts` are further fields of RunSpec that an experiment decides itself."""
+    """Returns the run of `config` on data of `tokenizer`; `parts` are the fields of RunSpec that are its own."""
     control = config.exp_ctrl
     paths = run_paths(config)
 
@@ -201,6 +203,11 @@ def run_spec(
         # A role and the one that it follows are averaged leaf by leaf, so they have equal trees.
         alike = {name}.union(*({a.role, a.source} for a in averages if name in (a.role, a.source)))
         return {mfc.name: layouts[mfc.name] for mfc in graph.mfcs if mfc.role in alike}
+
+    def finished(role: RoleSpec) -> RoleSpec:
+        role = with_equal_stages(role, layouts_of(role.name))
+        is_saved = role.optimizer is not None or role.is_averaged
+        return replace(role, ends=load_end_tokens(role.path, tokenizer)) if is_saved else role
 
     return RunSpec(
         experiment=experiment,
@@ -219,7 +226,7 @@ def run_spec(
         max_shard_bytes=max_shard_bytes(),
         graph=graph,
         layouts=layouts,
-        roles={name: with_equal_stages(role, layouts_of(name)) for name, role in roles.items()},
+        roles={name: finished(role) for name, role in roles.items()},
         averages=averages,
         **parts,
     )

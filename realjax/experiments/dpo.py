@@ -23,9 +23,10 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         ref_multiple = common.row_multiple(config.ref_inf, layouts["ref_inf"])
     # The same rows serve both calls, so they divide over both layouts; held-out rows only meet the reference's call.
     train_multiple = common.row_multiple(config.actor_train, train_layout)
+    tokenizer = common.load_tokenizer(actor.path)
     loader, held_out = common.make_loaders(
         config,
-        *common.load_pairs(config.dataset, common.load_tokenizer(actor.path)),
+        *common.load_pairs(config.dataset, tokenizer),
         num_shards=train_layout.strategy.dp,
         row_multiple=math.lcm(train_multiple, ref_multiple),
         valid_row_multiple=math.lcm(train_layout.strategy.row_multiple, ref_multiple),
@@ -63,6 +64,7 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         graph=DataflowGraph((*before, actor_train), frozenset({"tokens", "loss_mask", "pair_weight"})),
         layouts=layouts,
         roles=roles,
+        tokenizer=tokenizer,
         loader=loader,
         evaluation=held_out and Evaluation(role="actor", loss=loss, loader=held_out, calls=before),
     )

@@ -252,6 +252,7 @@ class Setup:
             graph=DataflowGraph(tuple(calls), frozenset({"prompts"})),
             layouts=layouts,
             roles=self.roles,
+            tokenizer=self.tokenizer,
             loader=self.loader(),
             evaluation=evaluation,
             averages=() if eta is None else (MovingAverage(role="ref", source="actor", eta=eta),),

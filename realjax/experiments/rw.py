@@ -15,9 +15,10 @@ def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
     """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
     role = common.role_spec("default", config.model, devices, is_trained=True)
     layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=True)
+    tokenizer = common.load_tokenizer(role.path)
     loader, held_out = common.make_loaders(
         config,
-        *common.load_pairs(config.dataset, common.load_tokenizer(role.path)),
+        *common.load_pairs(config.dataset, tokenizer),
         num_shards=layout.strategy.dp,
         row_multiple=common.row_multiple(config.allocation, layout),
         valid_row_multiple=layout.strategy.row_multiple,
@@ -37,6 +38,7 @@ def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
         graph=DataflowGraph((mfc,), frozenset({"tokens", "loss_mask", "pair_weight"})),
         layouts={mfc.name: layout},
         roles={role.name: role},
+        tokenizer=tokenizer,
         loader=loader,
         evaluation=held_out and Evaluation(role="default", loss=REWARD_LOSS, loader=held_out),
     )

@@ -63,6 +63,7 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         graph=DataflowGraph((mfc,), frozenset({"tokens", "loss_mask"})),
         layouts={mfc.name: layout},
         roles={role.name: role},
+        tokenizer=tokenizer,
         loader=loader,
         evaluation=held_out and Evaluation(role="default", loss=SFT_LOSS, loader=held_out),
     )

@@ -22,12 +22,16 @@ SINGLES = ("model.safetensors", "pytorch_model.bin")
 # Everything a tokenizer or generation may need beside config and weights.
 EXTRAS = (
     "tokenizer*",
+    "tokenization_*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
-    "spiece.model",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
     "chat_template*",
+    "additional_chat_templates/*",
     "generation_config.json",
 )
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

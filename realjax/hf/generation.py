@@ -3,12 +3,20 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from realjax.core.end_tokens import EndTokens
 from realjax.hf.files import CONFIG, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION_CONFIG = "generation_config.json"
+
+
+def load_end_tokens(path: Path, tokenizer: "PreTrainedTokenizerBase") -> EndTokens:
+    """Returns what ends the texts that a model at `path` is trained on. Raises ValueError as `load_eos_ids` does."""
+    own, pad = (getattr(tokenizer, f"{kind}_token_id") for kind in ("eos", "pad"))
+    ids = load_eos_ids(path, tokenizer)
+    return EndTokens(ids=tuple(sorted(ids, key=lambda token: token != own)), pad=pad)
 
 
 def load_eos_ids(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

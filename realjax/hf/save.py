@@ -18,9 +18,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from realjax.core.end_tokens import SCORED_END, EndTokens
 from realjax.core.trees import Tree, flatten_paths
 from realjax.hf.families import config_from_hf, config_to_hf, find_family
 from realjax.hf.files import CONFIG, DTYPES, EXTRAS, INDEXES, SINGLES, CheckpointFiles, read_json
+from realjax.hf.generation import GENERATION_CONFIG
 from realjax.hf.rules import HFTensor, hf_tensors, leaf_rules, real_shapes
 from realjax.models.config import ModelConfig
 
@@ -51,10 +53,12 @@ def save_hf(
     dtype: DTypeLike | str = "source",
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
+    ends: EndTokens | None = None,
 ) -> None:
     """Writes `params` as a HuggingFace directory that appears whole or not at all.
 
-    Tokenizer, generation config and unknown config keys come from `source_dir`. `dtype` "source" keeps each tensor's
+    Tokenizer, generation config and unknown config keys come from `source_dir`; what ends a text is `ends`, where the
+    model was trained on that. `dtype` "source" keeps each tensor's
     dtype there, or that of `params` without a source. Every process calls this; the first that holds `params` writes.
     Raises ValueError when `out_dir` exists (unless `overwrite`) or the parameters are not those of `config`.
     """
@@ -75,7 +79,7 @@ def save_hf(
     _wait_for_all("save_hf: checked")  # nobody may see the new directory and refuse it
     if jax.process_index() == min(device.process_index for device in devices):
         with new_directory(out_dir, overwrite) as temp:
-            write_config(config, temp, source_dir, widest(item.dtype for item in out))
+            write_config(config, temp, source_dir, widest(item.dtype for item in out), ends)
             _write_shards(temp, shards, fetch)
     else:
         for item in out:
@@ -83,10 +87,16 @@ def save_hf(
     _wait_for_all("save_hf: written")
 
 
-def write_config(config: ModelConfig, out_dir: Path, source_dir: str | Path | None, dtype: np.dtype) -> None:
+def write_config(
+    config: ModelConfig,
+    out_dir: Path,
+    source_dir: str | Path | None,
+    dtype: np.dtype,
+    ends: EndTokens | None = None,
+) -> None:
     """Writes config.json for weights of `dtype`, and copies tokenizer and generation files from `source_dir`.
 
-    A source config that describes the same model is kept key for key, the dtype apart.
+    A source config that describes the same model is kept key for key, the dtype apart, and what `ends` a text.
     """
     source = read_json(Path(source_dir) / CONFIG, "save: source") if source_dir else {}
     if source and config_from_hf(source, "save: source") == config:
@@ -94,25 +104,46 @@ def write_config(config: ModelConfig, out_dir: Path, source_dir: str | Path | No
     else:
         kept = {key: value for key, value in source.items() if key not in STALE_KEYS}
         hf = {**kept, **config_to_hf(config), "torch_dtype": dtype.name}
+    hf |= _end_keys(hf, ends)
     if config.is_critic:
-        hf["pad_token_id"] = _classifier_pad(hf)
-    (out_dir / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        hf["pad_token_id"] = _classifier_pad(hf, ends)
+        hf |= {SCORED_END: ends.ids[0]} if ends else {}
+    _write_json(out_dir / CONFIG, hf)
     if source_dir is None:
         return
-    for pattern in EXTRAS:
-        for file in Path(source_dir).glob(pattern):
-            if file.is_file() and not (config.is_critic and file.name == "generation_config.json"):
-                shutil.copyfile(file, out_dir / file.name)
+    source_dir = Path(source_dir)
+    for file in (file for pattern in EXTRAS for file in source_dir.glob(pattern)):
+        target = out_dir / file.relative_to(source_dir)
+        if file.name == GENERATION_CONFIG:
+            generation = read_json(file, "save: source")
+            if not config.is_critic:
+                _write_json(target, generation | _end_keys(generation, ends))
+        elif file.is_file():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
-def _classifier_pad(hf: Mapping[str, Any]) -> int | None:
-    """Returns the source's padding token, or None where it is the end-of-text token too.
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _end_keys(hf: Mapping[str, Any], ends: EndTokens | None) -> dict[str, Any]:
+    """Returns the keys of a config that say what ends a text; none where it says the same already."""
+    named = hf.get("eos_token_id")
+    if ends is None or set(named if isinstance(named, list) else [named]) == set(ends.ids):
+        return {}
+    return {"eos_token_id": list(ends.ids) if len(ends.ids) > 1 else ends.ids[0]}
+
+
+def _classifier_pad(hf: Mapping[str, Any], ends: EndTokens | None) -> int | None:
+    """Returns the source's padding token (the tokenizer's, if that pads with another), or None where it ends a text.
 
     transformers scores a sequence at its last token that is not padding: with such a token that would be the one before
     the end. Without a padding token it takes the last of a single sequence, and refuses a batch.
     """
     pad, eos = hf.get("pad_token_id"), hf.get("eos_token_id")
-    return None if pad in (eos if isinstance(eos, list) else [eos]) else pad
+    own = pad if pad is None or ends is None or ends.pad is None else ends.pad
+    return None if {pad, own} & set(eos if isinstance(eos, list) else [eos]) else own
 
 
 def refuse_existing(out_dir: Path, overwrite: bool = False) -> None:

@@ -216,6 +216,7 @@ class Session:
             # A model from scratch has no weights to take the precision from: its masters are kept as they are.
             dtype="float32" if role.spec.init_from_scratch else "source",
             max_shard_bytes=self.spec.max_shard_bytes,
+            ends=role.spec.ends,
         )
         logger.info("saved %s to %s", name, out_dir)
 

@@ -62,9 +62,9 @@ def kept_log_settings() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, Path]:
-    """A Llama whose padding is its end-of-text token, and pairs."""
+    """A Llama whose padding is its tokenizer's end-of-text token, config.json's another, and pairs."""
     folder = tmp_path_factory.mktemp("inputs")
-    model = write_llama(folder / "llama", pad_token_id=0)
+    model = write_llama(folder / "llama", pad_token_id=0, eos_token_id=5)
     train, valid = (write_pairs(folder / f"{name}.jsonl", n, n) for name, n in (("train", 300), ("valid", 20)))
     paths = dict.fromkeys(("model.path", "actor.path", "ref.path"), model)
     return {**paths, "dataset.train_path": train, "dataset.valid_path": valid}

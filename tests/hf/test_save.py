@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from realjax.core.axes import train_rules, tree_shardings
+from realjax.core.end_tokens import EndTokens
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.hf import save
 from realjax.hf.load import load_config, load_params
 from realjax.hf.save import save_hf, write_config
 from realjax.models.build import build_model, init_params, make_fill
 from tests.builders import assert_bitwise_equal, cut_empty, with_empty_layers
+from tests.data.test_datasets import make_tokenizer
 from tests.hf.tiny import KINDS, edit_config, make_bin, make_checkpoint, on_one_device, tensors_of
 
 
@@ -197,3 +199,76 @@ def test_random_parameters_without_a_source_keep_their_dtype(tmp_path):
     save_hf(params, config, tmp_path / "out")
     again = load_params(tmp_path / "out", model, on_one_device(model), dtype=jnp.bfloat16)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
+
+
+def test_a_checkpoint_names_what_ended_its_texts_and_transformers_stops_there(tmp_path):
+    """The tokenizer's EOS is not the one that the source's files name: left as they are, generation runs on past it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = make_checkpoint(tmp_path / "hf", "llama", config={"eos_token_id": 5})
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "max_length": 99}))
+    params, config = load(source)
+    prompt = torch.arange(10, 14)[None]
+    tokens = AutoModelForCausalLM.from_pretrained(source).generate(prompt, max_new_tokens=24, do_sample=False)[0, 4:]
+    end = next(int(token) for i, token in enumerate(tokens) if i >= 3 and token not in tokens[:i])
+    stop = tokens.tolist().index(end) + 1
+    assert stop < len(tokens)
+    for number, generation in enumerate(("kept", "without eos", "none")):
+        if generation == "without eos":
+            (source / "generation_config.json").write_text("{}")
+        elif generation == "none":
+            (source / "generation_config.json").unlink()
+        out = tmp_path / f"out{number}"
+        save_hf(params, config, out, source_dir=source, ends=EndTokens(ids=(end, 5)))
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert model.config.eos_token_id == model.generation_config.eos_token_id == [end, 5]
+        answer = model.generate(prompt, max_new_tokens=24, do_sample=False)[0, 4:]
+        assert answer.tolist() == tokens[:stop].tolist()
+    assert json.loads((tmp_path / "out0" / "generation_config.json").read_text())["max_length"] == 99
+    # Files that name the same are kept to the letter.
+    save_hf(params, config, tmp_path / "same", source_dir=source, ends=EndTokens(ids=(5,)))
+    assert (tmp_path / "same" / "config.json").read_text() == (source / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("pad", "own", "saved"),
+    [(1, 1, None), (1, None, None), (0, 1, None), (0, None, 0), (0, 0, 0), (0, 7, 7), (None, 7, None), (5, 7, None)],
+)
+def test_a_critic_is_scored_by_transformers_at_the_token_that_ended_its_texts(pad, own, saved, tmp_path):
+    """Its padding may be the tokenizer's EOS and not config's, or another token than the tokenizer pads with."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    source = make_checkpoint(tmp_path / "hf", "llama")
+    edit_config(source, pad_token_id=pad, eos_token_id=5)
+    model = build_model(load_config(source).as_critic())
+    fresh = {"head/kernel": make_fill("head/kernel", (32, 1), seed=3)}
+    params = load_params(source, model, on_one_device(model), fresh=fresh)
+    save_hf(params, model.config, tmp_path / "out", source_dir=source, ends=EndTokens(ids=(1, 5), pad=own))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["pad_token_id"], written["eos_token_id"], written["scored_end_token_id"]) == (saved, [1, 5], 1)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokens = torch.tensor([[9, 8, 10, 11, 1]])
+    with torch.no_grad():
+        at_end = theirs.score(theirs.model(tokens).last_hidden_state)[0, -1].item()
+        assert theirs(tokens).logits.item() == pytest.approx(at_end)
+        if saved is not None:
+            padded = torch.nn.functional.pad(tokens, (0, 2), value=saved if own is None else own)
+            assert theirs(padded, attention_mask=(padded != saved).long()).logits.item() == pytest.approx(at_end)
+
+
+def test_a_checkpoint_has_the_whole_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    templates = {"default": "{{ messages }}", "tool_use": "{{ messages }} with tools"}
+    source = make_checkpoint(tmp_path / "hf", "llama")
+    make_tokenizer(chat_template=templates).save_pretrained(source)
+    assert (source / "additional_chat_templates" / "tool_use.jinja").is_file()
+    for name in ("sentencepiece.bpe.model", "qwen.tiktoken", "vocab.txt", "tokenization_mine.py"):
+        (source / name).write_text(name)
+    (tmp_path / "out").mkdir()
+    write_config(load_config(source), tmp_path / "out", source, np.dtype("float32"))
+    files = lambda folder: {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files(tmp_path / "out") == files(source) - {"model.safetensors"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
