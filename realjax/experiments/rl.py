@@ -205,7 +205,8 @@ class Setup:
         if config.fn:
             functions["fn"] = load_function(config.fn)
         if config.classifier:
-            functions["classifier"] = load_classifier(config.classifier, label=config.classifier_label)
+            options = {"label": config.classifier_label, "with_eos": config.classifier_eos}
+            functions["classifier"] = load_classifier(config.classifier, **options)
         return functions
 
     def advantages(self, fn: HostFn) -> HostCall:

@@ -32,6 +32,9 @@ class RewardOptions:
         None, "Hugging Face sequence classifier, which reads the texts with its own tokenizer; needs realjax[torch]"
     )
     classifier_label: str | None = option(None, "label whose logit is the reward; null is the last one")
+    classifier_eos: bool | None = option(
+        None, "end the classifier's texts with end-of-text; null does so where its config.json says that it learned so"
+    )
     model_weight: float = option(1.0, "weight of the model at rew.path")
     fn_weight: float = option(1.0, "weight of fn")
     classifier_weight: float = option(1.0, "weight of classifier")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from realjax.algorithms.classifier_reward import load_classifier
 from realjax.apps import quickstart
 from realjax.core.batch import Batch
 from realjax.data.paired import load_paired
@@ -128,7 +129,10 @@ def test_the_saved_reward_model_scores_the_same_in_transformers(rw, given):
     params = load_params(saved, model, jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract))
     values_fn = quick_jit(make_inference(model, "values", make_layout(), ForwardOptions()))
     sequences = [tokens for pair in dataset.pairs[:6] for tokens in pair]
-    for tokens in sequences:
+    rows = [json.loads(line) for line in given["dataset.valid_path"].read_text().splitlines()]
+    texts = [(r["prompt"], a) for r in rows for pair in zip(r["pos_answers"], r["neg_answers"]) for a in pair][:12]
+    as_classifier = load_classifier(saved)(*zip(*texts, strict=True), [{}] * 12)
+    for tokens, reward in zip(sequences, as_classifier, strict=True):
         assert tokens[-1] == tokenizer.eos_token_id == 0
         row = np.zeros((1, 64), np.int32)
         segments, positions, ids = row.copy(), row.copy(), row.copy()
@@ -138,6 +142,7 @@ def test_the_saved_reward_model_scores_the_same_in_transformers(rw, given):
         with torch.no_grad():
             score = theirs(torch.from_numpy(tokens).long()[None]).logits.item()
         assert score == pytest.approx(values[len(tokens) - 1], rel=1e-4, abs=1e-6)
+        assert reward == pytest.approx(score, rel=1e-4, abs=1e-6)
         # What transformers would read if the end-of-text token were padding too.
         assert abs(score - values[len(tokens) - 2]) > 1e-4
     with pytest.raises(ValueError, match="batch sizes > 1 if no padding token"), torch.no_grad():
