@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from realjax.core.trees import Tree, flatten_paths, num_bytes, num_params
 from realjax.hf.families import find_family
 from realjax.hf.files import CheckpointFiles, resolve_model_path
-from realjax.hf.load import load_config, load_params
+from realjax.hf.load import load_checkpoint_config, load_config, load_params
 from realjax.hf.rules import hf_tensors, leaf_rules
 from realjax.hf.save import new_directory, refuse_existing, save_hf, write_config
 from realjax.models.build import build_model
@@ -35,7 +36,7 @@ def hf_to_orbax(hf: str, orbax: Path, dtype: str | None) -> tuple[ModelConfig, T
     """Writes the Orbax directory of a HuggingFace model, by default in the dtype of its files."""
     refuse_existing(orbax)
     source = resolve_model_path(hf)
-    config = load_config(source)
+    config = load_checkpoint_config(source)
     model = build_model(config)
     placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract)
     params = load_params(source, model, placed, dtype=jnp.dtype(dtype or CheckpointFiles.open(source).dtype))
@@ -57,6 +58,8 @@ def orbax_to_hf(orbax: Path, hf: Path, like: str | None, dtype: str | None) -> t
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(orbax.absolute() / PARAMS).item_metadata.tree
         here = SingleDeviceSharding(jax.devices()[0])
+        # A config may say that the head is the embedding table where these weights have a head of their own.
+        config = replace(config, tied=config.tied and "head" not in stored)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
         params = checkpointer.restore(orbax.absolute() / PARAMS, wanted)
     arrays = jax.tree.leaves(params)[0].dtype

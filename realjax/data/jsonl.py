@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from realjax.core.json_text import parse_json
+
 _log = logging.getLogger(__name__)
 
 # JSON can spell half of a surrogate pair, which no tokenizer accepts.
@@ -71,14 +73,9 @@ def _read_json(content: bytes, subject: str) -> Iterator[tuple[str, Any]]:
 
 def _parse(raw: bytes, subject: str, needed: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start)
-        found = f"byte {raw[error.start]:#04x}" + (f" on line {line + 1}" if b"\n" in raw else "")
-        raise ValueError(f"{subject}: not UTF-8 text ({found}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno} column {error.colno}" if b"\n" in raw else f"column {error.colno}"
-        raise ValueError(f"{subject}: malformed JSON ({error.msg} at {at}); {needed}") from error
+        return parse_json(raw, encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{subject}: {error}; {needed}") from error
 
 
 def _check_row(row: Any, required: Mapping[str, Kinds], subject: str) -> None:

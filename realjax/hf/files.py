@@ -1,7 +1,6 @@
 """Checkpoint files on disk: where they are, what tensors they hold, and slices of them."""
 
 import importlib.util
-import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -14,11 +13,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from realjax.core.json_text import parse_json
+from realjax.hf.families import config_from_hf
 from realjax.hf.rules import ReadFn, Shape
 
 CONFIG = "config.json"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"
 # Everything a tokenizer or generation may need beside config and weights.
 EXTRAS = (
     "tokenizer*",
@@ -61,7 +63,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         try:
             self._file = safe_open(path, framework="np")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"checkpoint: '{path}' is not a whole safetensors file ({error}); download or copy it again"
             ) from error
@@ -89,7 +91,26 @@ class TorchFile:
         import torch  # an extra, and slow to import: only those who read .bin files pay for it
 
         self._torch = torch
-        self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:  # torch has no class of its own for a bad file: what it meets first decides
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"checkpoint: '{path}' is not a whole PyTorch file of tensors ({reason}); download or copy it again"
+            ) from error
+        self._tensors = self._only_tensors(found, path)
+
+    def _only_tensors(self, found: Any, path: Path) -> dict[str, Any]:
+        """Returns the tensors by name; like transformers it passes over what else stands beside them."""
+        entries = found if isinstance(found, dict) else {}
+        tensors = {str(name): x for name, x in entries.items() if isinstance(x, self._torch.Tensor)}
+        if not tensors:
+            kinds = ", ".join(f"{name!r} ({type(x).__name__})" for name, x in list(entries.items())[:6])
+            raise ValueError(
+                f"checkpoint: '{path}' holds {kinds or f'a {type(found).__name__}'}, and no tensors by name; save the "
+                "model's own state_dict there"
+            )
+        return tensors
 
     def infos(self) -> dict[str, tuple[Shape, str]]:
         """Returns shape and dtype (by safetensors' name) of every tensor."""
@@ -126,7 +147,7 @@ class CheckpointFiles:
         """
         directory = Path(directory)
         tensors: dict[str, TensorInfo] = {}
-        for path in _weight_files(directory):
+        for path in weight_files(directory):
             file = FORMATS[path.suffix](path)
             for name, (shape, dtype) in file.infos().items():
                 tensors[name] = TensorInfo(file=path, shape=shape, dtype=dtype)
@@ -164,24 +185,27 @@ class CheckpointFiles:
 def read_json(path: Path, subject: str) -> dict[str, Any]:
     """Returns the object in a json file. Raises ValueError, naming `subject`, when it is missing or malformed."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{subject}: '{path}' does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{subject}: '{path}' is not valid json ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{subject}: '{path}' cannot be read ({error.strerror}); check its permissions") from error
+    except ValueError as error:
+        raise ValueError(f"{subject}: '{path}' is not valid json: {error}; download or copy it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{subject}: '{path}' holds a json {type(value).__name__}; needed an object")
     return value
 
 
-def resolve_model_path(path: str | Path, *, need_weights: bool = True) -> Path:
+def resolve_model_path(path: str | Path, *, need_weights: bool = True, otherwise: str = "") -> Path:
     """Returns the local directory of a model given by directory or by hub identifier (cached, else downloaded).
 
-    Raises ValueError when it is neither, or when config.json or (if needed) the weights are missing.
+    Raises ValueError when it is neither, or when config.json or (if needed) an architecture that we know or the weights
+    are missing; see `weight_files` for `otherwise`.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        _check_directory(local, need_weights)
+        _check_directory(local, need_weights, otherwise)
         return local
     if local.exists():
         raise ValueError(f"model path '{path}' is a file; needed the directory that holds it and config.json")
@@ -190,28 +214,58 @@ def resolve_model_path(path: str | Path, *, need_weights: bool = True) -> Path:
     return _download(str(path), need_weights)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """Returns the weight files of a directory, complete. Raises ValueError naming what is missing."""
-    for index, single in zip(INDEXES, SINGLES):
-        if (directory / index).is_file():
-            weight_map = read_json(directory / index, "checkpoint index").get("weight_map", {})
-            files = [directory / name for name in sorted(set(weight_map.values()))]
-            if absent := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"checkpoint '{directory}': {index} names {', '.join(absent)}, not in the directory")
-            return files
+def weight_files(directory: Path, otherwise: str = "") -> list[Path]:
+    """Returns the weight files of a directory, complete; of several sets the one that transformers takes.
+
+    Raises ValueError naming what is missing; `otherwise` is what else its reader can do about none.
+    """
+    _refuse_adapter(directory)
+    for single, index in zip(SINGLES, INDEXES):
         if (directory / single).is_file():
             return [directory / single]
+        if (directory / index).is_file():
+            return _shards(directory, index)
     raise ValueError(
         f"model path '{directory}' holds no weights; needed model.safetensors or pytorch_model.bin, "
-        "or their .index.json and shards"
+        f"or their .index.json and shards{otherwise}"
     )
 
 
-def _check_directory(directory: Path, need_weights: bool) -> None:
+def _refuse_adapter(directory: Path) -> None:
+    if (directory / ADAPTER).is_file():
+        raise ValueError(
+            f"model path '{directory}' holds an adapter ({ADAPTER}), which belongs on top of other weights; merge them "
+            "(peft's merge_and_unload), save the whole model and give its directory"
+        )
+
+
+def _shards(directory: Path, index: str) -> list[Path]:
+    weight_map = read_json(directory / index, "checkpoint index").get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    # A name with a folder in it could be a file from anywhere.
+    if odd := [name for name in names if not (isinstance(name, str) and Path(name).name == name)]:
+        raise ValueError(
+            f"checkpoint '{directory}': {index} gives {odd[0]!r} as a file of weights; its weight_map needs a name in "
+            "the same directory for each tensor"
+        )
+    suffix = Path(index.removesuffix(".index.json")).suffix
+    files = [directory / name for name in sorted(set(names))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"checkpoint '{directory}': {index} names {', '.join(absent)}, not in the directory")
+    if other := [file.name for file in files if file.suffix != suffix]:
+        raise ValueError(f"checkpoint '{directory}': {index} names {', '.join(other)}; its files end in {suffix}")
+    return files
+
+
+def _check_directory(directory: Path, need_weights: bool, otherwise: str = "") -> None:
+    if need_weights:
+        _refuse_adapter(directory)
     if not (directory / CONFIG).is_file():
         raise ValueError(f"model path '{directory}' is not a HuggingFace model: it has no config.json")
     if need_weights:
-        _weight_files(directory)
+        # First: nobody should fetch the weights of a model that cannot be used.
+        config_from_hf(read_json(directory / CONFIG, "model path"), str(directory / CONFIG))
+        weight_files(directory, otherwise)
 
 
 def _download(repo: str, need_weights: bool) -> Path:

@@ -16,8 +16,7 @@ from realjax.dataflow.run import RoleSpec
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import make_optimizer
 from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
-from realjax.hf.files import CheckpointFiles
-from realjax.hf.load import has_critic_head, load_config, load_params
+from realjax.hf.load import has_critic_head, load_checkpoint_config, load_config, load_params
 from realjax.models.build import Model, build_model, init_params, make_fill
 from realjax.models.config import ModelConfig
 
@@ -69,15 +68,23 @@ class Role:
 
 def role_config(spec: RoleSpec) -> ModelConfig:
     """Returns the model config of a role. Raises ValueError when the checkpoint's is missing or not supported."""
-    config = replace(load_config(spec.path), num_empty_layers=spec.num_empty_layers)
-    return config.as_critic() if spec.is_critic else config
+    config = load_config(spec.path)
+    if spec.is_critic:
+        config = config.as_critic()
+    elif not spec.init_from_scratch:
+        config = load_checkpoint_config(spec.path)
+    return replace(config, num_empty_layers=spec.num_empty_layers)
 
 
 def build_role(spec: RoleSpec, home: Layout, total_updates: int, *, is_offloaded: bool = False) -> Role:
     """Returns the role, nothing allocated. ValueError for a broken file, or a model that does not fit its layout."""
     model = build_model(role_config(spec))
-    if not spec.init_from_scratch:
-        CheckpointFiles.open(spec.path)  # a file that is missing or torn is found by its head
+    if not spec.is_critic and load_config(spec.path).tied != model.config.tied:
+        logger.info(
+            "role %s: config.json says that the head is the embedding table, but the weights hold another head, which "
+            "is kept, as in transformers; checkpoints will say so (tie_word_embeddings=false)",
+            spec.name,
+        )  # fmt: skip
     tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
     optimizer = None if spec.optimizer is None else make_optimizer(spec.optimizer, total_updates)
     logger.info("role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{model.num_params:,}", home)

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 
 import huggingface_hub
 import numpy as np
@@ -45,7 +46,16 @@ def test_what_is_not_a_model_directory_is_refused(single, tmp_path):
         resolve_model_path(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model_path(tmp_path, need_weights=False) == tmp_path
-    with pytest.raises(ValueError, match="holds no weights; needed model.safetensors or pytorch_model.bin"):
+    with pytest.raises(ValueError, match="architecture 'None' is not supported"):
+        resolve_model_path(tmp_path)  # before anyone looks for weights, or fetches them
+    shutil.copyfile(single / "config.json", tmp_path / "config.json")
+    needed = r"holds no weights; needed model.safetensors or pytorch_model.bin, or their .index.json and shards"
+    with pytest.raises(ValueError, match=f"{needed}$"):
+        resolve_model_path(tmp_path)
+    with pytest.raises(ValueError, match=f"{needed}, or a=True$"):
+        resolve_model_path(tmp_path, otherwise=", or a=True")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter .*; merge them"):
         resolve_model_path(tmp_path)
     with pytest.raises(ValueError, match="is a file; needed the directory"):
         resolve_model_path(tmp_path / "config.json")
@@ -61,13 +71,49 @@ def test_broken_files_are_named(single, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:-10])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         CheckpointFiles.open(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(ValueError, match="names model-00001-of-00002.safetensors, not in the directory"):
-        CheckpointFiles.open(tmp_path)
+    for name, message in {
+        "model-00001-of-00002.safetensors": "names model-00001-of-00002.safetensors, not in the directory",
+        "../model.safetensors": "gives '../model.safetensors' as a file of weights; its weight_map needs a name in",
+        str(single / "model.safetensors"): "gives '/.*/model.safetensors' as a file of weights",
+        "model.bin": "names model.bin",
+        3: "gives 3 as a file of weights",
+    }.items():
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(ValueError, match=message):
+            CheckpointFiles.open(tmp_path)
     index.write_text("{")
-    with pytest.raises(ValueError, match="index.json' is not valid json"):
+    with pytest.raises(ValueError, match="index.json' is not valid json: malformed JSON"):
         CheckpointFiles.open(tmp_path)
+
+
+def test_of_several_sets_of_weights_the_one_is_read_that_transformers_takes(single, tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    def read_and_theirs():
+        (tensor,) = {x[2] for name, x in tensors_of(tmp_path).items() if name == "model.norm.weight"}
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+        return np.frombuffer(tensor, np.float32)[0], float(model.model.norm.weight.detach()[0])
+
+    weights = {name: x.float() for name, x in load_file(single / "model.safetensors").items()}
+    shutil.copyfile(single / "config.json", tmp_path / "config.json")
+    names = ["pytorch_model.bin.index.json", "pytorch_model.bin"]
+    names += ["model.safetensors.index.json", "model.safetensors"]
+    # Each set is preferred to those before it.
+    for value, name in enumerate(names, start=1):
+        weights["model.norm.weight"] = torch.full((32,), float(value))
+        is_index, is_bin = name.endswith(".index.json"), "pytorch" in name
+        file = f"old-{value}" + (".bin" if is_bin else ".safetensors") if is_index else name
+        torch.save(weights, tmp_path / file) if is_bin else save_file(weights, tmp_path / file, {"format": "pt"})
+        if is_index:
+            index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(weights, file)}
+            (tmp_path / name).write_text(json.dumps(index))
+        assert read_and_theirs() == (value, value)
+    # An index that was left behind without its shards is nobody's business then.
+    (tmp_path / "old-3.safetensors").unlink()
+    assert read_and_theirs() == (4, 4)
 
 
 def test_bin_files_without_torch_name_the_extra(single, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from realjax.core.axes import train_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import flatten_paths, num_params
 from realjax.hf.files import SafetensorsFile
-from realjax.hf.load import has_critic_head, load_config, load_params
+from realjax.hf.load import check_weights, has_critic_head, load_checkpoint_config, load_config, load_params
+from realjax.hf.save import save_hf
 from realjax.models.build import build_model, make_fill
 from tests.hf.tiny import KINDS, edit_config, make_bin, make_checkpoint, on_one_device
 
@@ -105,14 +106,16 @@ def test_a_critic_takes_the_trunk_of_a_language_model_and_a_fresh_head(tmp_path)
 def test_a_saved_critic_keeps_its_head_under_either_name(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama", task="SequenceClassification", config={"num_labels": 1})
     model = build_model(load_config(source))
-    fresh = {"head/kernel": make_fill("head/kernel", (32, 1), seed=3)}
-    params = load_params(source, model, on_one_device(model), fresh=fresh)
+    params = load_params(source, model, on_one_device(model))
     score = load_file(source / "model.safetensors")["score.weight"]
     np.testing.assert_array_equal(params["head"]["kernel"], score.T)
     assert has_critic_head(source)
     change_tensors(source, lambda t: {k.replace("score", "lm_head"): x for k, x in t.items()})  # as ReaL writes it
     assert has_critic_head(source)
-    assert_trees_equal(params, load_params(source, model, on_one_device(model), fresh=fresh))
+    assert_trees_equal(params, load_params(source, model, on_one_device(model)))
+    fill = make_fill("head/kernel", (32, 1), seed=3)
+    anew = load_params(source, model, on_one_device(model), fresh={"head/kernel": fill})
+    np.testing.assert_array_equal(anew["head"]["kernel"], fill((slice(None), slice(None))))
 
 
 def test_a_tied_checkpoint_may_hold_the_table_twice(tmp_path):
@@ -121,6 +124,50 @@ def test_a_tied_checkpoint_may_hold_the_table_twice(tmp_path):
     params = load_params(source, model, on_one_device(model))
     change_tensors(source, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].copy()})
     assert_trees_equal(params, load_params(source, model, on_one_device(model)))
+
+
+def logits_of(directory):
+    """Returns transformers' logits of a few tokens."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    return model(torch.arange(12)[None]).logits.detach().numpy()
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_says_tied_as_in_transformers(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama-tied")
+    own = np.random.default_rng(0).standard_normal((64, 32), np.float32)
+    change_tensors(source, lambda t: {**t, "lm_head.weight": own})
+    assert load_config(source).tied and not load_checkpoint_config(source).tied
+    model = build_model(load_checkpoint_config(source))
+    params = load_params(source, model, on_one_device(model))
+    np.testing.assert_array_equal(params["head"]["kernel"], own.T)
+    save_hf(params, model.config, tmp_path / "out", source_dir=source)
+    assert not load_config(tmp_path / "out").tied
+    np.testing.assert_array_equal(logits_of(tmp_path / "out"), logits_of(source))
+    table = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(source, lambda t: {**t, "lm_head.weight": table.copy()})
+    assert load_checkpoint_config(source).tied
+
+
+def test_a_tied_table_may_have_the_heads_name_as_in_transformers(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama-tied")
+    model = build_model(load_checkpoint_config(source))
+    params, theirs = load_params(source, model, on_one_device(model)), logits_of(source)
+    change_tensors(source, lambda t: {n.replace("model.embed_tokens", "lm_head"): x for n, x in t.items()})
+    assert_trees_equal(params, load_params(source, model, on_one_device(model)))
+    np.testing.assert_array_equal(logits_of(source), theirs)
+
+
+def test_the_weights_are_checked_by_their_heads_alone(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama")
+    config = load_config(source)
+    check_weights(source, config)
+    check_weights(source, config.as_critic(), has_new_head=True)
+    with pytest.raises(ValueError, match="lacks 'score.weight'"):
+        check_weights(source, config.as_critic())
+    edit_config(source, num_hidden_layers=5)
+    with pytest.raises(ValueError, match="lacks 9 tensors: 'model.layers.4"):
+        check_weights(source, load_config(source))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from realjax.hf.families import llama, qwen2, qwen3
+from realjax.hf.families.values import check_values
 from realjax.hf.rules import Family
 from realjax.models.config import ModelConfig
 
@@ -26,6 +27,7 @@ def config_from_hf(hf: Mapping[str, Any], subject: str) -> ModelConfig:
 
     A `*ForSequenceClassification` of one label is a critic (or reward model), a `*ForCausalLM` a language model.
     """
+    check_values(hf, subject)
     found = (hf.get("architectures") or [None])[0] or hf.get("model_type")
     for family in FAMILIES.values():
         if found in (family.causal_class, family.critic_class, family.name):
@@ -35,6 +37,8 @@ def config_from_hf(hf: Mapping[str, Any], subject: str) -> ModelConfig:
         raise ValueError(f"{subject}: architecture '{found}' is not supported; supported: {supported}")
     if "quantization_config" in hf:
         raise ValueError(f"{subject}: the checkpoint is quantised; training needs the unquantised one")
+    if (named := hf.get("transformers_weights")) is not None:
+        raise ValueError(f"{subject}: transformers_weights names {named!r}; only model.safetensors is read: rename it")
     is_critic = found == family.critic_class
     labels = len(hf.get("id2label") or "ab")  # transformers leaves out its default of two labels
     if is_critic and hf.get("num_labels", labels) != 1:

@@ -10,7 +10,9 @@ from realjax.models.config import ModelConfig
 
 def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
-    sizes = {**read_sizes(hf, is_critic), "head_dim": hf.get("head_dim", 128)}  # not hidden_size over heads
+    if (head_dim := hf.get("head_dim", 128)) is None:  # not hidden_size over heads
+        raise ValueError("head_dim is null; a Qwen3 config needs it (128 in the published ones)")
+    sizes = {**read_sizes(hf, is_critic), "head_dim": head_dim}
     return ModelConfig(
         family="qwen3",
         **sizes,

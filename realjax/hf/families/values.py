@@ -1,0 +1,73 @@
+"""What may stand behind the keys of a config.json, before anything computes with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# XLA counts the entries of a dimension in 32 bits.
+MOST = 2**31 - 1
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "num_labels",
+)
+COUNTS = ("max_window_layers",)
+NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+TEXTS = ("model_type", "hidden_act", "rope_type", "type")
+TABLES = ("rope_parameters", "rope_scaling", "id2label")
+LISTS = ("architectures", "layer_types")
+# What some writers put where they mean that there is none, or the default.
+MAY_BE_NULL = frozenset(
+    {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels", *TABLES, *LISTS}
+)
+
+
+def check_values(hf: Mapping[str, Any], subject: str) -> None:
+    """Raises ValueError, naming `subject`, for a value of the wrong type or range in a config.json that we read."""
+    kinds = {
+        **dict.fromkeys(SIZES, (_is_size, "a whole number from 1 to 2^31")),
+        **dict.fromkeys(COUNTS, (_is_count, "a whole number from 0 to 2^31")),
+        **dict.fromkeys(NUMBERS, (_is_number, "a number above 0")),
+        **dict.fromkeys(SWITCHES, (lambda x: isinstance(x, bool), "true or false")),
+        **dict.fromkeys(TEXTS, (lambda x: isinstance(x, str), "a text")),
+        **dict.fromkeys(TABLES, (lambda x: isinstance(x, Mapping), "an object")),
+        **dict.fromkeys(LISTS, (_is_texts, "a list of texts")),
+    }
+    for key, value in hf.items():
+        if key not in kinds or (value is None and key in MAY_BE_NULL):
+            continue
+        is_right, needed = kinds[key]
+        if not is_right(value):
+            found = "null" if value is None else repr(value)
+            shown = found if len(found) <= 60 else f"{found[:60]}..."
+            raise ValueError(
+                f"{subject}: {key} is {shown}; it must be {needed}: use the config.json that belongs to the weights"
+            )
+    for key in ("rope_parameters", "rope_scaling"):
+        if inner := hf.get(key):
+            check_values(inner, f"{subject}: {key}")
+
+
+def _is_size(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < float("inf")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
