@@ -50,6 +50,8 @@ def _parse_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
         unused = flag_values(list(argv))[1:]
     except (flags.Error, TypeError) as error:
         raise ValueError(f"command line: {error}") from error
+    except (Exception, SystemExit) as error:  # a recipe is Python, so anything can go wrong in it
+        raise ValueError(f"--config: the recipe raised {type(error).__name__}: {error}; mend it") from error
     return flag_values["config"].value, unused
 
 

@@ -71,8 +71,8 @@ def _load(path: str | Path, name: str) -> tuple[Any, Any]:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, output_loading_info=True, dtype="float32"
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # the formats of weights, config and tokenizer have errors of many classes
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{name}: '{path}' is no sequence classifier that transformers can load ({reason}); give a directory or "
             "hub identifier with weights, config.json and a tokenizer"

@@ -177,8 +177,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a checkpoint. Raises ValueError when it has none."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(" :")
+    except Exception as error:  # each format has its own; that of tokenizer.json raises no narrower class
+        reason = str(error).partition("\n")[0].rstrip(" :") or type(error).__name__
         raise ValueError(
             f"model path: '{path}' has no tokenizer that transformers can load ({reason}); add its files"
         ) from error

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from realjax.core.texts import decode_answers
+from realjax.core.json_text import parse_json
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.generate import Generation, Request
+from realjax.hf.files import read_json
 from realjax.runtime.metrics import replace_text
 from realjax.runtime.processes import from_first, is_first
 from realjax.runtime.rundir import set_aside
@@ -71,7 +73,7 @@ class AnswerFile:
         num_prompts = len(lines) // num_samples
         lines = lines[: num_prompts * num_samples]
         expected = [row_id for row_id in ids[:num_prompts] for _ in range(num_samples)]
-        if [json.loads(line)["id"] for line in lines] != expected:
+        if [_id_of(line, f"recover: '{file}' line {number}") for number, line in enumerate(lines, 1)] != expected:
             raise ValueError(
                 f"recover: the answers in '{file}' are not those to the first prompts of dataset.path; continue with "
                 "the same data, or use another trial_name"
@@ -80,6 +82,14 @@ class AnswerFile:
         os.replace(file, self.part)
         os.truncate(self.part, sum(map(len, lines)))
         return num_prompts
+
+
+def _id_of(line: bytes, subject: str) -> Any:
+    try:
+        answer = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{subject}: {error}; restore the file, or use another trial_name") from error
+    return answer.get("id") if isinstance(answer, dict) else None
 
 
 def open_run(spec: GenerationSpec) -> tuple[AnswerFile | None, int]:
@@ -110,7 +120,7 @@ def open_run(spec: GenerationSpec) -> tuple[AnswerFile | None, int]:
 
 def _refuse_other_options(spec: GenerationSpec) -> None:
     saved = spec.paths.logs / "config.json"
-    before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(spec.config_json)
+    before, now = read_json(saved, "recover: the options of the answers there"), json.loads(spec.config_json)
     if other := [name for name in spec.decisive_options if before.get(name) != now[name]]:
         raise ValueError(
             f"recover: the answers in {spec.paths.logs} were made with another {', '.join(other)}, see {saved}; "

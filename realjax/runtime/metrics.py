@@ -13,6 +13,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from realjax.core.json_text import parse_json
+
 METRICS_FILE = "metrics.jsonl"
 WANDB_MODES = ("disabled", "offline", "online")
 RECORD_KEYS = ("step", "kind", "time", "nonfinite")
@@ -96,14 +98,21 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:  # bad JSON or bad UTF-8
+            records.append(_record(line))
+        except ValueError as error:
             if number < len(lines):
                 raise ValueError(
-                    f"metrics: '{path}' line {number}: not valid JSON ({error}); only a last line may be torn, "
+                    f"metrics: '{path}' line {number}: {error}; only a last line may be torn, "
                     "so remove that line or restore the file"
                 ) from error
     return records
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    record = parse_json(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("no JSON object with a step")
+    return record
 
 
 def drop_later_steps(path: str | Path, step: int) -> None:

@@ -72,7 +72,7 @@ def test_a_bad_line_elsewhere_is_an_error_with_its_number(tmp_path):
     path = write_steps(tmp_path, range(1, 4))
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-5], lines[2]]))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl' line 2: not valid JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl' line 2: malformed JSON"):
         read_metrics(path)
 
 
