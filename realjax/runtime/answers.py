@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from realjax.core.texts import decode_answers
 from realjax.core.json_text import parse_json
+from realjax.core.texts import decode_answers
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.generate import Generation, Request
 from realjax.hf.files import read_json
