@@ -11,22 +11,32 @@ from jax import Array
 
 from realjax.algorithms.pairs import sum_by_pair
 from realjax.core.batch import Batch
-from realjax.core.loss import Loss, LossSums, Mean, Total
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Mean, Total
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOParameters:
     """`sigmoid`: -log sigmoid(beta h), labels smoothed (cDPO); `ipo`: (h - 1/(2 beta))^2 on mean log-ratios
-    (arXiv:2310.12036). h is the better answer's log-ratio to the reference minus the worse one's."""
+    (arXiv:2310.12036). h is the better answer's log-ratio to the reference minus the worse one's. Raises ValueError for
+    smoothed labels with `ipo`, whose loss has none."""
 
     beta: float = 0.1
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
     reference_free: bool = False
 
+    def __post_init__(self) -> None:
+        if self.loss_type == "ipo" and self.label_smoothing > 0:
+            raise ValueError(
+                f"label_smoothing: found {self.label_smoothing} with loss_type=ipo, whose loss has no labels to "
+                "smooth; set it to 0, or loss_type to sigmoid"
+            )
+
 
 def dpo_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: DPOParameters) -> LossSums:
-    """Returns the loss summed over pairs; log-probabilities are summed over answer tokens (averaged for IPO).
+    """Returns the loss summed over pairs. Log-ratios are sums over an answer's tokens, for IPO means; so are metrics of
+    them, but for `kl`, which is of sums.
 
     Reads `loss_mask`, `ref_logprobs` `[R, T]` (unless reference-free) and `pair_weight` `[R, P]`.
     """
@@ -34,12 +44,12 @@ def dpo_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: DPOParam
     num_slots = batch["pair_weight"].shape[1]
     is_pair = batch["pair_weight"] > 0
     reference = 0.0 if parameters.reference_free else batch["ref_logprobs"]
-    ratios = sum_by_pair((outputs["logprobs"] - reference) * mask, segment_ids, num_slots)
-    better, worse = ratios
-    counts = sum_by_pair(mask, segment_ids, num_slots)
+    better, worse = sum_by_pair((outputs["logprobs"] - reference) * mask, segment_ids, num_slots)
+    kl = -(better + worse)
     if parameters.loss_type == "ipo":
-        h = better / jnp.maximum(counts[0], 1) - worse / jnp.maximum(counts[1], 1)
-        losses = jnp.square(h - 1 / (2 * parameters.beta))
+        counts = sum_by_pair(mask, segment_ids, num_slots)
+        better, worse = better / jnp.maximum(counts[0], 1), worse / jnp.maximum(counts[1], 1)
+        losses = jnp.square(better - worse - 1 / (2 * parameters.beta))
     else:
         h = parameters.beta * (better - worse)
         smoothing = parameters.label_smoothing
@@ -54,7 +64,7 @@ def dpo_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: DPOParam
             "pos_score": mean(pos_score),
             "neg_score": mean(neg_score),
             "margin": mean(pos_score - neg_score),
-            "kl": mean(-(better + worse)),
+            "kl": mean(kl),
             "n_pairs": Total(num_pairs),
         },
     )

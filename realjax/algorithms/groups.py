@@ -9,12 +9,12 @@ from realjax.algorithms.returns import (
     Penalty,
     Responses,
     discounted_to_tokens,
-    mean_of,
     rollout_metrics,
-    std_of,
+    sequence_shares,
     whiten,
 )
 from realjax.core.host_call import Arrays, HostResult
+from realjax.core.metrics import Metric, Total, mean_of, std_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ def spread_advantages(
     *,
     penalty: Penalty,
     parameters: PolicyParameters,
-    metrics: dict[str, float],
+    metrics: dict[str, Metric],
 ) -> HostResult:
     """Returns the result of a host call that found one advantage for each sequence.
 
@@ -78,9 +78,11 @@ def spread_advantages(
     metrics |= {
         "advantage": mean_of(advantages, trained.mask),
         "advantage_std": std_of(advantages, trained.mask),
-        "trained_seqs": float(trained.num_seqs),
+        "trained_seqs": Total(float(trained.num_seqs)),
     }
     if parameters.adv_norm:
         advantages = whiten(advantages, trained.mask)
-    outputs = {"advantages": advantages.astype(np.float32), "train_mask": trained.mask}
-    return HostResult(arrays=outputs, state=penalty.state, metrics=metrics)
+    shares = sequence_shares(responses, trained)
+    outputs = {"advantages": advantages, "seq_share": shares}
+    arrays_out = {name: array.astype(np.float32) for name, array in outputs.items()}
+    return HostResult(arrays=arrays_out | {"train_mask": trained.mask}, state=penalty.state, metrics=metrics)

@@ -14,8 +14,9 @@ import numpy as np
 from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.kl import Estimator
 from realjax.algorithms.policy import PolicyParameters, described
-from realjax.algorithms.returns import Responses, kl_penalty, mean_of
+from realjax.algorithms.returns import Responses, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.metrics import mean_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class GRPOParameters(PolicyParameters):
 
 
 def make_advantages(parameters: GRPOParameters) -> HostFn:
-    """Returns the host call that makes `advantages` and `train_mask`, `[R, T]`.
+    """Returns the host call that makes `advantages` and `train_mask`, `[R, T]`, and `seq_share` `[R, S]`.
 
     Raises ValueError where a length is needed but not known.
     """

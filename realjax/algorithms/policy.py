@@ -12,7 +12,8 @@ from realjax.algorithms.kl import MAX_EXPONENT, Estimator, estimate_kl
 from realjax.algorithms.masked import sum_by_segment
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
-from realjax.core.loss import Loss, LossSums, Mean, Total
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Mean, Total
 
 Aggregation = Literal["token", "sequence", "constant"]
 
@@ -32,7 +33,9 @@ class PolicyParameters:
     )
     kl_estimator: Estimator = described("k1", "d, d^2/2 or exp(-d)-1+d per token, d = logprob - reference logprob")
     use_adaptive_kl_ctl: bool = described(False, "steer kl_ctl so that the KL approaches adaptive_kl_target")
-    adaptive_kl_target: float = described(6.0, "mean KL per response token that the controller aims at")
+    adaptive_kl_target: float = described(
+        6.0, "KL that the controller aims at: nats per response, summed over its tokens; the mean over responses counts"
+    )
     adaptive_kl_horizon: float = described(10000.0, "sequences over which kl_ctl may change by a fifth")
     discount: float = described(1.0, "discount of rewards, per token")
     max_reward_clip: float = described(20.0, "scores are clipped to +-max_reward_clip")
@@ -52,8 +55,9 @@ class PolicyParameters:
     entropy_coef: float = described(0.0, "weight of the entropy bonus")
     loss_aggregation: Aggregation = described(
         "token",
-        "token: mean over tokens. sequence: mean over sequences of their means over tokens. constant: sum over tokens "
-        "by the number of sequences times max_response_len",
+        "token: mean over the tokens learned from. sequence: mean over sequences of their means over tokens. constant: "
+        "sum over tokens by the number of sequences times max_response_len; in these two, sequences that are left out "
+        "count, so that leaving some out changes nothing for the others",
     )
     max_response_len: int | None = described(None, "tokens of the longest response. null: gen.max_new_tokens")
     early_stop_imp_ratio: float | None = described(5.0, "updates whose mean ratio is above it are skipped. null: none")
@@ -66,7 +70,7 @@ class PolicyParameters:
 
     # The algorithm's own keys among those that the host call reads which makes advantages, and the keys it makes.
     JUDGED_BY: ClassVar[tuple[str, ...]] = ("group",)
-    ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "train_mask")
+    ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "train_mask", "seq_share")
 
     def __post_init__(self) -> None:
         above_0 = ("eps_clip_high", "max_response_len", "early_stop_imp_ratio", "early_stop_kl")
@@ -80,8 +84,8 @@ class PolicyParameters:
             dual_clip=(self.dual_clip is None or self.dual_clip > 1, "above 1, or null"),
             entropy_coef=(self.entropy_coef >= 0, "at least 0"),
             use_adaptive_kl_ctl=(
-                not self.use_adaptive_kl_ctl or self.kl_in == "reward",
-                "False with kl_in=loss, whose coefficient is fixed",
+                not self.use_adaptive_kl_ctl or (self.kl_in == "reward" and self.kl_ctl > 0),
+                "False with kl_in=loss, whose coefficient is fixed, and with kl_ctl=0, which no factor changes",
             ),
             **{name: ((value := getattr(self, name)) is None or value > 0, "above 0, or null") for name in above_0},
         )
@@ -118,7 +122,8 @@ class PolicyParameters:
     def actor_inputs(self) -> tuple[str, ...]:
         """The keys that the actor's training call reads, beside those of its `Draw`."""
         reference = ("ref_logprobs",) if self.has_kl_loss else ()
-        return ("tokens", "train_mask", "advantages", self.old_logprobs, *reference)
+        share = () if self.loss_aggregation == "token" else ("seq_share",)
+        return ("tokens", "train_mask", "advantages", self.old_logprobs, *reference, *share)
 
 
 def make_policy_loss(parameters: PolicyParameters, draw: Draw = Draw()) -> Loss:  # noqa: B008 - frozen
@@ -149,7 +154,8 @@ def make_skip(parameters: PolicyParameters) -> Callable[[Mapping[str, Array]], A
 def policy_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: PolicyParameters) -> LossSums:
     """Returns the policy loss (arXiv:1707.06347 eq. 7), the KL and the entropy bonus, summed with `token_weights`.
 
-    Reads `train_mask`, `advantages`, the old log-probabilities and, for a KL in the loss, `ref_logprobs`, all `[R, T]`.
+    Reads `train_mask`, `advantages`, the old log-probabilities and, for a KL in the loss, `ref_logprobs`, all `[R, T]`;
+    and `seq_share` `[R, S]` where sequences count.
     Metrics are means over trained tokens but for `actor_loss`, which is aggregated as the loss. `ppo_approx_kl` is the
     mean of logprob - old logprob, `approx_kl` estimates KL(old || new) by k3 and is never negative.
     """
@@ -160,9 +166,7 @@ def policy_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: Polic
     advantages = select(batch["advantages"])
     num_tokens = jnp.sum(mask.astype(jnp.float32))
     mean = lambda x: Mean(jnp.sum(select(x).astype(jnp.float32)), num_tokens)
-    weights, total = token_weights(
-        mask, batch["segment_ids"], parameters.loss_aggregation, max_response_len=parameters.max_response_len
-    )
+    weights, total = token_weights(batch, parameters.loss_aggregation, max_response_len=parameters.max_response_len)
 
     ratio = jnp.exp(jnp.clip(logprobs - old, -MAX_EXPONENT, MAX_EXPONENT))
     losses, metrics = _surrogate(ratio, logprobs, advantages, parameters)
@@ -186,20 +190,22 @@ def policy_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: Polic
 
 
 def token_weights(
-    mask: Array, segment_ids: Array, aggregation: Aggregation, *, max_response_len: int | None = None
+    batch: Batch, aggregation: Aggregation, *, max_response_len: int | None = None
 ) -> tuple[Array, Array]:
     """Returns the weight `[R, T]` of each token in the loss, 0 off the mask, and what the weighted sum is divided by.
 
-    `sequence` is GRPO's (arXiv:2402.03300), `token` DAPO's (arXiv:2503.14476), `constant` Dr. GRPO's (2503.20783).
+    `sequence` is GRPO's (arXiv:2402.03300 eq. 3: 1/G sum_i 1/|o_i| sum_t) and `constant` Dr. GRPO's (2503.20783), both
+    over all of a prompt's G samples: `seq_share` counts those that are left out. `token` is DAPO's (2503.14476 eq. 8),
+    which samples others in their place: only tokens learned from count.
     """
-    weights = mask.astype(jnp.float32)
+    weights, segment_ids = batch["train_mask"].astype(jnp.float32), batch["segment_ids"]
     if aggregation == "token":
         return weights, jnp.sum(weights)
-    # A row of T tokens holds at most T sequences.
-    lens = sum_by_segment(weights, segment_ids, mask.shape[1])
-    num_seqs = jnp.sum((lens > 0).astype(jnp.float32))
+    num_seqs = jnp.sum(batch["seq_share"])
     if aggregation == "constant":
         return weights, num_seqs * (max_response_len or 1)
+    # A row of T tokens holds at most T sequences.
+    lens = sum_by_segment(weights, segment_ids, weights.shape[1])
     own_len = jnp.take_along_axis(lens, jnp.maximum(segment_ids - 1, 0), axis=1)
     return weights / jnp.maximum(own_len, 1), num_seqs
 

@@ -16,15 +16,15 @@ from realjax.algorithms.returns import (
     clipped_scores,
     generalized_advantages,
     kl_penalty,
-    mean_of,
     rollout_metrics,
-    std_of,
+    sequence_shares,
     whiten,
 )
 from realjax.algorithms.value_norm import Statistics, read_statistics, update_statistics
 from realjax.core.batch import Batch
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.loss import Loss, LossSums, Mean, Total
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Last, Mean, Total, mean_of, std_of
 
 CRITIC_INPUTS = ("tokens", "train_mask", "returns", "old_values")
 
@@ -45,7 +45,7 @@ class PPOParameters(PolicyParameters):
     value_norm_eps: float = described(1e-5, "least weight the exponential means are divided by")
 
     JUDGED_BY: ClassVar[tuple[str, ...]] = ("values",)
-    ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "returns", "old_values", "train_mask")
+    ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "returns", "old_values", "train_mask", "seq_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,9 @@ class PPOParameters(PolicyParameters):
 
 
 def make_advantages(parameters: PPOParameters) -> HostFn:
-    """Returns the host call that makes `advantages`, `returns`, `old_values` and `train_mask`, all `[R, T]`."""
+    """Returns the host call that makes `advantages`, `returns`, `old_values` and `train_mask`, all `[R, T]`, and
+    `seq_share` `[R, S]`.
+    """
     return partial(compute_advantages, parameters=parameters)
 
 
@@ -96,13 +98,14 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: PPOParameter
         "returns": mean_of(returns, responses.mask),
         "returns_std": std_of(returns, responses.mask),
         "values": mean_of(values_before, responses.mask),
-        "explained_variance": _explained_variance(values_before, returns, responses.mask),
+        "explained_variance": Last(_explained_variance(values_before[responses.mask], returns[responses.mask])),
     }
     outputs = {
         "advantages": whiten(advantages, responses.mask) if parameters.adv_norm else advantages,
         "returns": targets,
         "old_values": responses.select(move_to_next(arrays["values"], responses.segment_ids)),
     }
+    outputs["seq_share"] = sequence_shares(responses, responses)
     arrays_out = {name: array.astype(np.float32) for name, array in outputs.items()}
     return HostResult(
         arrays=arrays_out | {"train_mask": responses.mask},
@@ -111,10 +114,10 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: PPOParameter
     )
 
 
-def _explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:
+def _explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     """Returns 1 - Var(returns - values) / Var(returns); 0 where returns do not vary."""
-    variance = std_of(returns, mask) ** 2
-    return 1 - std_of(returns - values, mask) ** 2 / variance if variance > 0 else 0.0
+    variance = float(returns.var()) if returns.size else 0.0
+    return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
 
 def make_critic_loss(parameters: PPOParameters) -> Loss:

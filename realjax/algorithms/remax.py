@@ -8,8 +8,9 @@ import numpy as np
 
 from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.policy import PolicyParameters, described
-from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty, mean_of
+from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.metrics import mean_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class ReMaxParameters(PolicyParameters):
 
 
 def make_advantages(parameters: ReMaxParameters) -> HostFn:
-    """Returns the host call that makes `advantages` and `train_mask`, `[R, T]`; greedy responses are not trained on."""
+    """Returns the host call that makes `advantages` and `train_mask`, `[R, T]`, and `seq_share` `[R, S]`; greedy
+    responses are not trained on.
+    """
     return partial(compute_advantages, parameters=parameters)
 
 

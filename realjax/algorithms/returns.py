@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from realjax.algorithms.kl import MAX_EXPONENT, adapt_coefficient, estimate_kl, kl_coefficient
+from realjax.algorithms.kl import KL_COEFFICIENT, MAX_EXPONENT, adapt_coefficient, estimate_kl, kl_coefficient
 from realjax.algorithms.masked import move_to_next
 from realjax.algorithms.policy import PolicyParameters
 from realjax.core.host_call import Arrays, State
+from realjax.core.metrics import Last, Least, Metric, Most, Total, mean_of, std_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,13 +84,14 @@ class Penalty:
 
     rewards: np.ndarray  # [R, T], 0 off the responses
     state: dict[str, float]
-    metrics: dict[str, float]
+    metrics: dict[str, Metric]
 
 
 def kl_penalty(arrays: Arrays, state: State, responses: Responses, parameters: PolicyParameters) -> Penalty:
     """Returns -coefficient * KL estimate at each response token, 0 where the KL is in the loss.
 
-    Reported, and fed to the controller: the mean of old - reference log-probabilities over response tokens.
+    Reported are means of old - reference log-probabilities: over response tokens, and over responses of their sums,
+    which is what the controller steers by.
     """
     coefficient = kl_coefficient(state, parameters.kl_ctl) if parameters.use_adaptive_kl_ctl else parameters.kl_ctl
     rewards = np.zeros(responses.mask.shape)
@@ -97,15 +99,20 @@ def kl_penalty(arrays: Arrays, state: State, responses: Responses, parameters: P
         return Penalty(rewards=rewards, state={}, metrics={})
     old = responses.select(arrays[parameters.old_logprobs])
     reference = responses.select(arrays["ref_logprobs"])
-    kl = mean_of(old - reference, responses.mask)
+    of_responses = mean_of(responses.sum(old - reference), responses.exists)
     if parameters.kl_in == "reward":
         rewards = -coefficient * estimate_kl(old, reference, parameters.kl_estimator)
-    metrics = {"kl": kl, "kl_reward": mean_of(rewards, responses.mask), "kl_coef": coefficient}
+    metrics: dict[str, Metric] = {
+        "kl": mean_of(old - reference, responses.mask),
+        "kl_per_response": of_responses,
+        "kl_reward": mean_of(rewards, responses.mask),
+        "kl_coef": Last(coefficient),
+    }
     if not parameters.use_adaptive_kl_ctl:
         return Penalty(rewards=rewards, state={}, metrics=metrics)
     target, horizon = parameters.adaptive_kl_target, parameters.adaptive_kl_horizon
-    adapted = adapt_coefficient(coefficient, kl, responses.num_seqs, target=target, horizon=horizon)
-    return Penalty(rewards=rewards, state={"kl_coef": adapted}, metrics=metrics)
+    adapted = adapt_coefficient(coefficient, of_responses.value, responses.num_seqs, target=target, horizon=horizon)
+    return Penalty(rewards=rewards, state={KL_COEFFICIENT: adapted}, metrics=metrics)
 
 
 def clipped_scores(arrays: Arrays, parameters: PolicyParameters) -> np.ndarray:
@@ -159,17 +166,17 @@ def whiten(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, (values - mean) / (std + 1e-5), 0)
 
 
-def mean_of(values: np.ndarray, mask: np.ndarray) -> float:
-    """Returns the mean of the masked entries, 0 where there are none."""
-    return float(values[mask].mean()) if mask.any() else 0.0
+def sequence_shares(responses: Responses, trained: Responses) -> np.ndarray:
+    """Returns `[R, S]`: of how many of all `responses` each that is learned from stands for, 0 for the others.
+
+    A mean over sequences that adds these up is over all responses; those that were left out add nothing to it. Updates
+    share them alike, in proportion to what each learns from.
+    """
+    is_learned = trained.lens > 0
+    return is_learned * (responses.num_seqs / max(1, np.count_nonzero(is_learned)))
 
 
-def std_of(values: np.ndarray, mask: np.ndarray) -> float:
-    """Returns the biased standard deviation of the masked entries, 0 where there are none."""
-    return float(values[mask].std()) if mask.any() else 0.0
-
-
-def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyParameters) -> dict[str, float]:
+def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyParameters) -> dict[str, Metric]:
     """Returns what is to be known of the sequences: their scores before clipping, lengths, and how they end.
 
     `entropy_estimate` is the mean of -log-probability of the tokens drawn. `sampler_error`, with recomputed
@@ -180,18 +187,18 @@ def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyPara
     seq_lens = _sum_at(is_token, is_token, responses.segment_ids, exists.shape)
     lens = responses.lens[exists]
     sampled = responses.select(arrays["logprobs"])
-    metrics = {
+    metrics: dict[str, Metric] = {
         "task_reward": mean_of(rewards, exists),
         "task_reward_std": std_of(rewards, exists),
         "avg_seq_len": mean_of(seq_lens, exists),
         "avg_prompt_len": mean_of(seq_lens - responses.lens, exists),
         "avg_response_len": mean_of(responses.lens, exists),
-        "min_response_len": float(lens.min(initial=lens.max(initial=0))),
-        "max_response_len": float(lens.max(initial=0)),
+        "min_response_len": Least(float(lens.min(initial=lens.max(initial=0)))),
+        "max_response_len": Most(float(lens.max(initial=0))),
         "eos_share": mean_of(arrays["has_eos"], exists),
         "entropy_estimate": mean_of(-sampled, responses.mask),
-        "n_tokens": float(responses.num_tokens),
-        "n_seqs": float(responses.num_seqs),
+        "n_tokens": Total(float(responses.num_tokens)),
+        "n_seqs": Total(float(responses.num_seqs)),
     }
     if parameters.recompute_logprobs:
         gap = np.abs(responses.select(arrays["old_logprobs"]) - sampled)

@@ -8,7 +8,8 @@ from jax import Array
 
 from realjax.algorithms.pairs import last_token_mask, sum_by_pair
 from realjax.core.batch import Batch
-from realjax.core.loss import Loss, LossSums, Mean, Total
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Mean, Total
 
 
 def reward_loss(outputs: Mapping[str, Array], batch: Batch) -> LossSums:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.metrics import mean_of
 
 REWARD_OUTPUTS = ("rewards",)
 # `has_eos` is read for its width: the number of columns that arrays of one value a sequence have.
@@ -53,7 +54,7 @@ def mix_rewards(sources: Sequence[RewardSource]) -> HostFn:
             exists = segment_mask(arrays["segment_ids"], rewards.shape[1])
             total = total + source.weight * rewards
             new_state |= {prefix + key: value for key, value in result.state.items()}
-            metrics |= {f"reward/{source.name}": float(rewards[exists].mean()), **result.metrics}
+            metrics |= {f"reward/{source.name}": mean_of(rewards, exists), **result.metrics}
         return HostResult(arrays={"rewards": np.asarray(total, np.float32)}, state=new_state, metrics=metrics)
 
     return reward

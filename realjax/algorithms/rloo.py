@@ -7,8 +7,9 @@ import numpy as np
 
 from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.policy import PolicyParameters, described
-from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty, mean_of
+from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.metrics import mean_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class RLOOParameters(PolicyParameters):
 
 
 def make_advantages(parameters: RLOOParameters) -> HostFn:
-    """Returns the host call that makes `advantages` and `train_mask`, `[R, T]`."""
+    """Returns the host call that makes `advantages` and `train_mask`, `[R, T]`, and `seq_share` `[R, S]`."""
     return partial(compute_advantages, parameters=parameters)
 
 

@@ -7,7 +7,8 @@ from jax import Array
 
 from realjax.algorithms.masked import sum_by_segment
 from realjax.core.batch import Batch
-from realjax.core.loss import Loss, LossSums, Mean, Total
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Mean, Total
 
 
 def sft_loss(outputs: Mapping[str, Array], batch: Batch) -> LossSums:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from realjax.core.metrics import Metric
+
 Arrays = Mapping[str, np.ndarray]
 State = Mapping[str, float]
 
@@ -18,7 +20,7 @@ class HostResult:
 
     arrays: dict[str, np.ndarray]
     state: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 # fn(arrays, state) -> HostResult. The arrays hold the call's inputs, and always tokens, segment_ids and positions.

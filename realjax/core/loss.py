@@ -2,30 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax import Array
 
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Mean:
-    """A weighted sum on its way to a mean; parts of a batch add up."""
-
-    sum: Array
-    weight: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Total:
-    """A plain sum over the batch, such as a number of tokens."""
-
-    sum: Array
+from realjax.core.metrics import Mean, Total
 
 
 @jax.tree_util.register_dataclass
@@ -51,8 +35,3 @@ class Loss:
     draw: Draw = Draw()  # the distribution whose log-probabilities the head `logprobs` gives
     needs_entropy: bool = False
     skip_fn: Callable[[Mapping[str, Array]], Array] | None = None  # finalised metrics -> skip this update
-
-
-def finalize(metrics: Mapping[str, Mean | Total]) -> dict[str, Any]:
-    """Returns the scalars: sum over weight of a mean (nan where the weight is 0), the sum of a total."""
-    return {name: m.sum / m.weight if isinstance(m, Mean) else m.sum for name, m in metrics.items()}

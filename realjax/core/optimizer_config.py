@@ -1,4 +1,4 @@
-"""The optimizer's options and the learning-rate schedule, a pure function of the step."""
+"""The optimizer's options and the learning-rate schedule, a pure function of the update's number."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,9 +21,11 @@ class OptimizerConfig:
     beta1: float = _option(0.9, "decay of the first moment")
     beta2: float = _option(0.95, "decay of the second moment")
     eps: float = _option(1e-5, "added to the root of the second moment, after bias correction, as PyTorch does")
-    min_lr_ratio: float = _option(0.0, "the schedule ends at min_lr_ratio * lr")
+    min_lr_ratio: float = _option(
+        0.0, "the decay is towards min_lr_ratio * lr, which it would reach one update after the last of the run"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = _option("cosine", "shape of the decay after warm-up")
-    warmup_steps_proportion: float = _option(0.02, "share of all steps spent warming up linearly from 0")
+    warmup_steps_proportion: float = _option(0.02, "share of all updates spent warming up linearly from 0")
     gradient_clipping: float = _option(1.0, "largest global gradient norm; larger gradients are scaled down to it")
     offload: bool = _option(False, "keep optimizer state in host memory between updates")
 
@@ -42,17 +44,18 @@ class OptimizerConfig:
             if not holds:
                 raise ValueError(f"optimizer.{name}: found {getattr(self, name)}; it must be {needed}")
 
-    def learning_rate(self, step: Array | int, total_steps: int) -> Array:
-        """Returns the rate of the update numbered `step` (0-based) of a run of `total_steps` updates.
+    def learning_rate(self, number: Array | int, total_updates: int) -> Array:
+        """Returns the rate of the update `number` (0-based) of a run of `total_updates`.
 
-        Warm-up is linear over w = floor(proportion * total_steps) updates and reaches `lr` at update w-1; the decay
-        then runs to the last update, where it is at its floor. (ReaL starts two updates at 0 and stops decaying w
-        steps early.)
+        Warm-up is linear over w = floor(proportion * total_updates) updates and reaches `lr` at update w-1. The decay
+        begins at `lr` with update w and would reach its floor with the update after the last, as transformers' and
+        PyTorch's do: every update of a run learns, also where it is the only one. (ReaL starts two updates at 0 and
+        stops decaying w steps early.)
         """
-        n = jnp.asarray(step, jnp.float32)
-        num_warmup = int(self.warmup_steps_proportion * total_steps)
+        n = jnp.asarray(number, jnp.float32)
+        num_warmup = int(self.warmup_steps_proportion * total_updates)
         floor = self.min_lr_ratio * self.lr
-        progress = jnp.clip((n - num_warmup + 1) / max(total_steps - num_warmup, 1), 0.0, 1.0)
+        progress = jnp.clip((n - num_warmup) / max(total_updates - num_warmup, 1), 0.0, 1.0)
         shape = {
             "constant": jnp.ones_like(progress),
             "linear": 1.0 - progress,

@@ -45,6 +45,9 @@ class Evaluation:
     loss: Loss
     loader: Loader
     calls: tuple[MFC, ...] = ()
+    name: str = "evaluation"  # whose options the micro-batches are, in errors
+    num_mbs: int | None = None  # as those of the call that trains the role
+    max_tokens_per_mb: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,10 +85,14 @@ def place_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
     def place(key: str, array: np.ndarray) -> jax.Array:
         names = ("rows",) + ("time",) * (array.ndim - 1)
         spec = resolve(names, array.shape, rules, layout, f"batch key '{key}'")
-        sharding = NamedSharding(layout.mesh, spec)
-        if sharding.is_fully_addressable:
-            return jax.device_put(array, sharding)
-        # Every process has the whole batch; device_put would stop all of them to compare it.
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index], dtype=array.dtype)
+        return place_array(array, NamedSharding(layout.mesh, spec))
 
     return Batch(arrays={key: place(key, batch[key]) for key in batch.keys()})  # noqa: SIM118 - Batch is no dict
+
+
+def place_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns an array that every process has whole, on the devices of `sharding`."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # device_put would stop all processes to compare what they have.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index], dtype=array.dtype)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.axes import inference_rules
@@ -43,8 +44,21 @@ def make_inference(
 
 
 def make_evaluation(
-    model: Model, loss: Loss, layout: Layout, options: ForwardOptions
+    model: Model, loss: Loss, layout: Layout, options: ForwardOptions, num_mbs: int = 1
 ) -> Callable[[Tree, Batch], LossSums]:
-    """Returns `fn(params, batch) -> sums` of the loss; add them over batches, then divide once."""
-    inference = make_inference(model, loss.head, layout, options, draw=loss.draw)
-    return lambda params, batch: loss.fn(inference(params, batch), batch)
+    """Returns `fn(params, batch) -> sums` of the loss, computed in `num_mbs` parts; add them over batches, then divide
+    once.
+    """
+    rules, options = inference_rules(layout.strategy), replace(options, remat=False)
+    compute_copy = make_compute_copy(model, rules, layout, options.precision)
+    outputs_fn = make_outputs(model, loss.head, rules, layout, options, loss.draw, loss.needs_entropy)
+
+    def evaluation(params: Tree, batch: Batch) -> LossSums:
+        params = compute_copy(params)
+        of_part = lambda part: loss.fn(outputs_fn(params, part), part)
+        if num_mbs == 1:
+            return of_part(batch)
+        sums = jax.lax.map(of_part, split_rows(batch, num_mbs))
+        return jax.tree.map(lambda parts: jnp.sum(parts, axis=0), sums)
+
+    return evaluation

@@ -1,5 +1,8 @@
 """The optimizer as optax builds it, and how its state is spread."""
 
+from dataclasses import dataclass
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,16 +19,40 @@ def decay_mask(params: Tree) -> Tree:
     return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "bias"), params)
 
 
-def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
-    """Returns AdamW (arXiv:1711.05101) whose rate follows the config's schedule over `total_updates` updates."""
-    return optax.adamw(
-        learning_rate=lambda count: config.learning_rate(jnp.asarray(count), total_updates),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (arXiv:1711.05101). The rate of an update follows from its number in a run of `total_updates`.
+
+    Optax would count the updates that were applied: of a run that skips some, the decay would never end.
+    """
+
+    config: OptimizerConfig
+    total_updates: int
+
+    def learning_rate(self, number: jax.Array) -> jax.Array:
+        """Returns the rate of the update `number`, from 0."""
+        return self.config.learning_rate(number, self.total_updates)
+
+    def init(self, params: Tree) -> optax.OptState:
+        return self._adamw.init(params)
+
+    def update(
+        self, grads: Tree, state: optax.OptState, params: Tree, number: jax.Array
+    ) -> tuple[Tree, optax.OptState]:
+        """Returns what the update `number` adds to the parameters, and the state after it."""
+        *moments, _ = cast(tuple, state)
+        return self._adamw.update(grads, (*moments, optax.ScaleByScheduleState(count=number)), params)
+
+    @property
+    def _adamw(self) -> optax.GradientTransformation:
+        return optax.adamw(
+            learning_rate=lambda count: self.learning_rate(jnp.asarray(count)),
+            b1=self.config.beta1,
+            b2=self.config.beta2,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            mask=decay_mask,
+        )
 
 
 def clip_by_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
@@ -35,9 +62,7 @@ def clip_by_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
     return jax.tree.map(lambda g: g * scale, grads), norm
 
 
-def state_shardings(
-    model: Model, optimizer: optax.GradientTransformation, layout: Layout
-) -> tuple[Tree, optax.OptState]:
+def state_shardings(model: Model, optimizer: Optimizer, layout: Layout) -> tuple[Tree, optax.OptState]:
     """Returns the shardings of the fp32 master parameters and of the optimizer state, both by the optimizer's table."""
     params = tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout)
     abstract = jax.eval_shape(optimizer.init, model.abstract)

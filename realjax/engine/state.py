@@ -10,7 +10,7 @@ from jax.sharding import Sharding
 
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
-from realjax.engine.optim import state_shardings
+from realjax.engine.optim import Optimizer, state_shardings
 from realjax.models.build import Model
 
 
@@ -21,20 +21,20 @@ class TrainState:
 
     params: Tree
     opt_state: optax.OptState
-    num_updates: Any  # updates applied
+    num_updates: Any  # updates so far, applied or skipped: the number of the next, by which the schedule goes
     num_skipped: Any  # updates skipped in a row, for gradients that were not finite
 
     def replace(self, **changes) -> "TrainState":
         return replace(self, **changes)
 
 
-def train_state_shardings(model: Model, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+def train_state_shardings(model: Model, optimizer: Optimizer, layout: Layout) -> TrainState:
     """Returns a TrainState of shardings."""
     params, opt_state = state_shardings(model, optimizer, layout)
     return TrainState(params, opt_state, layout.replicated, layout.replicated)
 
 
-def abstract_train_state(model: Model, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+def abstract_train_state(model: Model, optimizer: Optimizer, layout: Layout) -> TrainState:
     """Returns a TrainState of ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     abstract = TrainState(model.abstract, jax.eval_shape(optimizer.init, model.abstract), zero, zero)
@@ -45,7 +45,7 @@ def abstract_train_state(model: Model, optimizer: optax.GradientTransformation, 
     return jax.tree.map(with_sharding, abstract, train_state_shardings(model, optimizer, layout))
 
 
-def init_train_state(params: Tree, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+def init_train_state(params: Tree, optimizer: Optimizer, shardings: TrainState) -> TrainState:
     """Returns the state before the first update; `params` are taken over, not copied."""
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     zero = jax.device_put(jnp.zeros((), jnp.int32), shardings.num_updates)

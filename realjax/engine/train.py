@@ -12,14 +12,15 @@ from jax import Array
 from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
-from realjax.core.loss import Loss, LossSums, finalize
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Last, Mean, Metric, finalize
 from realjax.core.trees import Tree
 from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs, split_rows
-from realjax.engine.optim import clip_by_norm
+from realjax.engine.optim import Optimizer, clip_by_norm
 from realjax.engine.state import TrainState
 from realjax.models.build import Model
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Array]]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Metric]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +65,21 @@ def make_gradients(
 def make_train_step(
     model: Model,
     loss: Loss,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     max_grad_norm: float,
     layout: Layout,
     options: TrainOptions,
 ) -> TrainStep:
     """Returns `step(state, batch) -> (state, metrics)`; an update that is not finite is skipped and counted, one that
-    the loss's `skip_fn` refuses is skipped.
+    the loss's `skip_fn` refuses is skipped. Metrics are still sums, which merge with those of other updates.
     """
     gradients = make_gradients(model, loss, layout, options)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Metric]]:
         grads, sums = gradients(state.params, batch)
         weight = jnp.maximum(sums.loss.weight, 1e-8)
         grads, grad_norm = clip_by_norm(jax.tree.map(lambda g: g / weight, grads), max_grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, state.num_updates)
         updated = TrainState(
             cast(Tree, optax.apply_updates(state.params, updates)),
             opt_state,
@@ -86,12 +87,16 @@ def make_train_step(
             jnp.zeros_like(state.num_skipped),
         )
         is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss.sum)
-        metrics = {"loss": sums.loss.sum / weight, **finalize(sums.metrics)}
-        is_refused = jnp.zeros((), bool) if loss.skip_fn is None else loss.skip_fn(metrics)
-        skipped = state.replace(num_skipped=jnp.where(is_finite, 0, state.num_skipped + 1))
+        is_refused = jnp.zeros((), bool) if loss.skip_fn is None else loss.skip_fn(finalize(sums.metrics))
+        skipped = state.replace(
+            num_updates=updated.num_updates, num_skipped=jnp.where(is_finite, 0, state.num_skipped + 1)
+        )
+        once = lambda value: Mean(value, jnp.ones(()))
+        metrics: dict[str, Metric] = {"loss": sums.loss, **sums.metrics, "grad_norm": once(grad_norm)}
+        metrics["lr"] = once(optimizer.learning_rate(state.num_updates))
         state = jax.tree.map(lambda new, old: jnp.where(is_finite & ~is_refused, new, old), updated, skipped)
         if loss.skip_fn is not None:
-            metrics["early_stop"] = is_refused.astype(jnp.float32)
-        return state, metrics | {"grad_norm": grad_norm, "num_skipped": state.num_skipped}
+            metrics["early_stop"] = once(is_refused.astype(jnp.float32))
+        return state, metrics | {"num_skipped": Last(state.num_skipped)}
 
     return step

@@ -14,8 +14,8 @@ from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_dev
 from realjax.core.layout import Layout
 from realjax.data.loader import Dataset, Loader
 from realjax.data.paired import PairedDataset, load_paired
-from realjax.dataflow.graph import DataflowGraph
-from realjax.dataflow.run import Frequency, MovingAverage, RoleSpec, RunSpec
+from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.run import Evaluation, Frequency, MovingAverage, RoleSpec, RunSpec
 from realjax.hf.files import resolve_model_path
 from realjax.hf.generation import load_end_tokens
 from realjax.hf.load import load_config
@@ -120,6 +120,20 @@ def micro_batches(call: MFCConfig) -> dict[str, Any]:
     return {"num_mbs": call.n_mbs, "max_tokens_per_mb": call.max_tokens_per_mb}
 
 
+def evaluation_of(call: MFC, held_out: Loader, before: tuple[MFC, ...] = ()) -> Evaluation:
+    """Returns the measure of a training call's loss on held-out batches, in micro-batches as that call's."""
+    assert call.loss is not None, f"{call.name}: a training call has a loss"
+    return Evaluation(
+        name=f"evaluation in the micro-batches of {call.name}",
+        role=call.role,
+        loss=call.loss,
+        loader=held_out,
+        calls=before,
+        num_mbs=call.num_mbs,
+        max_tokens_per_mb=call.max_tokens_per_mb,
+    )
+
+
 def make_loaders(
     config: SFTConfig | RWConfig | DPOConfig,
     train: Dataset,
@@ -127,7 +141,6 @@ def make_loaders(
     *,
     num_shards: int,
     row_multiple: int,
-    valid_row_multiple: int,
 ) -> tuple[Loader, Loader | None]:
     """Returns the loaders of the training set, and of the held-out set when there is one."""
     loader = Loader(
@@ -144,7 +157,7 @@ def make_loaders(
         valid,
         batch_size=config.dataset.valid_bs_n_seqs,
         num_epochs=1,
-        row_multiple=valid_row_multiple,
+        row_multiple=row_multiple,
         shuffle=False,
         allow_partial=True,
         name="dataset.valid_bs_n_seqs",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import jax
 
-from realjax.algorithms.dpo import DPOParameters, make_dpo_loss
+from realjax.algorithms.dpo import make_dpo_loss
 from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import Evaluation, RunSpec
+from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
 from realjax.options.experiments import DPOConfig
 
@@ -21,23 +21,16 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         roles["ref"] = common.role_spec("ref", config.ref, devices, is_trained=False)
         layouts["ref_inf"] = common.call_layout("ref_inf", config, config.ref_inf, config.ref, devices, is_train=False)
         ref_multiple = common.row_multiple(config.ref_inf, layouts["ref_inf"])
-    # The same rows serve both calls, so they divide over both layouts; held-out rows only meet the reference's call.
-    train_multiple = common.row_multiple(config.actor_train, train_layout)
+    # The same rows serve both calls, so they divide over both layouts.
+    multiple = math.lcm(common.row_multiple(config.actor_train, train_layout), ref_multiple)
     tokenizer = common.load_tokenizer(actor.path)
     loader, held_out = common.make_loaders(
         config,
         *common.load_pairs(config.dataset, tokenizer),
         num_shards=train_layout.strategy.dp,
-        row_multiple=math.lcm(train_multiple, ref_multiple),
-        valid_row_multiple=math.lcm(train_layout.strategy.row_multiple, ref_multiple),
+        row_multiple=multiple,
     )
-    parameters = DPOParameters(
-        beta=config.beta,
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-        reference_free=config.reference_free,
-    )
-    loss = make_dpo_loss(parameters)
+    loss = make_dpo_loss(config.parameters)
     reference = MFC(
         name="ref_inf",
         role="ref",
@@ -66,5 +59,5 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         roles=roles,
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and Evaluation(role="actor", loss=loss, loader=held_out, calls=before),
+        evaluation=held_out and common.evaluation_of(actor_train, held_out, before),
     )

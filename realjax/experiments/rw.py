@@ -6,7 +6,7 @@ import jax
 
 from realjax.algorithms.reward import REWARD_LOSS
 from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import Evaluation, RunSpec
+from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
 from realjax.options.experiments import RWConfig
 
@@ -21,7 +21,6 @@ def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
         *common.load_pairs(config.dataset, tokenizer),
         num_shards=layout.strategy.dp,
         row_multiple=common.row_multiple(config.allocation, layout),
-        valid_row_multiple=layout.strategy.row_multiple,
     )
     mfc = MFC(
         name="rwTrain",
@@ -40,5 +39,5 @@ def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:
         roles={role.name: role},
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and Evaluation(role="default", loss=REWARD_LOSS, loader=held_out),
+        evaluation=held_out and common.evaluation_of(mfc, held_out),
     )

@@ -7,7 +7,7 @@ import jax
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.data.datasets import load_prompt_answer
 from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import Evaluation, RunSpec
+from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
 from realjax.options.experiments import SFTConfig
 
@@ -46,7 +46,6 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         valid,
         num_shards=dp,
         row_multiple=common.row_multiple(config.allocation, layout),
-        valid_row_multiple=layout.strategy.row_multiple,
     )
     mfc = MFC(
         name="trainDefault",
@@ -65,5 +64,5 @@ def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:
         roles={role.name: role},
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and Evaluation(role="default", loss=SFT_LOSS, loader=held_out),
+        evaluation=held_out and common.evaluation_of(mfc, held_out),
     )

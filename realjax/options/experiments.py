@@ -1,8 +1,10 @@
 """The options of each experiment."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from realjax.algorithms.dpo import DPOParameters
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswerDatasetConfig
 from realjax.options.fields import group, option
@@ -70,6 +72,13 @@ class DPOConfig(CommonExperimentConfig):
             raise ValueError(f"beta: found {self.beta}; it must be above 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing: found {self.label_smoothing}; it must be in [0, 0.5)")
+        _ = self.parameters  # which refuse what does not go together
+
+    @property
+    def parameters(self) -> DPOParameters:
+        """What the loss needs to know."""
+        names = (field.name for field in dataclasses.fields(DPOParameters))
+        return DPOParameters(**{name: getattr(self, name) for name in names})
 
     @property
     def unused(self) -> frozenset[str]:

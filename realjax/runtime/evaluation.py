@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from realjax.core.batch import Batch
-from realjax.core.loss import LossSums, finalize
+from realjax.core.loss import LossSums
+from realjax.core.metrics import Metric, summarize
 from realjax.data.packing import sequences_of
 from realjax.dataflow.graph import HostCall
 from realjax.dataflow.run import DecodeFn, Evaluation, RolloutEvaluation
@@ -29,29 +29,25 @@ class Sample:
 
 def evaluate_loss(executor: Executor, evaluation: Evaluation) -> dict[str, float]:
     """Returns the held-out loss and its metrics, of sums over all batches divided once."""
-    total: LossSums | None = None
-    for i in range(evaluation.loader.total_steps):
-        sums = fetch(executor.evaluate(evaluation, evaluation.loader.batch(i)))
-        total = sums if total is None else jax.tree.map(np.add, sums, total)
-    assert total is not None
-    return {name: float(np.asarray(x)) for name, x in finalize({"loss": total.loss, **total.metrics}).items()}
+    loader = evaluation.loader
+    sums: list[LossSums] = [fetch(executor.evaluate(evaluation, loader.batch(i))) for i in range(loader.total_steps)]
+    return summarize({"loss": part.loss, **part.metrics} for part in sums)
 
 
 def evaluate_rollouts(
     executor: Executor, evaluation: RolloutEvaluation, decode_fn: DecodeFn | None
 ) -> tuple[dict[str, float], list[Sample]]:
-    """Returns `<variant>/<metric>`, each the mean over held-out prompts, and a few answers."""
+    """Returns `<variant>/<metric>`, each of the answers to all held-out prompts, and a few answers."""
     values: dict[str, float] = {}
     samples: list[Sample] = []
     for variant, calls in evaluation.variants.items():
-        parts: list[tuple[int, dict[str, float]]] = []
+        parts: list[Mapping[str, Metric]] = []
         for i in range(evaluation.loader.total_steps):
             result = executor.run_calls(calls, evaluation.loader.batch(i), step=None)
-            metrics = [m for call in calls if isinstance(call, HostCall) for m in result.metrics[call.name]]
-            parts.append((_num_sequences(result.batch), {k: v for m in metrics for k, v in m.items()}))
+            parts += [m for call in calls if isinstance(call, HostCall) for m in result.metrics[call.name]]
             if i == 0 and decode_fn is not None:
                 samples += read_samples(result.batch, decode_fn, variant)
-        values |= {f"{variant}/{name}": value for name, value in _weighted_mean(parts).items()}
+        values |= {f"{variant}/{name}": value for name, value in summarize(parts).items()}
     return values, samples
 
 
@@ -68,12 +64,3 @@ def read_samples(rollout: Batch, decode_fn: DecodeFn, variant: str) -> list[Samp
         Sample(variant=variant, prompt=prompt, answer=answer, reward=float(sequence.get("rewards", np.float32(np.nan))))
         for sequence, prompt, answer in zip(sequences, *decode_fn(prompts, answers), strict=True)
     ]
-
-
-def _num_sequences(rollout: Batch) -> int:
-    return int(np.asarray(rollout["segment_ids"]).max(axis=1).sum())
-
-
-def _weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> Mapping[str, float]:
-    total = sum(count for count, _ in parts)
-    return {name: sum(count * part[name] for count, part in parts) / total for name in parts[0][1]}

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import networkx as nx
@@ -14,10 +14,11 @@ from realjax.core.axes import Rules, inference_rules, train_rules, tree_sharding
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import LossSums
+from realjax.core.metrics import Metric
 from realjax.core.trees import Tree
 from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
 from realjax.dataflow.run import Evaluation, MovingAverage
-from realjax.engine.compiled import CompileLog, place_batch
+from realjax.engine.compiled import CompileLog, place_array, place_batch
 from realjax.engine.state import TrainState
 from realjax.reshard.apply import ema_update, reshard
 from realjax.runtime.memory import bytes_held_beside
@@ -37,7 +38,7 @@ logger = logging.getLogger("realjax.executor")
 PACKING_KEYS = ("tokens", "segment_ids", "positions")
 
 Controls = dict[str, dict[str, float]]
-Metrics = Mapping[str, Any]  # scalars: on the devices where a training call made them, plain numbers of a host call
+Metrics = Mapping[str, Metric]  # of a training call, its sums are still on the devices
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,14 @@ class Executor:
         return result
 
     def run_calls(self, calls: Iterable[MFC | HostCall], batch: Batch, step: int | None) -> StepResult:
-        """Runs the calls in the order given; `step` None is an evaluation, which leaves no trace in the timeline."""
+        """Runs the calls in the order given; `step` None is an evaluation, which leaves no trace: not in the timeline,
+        and not in what host calls carry from step to step.
+        """
         metrics: dict[str, list[Metrics]] = {}
         run = {"generate": self._generate, "inference": self._infer, "train_step": self._train}
         for call in calls:
             if isinstance(call, HostCall):
-                batch, metrics[call.name] = self._compute(call, batch)
+                batch, metrics[call.name] = self._compute(call, batch, step)
             else:
                 batch, of_call = run[call.call](call, batch, step)
                 metrics |= {call.name: of_call} if of_call else {}
@@ -137,10 +140,14 @@ class Executor:
         start, layout, role = self.timeline.now(), self.layouts[mfc.name], self.roles[mfc.role]
         metrics: list[Metrics] = []
         num_tokens = program_bytes = 0
-        for part in self._minibatches(mfc, batch, step):
+        first = (step or 0) * self.graph.num_updates(mfc.role)
+        for number, part in enumerate(self._minibatches(mfc, batch, step), start=first):
             inputs = self._place(part, mfc)
             program = self.programs.train_step(mfc, role, layout, num_micro_batches(mfc, inputs, layout))
-            self.states[mfc.role], of_update = program(self.states[mfc.role], inputs)
+            # From the step, so that updates that fell away count too, and the schedule ends with the run.
+            counter = place_array(np.asarray(number, np.int32), layout.replicated)
+            state = cast(TrainState, self.states[mfc.role]).replace(num_updates=counter)
+            self.states[mfc.role], of_update = program(state, inputs)
             metrics.append(of_update)
             num_tokens += part.num_tokens
             program_bytes = max(program_bytes, program.device_bytes)
@@ -166,11 +173,11 @@ class Executor:
             seed = (self.programs.seed, step or 0, number)
             yield from make_minibatches(batch, minibatches, row_multiple=multiple, seed=seed)
 
-    def _compute(self, call: HostCall, batch: Batch) -> tuple[Batch, list[Metrics]]:
+    def _compute(self, call: HostCall, batch: Batch, step: int | None) -> tuple[Batch, list[Metrics]]:
         """Returns the batch with a host call's keys, all that it read now on the host too, and its metrics."""
         arrays = self._on_host(batch, (*PACKING_KEYS, *call.inputs))
         result = call.fn(arrays, self.controls.get(call.name, call.state))
-        if call.name in self.controls:
+        if step is not None and call.name in self.controls:
             self.controls[call.name] = dict(result.state)
         return batch.replace_arrays(**arrays).with_arrays(**result.arrays), [result.metrics]
 
@@ -252,7 +259,8 @@ class Executor:
         batch = self.run_calls(evaluation.calls, batch, step=None).batch
         role = self.roles[evaluation.role]
         inputs = put_batch(batch, inference_rules(role.home.strategy), role.home)
-        return self.programs.evaluation(evaluation, role)(self.params(evaluation.role), inputs)
+        program = self.programs.evaluation(evaluation, role, num_micro_batches(evaluation, inputs, role.home))
+        return program(self.params(evaluation.role), inputs)
 
     @property
     def compile_log(self) -> CompileLog:

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from realjax.allocation.plan import make_plan
+from realjax.core.metrics import summarize
 from realjax.data.loader import Position
 from realjax.dataflow.picture import describe_graph, draw_graph
 from realjax.dataflow.run import RolloutEvaluation, RunSpec
@@ -139,12 +140,12 @@ class Session:
         batch, position = self.spec.loader.batch(step), self.spec.loader.position(step)
         num_compiled = len(self.executor.compile_log.entries)
         result = self.executor.step(batch, step)
-        values = _merge({call: _mean(updates) for call, updates in result.metrics.items() if updates})
+        values = _merge({call: _numbers(updates) for call, updates in result.metrics.items()})
         num_tokens = result.batch.num_tokens
         seconds = time.perf_counter() - start
         self._refuse_nonfinite(values, step)
         values |= self._call_metrics(step)
-        values |= self._learning_rates(step) | {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
+        values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
         values = {name: values[name] for name in sorted(values, key=_rank)}
         if len(self.executor.compile_log.entries) == num_compiled:
             self.step_seconds.append(seconds)
@@ -292,16 +293,6 @@ class Session:
         ]
         return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows))]
 
-    def _learning_rates(self, step: int) -> dict[str, float]:
-        total = self.spec.loader.total_steps
-        trained = {name: role.spec.optimizer for name, role in self.roles.items() if role.spec.optimizer}
-        updates = {name: self.spec.graph.num_updates(name) for name in trained}
-        rates = {
-            name: float(optimizer.learning_rate(step * updates[name], total * updates[name]))
-            for name, optimizer in trained.items()
-        }
-        return {"lr": next(iter(rates.values()))} if len(rates) == 1 else {f"{name}/lr": r for name, r in rates.items()}
-
     def _refuse_nonfinite(self, values: dict[str, float], step: int) -> None:
         """Raises RuntimeError when too many updates in a row had gradients that were not finite."""
         for name, value in values.items():
@@ -326,12 +317,10 @@ def checkpoint_name(position: Position) -> str:
     return f"epoch{position.epoch}epochstep{position.epoch_step}globalstep{position.global_step}"
 
 
-def _mean(updates: Sequence[Metrics]) -> dict[str, float]:
-    """Returns a call's metrics: the mean over its updates, but of `num_skipped`, a running count, the last."""
-    on_devices = any(isinstance(value, jax.Array) for update in updates for value in update.values())
-    fetched = [{name: float(x) for name, x in (fetch(dict(u)) if on_devices else u).items()} for u in updates]
-    values = {name: float(np.mean([update[name] for update in fetched])) for name in fetched[0]}
-    return values | {name: fetched[-1][name] for name in values if name == "num_skipped"}
+def _numbers(updates: Sequence[Metrics]) -> dict[str, float]:
+    """Returns a call's metrics, of all its updates together."""
+    on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(updates))
+    return summarize(fetch(dict(update)) if on_devices else update for update in updates)
 
 
 def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:

@@ -37,9 +37,11 @@ class Programs:
         """Returns the generator of a generate call; the number of slots is that of its first batch."""
         return self._get(mfc.name, lambda: self._make_generator(mfc, role, layout, num_slots))
 
-    def evaluation(self, evaluation: Evaluation, role: Role) -> Compiled:
+    def evaluation(self, evaluation: Evaluation, role: Role, num_mbs: int) -> Compiled:
         """Returns `fn(params, batch) -> sums` of a held-out loss on the role's home layout."""
-        return self._get(("evaluate", evaluation.role), lambda: self._make_evaluation(evaluation, role))
+        return self._get(
+            ("evaluate", evaluation.role, num_mbs), lambda: self._make_evaluation(evaluation, role, num_mbs)
+        )
 
     def _get(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._made:
@@ -77,9 +79,9 @@ class Programs:
             fetch_fn=fetch,
         )
 
-    def _make_evaluation(self, evaluation: Evaluation, role: Role) -> Compiled:
+    def _make_evaluation(self, evaluation: Evaluation, role: Role, num_mbs: int) -> Compiled:
         options = replace(role.forward_options, max_segment_len=evaluation.loader.longest)
-        fn = make_evaluation(role.model, evaluation.loss, role.home, options)
+        fn = make_evaluation(role.model, evaluation.loss, role.home, options, num_mbs)
         return Compiled("evaluate", fn, self.log, out_shardings=role.home.replicated)
 
 
@@ -88,24 +90,24 @@ def row_multiple(calls: Sequence[tuple[MFC, Layout]]) -> int:
     return math.lcm(*(layout.strategy.row_multiple * (mfc.num_mbs or 1) for mfc, layout in calls))
 
 
-def num_micro_batches(mfc: MFC, batch: Batch, layout: Layout) -> int:
+def num_micro_batches(call: MFC | Evaluation, batch: Batch, layout: Layout) -> int:
     """Returns the number of micro-batches: as given, or the fewest that keep each under `max_tokens_per_mb` tokens.
 
     Raises ValueError when the rows do not divide, or one row per device is more than the budget.
     """
     rows_per_device, dp = batch.num_rows // layout.strategy.dp, layout.strategy.dp
-    if mfc.max_tokens_per_mb is None:
-        wanted = mfc.num_mbs or 1
+    if call.max_tokens_per_mb is None:
+        wanted = call.num_mbs or 1
         if rows_per_device % wanted:
             raise ValueError(
-                f"{mfc.name}: {batch.num_rows} rows over dp={dp} leave {rows_per_device} a device, which "
+                f"{call.name}: {batch.num_rows} rows over dp={dp} leave {rows_per_device} a device, which "
                 f"n_mbs={wanted} does not divide; use another n_mbs or batch size"
             )
         return wanted
-    if mfc.max_tokens_per_mb < dp * batch.row_len:
+    if call.max_tokens_per_mb < dp * batch.row_len:
         raise ValueError(
-            f"{mfc.name}: max_tokens_per_mb={mfc.max_tokens_per_mb} is less than one row of {batch.row_len} tokens "
+            f"{call.name}: max_tokens_per_mb={call.max_tokens_per_mb} is less than one row of {batch.row_len} tokens "
             f"on each of dp={dp} devices; set it to at least {dp * batch.row_len}"
         )
-    least = math.ceil(batch.num_rows * batch.row_len / mfc.max_tokens_per_mb)
+    least = math.ceil(batch.num_rows * batch.row_len / call.max_tokens_per_mb)
     return next(n for n in range(least, rows_per_device + 1) if rows_per_device % n == 0)

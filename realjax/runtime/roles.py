@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Sharding
 
 from realjax.core.axes import inference_rules, tree_shardings
@@ -14,7 +13,7 @@ from realjax.core.layout import Layout
 from realjax.core.trees import Tree, map_paths
 from realjax.dataflow.run import RoleSpec
 from realjax.engine.forward import ForwardOptions, Precision
-from realjax.engine.optim import make_optimizer
+from realjax.engine.optim import Optimizer
 from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
 from realjax.hf.load import has_critic_head, load_checkpoint_config, load_config, load_params
 from realjax.models.build import Model, build_model, init_params, make_fill
@@ -30,7 +29,7 @@ class Role:
     spec: RoleSpec
     model: Model
     home: Layout
-    optimizer: optax.GradientTransformation | None
+    optimizer: Optimizer | None
     is_offloaded: bool = False  # parameters wait in host memory, in the compute dtype, between the role's calls
 
     @property
@@ -86,7 +85,7 @@ def build_role(spec: RoleSpec, home: Layout, total_updates: int, *, is_offloaded
             spec.name,
         )  # fmt: skip
     tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
-    optimizer = None if spec.optimizer is None else make_optimizer(spec.optimizer, total_updates)
+    optimizer = None if spec.optimizer is None else Optimizer(config=spec.optimizer, total_updates=total_updates)
     logger.info("role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{model.num_params:,}", home)
     if spec.num_empty_layers:
         logger.info(

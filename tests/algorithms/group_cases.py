@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from realjax.algorithms.policy import PolicyParameters
+from realjax.core.metrics import summarize
 from tests.algorithms.rollout_cases import GROUPS, LENGTHS, Rollout, run_host_call
 
 NUM_SEQS = len(LENGTHS)
@@ -52,6 +53,7 @@ def check_advantages(
         if p.adv_norm:
             tokens = np.where(mask, (tokens - flat.mean()) / (flat.std() + 1e-5), 0)
         np.testing.assert_allclose(found["advantages"][i], tokens, rtol=1e-4, atol=1e-5)
-    assert result.metrics["advantage"] == pytest.approx(flat.mean(), abs=1e-6)
-    assert result.metrics["trained_seqs"] == len(trained)
-    return result.metrics
+    metrics = summarize([result.metrics])
+    assert metrics["advantage"] == pytest.approx(flat.mean(), abs=1e-6)
+    assert metrics["trained_seqs"] == len(trained)
+    return metrics

@@ -7,7 +7,8 @@ import numpy as np
 
 from realjax.core.axes import train_rules
 from realjax.core.batch import Batch
-from realjax.core.loss import Loss, finalize
+from realjax.core.loss import Loss
+from realjax.core.metrics import finalize
 from realjax.core.trees import Tree
 from realjax.data.packing import PART_LENS
 from realjax.engine.compiled import place_batch

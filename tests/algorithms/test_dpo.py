@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from realjax.algorithms.dpo import DPOParameters, dpo_loss, make_dpo_loss
-from realjax.core.loss import finalize
+from realjax.core.metrics import finalize, summarize
+from realjax.data.packing import pack, pack_rows
 from tests.algorithms.pair_cases import SPREADS, halves, make_pairs, mean_loss_and_gradients
 from tests.builders import assert_close_in_norm
 
@@ -47,7 +48,7 @@ def their_logprobs(theirs, tokens):
 
 
 def their_terms(actor, pair, parameters):
-    """The loss of one pair, and its two answers' sums of log-ratios."""
+    """The loss of one pair, and its two answers' log-ratios: sums, for IPO means, and the sums once more."""
     log_sigmoid = torch.nn.functional.logsigmoid
     sums, means = [], []
     for tokens, mask, reference in zip(
@@ -57,15 +58,15 @@ def their_terms(actor, pair, parameters):
         sums.append(ratios[torch.from_numpy(mask)].sum())
         means.append(ratios[torch.from_numpy(mask)].mean())
     if parameters.loss_type == "ipo":
-        return (means[0] - means[1] - 1 / (2 * parameters.beta)) ** 2, *sums
+        return (means[0] - means[1] - 1 / (2 * parameters.beta)) ** 2, *means, sum(sums)
     h, smoothing = parameters.beta * (sums[0] - sums[1]), parameters.label_smoothing
-    return -(1 - smoothing) * log_sigmoid(h) - smoothing * log_sigmoid(-h), *sums
+    return -(1 - smoothing) * log_sigmoid(h) - smoothing * log_sigmoid(-h), *sums, sum(sums)
 
 
 @pytest.mark.parametrize(("variant", "spread"), CASES)
 def test_loss_gradients_and_metrics_are_those_of_pytorch(actor, pairs, variant, spread):
     parameters = VARIANTS[variant]
-    losses, better, worse = zip(*(their_terms(actor, pair, parameters) for pair in pairs), strict=True)
+    losses, better, worse, both = zip(*(their_terms(actor, pair, parameters) for pair in pairs), strict=True)
     expected = torch.stack(losses).mean()
     actor.zero_grad()
     expected.backward()
@@ -74,14 +75,14 @@ def test_loss_gradients_and_metrics_are_those_of_pytorch(actor, pairs, variant, 
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     named = {name: parameter.grad.numpy() for name, parameter in actor.named_parameters()}
     assert_close_in_norm(grads, to_ours(model, named), 1e-5)
-    better, worse = (np.array([ratio.item() for ratio in ratios]) for ratios in (better, worse))
+    better, worse, both = (np.array([ratio.item() for ratio in ratios]) for ratios in (better, worse, both))
     assert metrics == pytest.approx(
         {
             "acc": (better > worse).mean(),
             "pos_score": parameters.beta * better.mean(),
             "neg_score": parameters.beta * worse.mean(),
             "margin": parameters.beta * (better - worse).mean(),
-            "kl": -(better + worse).mean(),
+            "kl": -both.mean(),
             "n_pairs": len(pairs),
         },
         rel=1e-4,
@@ -134,3 +135,22 @@ def test_pairs_count_alike_whatever_their_prompt():
     pairs = with_logprobs()
     other = [pair | {"pair_weight": np.ones((), np.float32)} for pair in pairs]
     jax.tree.map(np.testing.assert_array_equal, sums_of(other, DPOParameters()), sums_of(pairs, DPOParameters()))
+
+
+def test_ipo_is_right_about_a_pair_when_its_loss_is():
+    """A long better answer: its sum of log-ratios is the lower, its mean, which the loss compares, the higher."""
+    ratios = [np.full(8, -0.1), np.full(2, -0.2)]
+    tokens = np.arange(10, dtype=np.int32)
+    pair = {"tokens": tokens, "loss_mask": np.ones(10, bool), "part_lens": np.array([8, 2])}
+    pair |= {"pair_weight": np.float32(1), "ref_logprobs": np.zeros(10, np.float32)}
+    batch = pack([pair | {"logprobs": np.concatenate(ratios).astype(np.float32)}], pack_rows([10], 16))
+    metrics_of = lambda p: summarize([dpo_loss({"logprobs": batch["logprobs"]}, batch, parameters=p).metrics])
+    means, sums = metrics_of(DPOParameters(beta=0.5, loss_type="ipo")), metrics_of(DPOParameters(beta=0.5))
+    assert (means["acc"], sums["acc"]) == (1, 0)
+    assert means["margin"] == pytest.approx(0.5 * 0.1) and sums["margin"] == pytest.approx(0.5 * -0.4)
+    assert means["kl"] == sums["kl"] == pytest.approx(1.2)
+
+
+def test_smoothed_labels_are_refused_where_the_loss_has_none():
+    with pytest.raises(ValueError, match="label_smoothing: found 0.1 with loss_type=ipo, whose loss has no labels"):
+        DPOParameters(loss_type="ipo", label_smoothing=0.1)

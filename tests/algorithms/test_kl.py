@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.algorithms.kl import adapt_coefficient, estimate_kl, kl_coefficient
+from realjax.algorithms.kl import KL_COEFFICIENT, adapt_coefficient, estimate_kl, kl_coefficient
 
 RNG = np.random.default_rng(0)
 LOGITS, REF_LOGITS = RNG.standard_normal((2, 7)).astype(np.float32)
@@ -62,8 +62,10 @@ def test_controller_moves_towards_the_target_by_a_bounded_step():
     assert adapt_coefficient(0.1, 6.6, 128, **options) == pytest.approx(0.1 * (1 + 0.1 * 128 / 10000))
     assert adapt_coefficient(0.1, 600.0, 128, **options) == pytest.approx(0.1 * (1 + 0.2 * 128 / 10000))
     assert adapt_coefficient(0.1, -6.0, 128, **options) == pytest.approx(0.1 * (1 - 0.2 * 128 / 10000))
+    # More sequences in a step than the horizon has: it stays positive.
+    assert adapt_coefficient(0.1, -6.0, 80000, **options) == pytest.approx(0.08)
 
 
 def test_coefficient_is_the_options_until_the_controller_has_one():
     assert kl_coefficient({}, 0.1) == 0.1
-    assert kl_coefficient({"kl_coef": 0.3}, 0.1) == 0.3
+    assert kl_coefficient({KL_COEFFICIENT: 0.3}, 0.1) == 0.3

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realjax.algorithms.grpo import GRPOParameters, make_advantages
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss, policy_loss
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
-from realjax.core.loss import finalize
+from realjax.core.metrics import finalize
 from realjax.data.packing import unpack
-from tests.algorithms.rollout_cases import LENGTHS, PACKINGS, make_rollouts
+from realjax.dataflow.graph import Minibatches
+from realjax.runtime.rollouts import make_minibatches
+from tests.algorithms.rollout_cases import CUT_OFF, LENGTHS, PACKINGS, Packing, host_arrays, make_rollouts
 
 VARIANTS = {
     "ReaL": PolicyParameters(),
@@ -21,6 +24,7 @@ VARIANTS = {
     "reinforce": PolicyParameters(surrogate="reinforce", loss_aggregation="sequence"),
 }
 SKIPPED = 4  # a sequence that the train mask leaves out
+NUM_LEARNED = sum(response > 0 for _, response in LENGTHS) - 1
 
 
 def make_cases(seed=0, change=0.35):
@@ -29,9 +33,11 @@ def make_cases(seed=0, change=0.35):
     rollouts = make_rollouts(seed)
     for i, r in enumerate(rollouts):
         normal = lambda r=r: rng.standard_normal(len(r["tokens"])).astype(np.float32)
+        mask = r["loss_mask"] & (i != SKIPPED)
         r |= {
-            "train_mask": r["loss_mask"] & (i != SKIPPED),
+            "train_mask": mask,
             "advantages": normal(),
+            "seq_share": np.float32(mask.any() * len(LENGTHS) / NUM_LEARNED),
             "new": r["logprobs"] + change * normal(),
             "entropy": np.abs(normal()),
         }
@@ -66,12 +72,11 @@ def plain_loss(rollouts, news, entropies, p):
             count["k3"] += ratio - 1 - gap
         sums.append(total)
         lens.append(int(r["train_mask"].sum()))
-    kept = [(s, n) for s, n in zip(sums, lens, strict=True) if n]
     means = {name: value / sum(lens) for name, value in count.items()}
     if p.loss_aggregation == "sequence":
-        return np.mean([s / n for s, n in kept]), means
+        return np.mean([s / max(n, 1) for s, n in zip(sums, lens, strict=True)]), means
     if p.loss_aggregation == "constant":
-        return sum(sums) / (len(kept) * p.max_response_len), means
+        return sum(sums) / (len(rollouts) * p.max_response_len), means
     return sum(sums) / sum(lens), means
 
 
@@ -207,11 +212,45 @@ def test_the_loss_asks_for_what_it_reads():
 def test_long_responses_weigh_as_much_as_short_ones_only_by_sequence():
     """Twice the length, twice the loss by `constant`; the same by `sequence`."""
     lengths = [response for _, response in LENGTHS]
-    rollouts = [
-        r | {"advantages": np.ones_like(r["advantages"]), "train_mask": r["loss_mask"]} for r in make_cases(change=0)
-    ]
-    batch, _ = PACKINGS["short rows"].pack(rollouts)
+    ones = lambda r: {"advantages": np.ones_like(r["advantages"]), "seq_share": np.float32(r["loss_mask"].any())}
+    rollouts = [r | ones(r) | {"train_mask": r["loss_mask"]} for r in make_cases(change=0)]
+    batch, _ = PACKINGS["short rows"].pack(rollouts)  # one of them empty, which is counted nowhere here
     loss = lambda **options: float(mean_loss(PolicyParameters(**options), batch)(outputs_of(batch))[0])
     assert loss(loss_aggregation="sequence") == pytest.approx(-1)
     mean_len = np.mean([n for n in lengths if n])
     assert loss(loss_aggregation="constant", max_response_len=16) == pytest.approx(-mean_len / 16, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_updates", [1, 2])
+@pytest.mark.parametrize("aggregation", ["sequence", "constant"])
+def test_leaving_sequences_out_changes_nothing_for_the_others(aggregation, num_updates):
+    """A token's gradient, in all updates of a step, is that of a loop over the whole group, where some add nothing.
+
+    GRPO (arXiv:2402.03300 eq. 3) divides by the samples drawn. With an even number of both, updates share them alike.
+    """
+    p = GRPOParameters(mask_truncated=True, loss_aggregation=aggregation, max_response_len=16, kl_ctl=0)
+    rollouts = [r | {"has_eos": np.array(i not in CUT_OFF[:2])} for i, r in enumerate(make_rollouts())]
+    # An empty response would be no sequence to deal to an update.
+    rollouts = [r for r in rollouts if r["loss_mask"].any()] + [rollouts[0] | {"group": np.int32(9)}]
+    batch, plan = Packing(order=tuple(range(len(rollouts)))).pack(rollouts)
+    result = make_advantages(p)(host_arrays(batch), {})
+    batch = batch.with_arrays(**result.arrays, place=np.arange(batch["tokens"].size).reshape(batch["tokens"].shape))
+    keys = (*p.actor_inputs, "segment_ids", "positions", "place")
+    found = np.zeros(batch["tokens"].size)
+    parts = make_minibatches(batch.select(keys), Minibatches(count=num_updates), row_multiple=1, seed=(0,))
+    assert len(parts) == num_updates
+    for part in parts:
+        logprobs = jnp.asarray(part["logprobs"])  # of an actor that has not moved: a ratio of 1, nothing clipped
+        grads = jax.grad(lambda x, part=part: mean_loss(p, part)({"logprobs": x})[0])(logprobs)
+        mask = np.asarray(part["train_mask"])
+        found[np.asarray(part["place"])[mask]] = np.asarray(grads)[mask]
+
+    expected = np.zeros(found.size)
+    advantages, places = unpack(result.arrays["advantages"], plan), unpack(batch["place"], plan)
+    for i, r in enumerate(rollouts):
+        if not r["has_eos"]:
+            continue
+        length = int(r["loss_mask"].sum()) if aggregation == "sequence" else 16
+        for t in np.flatnonzero(r["loss_mask"]):
+            expected[places[i][t]] = -float(advantages[i][t]) / length / (len(rollouts) / num_updates)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)

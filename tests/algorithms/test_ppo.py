@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realjax.algorithms.kl import KL_COEFFICIENT
 from realjax.algorithms.ppo import CRITIC_INPUTS, PPOParameters, critic_loss, make_advantages, make_critic_loss
 from realjax.core.batch import Batch
-from realjax.core.loss import finalize
+from realjax.core.metrics import finalize, summarize
 from realjax.data.packing import unpack
 from tests.algorithms.rollout_cases import LENGTHS, PACKINGS, make_rollouts, run_host_call
 from tests.algorithms.test_returns import plain_gae
@@ -88,14 +89,15 @@ def test_advantages_and_targets_are_those_of_a_loop(packing, variant, state):
         np.testing.assert_array_equal(found["train_mask"][i], is_response)
         for name in ("advantages", "returns", "old_values"):
             assert found[name][i].dtype == np.float32 and not found[name][i][~is_response].any()
-    statistics = {key: value for key, value in result.state.items() if key != "kl_coef"}
+    statistics = {key: value for key, value in result.state.items() if key != KL_COEFFICIENT}
     assert statistics == pytest.approx(after, rel=1e-9)
-    assert ("kl_coef" in result.state) == p.use_adaptive_kl_ctl
+    assert (KL_COEFFICIENT in result.state) == p.use_adaptive_kl_ctl
     flat_returns, flat_values = np.concatenate(returns), np.concatenate(values)
     explained = 1 - np.var(flat_returns - flat_values) / np.var(flat_returns)
     expected = {"advantage": flat.mean(), "advantage_std": flat.std(), "returns": flat_returns.mean()}
     expected |= {"values": flat_values.mean(), "explained_variance": explained, "returns_std": flat_returns.std()}
-    assert {name: result.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    metrics = summarize([result.metrics])
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,7 +116,7 @@ def test_a_batch_in_which_nothing_ends_has_no_score_but_runs():
     found, result = run_host_call(make_advantages(p), rollouts)
     for (prompt_len, response_len), returns, rollout in zip(LENGTHS, found["returns"], rollouts, strict=True):
         np.testing.assert_allclose(returns[prompt_len:], [rollout["values"][-1]] * response_len, rtol=1e-5)
-    assert result.metrics["eos_share"] == 0
+    assert summarize([result.metrics])["eos_share"] == 0
 
 
 def test_a_batch_of_empty_responses_runs():
@@ -122,7 +124,8 @@ def test_a_batch_of_empty_responses_runs():
     found, result = run_host_call(make_advantages(PPOParameters()), rollouts, STATE)
     assert not any(mask.any() for mask in found["train_mask"])
     assert {key: result.state[key] for key in STATE} == STATE
-    assert np.isfinite(list(result.metrics.values())).all()
+    metrics = summarize([result.metrics])
+    assert np.isfinite(list(metrics.values())).all() and not {"kl", "advantage"} & set(metrics)
 
 
 def critic_batch(packing, seed=0):

@@ -1,6 +1,9 @@
+import logging
+
 import numpy as np
 import pytest
 
+from realjax.algorithms.kl import KL_COEFFICIENT
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import (
     Responses,
@@ -11,6 +14,7 @@ from realjax.algorithms.returns import (
     rollout_metrics,
     whiten,
 )
+from realjax.core.metrics import summarize
 from realjax.data.packing import unpack
 from tests.algorithms.rollout_cases import LENGTHS, PACKINGS, host_arrays, make_rollouts, poisoned
 
@@ -156,9 +160,9 @@ def test_scores_are_clipped_before_the_penalty_of_being_cut_off():
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_penalty_and_its_controller(packing, estimator):
     responses, arrays, plan = packed(packing)
-    parameters = PolicyParameters(kl_estimator=estimator, use_adaptive_kl_ctl=True, adaptive_kl_target=0.01)
-    penalty = kl_penalty(poisoned(arrays), {"kl_coef": 0.2}, responses, parameters)
-    gaps = []
+    parameters = PolicyParameters(kl_estimator=estimator, use_adaptive_kl_ctl=True, adaptive_kl_target=0.5)
+    penalty = kl_penalty(poisoned(arrays), {KL_COEFFICIENT: 0.2}, responses, parameters)
+    metrics, gaps, sums = summarize([penalty.metrics]), [], []
     for rollout, rewards in zip(make_rollouts(), unpack(penalty.rewards, plan), strict=True):
         mask = rollout["loss_mask"]
         d = rollout["logprobs"][mask].astype(np.float64) - rollout["ref_logprobs"][mask]
@@ -166,18 +170,48 @@ def test_kl_penalty_and_its_controller(packing, estimator):
         np.testing.assert_allclose(rewards[mask], -0.2 * expected, rtol=1e-9)
         assert not rewards[~mask].any()
         gaps.extend(d)
-    assert penalty.metrics["kl"] == pytest.approx(np.mean(gaps), rel=1e-9)
-    assert penalty.metrics["kl_reward"] == pytest.approx(penalty.rewards[arrays["loss_mask"]].mean(), rel=1e-9)
-    error = np.clip(np.mean(gaps) / 0.01 - 1, -0.2, 0.2)
-    assert penalty.state == {"kl_coef": pytest.approx(0.2 * (1 + error * len(LENGTHS) / 10000), rel=1e-12)}
+        sums.append(d.sum())
+    assert metrics["kl"] == pytest.approx(np.mean(gaps), rel=1e-9)
+    assert metrics["kl_per_response"] == pytest.approx(np.mean(sums), rel=1e-9)
+    assert metrics["kl_reward"] == pytest.approx(penalty.rewards[arrays["loss_mask"]].mean(), rel=1e-9)
+    # Nats per response, as the source of the controller and of its target's default has them.
+    error = np.clip(np.mean(sums) / 0.5 - 1, -0.2, 0.2)
+    assert error != np.clip(np.mean(gaps) / 0.5 - 1, -0.2, 0.2)
+    assert penalty.state == {KL_COEFFICIENT: pytest.approx(0.2 * (1 + error * len(LENGTHS) / 10000), rel=1e-12)}
+
+
+def test_the_controller_steers_an_actor_to_its_target():
+    """An actor that drifts 3 nats a response is pulled back no more, one that drifts 12 is pulled back harder."""
+    parameters = PolicyParameters(use_adaptive_kl_ctl=True, adaptive_kl_horizon=10.0)
+    responses, arrays, _ = packed()
+    lens = responses.spread(responses.lens)
+    moves = {}
+    for drift in (3.0, 6.0, 12.0):
+        # The empty response has no tokens to drift in.
+        num_full = int((responses.lens[responses.exists] > 0).sum())
+        per_token = drift / np.maximum(lens, 1) * len(LENGTHS) / num_full
+        state = kl_penalty(arrays | {"ref_logprobs": arrays["logprobs"] - per_token}, {}, responses, parameters).state
+        moves[drift] = state[KL_COEFFICIENT] / 0.1 - 1
+    assert moves == pytest.approx({3.0: -0.2, 6.0: 0.0, 12.0: 0.2}, abs=1e-6)
+
+
+def test_the_coefficient_of_an_older_save_is_not_taken_over(caplog):
+    """It was steered by the mean KL per token, far below any target, and had only fallen."""
+    responses, arrays, _ = packed()
+    parameters = PolicyParameters(use_adaptive_kl_ctl=True)
+    with caplog.at_level(logging.WARNING):
+        penalty = kl_penalty(arrays, {"kl_coef": 0.0006}, responses, parameters)
+    assert "steered by the KL per token, not per response; it starts again from kl_ctl=0.1" in caplog.text
+    assert summarize([penalty.metrics])["kl_coef"] == 0.1 and set(penalty.state) == {KL_COEFFICIENT}
 
 
 def test_a_fixed_coefficient_keeps_no_state_and_none_needs_no_reference():
     responses, arrays, _ = packed()
-    assert kl_penalty(arrays, {"kl_coef": 9.0}, responses, PolicyParameters()).metrics["kl_coef"] == 0.1
+    penalty = kl_penalty(arrays, {KL_COEFFICIENT: 9.0}, responses, PolicyParameters())
+    assert summarize([penalty.metrics])["kl_coef"] == 0.1
     assert kl_penalty(arrays, {}, responses, PolicyParameters()).state == {}
     in_loss = kl_penalty(arrays, {}, responses, PolicyParameters(kl_in="loss"))
-    assert not in_loss.rewards.any() and in_loss.metrics["kl"] != 0
+    assert not in_loss.rewards.any() and summarize([in_loss.metrics])["kl"] != 0
     del arrays["ref_logprobs"]
     assert not kl_penalty(arrays, {}, responses, PolicyParameters(kl_ctl=0)).rewards.any()
 
@@ -190,7 +224,7 @@ def test_metrics_are_those_of_the_sequences(packing):
     sampled = np.concatenate([rollout["logprobs"][rollout["loss_mask"]] for rollout in rollouts])
     gaps = np.concatenate([(r["old_logprobs"] - r["logprobs"])[r["loss_mask"]] for r in rollouts])
     found = rollout_metrics(poisoned(arrays), responses, PolicyParameters(recompute_logprobs=True))
-    assert found == pytest.approx(
+    assert summarize([found]) == pytest.approx(
         {
             "task_reward": rewards.mean(),
             "task_reward_std": rewards.std(),

@@ -11,6 +11,7 @@ from realjax.algorithms.reward_sources import (
     mixed_inputs,
 )
 from realjax.core.host_call import HostResult
+from realjax.core.metrics import summarize
 from tests.algorithms.text_rollouts import pack_samples, places
 
 
@@ -62,7 +63,9 @@ def test_a_mix_is_the_weighted_sum_and_keeps_each_state():
     np.testing.assert_allclose(found, 0.25 * scores + 2 * (1 + 5), rtol=1e-6)
     assert result.arrays["rewards"].dtype == np.float32
     assert result.state == {"a/calls": 2.0, "b/calls": 6.0}
-    assert result.metrics == pytest.approx({"reward/model": scores.mean(), "reward/a": 1.0, "reward/b": 5.0})
+    assert summarize([result.metrics]) == pytest.approx(
+        {"reward/model": scores.mean(), "reward/a": 1.0, "reward/b": 5.0}
+    )
     assert mixed_inputs(sources) == ("scores", "has_eos")
 
 

@@ -10,7 +10,7 @@ import pytest
 from realjax.algorithms.policy import make_policy_loss
 from realjax.algorithms.ppo import CRITIC_INPUTS, PPOParameters, make_advantages, make_critic_loss
 from realjax.core.axes import train_rules
-from realjax.core.loss import finalize
+from realjax.core.metrics import finalize
 from realjax.engine.compiled import place_batch
 from realjax.engine.train import TrainOptions, make_gradients
 from tests.algorithms.rollout_cases import PACKINGS, Packing, make_rollouts, run_host_call

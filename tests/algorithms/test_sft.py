@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from realjax.algorithms.sft import SFT_LOSS, sft_loss
-from realjax.core.loss import finalize
+from realjax.core.metrics import finalize
 from realjax.data.packing import unpack
 from realjax.engine.train import TrainOptions, make_gradients
 from tests.builders import make_examples, make_layout, make_model, pack_in_order, quick_jit, random_tree

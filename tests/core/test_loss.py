@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realjax.core.loss import LossSums, Mean, Total, finalize
+from realjax.core.loss import LossSums
+from realjax.core.metrics import Mean, Total, finalize
 
 
 def sums_of(values: np.ndarray) -> LossSums:

@@ -25,7 +25,7 @@ PARTS = {
     **LAYOUTS["halves"],
     "recover_mode": "auto",
     "algo.use_adaptive_kl_ctl": True,
-    "algo.adaptive_kl_target": 0.01,
+    "algo.adaptive_kl_target": 0.05,
     "algo.adaptive_kl_horizon": 100,
     "algo.ref_ema_eta": 0.1,
     "algo.ppo_epochs": 2,
@@ -146,7 +146,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(whole, monkeypatch):
     counters = [json.loads((t.folder("recover") / str(STEPS) / "run" / "metadata").read_text()) for t in (trial, whole)]
     assert counters[0] == counters[1]
     state = counters[0]["counters"]["controls"]["advantages"]
-    assert {"kl_coef", "value_mean", "value_mean_square", "value_weight"} == state.keys()
+    assert {"kl_coefficient", "value_mean", "value_mean_square", "value_weight"} == state.keys()
 
 
 def without_durations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

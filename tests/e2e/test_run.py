@@ -47,7 +47,7 @@ def test_a_diverging_run_stops_and_keeps_its_last_finite_state(trial):
     first, last = trial.weights(1), trial.state(3)
     assert not differing(trial.weights(3), first)
     assert all(np.isfinite(array).all() for array in last.values())
-    assert (int(last["['num_updates']"]), int(last["['num_skipped']"])) == (1, 2)
+    assert (int(last["['num_updates']"]), int(last["['num_skipped']"])) == (3, 2)
 
 
 def test_poisoned_weights_stop_the_run(trial, tmp_path, capsys):

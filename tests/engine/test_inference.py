@@ -4,7 +4,7 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import inference_rules
-from realjax.core.loss import finalize
+from realjax.core.metrics import finalize
 from realjax.data.packing import unpack
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions, Precision

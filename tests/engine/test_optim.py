@@ -6,7 +6,7 @@ import pytest
 
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import Tree, flatten_paths
-from realjax.engine.optim import clip_by_norm, decay_mask, make_optimizer
+from realjax.engine.optim import Optimizer, clip_by_norm, decay_mask
 from realjax.models.build import build_model
 from tests.builders import FAMILY_CONFIGS, FULL, assert_close_in_norm, make_model, quick_jit, random_tree
 
@@ -47,16 +47,16 @@ def test_five_updates_are_those_of_pytorchs_adamw(options):
     config = OptimizerConfig(**options)
     params = random_tree(MODEL)
     grads = [random_tree(MODEL, seed=seed, scale=0.1 * seed) for seed in range(1, 6)]
-    optimizer = make_optimizer(config, len(grads))
+    optimizer = Optimizer(config=config, total_updates=len(grads))
 
-    def update(params, state, grads):
+    def update(params, state, grads, number):
         clipped, norm = clip_by_norm(grads, config.gradient_clipping)
-        updates, state = optimizer.update(clipped, state, params)
+        updates, state = optimizer.update(clipped, state, params, number)
         return optax.apply_updates(params, updates), state, norm
 
     update, ours, state = quick_jit(update), params, optimizer.init(params)
-    for tree in grads:
-        ours, state, norm = update(ours, state, tree)
+    for number, tree in enumerate(grads):
+        ours, state, norm = update(ours, state, tree, number)
         assert norm == pytest.approx(np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(tree))), rel=1e-6)
     theirs = adamw_of_torch(params, grads, config)
     # optax computes 1 - 0.999^t in float32, of which four digits are left at the first steps.

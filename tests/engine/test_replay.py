@@ -11,7 +11,8 @@ from jax import Array
 from realjax.core.axes import train_rules
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw, KeptTokens
-from realjax.core.loss import Loss, LossSums, Mean
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Mean
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions
 from realjax.engine.train import TrainOptions, make_gradients

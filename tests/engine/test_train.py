@@ -6,11 +6,12 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
 from realjax.core.batch import Batch
-from realjax.core.loss import Loss, LossSums, Mean, Total
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Mean, Total, summarize
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions
-from realjax.engine.optim import make_optimizer
+from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step, split_rows
 from tests.builders import (
@@ -27,7 +28,7 @@ from tests.builders import (
 
 MODEL = make_model()
 CONFIG = OptimizerConfig(lr=1e-2, lr_scheduler_type="constant", warmup_steps_proportion=0.0)
-OPTIMIZER = make_optimizer(CONFIG, 10)
+OPTIMIZER = Optimizer(config=CONFIG, total_updates=10)
 BATCH = pack_in_order(make_examples([9, 30, 17, 3, 22, 8, 14]), 32, num_rows=8)[0]
 
 
@@ -81,14 +82,38 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(layout):
     before = jax.tree.map(np.array, trained(state))
     for count, (where, poison) in enumerate(POISONS.items(), start=1):
         state, metrics = run(state, poison)
-        assert bool(np.isfinite(metrics["loss"])) == (where == "gradient")
-        assert bool(np.isfinite(metrics["grad_norm"])) == (where == "loss")
-        assert int(state.num_skipped) == int(metrics["num_skipped"]) == count
-        assert int(state.num_updates) == 1
+        numbers = summarize([metrics])
+        assert bool(np.isfinite(numbers["loss"])) == (where == "gradient")
+        assert bool(np.isfinite(numbers["grad_norm"])) == (where == "loss")
+        assert int(state.num_skipped) == numbers["num_skipped"] == count
+        assert int(state.num_updates) == 1 + count
         assert_bitwise_equal(trained(state), before)
     state, metrics = run(state, (0.0, 0.0))
-    assert (int(state.num_updates), int(state.num_skipped)) == (2, 0) and np.isfinite(metrics["loss"])
+    assert (int(state.num_updates), int(state.num_skipped)) == (5, 0) and np.isfinite(summarize([metrics])["loss"])
     assert (np.asarray(state.params["norm"]["scale"]) != before["params"]["norm"]["scale"]).any()
+
+
+@pytest.mark.parametrize("total", [1, 4])
+def test_every_update_learns_at_the_rate_that_is_reported(total):
+    """Also after skipped ones: the decay ends with the run. Without gradients weights only decay, by that rate."""
+    config = OptimizerConfig(lr=0.1, lr_scheduler_type="linear", weight_decay=0.5, warmup_steps_proportion=0)
+    optimizer, layout = Optimizer(config=config, total_updates=total), make_layout()
+    shardings = train_state_shardings(MODEL, optimizer, layout)
+    state = init_train_state(place_params(MODEL, random_tree(MODEL), layout), optimizer, shardings)
+    step = make_train_step(MODEL, Loss(head="nll", fn=poisoned_loss), optimizer, 1.0, layout, TrainOptions())
+    step = quick_jit(step, out_shardings=(shardings, layout.replicated))
+    nothing = BATCH.replace_arrays(loss_mask=np.zeros(BATCH["tokens"].shape, bool))
+    applied, reported = [], []
+    for number in range(total):
+        offset = np.inf if number == 1 else 0
+        before = np.array(state.params["layers"]["mlp"]["down"]["kernel"])
+        state, metrics = step(state, nothing.with_arrays(poison=np.tile([offset, 0.0], (8, 1))))
+        after = np.asarray(state.params["layers"]["mlp"]["down"]["kernel"])
+        applied.append(float(np.sum(before * (before - after)) / np.sum(before * before)) / config.weight_decay)
+        reported.append(summarize([metrics])["lr"])
+    assert reported == pytest.approx([0.1 * (1 - number / total) for number in range(total)], rel=1e-5)
+    expected = [rate if number != 1 else 0 for number, rate in enumerate(reported)]
+    assert applied == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_on_one_batch_lowers_its_loss():
@@ -96,7 +121,7 @@ def test_training_on_one_batch_lowers_its_loss():
     losses = []
     for _ in range(10):
         state, metrics = step(state, BATCH)
-        losses.append(float(metrics["loss"]))
+        losses.append(summarize([metrics])["loss"])
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5
 
 
@@ -104,7 +129,10 @@ def test_a_batch_without_targets_is_an_update_of_zero_gradient():
     step, state = make_step(make_layout())
     nothing = Batch.of(**{**BATCH.arrays, "loss_mask": np.zeros(BATCH["tokens"].shape, bool)})
     state, metrics = step(state, nothing)
-    assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0 and int(state.num_skipped) == 0
+    # No mean of a loss either, and no perplexity.
+    assert summarize([metrics]) == pytest.approx(
+        {"grad_norm": 0, "lr": CONFIG.lr, "n_tokens": 0, "n_seqs": 0, "num_skipped": 0}
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from realjax.allocation.plan import make_plan
 from realjax.apps.quickstart import EXPERIMENTS
+from realjax.core.metrics import summarize
 from realjax.dataflow.run import RunSpec
 from realjax.options.checks import resolve_names, validate
 from realjax.options.parsing import parse_overrides
@@ -148,7 +149,7 @@ def make_executor(spec: RunSpec) -> Executor:
 
 def as_numbers(updates: list[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Returns a call's metrics as plain numbers, one dict for each update."""
-    return [{name: float(value) for name, value in update.items()} for update in updates]
+    return [summarize([update]) for update in updates]
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
-from realjax.core.loss import finalize
+from realjax.core.metrics import finalize, summarize
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import Tree, flatten_paths
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions, Precision
-from realjax.engine.optim import make_optimizer
+from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step
 from realjax.models.build import Model
@@ -141,7 +141,7 @@ def test_bf16_is_float32_but_for_rounding(layout, plain):
 )
 def test_the_whole_update_does_not_depend_on_the_layout_either(layout, num_mbs):
     model, config = MODELS["full"], OptimizerConfig(lr=1e-2, eps=1e-3, gradient_clipping=0.5)
-    optimizer = make_optimizer(config, 10)
+    optimizer = Optimizer(config=config, total_updates=10)
 
     def two_updates(layout: Layout, options: TrainOptions) -> tuple[Tree, dict[str, float]]:
         shardings = train_state_shardings(model, optimizer, layout)
@@ -152,7 +152,7 @@ def test_the_whole_update_does_not_depend_on_the_layout_either(layout, num_mbs):
         for _ in range(2):
             state, metrics = step(state, batch)
         assert int(state.num_updates) == 2
-        return state.params, {name: float(value) for name, value in metrics.items()}
+        return state.params, summarize([metrics])
 
     params, metrics = two_updates(make_layout(**layout), TrainOptions(num_mbs=num_mbs))
     expected, expected_metrics = two_updates(make_layout(), TrainOptions())

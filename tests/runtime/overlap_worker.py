@@ -42,7 +42,7 @@ def main() -> None:
     for step in range(STEPS):
         batch, _ = pack_in_order(make_examples([64] * 16, seed=step), 64, num_rows=16)
         metrics = executor.step(batch, step).metrics
-        losses = {name: float(fetch(dict(update))["loss"]) for name, (update,) in metrics.items()}
+        losses = {name: float(fetch(dict(update))["loss"].value) for name, (update,) in metrics.items()}
         times = {record.name: (record.start, record.end) for record in executor.timeline.of_step(step)}
         lines.append({"losses": losses, "times": times})
     if is_first():

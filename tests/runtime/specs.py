@@ -12,7 +12,7 @@ from realjax.data.datasets import PromptAnswerDataset
 from realjax.data.loader import Loader
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Frequency, RoleSpec, RunPaths, RunSpec
-from realjax.engine.optim import make_optimizer
+from realjax.engine.optim import Optimizer
 from realjax.engine.state import TrainState, init_train_state, train_state_shardings
 from realjax.models.build import Model
 from realjax.runtime.roles import Role
@@ -72,7 +72,9 @@ def make_role(model: Model, layout: Layout, name: str = "default", *, is_trained
     """Returns a role without files behind it."""
     config = OptimizerConfig(lr=0.01) if is_trained else None
     spec = RoleSpec(name=name, path=Path("nowhere"), optimizer=config, remat=False)
-    return Role(spec=spec, model=model, home=layout, optimizer=make_optimizer(config, 10) if config else None)
+    return Role(
+        spec=spec, model=model, home=layout, optimizer=Optimizer(config=config, total_updates=10) if config else None
+    )
 
 
 def make_state(role: Role, seed: int = 0) -> TrainState:

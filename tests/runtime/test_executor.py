@@ -1,5 +1,7 @@
 """The executor carries keys from call to call, trains what is to be trained, and compiles each program once."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +9,11 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import inference_rules
 from realjax.core.batch import Batch
+from realjax.core.host_call import HostResult
 from realjax.core.layout import Layout, ParallelStrategy
-from realjax.core.loss import Loss, LossSums, Total
-from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Last, Total
+from realjax.dataflow.graph import MFC, DataflowGraph, HostCall, Minibatches
 from realjax.dataflow.run import Evaluation
 from realjax.engine.compiled import place_batch
 from realjax.engine.inference import make_inference
@@ -67,7 +71,7 @@ def test_keys_travel_from_call_to_call():
     expected = np.asarray(
         jax.jit(alone)(states["ref"], place_batch(batch, inference_rules(layout.strategy), layout))["logprobs"]
     )
-    np.testing.assert_allclose(float(metrics["train"][0]["reference"]), expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(float(metrics["train"][0]["reference"].value), expected.sum(), rtol=1e-5)
     assert_bitwise_equal(executor.params("ref"), reference)
     assert any(
         np.any(np.asarray(new) != old)
@@ -91,6 +95,57 @@ def test_an_evaluation_changes_nothing_and_compiles_once():
     assert [name for name, _, _ in executor.compile_log.entries] == ["evaluate"]
     after = jax.tree.map(np.asarray, executor.states["default"])
     assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(before)))
+
+
+def test_updates_that_fall_away_count_for_the_schedule():
+    """A step of three planned updates that has one sequence makes one: the next step's still begin with number 3."""
+    layout = make_layout()
+    role = make_role(MODEL, layout)
+    train = replace(TRAIN, minibatches=Minibatches(count=3))
+    graph = DataflowGraph((train,), frozenset({"tokens", "loss_mask"}))
+    executor = Executor(graph, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    one_sequence, _ = pack_in_order(make_examples([9]), 16)
+    rates = []
+    for step, batch in enumerate([one_sequence, BATCH]):
+        updates = executor.step(batch, step).metrics[TRAIN.name]
+        rates += [float(update["lr"].value) for update in updates]
+    assert role.spec.optimizer is not None
+    assert rates == pytest.approx([float(role.spec.optimizer.learning_rate(number, 10)) for number in (0, 3, 4, 5)])
+    assert int(executor.states["default"].num_updates) == 6
+
+
+def test_an_evaluation_leaves_the_state_of_host_calls_as_it_is():
+    """It reads what training left, and a call of training's name does not overwrite that."""
+
+    def count(arrays, state) -> HostResult:
+        seen = state.get("seen", 0.0) + 1
+        return HostResult(arrays={}, state={"seen": seen}, metrics={"seen": Last(seen)})
+
+    call = HostCall(name="rewards", fn=count, inputs=("loss_mask",), outputs=())
+    layout, role = make_layout(), make_role(MODEL, make_layout())
+    graph = DataflowGraph((TRAIN, call), frozenset({"tokens", "loss_mask"}))
+    executor = Executor(graph, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    executor.run_calls([call], BATCH, step=0)
+    for _ in range(2):
+        assert executor.run_calls([call], BATCH, step=None).metrics["rewards"] == [{"seen": Last(2.0)}]
+    assert executor.controls == {"rewards": {"seen": 1.0}}
+
+
+@pytest.mark.parametrize("options", [{"num_mbs": 4}, {"max_tokens_per_mb": 256}], ids=str)
+def test_an_evaluation_in_micro_batches_has_the_same_sums_in_less_memory(options):
+    layout = make_layout(dp=2)
+    role = make_role(MODEL, layout)
+    executor = Executor(GRAPH, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    whole = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader())
+    batch, _ = pack_in_order(make_examples([16] * 64), 16)
+    sums, scratch = [], []
+    for evaluation in (whole, replace(whole, **options)):
+        sums.append(jax.tree.map(float, executor.evaluate(evaluation, batch)))
+        parts = num_micro_batches(evaluation, batch, layout)
+        (program,) = executor.programs.evaluation(evaluation, role, parts).programs.values()
+        scratch.append(program.memory_analysis().temp_size_in_bytes)
+    assert jax.tree.leaves(sums[1]) == pytest.approx(jax.tree.leaves(sums[0]), rel=1e-6)
+    assert scratch[1] < 0.6 * scratch[0]
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])

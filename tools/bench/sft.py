@@ -34,7 +34,7 @@ from realjax.data.loader import plan_shapes
 from realjax.data.packing import pack, pack_rows
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
 from realjax.engine.forward import ForwardOptions, Precision
-from realjax.engine.optim import make_optimizer
+from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
 from realjax.models.build import build_model, init_params
@@ -177,7 +177,9 @@ def realjax_loop(
     lengths = [len(e["tokens"]) for e in examples]
     row_len = args.row_len or plan_shapes([np.array(lengths)], row_multiple=1).row_len
     batch = pack(examples, pack_rows(lengths, row_len))
-    optimizer = make_optimizer(OptimizerConfig(lr=LR, lr_scheduler_type="constant", warmup_steps_proportion=0.0), 1000)
+    optimizer = Optimizer(
+        config=OptimizerConfig(lr=LR, lr_scheduler_type="constant", warmup_steps_proportion=0.0), total_updates=1000
+    )
     options = TrainOptions(
         forward=ForwardOptions(
             precision=Precision(compute=args.dtype),
