@@ -29,7 +29,7 @@ class KeptTokens:
     @classmethod
     def of(cls, config: GenerationConfig, vocab_size: int, num_eos: int = 1) -> "KeptTokens | None":
         """Returns the form for `config`; None when nothing is left out, or nothing is to be recorded."""
-        if config.force_no_logits_mask or config.greedy:
+        if config.force_no_logits_mask:
             return None
         num_words = -(-vocab_size // 32)
         if config.filters(vocab_size):

@@ -18,7 +18,8 @@ class GenerationConfig:
     top_k: int = _option(200, "draw from the top_k likeliest tokens; the vocabulary's size or more is off")
     temperature: float = _option(1.0, "logits are divided by it; 0 means greedy")
     force_no_logits_mask: bool = _option(
-        False, "do not record which tokens top_k and top_p kept; log-probabilities of later calls then use all tokens"
+        False,
+        "do not record which tokens top_k, top_p and min_new_tokens left; later calls' log-probabilities are then of all",
     )
 
     def __post_init__(self) -> None:

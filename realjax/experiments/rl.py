@@ -1,5 +1,6 @@
 """What the algorithms share that learn from rewards of their own answers: prompts -> answers -> rewards -> update."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ from realjax.models.config import ModelConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
 
+logger = logging.getLogger("realjax.rl")
 ROLLOUT_KEYS = ("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id")
 
 # place(models by role, n_nodes=, n_gpus_per_node=) -> placements by call: the rules of allocation_mode=heuristic.
@@ -69,7 +71,21 @@ class Setup:
         )
         self._check_positions()
         self.eos_ids = load_eos_ids(self.roles["actor"].path, self.tokenizer)
-        self.draw = Draw.of(self.options.gen, self.models["actor"].vocab_size, len(self.eos_ids))
+        self.draw = self._draw()
+
+    def _draw(self) -> Draw:
+        """Returns what tokens are drawn from; says where that is not what ratios will be of."""
+        gen, vocab_size, num_eos = self.options.gen, self.models["actor"].vocab_size, len(self.eos_ids)
+        draw, recorded = (
+            Draw.of(config, vocab_size, num_eos) for config in (gen, replace(gen, force_no_logits_mask=False))
+        )
+        if draw != recorded and not self.options.recompute_logprobs:
+            logger.warning(
+                "gen.force_no_logits_mask: which tokens top_k, top_p and min_new_tokens left is not recorded, so ratio "
+                "and KL compare the distribution of the draw with one over all tokens, and start away from 1 and 0; "
+                "leave it out, or set recompute_logprobs=True, which compares like with like"
+            )
+        return draw
 
     def _role(self, name: str, devices: Sequence[jax.Device], *, is_trained: bool) -> RoleSpec:
         role = common.role_spec(name, getattr(self.config, name), devices, is_trained=is_trained)

@@ -29,6 +29,7 @@ def random_sets(num_kept: list[int]) -> tuple[np.ndarray, np.ndarray]:
         ({"top_k": 500}, 1, "bits", [1, 30, 500, V]),
         ({"top_p": 0.5, "min_new_tokens": 2}, 1, "bits", [1, 31, V - 1, V]),
         ({"min_new_tokens": 2}, 3, "removed", [V - 3, V]),
+        ({"min_new_tokens": 2, "greedy": True, "top_k": 20}, 3, "removed", [V - 3, V]),
     ],
     ids=str,
 )

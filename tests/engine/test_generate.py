@@ -131,6 +131,7 @@ def test_greedy_rows_beside_sampled_ones_are_those_of_a_greedy_run():
         ({"temperature": 1.4, "top_k": 10**6, "top_p": 0.6, "min_new_tokens": 4}, {"tp": 2}),
         ({"temperature": 0.8, "top_k": 10**6, "top_p": 1.0, "min_new_tokens": 8}, {"pp": 2}),
         ({"greedy": True, "min_new_tokens": 0}, {}),
+        ({"greedy": True, "min_new_tokens": 8}, {}),
     ],
     ids=str,
 )

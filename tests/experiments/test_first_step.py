@@ -74,6 +74,36 @@ def test_the_policy_that_is_trained_is_the_one_that_answered(layout, steps_of):
     assert np.any(first.batch["kept"])
 
 
+UNRECORDED = {"algo__gen__force_no_logits_mask": True, "algo__recompute_logprobs": True}
+# Every draw from a part of the vocabulary, and how ratios stay those of one distribution.
+RESTRICTED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}, not recorded": (name, UNRECORDED) for name in ("ppo", "grpo", "rloo", "remax")},
+    "greedy without end-of-text": ("ppo", {"algo__gen__greedy": True, "algo__gen__min_new_tokens": 6}),
+}
+
+
+@pytest.mark.parametrize("case", RESTRICTED)
+def test_ratios_are_1_without_a_learning_rate(case, inputs, tmp_path):
+    """In every update of a step, however tokens were drawn; and the KL to an equal reference is 0."""
+    experiment, changes = RESTRICTED[case]
+    still = {"actor__optimizer__lr": 0, "algo__surrogate": "clip", "algo__ppo_n_minibatches": 2}
+    spec = make_rl_spec(inputs, tmp_path, experiment, **still, **changes)
+    result = make_executor(spec).step(spec.loader.batch(0))
+    updates = as_numbers(result.metrics["actor_train"])
+    assert len(updates) == 2
+    for update in updates:
+        assert update["importance_weight"] == pytest.approx(1, abs=1e-6)
+        assert (update["actor_clip_ratio"], update["early_stop"]) == (0, 0)
+        assert abs(update["approx_kl"]) < 1e-6
+    assert as_numbers(result.metrics["advantages"])[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"algo__recompute_logprobs": True}, {"algo__gen__greedy": True}], ids=str)
+def test_ratios_that_would_start_away_from_1_are_said(changes, inputs, tmp_path, caplog):
+    make_rl_spec(inputs, tmp_path, algo__gen__force_no_logits_mask=True, **changes)
+    assert ("start away from 1 and 0; leave it out, or set recompute_logprobs=True" in caplog.text) == (changes == {})
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if name not in ("one device", "one minibatch")])
 def test_layouts_and_micro_batches_change_nothing(case, steps_of):
     found, expected = steps_of(case)[0].metrics, steps_of("one device")[0].metrics
