@@ -19,7 +19,7 @@ class GenerationConfig:
     temperature: float = _option(1.0, "logits are divided by it; 0 means greedy")
     force_no_logits_mask: bool = _option(
         False,
-        "do not record which tokens top_k, top_p and min_new_tokens left; later calls' log-probabilities are then of all",
+        "do not record which tokens top_k, top_p and min_new_tokens left; later calls take log-probabilities over all",
     )
 
     def __post_init__(self) -> None:
