@@ -21,6 +21,7 @@ class RewardSource:
     fn: HostFn
     inputs: tuple[str, ...]
     weight: float = 1.0
+    title: str | None = None  # what an error calls it; None is its name
 
 
 def make_model_reward(*, scaling: float = 1.0, bias: float = 0.0) -> HostFn:
@@ -29,8 +30,9 @@ def make_model_reward(*, scaling: float = 1.0, bias: float = 0.0) -> HostFn:
     def reward(arrays: Arrays, state: State) -> HostResult:
         scores = score_at_end(arrays["scores"], arrays["segment_ids"], num_columns=arrays["has_eos"].shape[1])
         exists = segment_mask(arrays["segment_ids"], arrays["has_eos"].shape[1])
-        rewards = np.where(exists, (scores - bias) * scaling, 0)
-        return HostResult(arrays={"rewards": rewards.astype(np.float32)})
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told where rewards are mixed
+            rewards = np.where(exists, (scores - bias) * scaling, 0).astype(np.float32)
+        return HostResult(arrays={"rewards": rewards})
 
     return reward
 
@@ -38,7 +40,8 @@ def make_model_reward(*, scaling: float = 1.0, bias: float = 0.0) -> HostFn:
 def mix_rewards(sources: Sequence[RewardSource]) -> HostFn:
     """Returns the host call whose `rewards` are the sources' weighted sum; metrics hold each one's mean, unweighted.
 
-    A source keeps its own state. Raises ValueError without a source, and where two have one name.
+    A source keeps its own state. Raises ValueError without a source, and where two have one name; the call does, naming
+    the source, for a reward that is not finite in float32.
     """
     names = [source.name for source in sources]
     if not names or len(set(names)) < len(names):
@@ -52,12 +55,23 @@ def mix_rewards(sources: Sequence[RewardSource]) -> HostFn:
             result = source.fn(arrays, own)
             rewards = result.arrays["rewards"].astype(np.float64)
             exists = segment_mask(arrays["segment_ids"], rewards.shape[1])
-            total = total + source.weight * rewards
+            total = total + _weighted(source, rewards)
             new_state |= {prefix + key: value for key, value in result.state.items()}
             metrics |= {f"reward/{source.name}": mean_of(rewards, exists), **result.metrics}
         return HostResult(arrays={"rewards": np.asarray(total, np.float32)}, state=new_state, metrics=metrics)
 
     return reward
+
+
+def _weighted(source: RewardSource, rewards: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        weighted = source.weight * rewards
+    if (is_bad := ~(np.abs(weighted) <= np.finfo(np.float32).max)).any():
+        raise ValueError(
+            f"reward: {source.title or source.name} gave {rewards[is_bad][0]} (weight {source.weight}) for "
+            f"{np.count_nonzero(is_bad)} answers; a reward must be finite in float32"
+        )
+    return weighted
 
 
 def mixed_inputs(sources: Sequence[RewardSource]) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """Rewards computed from texts: a rollout is decoded, a function of prompts and answers scores it."""
 
+import copy
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,8 @@ def make_text_reward(fn: TextFn, tokenizer: "PreTrainedTokenizerBase", rows: Seq
 
     `prompt_id` `[R, S]` of the rollout is an index into `rows`. Texts are without special tokens. In a run of several
     processes each of them calls `fn`, which has to give all of them the same. The call raises, saying `name`:
-    RuntimeError when `fn` raises, ValueError when it returns anything but one finite number for each answer.
+    RuntimeError when `fn` raises or exits, ValueError when it returns anything but one number for each answer that is
+    finite in float32.
     """
 
     def reward(arrays: Arrays, state: State) -> HostResult:
@@ -59,13 +62,29 @@ def load_function(path: str, name: str = "reward.fn") -> TextFn:
         raise ValueError(
             f"{name}: the module of {path!r} {cause}; install it, or add its folder to PYTHONPATH"
         ) from error
+    except (Exception, SystemExit) as error:  # whatever its code does; sys.exit would end the run as if all were well
+        raise ValueError(f"{name}: the module of {path!r} cannot be imported ({_describe(error)}); mend it") from error
     fn: Any = getattr(module, function_name, None)
     if not isinstance(fn, Callable):
         has = "has no such name" if fn is None else f"has it as a {type(fn).__name__}"
         raise ValueError(
             f"{name}: {path!r} is no function: {module_name} {has}; it needs a function of (prompts, answers, rows)"
         )
+    _check_signature(fn, path, name)
     return fn
+
+
+def _check_signature(fn: TextFn, path: str, name: str) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # some functions in C have none to be looked at
+        return
+    try:
+        signature.bind((), (), ())
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: {path!r} takes {signature} ({error}); it needs a function of (prompts, answers, rows)"
+        ) from error
 
 
 def _sequences(segment_ids: np.ndarray, loss_mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
@@ -81,20 +100,31 @@ def _checked_call(
 ) -> np.ndarray:
     """Returns the rewards `[N]` in float64."""
     try:
-        found = fn(prompts, answers, rows)
-    except Exception as error:
-        raise RuntimeError(f"{name}: it raised {type(error).__name__}: {error}") from error
+        # Copies: what the function does to its arguments is not done to the data, nor to another reward's.
+        found = fn(list(prompts), list(answers), copy.deepcopy(list(rows)))
+    except (Exception, SystemExit) as error:
+        raise RuntimeError(f"{name}: it raised {_describe(error)}") from error
     needed = f"it needs to return one finite number for each of {len(answers)} answers"
     try:
-        values = np.asarray(found, np.float64)
-    except (TypeError, ValueError) as error:
+        values = np.asarray(found)
+        if values.dtype.kind not in "biufO":
+            raise TypeError(f"{values.dtype} is no number")
+        values = values.astype(np.float64)
+    except Exception as error:
         raise ValueError(f"{name}: it returned {_shorten(found)}; {needed}") from error
     if values.shape != (len(answers),):
         raise ValueError(f"{name}: it returned {_shorten(found)}, of shape {list(values.shape)}; {needed}")
-    if not np.isfinite(values).all():
-        bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{name}: it returned {values[bad]} for the answer {_shorten(answers[bad])}; {needed}")
+    is_bad = ~(np.abs(values) <= np.finfo(np.float32).max)
+    if is_bad.any():
+        bad = int(np.flatnonzero(is_bad)[0])
+        raise ValueError(
+            f"{name}: it returned {values[bad]} for the answer {_shorten(answers[bad])}; {needed}, in float32"
+        )
     return values
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _shorten(value: Any, most: int = 80) -> str:

@@ -36,6 +36,11 @@ class RoleSpec:
     ends: EndTokens | None = None  # of the texts that it is trained on; its checkpoints name them
     num_empty_layers: int = 0  # behind the model's own, so that the pipeline stages of its calls are equal
 
+    @property
+    def title(self) -> str:
+        """What an error calls it."""
+        return f"role {self.name} ('{self.path}')"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:

@@ -205,11 +205,12 @@ class Setup:
         sources: list[RewardSource] = []
         if "rew" in self.roles:
             fn = make_model_reward(scaling=options.reward_output_scaling, bias=options.reward_output_bias)
-            sources.append(RewardSource(name="model", fn=fn, inputs=MODEL_REWARD_INPUTS, weight=config.model_weight))
+            parts = {"inputs": MODEL_REWARD_INPUTS, "weight": config.model_weight, "title": self.roles["rew"].title}
+            sources.append(RewardSource(name="model", fn=fn, **parts))
         for name, fn in self._text_functions.items():
-            host_fn = text(fn, name=f"reward.{name} {getattr(config, name)}")
-            weight = getattr(config, f"{name}_weight")
-            sources.append(RewardSource(name=name, fn=host_fn, inputs=TEXT_REWARD_INPUTS, weight=weight))
+            title = f"reward.{name} {getattr(config, name)}"
+            parts = {"inputs": TEXT_REWARD_INPUTS, "weight": getattr(config, f"{name}_weight"), "title": title}
+            sources.append(RewardSource(name=name, fn=text(fn, name=title), **parts))
         scores = (self.infer("rew_inf", "scores", "values"),) if "rew" in self.roles else ()
         inputs = mixed_inputs(sources)
         return (*scores, HostCall(name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS))

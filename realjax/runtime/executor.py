@@ -21,6 +21,7 @@ from realjax.dataflow.run import Evaluation, MovingAverage
 from realjax.engine.compiled import CompileLog, place_array, place_batch
 from realjax.engine.state import TrainState
 from realjax.reshard.apply import ema_update, reshard
+from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.memory import bytes_held_beside
 from realjax.runtime.processes import fetch_arrays
 from realjax.runtime.programs import Programs, num_micro_batches, row_multiple
@@ -101,6 +102,7 @@ class Executor:
         generator = self.programs.generator(mfc, self.roles[mfc.role], layout, num_slots)
         params, bytes_moved = self._params_for(mfc)
         generations = generator(params, requests)
+        refuse_nonfinite(generations, f"{mfc.name}: {self.roles[mfc.role].spec.title}")
         peak_bytes = self._peak_bytes(mfc, params, generator.device_bytes)
         readers = [(other, self.layouts[other.name]) for other in self.graph.mfcs if other.call == "inference"]
         rollout = pack_rollout(requests, generations, sampling, row_multiple([(mfc, layout), *readers]))

@@ -14,6 +14,7 @@ from realjax.engine.generate import Generation, Generator, Request
 from realjax.engine.state import TrainState
 from realjax.runtime.answers import AnswerFile, make_answers, open_run
 from realjax.runtime.console import format_seconds, make_console
+from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.processes import any_process, fetch
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rollouts import default_num_slots
@@ -70,6 +71,7 @@ class Session:
             num_before, num_compiled, start = first * spec.num_samples, len(log.entries), time.perf_counter()
             show = lambda num_ended, before=num_before: self.progress.update(bar, completed=before + num_ended)
             generations = self.generator(params, requests, progress_fn=show)
+            refuse_nonfinite(generations, spec.role.title)
             tally = tally.add(generations, time.perf_counter() - start, is_timed=len(log.entries) == num_compiled)
             if self.file is not None:
                 self.file.append(make_answers(spec, requests, generations))

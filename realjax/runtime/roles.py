@@ -18,6 +18,7 @@ from realjax.engine.state import TrainState, abstract_train_state, init_train_st
 from realjax.hf.load import has_critic_head, load_checkpoint_config, load_config, load_params
 from realjax.models.build import Model, build_model, init_params, make_fill
 from realjax.models.config import ModelConfig
+from realjax.runtime.finite import nonfinite_leaves
 
 logger = logging.getLogger("realjax.roles")
 
@@ -99,6 +100,7 @@ def load_role(role: Role, seed: int) -> TrainState | Tree:
     """Returns the role's first state: a TrainState when it is trained, else its parameters.
 
     Random values (from scratch, or a new critic head) depend on the seed, the role's name and the parameter alone.
+    Raises ValueError, naming the role and its checkpoint, for parameters that are not finite.
     """
     spec, model = role.spec, role.model
     role_seed = seed << 32 | zlib.crc32(spec.name.encode())
@@ -111,7 +113,14 @@ def load_role(role: Role, seed: int) -> TrainState | Tree:
 def _load_params(role: Role, shardings: Tree, seed: int, dtype: np.dtype | type) -> Tree:
     if role.spec.init_from_scratch:
         return init_params(role.model, shardings, seed, dtype)
-    return load_params(role.spec.path, role.model, shardings, dtype=dtype, fresh=_fresh_head(role, seed))
+    params = load_params(role.spec.path, role.model, shardings, dtype=dtype, fresh=_fresh_head(role, seed))
+    if broken := nonfinite_leaves(params, role.home):
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(
+            f"{role.spec.title} holds numbers that are not finite as {np.dtype(dtype)}, in "
+            f"{', '.join(broken[:3])}{more}; give a whole checkpoint, of a run that did not diverge"
+        )
+    return params
 
 
 def _fresh_head(role: Role, seed: int) -> dict | None:

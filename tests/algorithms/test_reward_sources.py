@@ -73,3 +73,17 @@ def test_a_mix_is_the_weighted_sum_and_keeps_each_state():
 def test_sources_have_names_of_their_own(names):
     with pytest.raises(ValueError, match="each with a name of its own"):
         mix_rewards([RewardSource(name=name, fn=count_calls, inputs=()) for name in names])
+
+
+@pytest.mark.parametrize(("score", "weight"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, 1e300), (3e38, 2.0)])
+def test_a_reward_that_is_not_finite_names_its_source(score, weight):
+    arrays = pack_samples()
+    arrays["scores"] = np.full(arrays["tokens"].shape, score, np.float32)
+    fine = RewardSource(name="fine", fn=make_model_reward(scaling=0.0), inputs=MODEL_REWARD_INPUTS, weight=0.0)
+    title = "role rew ('/models/judge')"
+    model = RewardSource(name="m", fn=make_model_reward(), inputs=MODEL_REWARD_INPUTS, weight=weight, title=title)
+    sources = (model, fine) if np.isfinite(score) else (model,)
+    with pytest.raises(
+        ValueError, match=r"^reward: role rew \('/models/judge'\) gave .* for 4 answers; a reward must be"
+    ):
+        mix_rewards(sources)(arrays, {})

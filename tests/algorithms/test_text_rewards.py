@@ -1,6 +1,7 @@
 """What a function is told of a rollout, where its numbers go, and what is said when it goes wrong."""
 
 import sys
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -56,12 +57,47 @@ def test_a_function_reads_the_answer_where_it_stands():
         (None, r"it returned None"),
         (["good"] * 4, r"it returned \['good', 'good', 'good', 'good'\]; "),
         ([0.0, float("nan"), 0.0, 0.0], "it returned nan for the answer ' that was so long'; "),
+        ([0.0, 1e300, 0.0, 0.0], r"it returned 1e\+300 for the answer .*, in float32"),
+        ([10**400] * 4, "it returned .* one finite number for each of 4 answers"),
+        ([0.0, None, 0.0, 0.0], "it returned nan for the answer ' that was so long'; "),
+        (["1", "2", "3", "4"], "it returned .*'1'.* one finite number"),
+        ({0: 1.0}, "it returned .* one finite number"),
+        ([[1.0], [1.0, 2.0], [], []], "it returned .* one finite number"),
+        ((x for x in range(4)), "it returned <generator"),
         ([0.0, 0.0, 0.0, -float("inf")], "it returned -inf for the answer ' so é 日本'; "),
     ],
 )
 def test_a_wrong_return_value_is_told(returned, message):
     with pytest.raises(ValueError, match=f"^reward.fn=mine:score: {message}"):
         rewards_of(lambda *_: returned, pack_samples(), "reward.fn=mine:score")
+
+
+@pytest.mark.parametrize("returned", [[True] * 4, np.ones(4, np.int8), (Decimal(1),) * 4, [np.float16(1)] * 4])
+def test_any_kind_of_number_is_one(returned):
+    assert rewards_of(lambda *_: returned, pack_samples()).sum() == 4
+
+
+def test_what_a_function_does_to_its_arguments_is_undone():
+    """Its lists and rows are its own: the data, the next call and the answer that an error shows do not change."""
+    rows = [{"id": f"row{i}", "tags": ["kept"]} for i in range(3)]
+
+    def spoil(prompts, answers, given):
+        for row in given:
+            row["tags"].clear()
+        prompts.clear(), answers.clear(), given.clear()
+        return [0.0, float("nan"), 0.0, 0.0]
+
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="it returned nan for the answer ' that was so long'; .* each of 4 answers"
+        ):
+            make_text_reward(spoil, TOKENIZER, rows, name="mine")(pack_samples(), {})
+    assert rows == [{"id": f"row{i}", "tags": ["kept"]} for i in range(3)]
+
+
+def test_a_function_that_exits_is_an_error():
+    with pytest.raises(RuntimeError, match="^mine:score: it raised SystemExit: 0"):
+        rewards_of(lambda *_: sys.exit(0), pack_samples(), "mine:score")
 
 
 def test_an_exception_keeps_its_cause():
@@ -90,11 +126,23 @@ def test_load_function_finds_a_module_on_the_path(tmp_path, monkeypatch):
         ("json.no_such_part:score", "cannot be found"),
         ("json:no_such_name", "json has no such name; it needs a function"),
         ("sys:path", "sys has it as a list; it needs a function"),
+        ("broken_syntax:score", "the module of 'broken_syntax:score' cannot be imported (SyntaxError: "),
+        ("fails_early:score", "the module of 'fails_early:score' cannot be imported (ZeroDivisionError: "),
+        ("exits_early:score", "the module of 'exits_early:score' cannot be imported (SystemExit: 0)"),
+        ("takes_two:score", "'takes_two:score' takes (prompts, answers) (too many positional arguments); it needs a"),
         ("needs_more:score", "the module of 'needs_more:score' needs 'no_such_dependency'; install it"),
     ],
 )
 def test_load_function_says_what_is_wrong(path, message, tmp_path, monkeypatch):
-    (tmp_path / "needs_more.py").write_text("import no_such_dependency")
+    sources = {
+        "needs_more": "import no_such_dependency",
+        "broken_syntax": "def score(:",
+        "fails_early": "1 / 0",
+        "exits_early": "import sys; sys.exit(0)",
+        "takes_two": "def score(prompts, answers): return []",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError) as caught:
         load_function(path)

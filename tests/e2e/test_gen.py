@@ -3,8 +3,9 @@
 import getpass
 import json
 import os
+import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,18 @@ def test_long_prompts_are_cut_and_counted(trial, capsys):
     lines = trial.answers()
     assert [line["prompt"] for line in lines] == list(PROMPTS)
     assert lines[4]["seq"] == "the cast" + lines[4]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"role default \('.*poisoned'\) holds numbers that are not finite as float32, in norm/scale"),
+        # Finite, but the logits are not.
+        (3e38, r"role default \('.*poisoned'\): its logits are not finite in 3 of 3 answers"),
+    ],
+)
+def test_a_model_that_is_no_model_writes_no_answers(trial, tmp_path, capsys, value, message):
+    poisoned = replace(trial, model=write_llama(tmp_path / "poisoned", poison=value))
+    assert poisoned.run(gen__greedy=True) == 2
+    assert re.search(f"realjax: error: {message}", capsys.readouterr().err)
+    assert not list(trial.logs.glob("output.jsonl*"))
