@@ -12,6 +12,7 @@ from realjax.options.fields import instances_of
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig, ParallelismConfig, resolve_parallelism
 from realjax.options.paths import find_fileroot
+from realjax.options.void import list_void
 
 Config = TypeVar("Config", bound=CommonExperimentConfig)
 DatasetConfig = PromptAnswerDatasetConfig | PairedComparisonDatasetConfig | PromptOnlyDatasetConfig
@@ -45,7 +46,7 @@ def validate(config: CommonExperimentConfig) -> None:
 
 def list_notices(config: CommonExperimentConfig) -> list[str]:
     """Returns lines for the log about options that do something other than their words say."""
-    notices = config.notices()
+    notices = [*config.notices(), *list_void(config)]
     for name, model in _used(config, ModelTrainEvalConfig).items():
         if model.enable_fp16:
             notices.append(
@@ -58,6 +59,9 @@ def list_notices(config: CommonExperimentConfig) -> list[str]:
         for name, call in _used(config, MFCConfig).items():
             if call.parallel != ParallelismConfig():
                 notices.append(f"{name}.parallel is not used: allocation_mode={config.allocation_mode} sets the sizes.")
+    meshes = [call.device_mesh for call in _used(config, MFCConfig).values()]
+    if config.nodelist is not None and (config.allocation_mode != "manual" or not any(meshes)):
+        notices.append("nodelist has no effect: no call has a device_mesh that names nodes.")
     return notices
 
 

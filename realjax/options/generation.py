@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from realjax.core.generation_config import GenerationConfig
-from realjax.options.common import CommonExperimentConfig, ExperimentSaveEvalControl
+from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
 from realjax.options.experiments import check_role
 from realjax.options.fields import check_bounds, group, option
@@ -57,14 +57,9 @@ class GenConfig(CommonExperimentConfig):
         check_samples_differ("num_samples", self.num_samples, self.gen)
 
     def notices(self) -> list[str]:
-        notices = []
-        if self.exp_ctrl != ExperimentSaveEvalControl():
-            notices.append(
-                "exp_ctrl.* (epochs, saves, evaluations) has no effect: gen answers each prompt and trains nothing."
-            )
-        if any("\\n" in text for text in self.stop):
-            notices.append("stop: \\n is a backslash and an n here; in quotes, as in stop=['\\n'], it is a line break.")
-        return notices
+        if not any("\\n" in text for text in self.stop):
+            return []
+        return ["stop: \\n is a backslash and an n here; in quotes, as in stop=['\\n'], it is a line break."]
 
 
 def check_samples_differ(name: str, num_samples: int, gen: GenerationConfig) -> None:

@@ -113,6 +113,15 @@ class PPOHyperparameters(PPOParameters, StepOptions):
 class GRPOHyperparameters(GRPOParameters, StepOptions):
     """GRPO: how sequences are drawn, scored and learned from."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_truncated and self.has_fixed_length:
+            raise ValueError(
+                f"mask_truncated: found True with gen.min_new_tokens = gen.max_new_tokens = {self.gen.max_new_tokens}, "
+                "so that every answer is cut off and nothing would be learned; lower gen.min_new_tokens, or set it to "
+                "False"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RLOOHyperparameters(RLOOParameters, StepOptions):
@@ -185,8 +194,10 @@ class RLConfig(CommonExperimentConfig):
 
     def notices(self) -> list[str]:
         notices = []
-        if self.ref.path and "ref" in self.unused:
-            notices.append("ref is not loaded: with kl_ctl=0 nothing reads it.")
+        if self.algorithm.has_kl_loss and self.algorithm.kl_estimator == "k1":
+            notices.append(
+                "kl_estimator=k1 has no effect with kl_in=loss: its gradient is 0 on average. Use k2, k3 or kl_in=reward."
+            )
         if self.algorithm.has_fixed_length and self.algorithm.missing_eos_penalty is None:
             notices.append(
                 "gen.min_new_tokens equals max_new_tokens, so no answer can end by itself: each is given its score as "

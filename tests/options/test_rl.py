@@ -248,7 +248,7 @@ def test_notices_name_scores_that_nobody_gets_and_models_that_are_not_used(sourc
     assert list_notices(parse([*sources, "ppo.min_new_tokens=0"])) == []
     assert list_notices(parse([*sources, "ppo.min_new_tokens=256", "ppo.missing_eos_penalty=0"])) == []
     (notice,) = list_notices(parse([*sources, "ppo.min_new_tokens=0", "ppo.kl_ctl=0"]))
-    assert notice.startswith("ref is not loaded")
+    assert notice == "ref.path has no effect: with kl_ctl=0 no reference is loaded."
 
 
 def test_lengths_follow_the_generation():

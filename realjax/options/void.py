@@ -1,0 +1,175 @@
+"""Options that others leave without effect: one table for all experiments, read where a run begins."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+from realjax.algorithms.grpo import GRPOParameters
+from realjax.algorithms.policy import PolicyParameters
+from realjax.algorithms.ppo import PPOParameters
+from realjax.algorithms.remax import ReMaxParameters
+from realjax.algorithms.rloo import RLOOParameters
+from realjax.core.generation_config import GenerationConfig
+from realjax.core.optimizer_config import OptimizerConfig
+from realjax.options.common import CommonExperimentConfig
+from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
+from realjax.options.generation import GenConfig
+from realjax.options.parallel import ParallelismConfig
+from realjax.options.rl import PPOConfig, RewardOptions, RLConfig, StepOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Void:
+    """`options` do nothing while those in `when` have these values, one of them where it is a tuple.
+
+    Paths start at the class of the table's key; a group stands for all of its options, `algorithm` for the algorithm's.
+    """
+
+    options: tuple[str, ...]
+    when: Mapping[str, Any] = field(default_factory=dict)  # nothing: always
+    reason: str | None = None  # in place of the condition's words
+
+
+def _without_training(role: str) -> Void:
+    moments = (one.name for one in dataclasses.fields(OptimizerConfig) if one.name not in ("type", "offload"))
+    options = (*(f"optimizer.{name}" for name in moments), "zero_stage", "gradient_checkpointing")
+    return Void(options=tuple(f"{role}.{option}" for option in options), reason=f"{role} is never trained")
+
+
+def _without_vocabulary(role: str) -> Void:
+    return Void(options=(f"{role}.loss_chunk_tokens",), reason=f"{role} has a scalar head and makes no logits")
+
+
+def _without_evaluation(*options: str) -> Void:
+    reason = "nothing is evaluated without eval_freq_epochs, eval_freq_steps or eval_freq_secs"
+    return Void(when={"exp_ctrl.evaluates": False}, options=options, reason=reason)
+
+
+def _of_generation(call: str) -> Void:
+    options = ("n_mbs", "max_tokens_per_mb", "parallel.use_sequence_parallel")
+    reason = "answers are decoded in slots (gen.num_slots), token by token"
+    return Void(options=tuple(f"{call}.{option}" for option in options), reason=reason)
+
+
+_MOMENTS = ("value_norm_beta", "value_norm_eps")
+_LENGTH = Void(when={"loss_aggregation": ("token", "sequence")}, options=("max_response_len",))
+
+VOID: dict[type, tuple[Void, ...]] = {
+    OptimizerConfig: (Void(when={"lr_scheduler_type": "constant"}, options=("min_lr_ratio",)),),
+    ParallelismConfig: (Void(when={"model_parallel_size": 1}, options=("use_sequence_parallel",)),),
+    GenerationConfig: (
+        Void(when={"greedy": True}, options=("temperature", "top_p", "top_k")),
+        Void(when={"greedy": True, "min_new_tokens": 0}, options=("force_no_logits_mask",)),
+    ),
+    PolicyParameters: (
+        Void(when={"kl_ctl": 0.0}, options=("kl_in", "kl_estimator")),
+        Void(when={"use_adaptive_kl_ctl": False}, options=("adaptive_kl_target", "adaptive_kl_horizon")),
+        Void(when={"surrogate": "reinforce"}, options=("eps_clip", "eps_clip_high", "dual_clip")),
+    ),
+    PPOParameters: (
+        _LENGTH,
+        Void(when={"value_norm": False}, options=("value_norm_type", *_MOMENTS)),
+        Void(when={"value_norm_type": "ma"}, options=_MOMENTS),
+    ),
+    GRPOParameters: (
+        Void(when={**_LENGTH.when, "overlong_penalty": 0.0}, options=_LENGTH.options),
+        Void(when={"overlong_penalty": 0.0}, options=("overlong_buffer_len",)),
+    ),
+    RLOOParameters: (_LENGTH,),
+    ReMaxParameters: (_LENGTH,),
+    StepOptions: (Void(when={"ppo_n_minibatches": 1}, options=("shuffle_minibatches",)),),
+    RewardOptions: (
+        Void(when={"fn": None}, options=("fn_weight",)),
+        Void(when={"classifier": None}, options=("classifier_weight", "classifier_label")),
+    ),
+    RLConfig: (
+        Void(when={"algorithm.kl_ctl": 0.0}, options=("ref", "ref_inf"), reason="with kl_ctl=0 no reference is loaded"),
+        Void(
+            when={"rew.path": ""},
+            options=(
+                *("rew", "rew_inf", "reward.model_weight"),
+                *("algorithm.reward_output_scaling", "algorithm.reward_output_bias"),
+            ),
+            reason="without rew.path no reward model is loaded",
+        ),
+        _without_training("ref"),
+        _without_training("rew"),
+        _without_vocabulary("rew"),
+        _of_generation("actor_gen"),
+        _without_evaluation("dataset.valid_path", "eval"),
+    ),
+    PPOConfig: (_without_vocabulary("critic"),),
+    SFTConfig: (_without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),),
+    RWConfig: (_without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"), _without_vocabulary("model")),
+    DPOConfig: (
+        Void(when={"reference_free": True}, options=("ref", "ref_inf")),
+        _without_training("ref"),
+        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+    ),
+    GenConfig: (
+        _without_training("model"),
+        _of_generation("allocation"),
+        Void(options=("model.loss_chunk_tokens", "gen.force_no_logits_mask"), reason="gen computes no loss"),
+        Void(options=("dataset.pad_to_max_length",), reason="gen takes prompts as they are"),
+        Void(
+            options=("exp_ctrl", "max_nonfinite_steps", "max_recover_saves_to_keep", "wandb_mode"),
+            reason="gen answers each prompt once: it trains, saves and evaluates nothing",
+        ),
+    ),
+}
+
+
+def list_void(config: CommonExperimentConfig) -> list[str]:
+    """Returns a line for every rule of the table that leaves options of `config` without effect which are not at their
+    defaults.
+    """
+    lines = []
+    for prefix, node, default in _nodes(config, type(config)(), ""):
+        for rule in _rules_of(node):
+            if all(_is_one_of(_value(node, name), wanted) for name, wanted in rule.when.items()):
+                given = [f"{prefix}{name}" for option in rule.options for name in _given(node, default, option)]
+                words = " and ".join(f"{prefix}{name}={_value(node, name)}" for name in rule.when)
+                if given:
+                    verb = "have" if len(given) > 1 else "has"
+                    lines.append(f"{', '.join(given)} {verb} no effect: {rule.reason or f'with {words}'}.")
+    return lines
+
+
+def _nodes(node: Any, default: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields every dataclass of the tree with its path, and its counterpart among the defaults."""
+    yield prefix, node, default
+    for one in dataclasses.fields(node):
+        if dataclasses.is_dataclass(value := getattr(node, one.name)):
+            yield from _nodes(value, getattr(default, one.name), f"{prefix}{one.name}.")
+
+
+def _rules_of(node: Any) -> list[Void]:
+    return [rule for cls, rules in VOID.items() if isinstance(node, cls) for rule in rules]
+
+
+def _value(node: Any, path: str) -> Any:
+    return reduce(getattr, path.split("."), node)
+
+
+def _is_one_of(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def _given(node: Any, default: Any, path: str) -> list[str]:
+    """Returns the paths of the options at `path`, one or those of a group, that are not at their defaults."""
+    value, usual = _value(node, path), _value(default, path)
+    if not dataclasses.is_dataclass(value):
+        return [_spelled(node, path)] if value != usual else []
+    inner = (name for one in dataclasses.fields(value) for name in _given(value, usual, one.name))
+    return [_spelled(node, f"{path}.{name}") for name in inner]
+
+
+def _spelled(node: Any, path: str) -> str:
+    """Returns the path with the name of the algorithm's own group for `algorithm`."""
+    first, _, rest = path.partition(".")
+    if first != "algorithm":
+        return path
+    group = next(one.name for one in dataclasses.fields(node) if getattr(node, one.name) is node.algorithm)
+    return f"{group}.{rest}"
