@@ -196,7 +196,7 @@ class RLConfig(CommonExperimentConfig):
         notices = []
         if self.algorithm.has_kl_loss and self.algorithm.kl_estimator == "k1":
             notices.append(
-                "kl_estimator=k1 has no effect with kl_in=loss: its gradient is 0 on average. Use k2, k3 or kl_in=reward."
+                "kl_estimator=k1 has no effect with kl_in=loss: its gradient is 0 on average. Use k2 or kl_in=reward."
             )
         if self.algorithm.has_fixed_length and self.algorithm.missing_eos_penalty is None:
             notices.append(
