@@ -24,5 +24,6 @@ def decode_answers(
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[int]]) -> list[str]:
     # Some tokenizers tidy spaces before punctuation by default, which changes the text.
-    texts: Any = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    lists = [list(tokens) for tokens in sequences]
+    texts: Any = tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return texts

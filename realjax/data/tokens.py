@@ -33,7 +33,7 @@ def encode(
     A text that begins with BOS already gets no second one, and a chat template (`is_rendered`) writes its own. An EOS
     that the tokenizer adds by itself is left out.
     """
-    with_offsets = with_offsets and tokenizer.is_fast
+    with_offsets = with_offsets and bool(tokenizer.is_fast)
     found = _call(texts, tokenizer, return_offsets_mapping=with_offsets)
     front = [] if is_rendered else front_tokens(tokenizer)
     missing = [[] if ids[: len(front)] == front else front for ids in found["input_ids"]]
@@ -75,5 +75,5 @@ def tell_repeats(starts: Sequence[str], ends: Sequence[str], tokenizer: "PreTrai
 
 def _call(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", **options: bool) -> Any:
     # The caller truncates, as a tokenizer's files may set another side or length; verbose would remark on long texts.
-    given: dict[str, bool] = {"add_special_tokens": False, "return_offsets_mapping": False, **options}
+    given: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": False, **options}
     return tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False, verbose=False, **given)

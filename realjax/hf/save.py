@@ -132,7 +132,8 @@ def _end_keys(hf: Mapping[str, Any], ends: EndTokens | None) -> dict[str, Any]:
     named = hf.get("eos_token_id")
     if ends is None or set(named if isinstance(named, list) else [named]) == set(ends.ids):
         return {}
-    return {"eos_token_id": list(ends.ids) if len(ends.ids) > 1 else ends.ids[0]}
+    first, *others = ends.ids
+    return {"eos_token_id": [first, *others] if others else first}
 
 
 def _classifier_pad(hf: Mapping[str, Any], ends: EndTokens | None) -> int | None:
