@@ -11,6 +11,7 @@ from jax import Array
 
 from realjax.algorithms.pairs import sum_by_pair
 from realjax.core.batch import Batch
+from realjax.core.draw import Draw
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total
 
@@ -70,6 +71,6 @@ def dpo_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: DPOParam
     )
 
 
-def make_dpo_loss(parameters: DPOParameters) -> Loss:
-    """Returns the loss that these parameters describe."""
-    return Loss(head="logprobs", fn=partial(dpo_loss, parameters=parameters))
+def make_dpo_loss(parameters: DPOParameters, draw: Draw = Draw()) -> Loss:  # noqa: B008 - frozen
+    """Returns the loss that these parameters describe, of log-probabilities under `draw`."""
+    return Loss(head="logprobs", fn=partial(dpo_loss, parameters=parameters), draw=draw)

@@ -42,8 +42,16 @@ class Experiment:
     summary: str
 
     def build(self, config: CommonExperimentConfig, devices: Sequence[jax.Device]) -> Any:
+        """Returns the run, which was checked as every experiment's is; nothing is on a device.
+
+        Raises ValueError for data, models or layouts that cannot work.
+        """
         # Imported here: help and bad options should not wait for everything that a run needs.
-        return importlib.import_module(self.module).build(config, devices)
+        from realjax.experiments.checks import check_run
+
+        spec = importlib.import_module(self.module).build(config, devices)
+        check_run(spec)
+        return spec
 
 
 EXPERIMENTS = {

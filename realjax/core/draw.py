@@ -84,10 +84,15 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class Draw:
-    """softmax(logits / temperature) over the kept tokens; `kept` None: over all of them."""
+    """softmax(logits / temperature) over the kept tokens; `kept` None: over all of them.
+
+    Models of one tokenizer may have rows beyond its tokens, and not equally many: where `num_tokens` is given, all of
+    them speak of the first `num_tokens` rows alone.
+    """
 
     temperature: float = 1.0
     kept: KeptTokens | None = None
+    num_tokens: int | None = None
 
     @classmethod
     def of(cls, config: GenerationConfig, vocab_size: int, num_eos: int = 1) -> "Draw":

@@ -25,6 +25,7 @@ class Sampling:
     num_samples: int = 1  # of each prompt
     num_slots: int | None = None  # rows decoded at once; None: as many as the first batch has, within bounds
     has_baseline: bool = False  # one greedy sample of each prompt besides
+    num_tokens: int | None = None  # only the first so many are drawn, see `core.draw.Draw`; None: any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class MFC:
     draw: Draw = Draw()  # inference, head `logprobs`: the distribution that the tokens were drawn from
     num_mbs: int | None = None  # micro-batches; None: one, or as many as `max_tokens_per_mb` asks for
     max_tokens_per_mb: int | None = None
-    max_seqlen: int | None = None  # longest sequence the call can meet; attention then looks no further back
+    # The longest sequence that the call can meet or make; attention then looks no further back.
+    max_seqlen: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

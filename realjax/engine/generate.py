@@ -96,11 +96,13 @@ class Generator:
         eos_ids: Sequence[int],
         num_slots: int,
         seed: int,
+        num_tokens: int | None = None,
         options: ForwardOptions | None = None,
         log: CompileLog | None = None,
         fetch_fn: Callable[[Any], Any] | None = None,
     ) -> None:
-        """`fetch_fn(tree)` turns arrays that are whole on each device of the layout into numpy ones, in every process.
+        """Only the first `num_tokens` tokens are drawn; None: any. `fetch_fn(tree)` turns arrays that are whole on each
+        device of the layout into numpy ones, in every process.
 
         Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head.
         """
@@ -116,7 +118,8 @@ class Generator:
             )
         self.model, self.layout, self.config = model, layout, config
         self.eos_ids, self.num_slots, self.seed = tuple(eos_ids), num_slots, seed
-        self.kept = KeptTokens.of(config, model.config.vocab_size, len(self.eos_ids))
+        self.num_tokens = num_tokens or model.config.vocab_size
+        self.kept = KeptTokens.of(config, self.num_tokens, len(self.eos_ids))
         self.fetch_fn = fetch_fn or (lambda tree: jax.tree.map(np.asarray, tree))
         # Prompts admitted at once: enough to keep the devices busy, few enough that free slots do not wait.
         self.num_admitted = max(multiple, num_slots // 4 // multiple * multiple)
@@ -299,7 +302,7 @@ class Generator:
         logits = self.decoder.constrain(logits, ("rows", "act_vocab"))
         all_axes = ("data", "tensor", "pipe")
         spec = PartitionSpec(all_axes if len(logits) % self.layout.strategy.size == 0 else "data")
-        fn = partial(draw, eos_ids=self.eos_ids, config=self.config, stored=self.kept)
+        fn = partial(draw, eos_ids=self.eos_ids, config=self.config, stored=self.kept, num_tokens=self.num_tokens)
         run = jax.shard_map(fn, mesh=self.layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)
         # Only the draw is spread like that: fixed on both sides, it does not spread to what comes before and after.
         fix = lambda tree: jax.lax.with_sharding_constraint(tree, self.layout.sharding("data"))

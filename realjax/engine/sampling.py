@@ -39,12 +39,15 @@ def draw(
     eos_ids: tuple[int, ...],
     config: GenerationConfig,
     stored: KeptTokens | None,
+    num_tokens: int | None = None,
 ) -> Drawn:
-    """Returns the next token of each row. `is_greedy` `[B]` marks rows that take the likeliest, None: as `config` says.
+    """Returns the next token of each row, one of the first `num_tokens` where that is given.
+
+    `is_greedy` `[B]` marks rows that take the likeliest, None: as `config` says.
 
     A row's draw depends on its key and its number of generated tokens, never on its neighbours.
     """
-    processed = process_logits(logits_BV, num_generated, eos_ids, config, is_greedy)
+    processed = process_logits(logits_BV[:, :num_tokens], num_generated, eos_ids, config, is_greedy)
     tokens, logprobs = draw_tokens(processed, keys, num_generated, is_greedy=config.greedy or is_greedy)
     if stored is None:
         return Drawn(tokens, logprobs, None)

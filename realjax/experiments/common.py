@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from realjax.data.loader import Dataset, Loader
 from realjax.data.paired import PairedDataset, load_paired
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Evaluation, Frequency, MovingAverage, RoleSpec, RunSpec
+from realjax.hf.families import find_family
 from realjax.hf.files import resolve_model_path
 from realjax.hf.generation import load_end_tokens
 from realjax.hf.load import load_config
@@ -23,7 +24,7 @@ from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
 from realjax.options.datasets import PairedComparisonDatasetConfig
 from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
-from realjax.options.model import ModelTrainEvalConfig
+from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig, resolve_parallelism
 from realjax.options.paths import run_paths
 
@@ -33,9 +34,13 @@ def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Devi
     dtype = model.dtype
     if dtype == "auto":
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
+    option = option_of(name)
+    otherwise = f", or {option}.init_from_scratch=True for random ones"
+    path = resolve_model_path(model.path, need_weights=not model.init_from_scratch, otherwise=otherwise)
+    check_declared(model.type, path, option)
     return RoleSpec(
         name=name,
-        path=resolve_model_path(model.path, need_weights=not model.init_from_scratch),
+        path=path,
         is_critic=model.is_critic,
         init_from_scratch=model.init_from_scratch,
         init_critic_from_actor=model.init_critic_from_actor,
@@ -47,6 +52,21 @@ def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Devi
         optimizer=model.optimizer if is_trained else None,
         offload=model.offload,
     )
+
+
+def option_of(role: str) -> str:
+    """Returns the option that describes a role: an experiment of one model calls it `model`."""
+    return "model" if role == "default" else role
+
+
+def check_declared(declared: ModelFamily, path: Path, option: str) -> None:
+    """Raises ValueError when a model's declared kind is not that of the checkpoint at `path`."""
+    family = find_family(load_config(path).family)
+    if declared._class is not None and declared._class not in family.published_as:
+        raise ValueError(
+            f"{option}.type._class: found {declared._class}, but '{path}' holds a {family.causal_class} or its critic; "
+            f"set it to {family.name}, or leave it out"
+        )
 
 
 def call_layout(
@@ -106,6 +126,11 @@ def check_slots(num_slots: int | None, layout: Layout, option: str) -> None:
             f"{option}: {num_slots} answers at once cannot be divided over data x pipeline = {multiple} devices; "
             "use a multiple of it, or null"
         )
+
+
+def num_common_tokens(roles: Iterable[RoleSpec]) -> int:
+    """Returns how many tokens all of the models have rows for: of one tokenizer some have more rows than others."""
+    return min(load_config(role.path).vocab_size for role in roles)
 
 
 def row_multiple(call: MFCConfig, layout: Layout) -> int:

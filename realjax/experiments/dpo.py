@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from realjax.algorithms.dpo import make_dpo_loss
+from realjax.core.draw import Draw
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
@@ -30,7 +31,8 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         num_shards=train_layout.strategy.dp,
         row_multiple=multiple,
     )
-    loss = make_dpo_loss(config.parameters)
+    draw = Draw(num_tokens=common.num_common_tokens(roles.values()))
+    loss = make_dpo_loss(config.parameters, draw)
     reference = MFC(
         name="ref_inf",
         role="ref",
@@ -38,6 +40,7 @@ def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:
         inputs=("tokens",),
         outputs=("ref_logprobs",),
         head="logprobs",
+        draw=draw,
         max_seqlen=max(one.longest for one in (loader, held_out) if one),
         **common.micro_batches(config.ref_inf),
     )

@@ -8,7 +8,6 @@ from realjax.data.prompts import load_prompts
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.experiments import common
 from realjax.hf.generation import load_eos_ids
-from realjax.hf.load import load_config
 from realjax.options.config_dict import to_json
 from realjax.options.generation import GenConfig
 from realjax.options.paths import run_paths
@@ -25,13 +24,6 @@ def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
     prompts = load_prompts(
         data.path, tokenizer, max_prompt_len=data.max_prompt_len, use_chat_template=data.use_chat_template
     )
-    positions, new = load_config(role.path).max_positions, config.gen.max_new_tokens
-    if prompts.longest + new > positions:
-        raise ValueError(
-            f"gen.max_new_tokens: the longest prompt has {prompts.longest} tokens, and {new} new ones are more than "
-            f"the model's {positions} positions; lower gen.max_new_tokens or dataset.max_prompt_len by "
-            f"{prompts.longest + new - positions}"
-        )
     return GenerationSpec(
         title=f"{config.experiment_name} / {config.trial_name}",
         config_json=to_json(config),

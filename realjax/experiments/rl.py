@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
-from transformers import PreTrainedTokenizerBase
 
 from realjax.algorithms.classifier_reward import load_classifier
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss
@@ -34,8 +33,7 @@ from realjax.dataflow.graph import MFC, DataflowGraph, HostCall, Minibatches, Sa
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments import common
 from realjax.hf.generation import load_eos_ids
-from realjax.hf.load import has_critic_head, load_config
-from realjax.models.config import ModelConfig
+from realjax.hf.load import load_config
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
 
@@ -62,22 +60,21 @@ class Setup:
         }
         self.models = {name: load_config(role.path) for name, role in self.roles.items()}
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
-        check_models(self.roles, self.models, self.tokenizer)
         self.layouts = self._layouts(devices, place_fn)
         common.check_slots(self.options.gen.num_slots, self.layouts["actor_gen"], "gen.num_slots")
         self.prompts, self.held_out = self._load_prompts()
         self.longest = (
             max(one.longest for one in (self.prompts, self.held_out) if one) + self.options.gen.max_new_tokens
         )
-        self._check_positions()
         self.eos_ids = load_eos_ids(self.roles["actor"].path, self.tokenizer)
-        self.draw = self._draw()
+        self.num_tokens = common.num_common_tokens(self.roles.values())
+        self.draw = replace(self._draw(), num_tokens=self.num_tokens)
 
     def _draw(self) -> Draw:
         """Returns what tokens are drawn from; says where that is not what ratios will be of."""
-        gen, vocab_size, num_eos = self.options.gen, self.models["actor"].vocab_size, len(self.eos_ids)
+        gen, num_eos = self.options.gen, len(self.eos_ids)
         draw, recorded = (
-            Draw.of(config, vocab_size, num_eos) for config in (gen, replace(gen, force_no_logits_mask=False))
+            Draw.of(config, self.num_tokens, num_eos) for config in (gen, replace(gen, force_no_logits_mask=False))
         )
         if draw != recorded and not self.options.recompute_logprobs:
             logger.warning(
@@ -131,14 +128,6 @@ class Setup:
             return train, None
         return train, load(data.valid_path, "dataset.valid_path", max_prompts=self.config.eval.num_prompts)
 
-    def _check_positions(self) -> None:
-        for name, model in self.models.items():
-            if self.longest > model.max_positions:
-                raise ValueError(
-                    f"{name}.path: the longest prompt and gen.max_new_tokens make {self.longest} tokens, but the model "
-                    f"has {model.max_positions} positions; lower dataset.max_prompt_len or gen.max_new_tokens"
-                )
-
     def loader(self) -> Loader:
         """Returns the loader of prompts."""
         data, control = self.config.dataset, self.config.exp_ctrl
@@ -156,6 +145,7 @@ class Setup:
             num_samples=self.config.num_samples,
             num_slots=self.options.gen.num_slots,
             has_baseline=has_baseline,
+            num_tokens=self.num_tokens,
         )
         return MFC(
             name="actor_gen",
@@ -164,6 +154,7 @@ class Setup:
             inputs=("prompts",),
             outputs=(*ROLLOUT_KEYS, *own),
             sampling=sampling,
+            max_seqlen=self.longest,
         )
 
     def _row_len(self, answers_per_prompt: int) -> int:
@@ -322,29 +313,3 @@ def build_without_critic(
 def measure_rollout(arrays: Arrays, state: State, *, parameters: PolicyParameters) -> HostResult:
     """Returns a rollout's measures: reward, lengths, how answers end."""
     return HostResult(arrays={}, metrics=rollout_metrics(arrays, Responses.of(arrays), parameters))
-
-
-def check_models(
-    roles: Mapping[str, RoleSpec], models: Mapping[str, ModelConfig], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raises ValueError for a model that does not read the actor's tokens, or a reward model without a head."""
-    vocabulary = tokenizer.get_vocab()
-    for name, role in roles.items():
-        other = vocabulary if name == "actor" else common.load_tokenizer(role.path).get_vocab()
-        if differing := len(set(vocabulary.items()) ^ set(other.items())):
-            remedy = "; as reward.classifier it would read the texts with its own" if name == "rew" else ""
-            raise ValueError(
-                f"{name}.path: its tokenizer is not the actor's ({differing} tokens differ), so it would misread the "
-                f"answers; use a model of the same family{remedy}"
-            )
-        if models[name].vocab_size < len(vocabulary):
-            raise ValueError(
-                f"{name}.path: the model has {models[name].vocab_size} tokens, the actor's tokenizer "
-                f"{len(vocabulary)}; use a checkpoint that was made with this tokenizer"
-            )
-    rew = roles.get("rew")
-    if rew and not rew.init_from_scratch and not has_critic_head(rew.path):
-        raise ValueError(
-            f"rew.path: '{rew.path}' has no scalar head, so it cannot score answers; give a reward model, such as "
-            "those that rw saves"
-        )

@@ -82,6 +82,7 @@ class Family:
     """One architecture: its class names, its table, and its config in both directions."""
 
     name: str
+    published_as: tuple[str, ...]  # names of model series of this architecture
     causal_class: str
     critic_class: str
     rules: tuple[Rule, ...]

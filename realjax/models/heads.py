@@ -108,8 +108,13 @@ def token_logprobs(
 
     def chunk(hidden_chunk: Array, targets: Array, *sets: Array) -> dict[str, Array]:
         logits = _chunk_logits(hidden_chunk, kernel, constrain) / draw.temperature
+        num_rows = logits.shape[-1]
+        if draw.num_tokens is not None and draw.num_tokens < num_rows:
+            is_token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < draw.num_tokens
+            logits = jnp.where(is_token, logits, REMOVED)
         if draw.kept is not None:
-            mask = constrain(draw.kept.unpack(*sets), ("rows", "time", "act_vocab"))
+            sets_of_all = jnp.pad(draw.kept.unpack(*sets), ((0, 0), (0, 0), (0, num_rows - draw.kept.vocab_size)))
+            mask = constrain(sets_of_all, ("rows", "time", "act_vocab"))
             logits = jnp.where(mask, logits, REMOVED)
         logprobs, normaliser = _target_logprobs(logits, targets)
         if not needs_entropy:

@@ -1,7 +1,6 @@
 """Checks that look at more than one option, made before any device work; and the values that a run fills in itself."""
 
 import dataclasses
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswer
 from realjax.options.fields import instances_of
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig, ParallelismConfig, resolve_parallelism
-from realjax.options.paths import find_fileroot
+from realjax.options.paths import check_directory_name, find_fileroot
 from realjax.options.void import list_void
 
 Config = TypeVar("Config", bound=CommonExperimentConfig)
@@ -31,7 +30,7 @@ def resolve_names(config: Config, experiment: str) -> Config:
 def validate(config: CommonExperimentConfig) -> None:
     """Raises ValueError for the first thing in a resolved `config` that cannot run."""
     for name in ("experiment_name", "trial_name"):
-        _check_directory_name(name, getattr(config, name))
+        check_directory_name(name, getattr(config, name))
     config.check()
     for name, call in _used(config, MFCConfig).items():
         _check_devices(config, name, call)
@@ -68,11 +67,6 @@ def list_notices(config: CommonExperimentConfig) -> list[str]:
 def _used(config: CommonExperimentConfig, kind: Any) -> dict[str, Any]:
     """Returns the models or calls of `config` that its run has, by name."""
     return {name: value for name, value in instances_of(config, kind).items() if name not in config.unused}
-
-
-def _check_directory_name(name: str, value: str) -> None:
-    if not re.fullmatch(r"[^\s/\\]+", value) or value in (".", ".."):
-        raise ValueError(f"{name}: found {value!r}; it names a directory, so it needs text without spaces and slashes")
 
 
 def _check_devices(config: CommonExperimentConfig, name: str, call: MFCConfig) -> None:

@@ -1,5 +1,6 @@
 """Options of generation: how answers are drawn, and the `gen` experiment."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,10 +46,11 @@ class GenConfig(CommonExperimentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_role("model", self.model, is_critic=False, is_trained=False)
-        if self.output_file is not None and (not self.output_file.endswith(".jsonl") or "/" in self.output_file):
+        file = self.output_file
+        if file is not None and not re.fullmatch(r"[^/\x00-\x1f\x7f-\x9f]{0,190}\.jsonl", file):
             raise ValueError(
-                f"output_file: found '{self.output_file}'; it needs a name that ends in .jsonl, without '/': the file "
-                "lies in the run's log directory"
+                f"output_file: found {file!r}; it needs a name that ends in .jsonl, without '/' and control "
+                "characters: the file lies in the run's log directory"
             )
         if "" in self.stop:
             raise ValueError(f"stop: found {list(self.stop)}; an empty text would end every answer at once")

@@ -7,14 +7,17 @@ from typing import ClassVar, Literal, get_args
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.options.fields import check_bounds, group, option
 
-ModelClass = Literal["llama", "codellama", "deepseek", "gpt2", "qwen2", "qwen3", "gemma", "mistral", "mixtral"]
+# What `realjax.hf.families` says its families are published as.
+ModelClass = Literal["llama", "codellama", "deepseek", "qwen2", "qwen3"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
     """What kind of model this is. Also written in one word, as `type=llama-7` or `type=llama-7-critic`."""
 
-    _class: ModelClass = option("llama", "architecture family; type=llama-7-critic sets all three at once")
+    _class: ModelClass | None = option(
+        None, "architecture that path must hold; null takes any of these; type=llama-7-critic sets all three at once"
+    )
     size: int = option(0, "billions of parameters; only heuristic and search allocation use it", at_least=0)
     is_critic: bool = option(False, "a scalar head (reward model, critic) instead of a language-model head")
 

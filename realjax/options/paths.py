@@ -2,11 +2,15 @@
 
 import getpass
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from realjax.dataflow.run import RunPaths
 from realjax.options.common import CommonExperimentConfig
+
+# Of most file systems it is 255; a directory that is set aside has a longer name than its run.
+LONGEST_NAME = 200
 
 
 def find_fileroot(fileroot: str | None) -> Path:
@@ -28,6 +32,17 @@ def run_paths(config: CommonExperimentConfig) -> RunPaths:
     )
 
 
+def check_directory_name(name: str, value: str) -> None:
+    """Raises ValueError, naming `name`, for text that is not the name of one directory, or that a terminal obeys."""
+    fits = value.isprintable() and len(value.encode()) <= LONGEST_NAME
+    if not fits or not re.fullmatch(r"[^\s/\\]+", value) or value in (".", ".."):
+        found = value if len(value) <= LONGEST_NAME else f"{value[:20]}... ({len(value)} characters)"
+        raise ValueError(
+            f"{name}: found {found!r}; it names a directory, so it needs text without spaces, slashes and control "
+            f"characters, of at most {LONGEST_NAME} bytes"
+        )
+
+
 def check_writable(paths: RunPaths) -> None:
     """Makes the run's log directory and writes to it; ValueError when that fails."""
     try:
@@ -43,7 +58,10 @@ def check_writable(paths: RunPaths) -> None:
 
 def _user_name() -> str:
     try:
-        return getpass.getuser()
+        name = getpass.getuser()
     except (KeyError, OSError):
         # Containers often run under a number that has no name.
         return f"uid{os.getuid()}"
+    # It comes from the environment, where anything may stand.
+    check_directory_name("user name (LOGNAME, USER, LNAME or USERNAME)", name)
+    return name

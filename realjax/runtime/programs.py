@@ -74,6 +74,7 @@ class Programs:
             eos_ids=sampling.eos_ids,
             num_slots=num_slots,
             seed=self.seed,
+            num_tokens=sampling.num_tokens,
             options=role.forward_options,
             log=self.log,
             fetch_fn=fetch,

@@ -1,6 +1,5 @@
 """Runs of reinforcement learning on a tiny model and a few prompts: their inputs, their options, and their steps."""
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -127,8 +126,7 @@ def make_rl_spec(inputs: RLInputs, root: Path, experiment: str = "ppo", **change
     words = [f"{name}={value}" for name, value in rl_options(inputs, root, experiment, **changes).items()]
     config = resolve_names(parse_overrides(EXPERIMENTS[experiment].config_cls, words), experiment)
     validate(config)
-    module = importlib.import_module(EXPERIMENTS[experiment].module)
-    return module.build(config, jax.devices()[: config.n_gpus_per_node])
+    return EXPERIMENTS[experiment].build(config, jax.devices()[: config.n_gpus_per_node])
 
 
 def make_executor(spec: RunSpec) -> Executor:

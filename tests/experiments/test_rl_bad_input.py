@@ -45,21 +45,21 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any], str]] = {
         "rew",
         other_tokenizer,
         {},
-        r"^rew.path: its tokenizer is not the actor's \(4 tokens differ\).*; use a model of the same family; as "
+        r"^rew.path: its tokenizer is not that of '.*' \(2 tokens differ\).*; use a model of the same family; as "
         r"reward.classifier it would read the texts with its own$",
     ),
-    "tokenizer of the critic": ("critic", other_tokenizer, {}, r"^critic.path: its tokenizer is not the actor's"),
+    "tokenizer of the critic": ("critic", other_tokenizer, {}, r"^critic.path: its tokenizer is not that of"),
     "vocabulary of the critic": (
         "critic",
         smaller_vocabulary,
         {},
-        r"^critic.path: the model has 256 tokens, the actor's tokenizer 3\d\d; use a checkpoint",
+        r"^critic.path: the model has 256 tokens, but the tokenizer of '.*' has ids up to 3\d\d .*; use a checkpoint",
     ),
     "vocabulary of the actor": (
         "actor",
         smaller_vocabulary,
         {},
-        r"^actor.path: the model has 256 tokens, the actor's tokenizer 3\d\d; use a checkpoint",
+        r"^actor.path: the model has 256 tokens, but the tokenizer of '.*' has ids up to 3\d\d .*; use a checkpoint",
     ),
     "vocabulary of the reference": ("ref", smaller_vocabulary, {}, r"^ref.path: the model has 256 tokens"),
     "positions of the reward model": (

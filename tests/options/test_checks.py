@@ -101,6 +101,21 @@ def test_runs_of_different_names_share_no_directory(tmp_path):
     assert one.compilation_cache == other.compilation_cache
 
 
+@pytest.mark.parametrize("name", ["../../..", "..", "a/b", "", "\x1b[2J", "x" * 201])
+def test_a_user_name_from_the_environment_does_not_lead_out_of_fileroot(name, tmp_path, monkeypatch):
+    config = resolve_names(parse_overrides(SFTConfig, [f"fileroot={tmp_path}"]), "sft")
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("LOGNAME", name)
+    if name == "":  # as if there were none
+        assert run_paths(config).logs.is_relative_to(tmp_path)
+        return
+    with pytest.raises(
+        ValueError, match=r"^user name \(LOGNAME, USER, LNAME or USERNAME\): found .* names a directory"
+    ):
+        run_paths(config)
+
+
 def test_an_unwritable_fileroot_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     paths = run_paths(SFTConfig(fileroot=str(tmp_path / "file"), experiment_name="e", trial_name="t"))

@@ -1,8 +1,13 @@
 """Precision and family of a model."""
 
+from typing import get_args
+
 import pytest
 
-from realjax.options.model import ModelFamily, ModelTrainEvalConfig
+from realjax.hf.families import FAMILIES
+from realjax.options.experiments import SFTConfig
+from realjax.options.model import ModelClass, ModelFamily, ModelTrainEvalConfig
+from realjax.options.parsing import parse_overrides
 
 
 @pytest.mark.parametrize(
@@ -27,7 +32,9 @@ def test_two_half_precisions_are_refused():
         ModelTrainEvalConfig(enable_bf16=True, enable_fp16=True)
 
 
-@pytest.mark.parametrize("family", [ModelFamily(size=7), ModelFamily(_class="qwen3", size=70, is_critic=True)])
+@pytest.mark.parametrize(
+    "family", [ModelFamily(_class="llama", size=7), ModelFamily(_class="qwen3", size=70, is_critic=True)]
+)
 def test_one_word_form_is_an_inverse(family):
     word = f"{family._class}-{family.size}" + ("-critic" if family.is_critic else "")
     assert ModelFamily.from_text(word, "model.type") == family
@@ -37,3 +44,12 @@ def test_a_fresh_head_makes_a_critic():
     assert ModelTrainEvalConfig(init_critic_from_actor=True).is_critic
     assert ModelTrainEvalConfig(type=ModelFamily(is_critic=True)).is_critic
     assert not ModelTrainEvalConfig().is_critic
+
+
+def test_the_kinds_that_can_be_declared_are_those_that_load():
+    works = [name for family in FAMILIES.values() for name in family.published_as]
+    assert sorted(get_args(ModelClass)) == sorted(works)
+    with pytest.raises(ValueError, match="found 'gpt2-1'; it needs .* with class one of llama, "):
+        ModelFamily.from_text("gpt2-1", "model.type")
+    with pytest.raises(ValueError, match="model.type._class: found 'mistral'; it needs one of llama, "):
+        parse_overrides(SFTConfig, ["model.type._class=mistral"])

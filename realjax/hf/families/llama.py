@@ -26,6 +26,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="llama",
+    published_as=("llama", "codellama", "deepseek"),
     causal_class="LlamaForCausalLM",
     critic_class="LlamaForSequenceClassification",
     rules=RULES,

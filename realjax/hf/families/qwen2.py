@@ -24,6 +24,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="qwen2",
+    published_as=("qwen2",),
     causal_class="Qwen2ForCausalLM",
     critic_class="Qwen2ForSequenceClassification",
     rules=RULES,

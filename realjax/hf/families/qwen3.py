@@ -30,6 +30,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="qwen3",
+    published_as=("qwen3",),
     causal_class="Qwen3ForCausalLM",
     critic_class="Qwen3ForSequenceClassification",
     rules=RULES,

@@ -1,0 +1,165 @@
+"""What has to hold of every run, whatever its experiment: models fit their roles, their tokens and their sequences."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from realjax.dataflow.generation_run import GenerationSpec
+from realjax.dataflow.graph import MFC
+from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec
+from realjax.experiments.common import load_tokenizer, option_of
+from realjax.hf.load import check_weights, has_critic_head, load_checkpoint_config, load_config
+
+logger = logging.getLogger("realjax.checks")
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a run asks of its models. The first role's tokenizer made the tokens."""
+
+    roles: tuple[RoleSpec, ...]
+    longest: Mapping[str, int]  # tokens of the longest sequence that each role meets
+    eos_ids: frozenset[int]  # tokens that end the answers drawn
+    generates: bool
+
+
+def check_run(spec: RunSpec | GenerationSpec) -> None:
+    """Raises ValueError for a model that does not fit its role, the run's tokens or its longest sequence.
+
+    Reads configs, tokenizers and the heads of weight files; nothing is put on a device.
+    """
+    need = _need_of_generation(spec) if isinstance(spec, GenerationSpec) else _need_of_run(spec)
+    for role in need.roles:
+        _check_kind(role)
+        _check_weights(role)
+    _check_tokens(need)
+    for role in need.roles:
+        _check_positions(role, need)
+    if isinstance(spec, RunSpec):
+        _check_averages(spec)
+
+
+def _need_of_generation(spec: GenerationSpec) -> Need:
+    longest = {spec.role.name: spec.prompts.longest + spec.config.max_new_tokens}
+    return Need(roles=(spec.role,), longest=longest, eos_ids=frozenset(spec.eos_ids), generates=True)
+
+
+def _need_of_run(spec: RunSpec) -> Need:
+    calls = [*spec.graph.mfcs, *_calls_of(spec.evaluation)]
+    longest: dict[str, int] = {}
+    for call in calls:
+        assert call.max_seqlen, f"{call.name}: a call says how long the sequences are that it can meet"
+        longest[call.role] = max(call.max_seqlen, longest.get(call.role, 0))
+    if isinstance(spec.evaluation, Evaluation):
+        role = spec.evaluation.role
+        longest[role] = max(spec.evaluation.loader.longest, longest[role])
+    drawn = [call.sampling for call in calls if call.sampling]
+    eos_ids = frozenset(token for sampling in drawn for token in sampling.eos_ids)
+    return Need(roles=tuple(spec.roles.values()), longest=longest, eos_ids=eos_ids, generates=bool(drawn))
+
+
+def _calls_of(evaluation: Evaluation | RolloutEvaluation | None) -> Iterable[MFC]:
+    if isinstance(evaluation, Evaluation):
+        return evaluation.calls
+    variants = evaluation.variants.values() if evaluation else ()
+    return (call for calls in variants for call in calls if isinstance(call, MFC))
+
+
+def _check_kind(role: RoleSpec) -> None:
+    """Raises ValueError for a model with a scalar head where a language model belongs, or the reverse."""
+    subject = f"{option_of(role.name)}.path: '{role.path}'"
+    has_scalar_head = not role.init_from_scratch and has_critic_head(role.path)
+    if not role.is_critic and (has_scalar_head or load_config(role.path).is_critic):
+        raise ValueError(
+            f"{subject} is a reward model or critic, it ends in a scalar head; give a language model here, such as "
+            "the one that it was made from"
+        )
+    if role.is_critic and role.optimizer is None and not role.init_from_scratch:
+        if not has_scalar_head:
+            raise ValueError(
+                f"{subject} has no scalar head, so it cannot score answers; give a reward model, such as those that rw "
+                "saves"
+            )
+        if role.init_critic_from_actor:
+            raise ValueError(
+                f"{option_of(role.name)}.init_critic_from_actor: found True, but this model is not trained, and a new "
+                "head would score at random; leave it out"
+            )
+
+
+def _check_weights(role: RoleSpec) -> None:
+    if role.init_from_scratch:
+        return
+    if role.is_critic:
+        has_new_head = role.init_critic_from_actor or not has_critic_head(role.path)
+        check_weights(role.path, load_config(role.path).as_critic(), has_new_head=has_new_head)
+    else:
+        check_weights(role.path, load_checkpoint_config(role.path))
+
+
+def _check_tokens(need: Need) -> None:
+    """Raises ValueError for a model that reads other tokens than the data's, or has no row for one of them."""
+    first, *others = need.roles
+    tokens: dict[str, int] = load_tokenizer(first.path).get_vocab()
+    for role in others:
+        _check_same_tokens(role, first, tokens)
+    num_ids = 1 + max(tokens.values())
+    for role in need.roles:
+        option, num_rows = option_of(role.name), load_config(role.path).vocab_size
+        if num_rows < num_ids:
+            without = sorted(tokens, key=lambda token: tokens[token])[-1]
+            raise ValueError(
+                f"{option}.path: the model has {num_rows} tokens, but the tokenizer of '{first.path}' has ids up to "
+                f"{num_ids - 1} ({without!r}); use a checkpoint that was made with this tokenizer, or remove the "
+                "tokens that were added to it"
+            )
+        if beyond := [token for token in need.eos_ids if token >= num_rows]:
+            raise ValueError(
+                f"{option}.path: the model has {num_rows} tokens, but {min(beyond)} is to end answers; correct "
+                f"eos_token_id in generation_config.json or config.json of '{first.path}'"
+            )
+
+
+def _check_same_tokens(role: RoleSpec, first: RoleSpec, tokens: Mapping[str, int]) -> None:
+    option = option_of(role.name)
+    if not _has_tokenizer(role.path):
+        logger.info("%s.path has no tokenizer: its tokens are taken to be those of %s", option, first.path)
+        return
+    own: dict[str, int] = load_tokenizer(role.path).get_vocab()
+    if differing := sum(own.get(token) != i for token, i in tokens.items()):
+        remedy = "; as reward.classifier it would read the texts with its own" if role.name == "rew" else ""
+        raise ValueError(
+            f"{option}.path: its tokenizer is not that of '{first.path}' ({differing} tokens differ), so it would "
+            f"misread the run's tokens; use a model of the same family{remedy}"
+        )
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any(next(path.glob(pattern), None) for pattern in TOKENIZER_FILES)
+
+
+def _check_positions(role: RoleSpec, need: Need) -> None:
+    longest, positions = need.longest.get(role.name, 0), load_config(role.path).max_positions
+    if longest <= positions:
+        return
+    made = "prompt and gen.max_new_tokens make" if need.generates else "row has"
+    options = "dataset.max_prompt_len or gen.max_new_tokens by" if need.generates else "dataset.max_seqlen to"
+    raise ValueError(
+        f"{option_of(role.name)}.path: the longest {made} {longest} tokens, but the model has {positions} positions; "
+        f"lower {options} {longest - positions if need.generates else positions}"
+    )
+
+
+def _check_averages(spec: RunSpec) -> None:
+    for average in spec.averages:
+        configs = [
+            replace(load_config(spec.roles[name].path), max_positions=1) for name in (average.role, average.source)
+        ]
+        differing = [name for name in vars(configs[0]) if getattr(configs[0], name) != getattr(configs[1], name)]
+        if differing:
+            raise ValueError(
+                f"{average.role}.path: it is to follow {average.source} (ref_ema_eta), but differs from it in "
+                f"{', '.join(differing)}; give a model of the same sizes, or leave ref_ema_eta null"
+            )

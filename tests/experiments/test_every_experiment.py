@@ -1,0 +1,167 @@
+"""Every experiment x every shared check: each refuses in words, before anything is on a device.
+
+The cases are made from `EXPERIMENTS` and the models that an experiment's options have.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from realjax.apps.quickstart import EXPERIMENTS
+from tests.e2e.builders import write_llama
+from tests.experiments.any_experiment import (
+    Given,
+    make_spec,
+    options_of,
+    used_models,
+    write_given,
+    write_reward_model,
+)
+from tests.hf.tiny import edit_config
+
+ROLES = [(experiment, role) for experiment in EXPERIMENTS for role in used_models(experiment)]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    return write_given(tmp_path_factory.mktemp("given"))
+
+
+def write_model(folder: Path, is_critic: bool, **changes) -> Path:
+    return (write_reward_model if is_critic else write_llama)(folder / "odd", **changes)
+
+
+def swap_two_tokens(folder: Path, is_critic: bool) -> Path:
+    model = write_model(folder, is_critic)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return model
+
+
+def fewer_rows(folder: Path, is_critic: bool) -> Path:
+    return write_model(folder, is_critic, vocab_size=256)
+
+
+def few_positions(folder: Path, is_critic: bool) -> Path:
+    return write_model(folder, is_critic, max_position_embeddings=4)
+
+
+def another_head(folder: Path, is_critic: bool) -> Path:
+    return write_model(folder, not is_critic)
+
+
+def without_weights(folder: Path, is_critic: bool) -> Path:
+    model = write_model(folder, is_critic)
+    (model / "model.safetensors").unlink()
+    return model
+
+
+def torn_weights(folder: Path, is_critic: bool) -> Path:
+    weights = write_model(folder, is_critic) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return weights.parent
+
+
+def lacking_weights(folder: Path, is_critic: bool) -> Path:
+    weights = write_model(folder, is_critic) / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: x for name, x in tensors.items() if "1.mlp.up" not in name}, weights, {"format": "pt"})
+    return weights.parent
+
+
+def without_end(folder: Path, is_critic: bool) -> Path:
+    model = write_model(folder, is_critic)
+    edit_config(model, eos_token_id=None)
+    file = model / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["eos_token"]
+    file.write_text(json.dumps(config))
+    return model
+
+
+def wrong_value(folder: Path, is_critic: bool) -> Path:
+    model = write_model(folder, is_critic)
+    edit_config(model, vocab_size="320")
+    return model
+
+
+# Each makes the model that is wrong, and says what the message must hold after the option that names it.
+MODELS: dict[str, tuple[Callable[[Path, bool], Path], str]] = {
+    "vocabulary": (fewer_rows, r"{role}.path: the model has 256 tokens, but the tokenizer of '.*' has ids up to"),
+    "positions": (few_positions, r"{role}.path: the longest .* tokens, but the model has 4 positions; lower "),
+    "no weights": (without_weights, r"holds no weights; needed .*, or {role}.init_from_scratch=True for random ones"),
+    "torn weights": (torn_weights, r"odd/model.safetensors' is not a whole safetensors file"),
+    "lacking weights": (lacking_weights, r"odd': the checkpoint lacks 'model.layers.1.mlp.up_proj.weight'"),
+    "config": (wrong_value, r"odd/config.json: vocab_size is '320'; it must be a whole number"),
+}
+
+
+def assert_refused(experiment: str, message: str, given: Given, root: Path, **changes) -> None:
+    before = len(jax.live_arrays())
+    with pytest.raises(ValueError, match=message):
+        make_spec(experiment, options_of(experiment, given, root, **changes))
+    assert len(jax.live_arrays()) == before
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_what_is_given_here_is_right_but_for_one_thing(experiment, given, tmp_path):
+    """So that each case below is refused for its own reason."""
+    make_spec(experiment, options_of(experiment, given, tmp_path / "root"))
+
+
+@pytest.mark.parametrize("check", MODELS)
+@pytest.mark.parametrize(("experiment", "role"), ROLES)
+def test_a_model_that_does_not_fit(experiment, role, check, given, tmp_path):
+    make, message = MODELS[check]
+    model = make(tmp_path, used_models(experiment)[role])
+    assert_refused(experiment, message.format(role=role), given, tmp_path / "root", **{f"{role}__path": model})
+
+
+@pytest.mark.parametrize(("experiment", "role"), [(e, r) for e, r in ROLES if len(used_models(e)) > 1])
+def test_a_model_that_reads_other_tokens(experiment, role, given, tmp_path):
+    model = swap_two_tokens(tmp_path, used_models(experiment)[role])
+    # Of the first model it is the others that read other tokens than the data's.
+    message = r"^\w+.path: its tokenizer is not that of '.*' \(2 tokens differ\), so it would misread"
+    assert_refused(experiment, message, given, tmp_path / "root", **{f"{role}__path": model})
+
+
+@pytest.mark.parametrize(("experiment", "role"), ROLES)
+def test_a_model_of_another_kind(experiment, role, given, tmp_path):
+    """A trained critic may begin with a language model: it gets a new head, as docs/pairs.md says."""
+    is_critic = used_models(experiment)[role]
+    options = options_of(experiment, given, tmp_path / "root", **{f"{role}__path": another_head(tmp_path, is_critic)})
+    is_trained = role in ("critic", "model")
+    if is_critic and is_trained:
+        make_spec(experiment, options)
+        return
+    needed = "has no scalar head, so it cannot score" if is_critic else "is a reward model or critic"
+    with pytest.raises(ValueError, match=f"^{role}.path: '.*odd' {needed}"):
+        make_spec(experiment, options)
+
+
+@pytest.mark.parametrize(("experiment", "role"), ROLES)
+def test_a_model_that_was_declared_to_be_another(experiment, role, given, tmp_path):
+    message = f"^{role}.type._class: found qwen2, but '.*' holds a LlamaForCausalLM or its critic; set it to llama, or"
+    assert_refused(experiment, message, given, tmp_path / "root", **{f"{role}__type___class": "qwen2"})
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_no_end_token(experiment, given, tmp_path):
+    role, is_critic = next(iter(used_models(experiment).items()))
+    model = without_end(tmp_path, is_critic)
+    message = "no EOS token|names no end-of-text token"
+    assert_refused(experiment, message, given, tmp_path / "root", **{f"{role}__path": model})
+
+
+@pytest.mark.parametrize("name", ["experiment_name", "trial_name"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_names_that_are_no_directories(experiment, name, given, tmp_path):
+    for value in ("../up", "a b", "\x1b[31mred", "bell\x07", "a\u202eb", "..", "x" * 300):
+        assert_refused(experiment, f"^{name}: found ", given, tmp_path / "root", **{name: value})
