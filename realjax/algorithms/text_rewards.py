@@ -4,7 +4,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 # fn(prompts, answers, rows) -> one number for each answer. `rows` are the data's own rows, with all their keys.
 TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
+
+CheckFn = Callable[[Row], object]
+Fn = TypeVar("Fn", bound=Callable)
+CHECK = "check_row"
 
 TEXT_REWARD_INPUTS = ("loss_mask", "prompt_id")
 
@@ -72,6 +76,31 @@ def load_function(path: str, name: str = "reward.fn") -> TextFn:
         )
     _check_signature(fn, path, name)
     return fn
+
+
+def checks_rows(check: CheckFn) -> Callable[[Fn], Fn]:
+    """Returns a decorator of a reward function: before a run, `check(row)` raises for a row that it cannot score.
+
+    It is the function's attribute `check_row`, which a module without realjax may set itself.
+    """
+
+    def mark(fn: Fn) -> Fn:
+        vars(fn)[CHECK] = check
+        return fn
+
+    return mark
+
+
+def check_row(fn: TextFn, row: Row, subject: str, *, name: str) -> None:
+    """Raises ValueError, naming `subject` and the option `name`, for a row that the function says it cannot score."""
+    check: CheckFn | None = getattr(fn, CHECK, None)
+    if check is None:
+        return
+    try:
+        check(copy.deepcopy(row))
+    except (Exception, SystemExit) as error:
+        found = f"no key {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(f"{subject}: {name} cannot score this row: {found}; mend the row, or remove it") from error
 
 
 def _check_signature(fn: TextFn, path: str, name: str) -> None:

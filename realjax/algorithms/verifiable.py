@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-from realjax.algorithms.text_rewards import Row
+from realjax.algorithms.text_rewards import Row, checks_rows
 
 Number = Decimal | Fraction
 MARK = "####"
@@ -21,14 +21,6 @@ SEPARATORS = ",\u00a0\u202f\u2009"  # of thousands: a comma, or a space that doe
 DIGITS = rf"(?:\d{{1,3}}(?:[{SEPARATORS}]\d{{3}})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?"
 # -5  -$5  5e-05  1/2
 NUMBER = re.compile(rf"(?<![\w.])([-+]?)[$€£¥]?({DIGITS})(?:([eE][-+]?\d+)(?!\w)|((?:/{DIGITS})*))")
-
-
-def number_reward(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
-    """Returns 1 for answers whose final number equals that of the row's `answer`, else 0.
-
-    Raises ValueError for a row without an answer that holds a number.
-    """
-    return [float(final_number(answer) == _reference(row)) for answer, row in zip(answers, rows, strict=True)]
 
 
 def final_number(text: str) -> Number | None:
@@ -59,7 +51,7 @@ def _decimal(digits: str) -> Decimal | None:
         return None
 
 
-def _reference(row: Row) -> Number:
+def reference_number(row: Row) -> Number:
     answer = row.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         return Decimal(answer)
@@ -67,5 +59,14 @@ def _reference(row: Row) -> Number:
         return Decimal(repr(answer))  # as the data spell it: 0.1, not the binary number next to it
     number = final_number(answer) if isinstance(answer, str) else None
     if number is None:
-        raise ValueError(f"row {row.get('id')!r}: found the answer {answer!r}; number_reward needs one with a number")
+        raise ValueError(f"found the answer {answer!r}; number_reward needs one with a number")
     return number
+
+
+@checks_rows(reference_number)
+def number_reward(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """Returns 1 for answers whose final number equals that of the row's `answer`, else 0.
+
+    Raises ValueError for a row without an answer that holds a number.
+    """
+    return [float(final_number(answer) == reference_number(row)) for answer, row in zip(answers, rows, strict=True)]

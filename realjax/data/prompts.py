@@ -1,6 +1,7 @@
 """Prompts to be answered: tokenised, with their texts and the data's own rows kept for what reads the answers."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,19 +38,26 @@ def load_prompts(
     pad_to_max_length: bool = False,
     use_chat_template: bool = False,
     max_prompts: int | None = None,
+    check_fn: Callable[[dict[str, Any], str], None] | None = None,
     name: str = "dataset.path",
 ) -> PromptDataset:
     """Dataset of the file's `prompt`, cut on the right to `max_prompt_len` tokens, as ReaL does; the log counts them.
 
     With `use_chat_template` a prompt is a string, which is the user's, or a list of messages with `role` and `content`;
     the template opens the assistant's turn, and where it is too long its longest message is cut. `pad_to_max_length`
-    (benchmarks) puts EOS tokens in front of shorter prompts. `max_prompts` keeps the file's first ones. Raises
-    ValueError for a bad file (see `load_rows`), an empty prompt, a tokenizer without EOS, or one without the chat
-    template that was asked for.
+    (benchmarks) puts EOS tokens in front of shorter prompts. `max_prompts` keeps the file's first ones, and
+    `check_fn(row, place)` may raise for a row. Raises ValueError for a bad file (see `load_rows`), an empty prompt, a
+    tokenizer without EOS, or one without the chat template that was asked for.
     """
     eos = eos_id(tokenizer)
     kinds = {"prompt": prompt_kinds(tokenizer, use_chat_template)}
-    rows, subject = load_rows(path, kinds, name, _check_prompt)[:max_prompts], f"{name}: {path!r}"
+
+    def check(row: dict[str, Any], place: str) -> None:
+        _check_prompt(row, place)
+        if check_fn is not None:
+            check_fn(row, place)
+
+    rows, subject = load_rows(path, kinds, name, check)[:max_prompts], f"{name}: {path!r}"
     texts = prompt_texts(rows, tokenizer, use_chat_template=use_chat_template, subject=subject)
     tell_repeats([] if use_chat_template else texts, (), tokenizer, name)
     tokens = encode(texts, tokenizer, is_rendered=use_chat_template).tokens

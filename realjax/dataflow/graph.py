@@ -71,6 +71,7 @@ class HostCall:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     state: Mapping[str, float] = field(default_factory=dict)  # before the first step
+    metrics: tuple[str, ...] = ()  # that it reports in an evaluation
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from realjax.dataflow.generation_run import GenerationSpec
-from realjax.dataflow.graph import MFC
+from realjax.dataflow.graph import MFC, HostCall
 from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments.common import load_tokenizer, option_of
 from realjax.hf.load import check_weights, has_critic_head, load_checkpoint_config, load_config
+from realjax.options.parsing import nearest_names
 
 logger = logging.getLogger("realjax.checks")
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model")
@@ -39,6 +40,8 @@ def check_run(spec: RunSpec | GenerationSpec) -> None:
         _check_positions(role, need)
     if isinstance(spec, RunSpec):
         _check_averages(spec)
+        if isinstance(spec.evaluation, RolloutEvaluation):
+            _check_best_metric(spec.evaluation)
 
 
 def _need_of_generation(spec: GenerationSpec) -> Need:
@@ -163,3 +166,18 @@ def _check_averages(spec: RunSpec) -> None:
                 f"{average.role}.path: it is to follow {average.source} (ref_ema_eta), but differs from it in "
                 f"{', '.join(differing)}; give a model of the same sizes, or leave ref_ema_eta null"
             )
+
+
+def _check_best_metric(evaluation: RolloutEvaluation) -> None:
+    """Raises ValueError for a name that no evaluation will report."""
+    known = [
+        f"{variant}/{name}"
+        for variant, calls in evaluation.variants.items()
+        for call in calls
+        if isinstance(call, HostCall)
+        for name in call.metrics
+    ]
+    if evaluation.best_metric is not None and evaluation.best_metric not in known:
+        near = nearest_names(evaluation.best_metric, known, count=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"eval.best_metric: no evaluation reports {evaluation.best_metric!r}; {hint}")

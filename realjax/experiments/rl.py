@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from realjax.algorithms.classifier_reward import load_classifier
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss
@@ -20,7 +21,7 @@ from realjax.algorithms.reward_sources import (
     mix_rewards,
     mixed_inputs,
 )
-from realjax.algorithms.text_rewards import TEXT_REWARD_INPUTS, TextFn, load_function, make_text_reward
+from realjax.algorithms.text_rewards import TEXT_REWARD_INPUTS, TextFn, check_row, load_function, make_text_reward
 from realjax.allocation.heuristic import Placement, SizedModel, place_grpo
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
@@ -120,13 +121,24 @@ class Setup:
         def load(path: str, name: str, **changes: Any) -> PromptDataset:
             chat = data.use_chat_template
             return load_prompts(
-                path, self.tokenizer, max_prompt_len=data.max_prompt_len, use_chat_template=chat, name=name, **changes
+                path,
+                self.tokenizer,
+                max_prompt_len=data.max_prompt_len,
+                use_chat_template=chat,
+                check_fn=self._check_row,
+                name=name,
+                **changes,
             )
 
         train = load(data.path, "dataset.path", pad_to_max_length=data.pad_to_max_length)
         if not data.valid_path:
             return train, None
         return train, load(data.valid_path, "dataset.valid_path", max_prompts=self.config.eval.num_prompts)
+
+    def _check_row(self, row: dict[str, Any], place: str) -> None:
+        """Raises ValueError for a row that a reward says it cannot score."""
+        for name, fn in self._text_functions.items():
+            check_row(fn, row, place, name=f"reward.{name} {getattr(self.config.reward, name)}")
 
     def loader(self) -> Loader:
         """Returns the loader of prompts."""
@@ -204,7 +216,11 @@ class Setup:
             sources.append(RewardSource(name=name, fn=text(fn, name=title), **parts))
         scores = (self.infer("rew_inf", "scores", "values"),) if "rew" in self.roles else ()
         inputs = mixed_inputs(sources)
-        return (*scores, HostCall(name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS))
+        metrics = tuple(f"reward/{source.name}" for source in sources)
+        mixed = HostCall(
+            name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS, metrics=metrics
+        )
+        return (*scores, mixed)
 
     @cached_property
     def _text_functions(self) -> dict[str, TextFn]:
@@ -280,9 +296,14 @@ class Setup:
         for variant in options.draws:
             sampling = replace(base.sampling, config=ways[variant], num_samples=1)
             answer = replace(base, name=f"{variant}_gen", sampling=sampling)
-            measure = partial(measure_rollout, parameters=replace(self.options, recompute_logprobs=False))
+            parameters = replace(self.options, recompute_logprobs=False)
+            measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
             inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
-            variants[variant] = (answer, *scored, HostCall(name="measures", fn=measure, inputs=inputs, outputs=()))
+            variants[variant] = (
+                answer,
+                *scored,
+                HostCall(name="measures", fn=measure, inputs=inputs, outputs=(), metrics=names),
+            )
         loader = Loader(
             self.held_out,
             batch_size=self.config.dataset.train_bs_n_seqs,
@@ -308,6 +329,13 @@ def build_without_critic(
     answers, advantages = setup.generate(has_baseline=has_baseline), setup.advantages(make_advantages(setup.options))
     calls = (answers, *setup.rewards(), *setup.references(), advantages, setup.train_actor())
     return setup.run_spec(experiment, calls)
+
+
+def measured_names(parameters: PolicyParameters) -> tuple[str, ...]:
+    """Returns the names of what `measure_rollout` reports: that of an answer of one token."""
+    one = np.ones((1, 1))
+    arrays = {key: one.astype(int) for key in ("segment_ids", "loss_mask", "has_eos")}
+    return tuple(measure_rollout({**arrays, "rewards": one, "logprobs": -one}, {}, parameters=parameters).metrics)
 
 
 def measure_rollout(arrays: Arrays, state: State, *, parameters: PolicyParameters) -> HostResult:

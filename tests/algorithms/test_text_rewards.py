@@ -6,7 +6,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from realjax.algorithms.text_rewards import load_function, make_text_reward
+from realjax.algorithms.text_rewards import check_row, checks_rows, load_function, make_text_reward
 from tests.algorithms.text_rollouts import SAMPLES, TOKENIZER, pack_samples, places
 from tests.data.test_datasets import words_tokenizer
 
@@ -147,3 +147,19 @@ def test_load_function_says_what_is_wrong(path, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as caught:
         load_function(path)
     assert message in str(caught.value)
+
+
+def test_a_function_may_say_which_rows_it_cannot_score():
+    @checks_rows(lambda row: row["answer"] / row["weight"])
+    def marked(prompts, answers, rows):
+        return [0.0 for _ in answers]
+
+    check_row(marked, {"answer": 1, "weight": 2}, "d line 1", name="reward.fn m:f")
+    check_row(lambda prompts, answers, rows: [], {}, "d line 1", name="reward.fn m:f")
+    for row, message in (
+        ({}, "no key 'answer'"),
+        ({"answer": 1, "weight": 0}, "division by zero"),
+        ({"answer": "a", "weight": 1}, "unsupported operand"),
+    ):
+        with pytest.raises(ValueError, match=f"^d line 1: reward.fn m:f cannot score this row: {message}.*; mend the"):
+            check_row(marked, row, "d line 1", name="reward.fn m:f")

@@ -176,7 +176,7 @@ def test_nothing_to_write_and_nothing_to_go_on_from(trial, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gen__max_new_tokens": 120}, "gen.max_new_tokens: the longest prompt has "),
+        ({"gen__max_new_tokens": 120}, "model.path: the longest prompt and gen.max_new_tokens make 130 tokens"),
         ({"gen__num_slots": 3}, "gen.num_slots: 3 answers at once cannot be divided over data x pipeline = 2 devices"),
         ({"dataset__use_chat_template": True}, "has no chat template"),
     ],

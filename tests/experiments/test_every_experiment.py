@@ -165,3 +165,16 @@ def test_no_end_token(experiment, given, tmp_path):
 def test_names_that_are_no_directories(experiment, name, given, tmp_path):
     for value in ("../up", "a b", "\x1b[31mred", "bell\x07", "a\u202eb", "..", "x" * 300):
         assert_refused(experiment, f"^{name}: found ", given, tmp_path / "root", **{name: value})
+
+
+METRICS = [name for name, experiment in EXPERIMENTS.items() if hasattr(experiment.config_cls(), "eval")]
+
+
+@pytest.mark.parametrize("experiment", METRICS)
+def test_a_metric_that_no_evaluation_reports(experiment, given, tmp_path):
+    options = {"dataset__valid_path": given.folder / "rows.jsonl", "eval_freq_steps": 1}
+    for name in ("greedy/task_reward", "sampled/reward/model", "greedy/eos_share"):
+        make_spec(experiment, options_of(experiment, given, tmp_path / "root", **options, eval__best_metric=name))
+    for name in ("greedy/task_rewards", "task_reward", "greedy/reward/fn", "greedy/kl"):
+        message = f"^eval.best_metric: no evaluation reports '{name}'; (did you mean greedy/|there are greedy/)"
+        assert_refused(experiment, message, given, tmp_path / "root", **options, eval__best_metric=name)

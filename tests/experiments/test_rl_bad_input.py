@@ -92,6 +92,11 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"reward__fn": "realjax.algorithms.verifiable:f"},
         r"^reward.fn: 'realjax.algorithms.verifiable:f' is no function",
     ),
+    "rows that the reward cannot score": (
+        {"reward__fn": "realjax.algorithms.verifiable:number_reward"},
+        r"^dataset.path: '.*prompts.jsonl' line 1: reward.fn realjax.algorithms.verifiable:number_reward cannot score "
+        r"this row: found the answer ' .*'; number_reward needs one with a number; mend the row, or remove it$",
+    ),
     "no reward": ({"rew__path": None, "rew__init_from_scratch": None}, r"^rew.path: nothing given, and no other sour"),
     "a model too large for a node": (
         {"allocation_mode": "heuristic", "n_gpus_per_node": 8, "actor__type__size": 70},
