@@ -52,6 +52,7 @@ def _decimal(digits: str) -> Decimal | None:
 
 
 def reference_number(row: Row) -> Number:
+    """Returns the number of a row's `answer`. Raises ValueError where there is none."""
     answer = row.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         return Decimal(answer)
