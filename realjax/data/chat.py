@@ -50,11 +50,9 @@ def messages_of(row: Mapping[str, Any]) -> Messages:
 
 def render(messages: Messages, row_id: str | int, tokenizer: "PreTrainedTokenizerBase", subject: str) -> str:
     """Returns the text of a row's messages in the template, the assistant's turn opened."""
-    from jinja2 import TemplateError  # what transformers renders with
-
     try:
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except Exception as error:  # a template is code of its own
         raise ValueError(
             f"{subject}: the tokenizer's chat template refuses the prompt with id {row_id!r} ({error}); mend its "
             "messages, or set dataset.use_chat_template=False"

@@ -15,7 +15,8 @@ from tests.data.test_datasets import make_tokenizer
 TEXTS = ["the film was", "a film that is good, a film that was not good and not so long", "naïve 😀", "so"]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    "<s>{{ m.role + (m.name or '') }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
 
 
@@ -125,6 +126,11 @@ def test_a_chat_template_frames_texts_and_messages(tmp_path, special):
             [[{"role": "tool", "content": "so"}]],
             {"use_chat_template": True},
             r"the tokenizer's chat template refuses the prompt with id 'p0' \(no tools here\)",
+        ),
+        (
+            [[{"role": "user", "content": "so", "name": 3}]],
+            {"use_chat_template": True},
+            r"the tokenizer's chat template refuses the prompt with id 'p0' \(can only concatenate str",
         ),
     ],
 )
