@@ -92,6 +92,9 @@ def test_rewards_are_the_weighted_sum_of_their_sources(whole):
         expected = 0.5 * record["reward/model"] + 2.0 * record["reward/fn"]
         assert record["task_reward"] == pytest.approx(expected, rel=1e-5)
         assert record["reward/model"] and record["reward/fn"] < 0
+        # Totals are of all updates of a step: two passes over its tokens.
+        for call in ("actor_train", "critic_train"):
+            assert record[f"{call}/n_tokens"] == 2 * record["advantages/n_tokens"]
     assert len({record["kl_coef"] for record in records}) == STEPS
 
 

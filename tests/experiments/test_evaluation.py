@@ -1,0 +1,71 @@
+"""Measures of held-out answers are of the set: neither the batch size nor what training carries changes them."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from realjax.dataflow.run import RolloutEvaluation
+from realjax.runtime.evaluation import evaluate_rollouts
+from tests.experiments.rl_runs import make_executor, make_rl_spec, quick_compiles, write_rl_inputs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def values_of(tmp_path_factory):
+    """Returns `values_of(batch size) -> the evaluation's values, and the answers' rewards and lengths by variant`."""
+    root = tmp_path_factory.mktemp("rl")
+    inputs = write_rl_inputs(root)
+
+    @cache
+    def values(batch_size: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        changes = {"algo__ppo_n_minibatches": 1, "algo__min_new_tokens": 2, "reward__fn_weight": 0.5}
+        spec = make_rl_spec(
+            inputs,
+            root,
+            "grpo",
+            dataset__train_bs_n_seqs=batch_size,
+            dataset__valid_path=inputs.held_out,
+            reward__fn="tests.experiments.rl_rewards:shortness",
+            **changes,
+        )
+        evaluation = spec.evaluation
+        assert isinstance(evaluation, RolloutEvaluation)
+        with quick_compiles():
+            executor = make_executor(spec)
+            before = {name: dict(state) for name, state in executor.controls.items()}
+            found, _ = evaluate_rollouts(executor, evaluation, None)
+            assert executor.controls == before
+            answers = {}
+            for variant, calls in evaluation.variants.items():
+                batches = [
+                    executor.run_calls(calls, evaluation.loader.batch(i), step=None).batch
+                    for i in range(evaluation.loader.total_steps)
+                ]
+                exist = [np.asarray(b["segment_ids"]).max(axis=1, keepdims=True) for b in batches]
+                places = [np.arange(b["rewards"].shape[1]) < n for b, n in zip(batches, exist, strict=True)]
+                answers[variant] = np.concatenate(
+                    [np.asarray(b["rewards"])[place] for b, place in zip(batches, places, strict=True)]
+                )
+        return found, answers
+
+    return values
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5])
+def test_they_do_not_depend_on_the_batch_size(batch_size, values_of):
+    found, expected = values_of(batch_size)[0], values_of(6)[0]
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_they_are_those_of_plain_numpy(values_of):
+    found, answers = values_of(4)
+    for variant, rewards in answers.items():
+        assert len(rewards) == 6
+        assert found[f"{variant}/task_reward"] == pytest.approx(rewards.mean(dtype=np.float64), rel=1e-5)
+        assert found[f"{variant}/task_reward_std"] == pytest.approx(rewards.std(dtype=np.float64), rel=1e-5)
+        assert found[f"{variant}/n_seqs"] == 6
+        assert found[f"{variant}/min_response_len"] <= found[f"{variant}/avg_response_len"]
+        assert float(found[f"{variant}/min_response_len"]).is_integer()
+    assert found["sampled/min_response_len"] < found["sampled/max_response_len"]
