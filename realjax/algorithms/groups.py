@@ -1,5 +1,6 @@
 """Responses judged as a whole against others to the same prompt: what GRPO, RLOO and ReMax have in common."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,7 +67,7 @@ def spread_advantages(
     *,
     penalty: Penalty,
     parameters: PolicyParameters,
-    metrics: dict[str, Metric],
+    metrics: Mapping[str, Metric],
 ) -> HostResult:
     """Returns the result of a host call that found one advantage for each sequence.
 
@@ -74,8 +75,8 @@ def spread_advantages(
     """
     trained = responses.only(is_trained)
     advantages = discounted_to_tokens(trained, advantages_RS, parameters.discount)
-    metrics = rollout_metrics(arrays, responses, parameters) | penalty.metrics | metrics
-    metrics |= {
+    reported = rollout_metrics(arrays, responses, parameters) | penalty.metrics | dict(metrics)
+    reported |= {
         "advantage": mean_of(advantages, trained.mask),
         "advantage_std": std_of(advantages, trained.mask),
         "trained_seqs": Total(float(trained.num_seqs)),
@@ -85,4 +86,4 @@ def spread_advantages(
     shares = sequence_shares(responses, trained)
     outputs = {"advantages": advantages, "seq_share": shares}
     arrays_out = {name: array.astype(np.float32) for name, array in outputs.items()}
-    return HostResult(arrays=arrays_out | {"train_mask": trained.mask}, state=penalty.state, metrics=metrics)
+    return HostResult(arrays=arrays_out | {"train_mask": trained.mask}, state=penalty.state, metrics=reported)

@@ -1,5 +1,6 @@
 """The optimizer as optax builds it, and how its state is spread."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -41,7 +42,8 @@ class Optimizer:
     ) -> tuple[Tree, optax.OptState]:
         """Returns what the update `number` adds to the parameters, and the state after it."""
         *moments, _ = cast(tuple, state)
-        return self._adamw.update(grads, (*moments, optax.ScaleByScheduleState(count=number)), params)
+        updates, state = self._adamw.update(grads, (*moments, optax.ScaleByScheduleState(count=number)), params)
+        return cast(Tree, updates), state
 
     @property
     def _adamw(self) -> optax.GradientTransformation:
@@ -67,7 +69,7 @@ def state_shardings(model: Model, optimizer: Optimizer, layout: Layout) -> tuple
     params = tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout)
     abstract = jax.eval_shape(optimizer.init, model.abstract)
     state = optax.tree_map_params(
-        optimizer,
+        cast(Callable, optimizer.init),
         lambda _, sharding: sharding,
         abstract,
         params,
