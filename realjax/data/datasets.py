@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from realjax.core.identity import digest
 from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.jsonl import load_rows
 from realjax.data.tokens import Encoded, encode, eos_id, tell_repeats
@@ -32,6 +33,11 @@ class FlatDataset:
         return len(self.ids)
 
     @property
+    def fingerprint(self) -> str:
+        """A text that changes with the ids and tokens."""
+        return digest(repr(self.ids), self.tokens, self.offsets)
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int32 [N]."""
         return np.diff(self.offsets).astype(np.int32)
@@ -55,6 +61,10 @@ class PromptAnswerDataset(FlatDataset):
     """Examples for SFT, each learned in its target span."""
 
     target_spans: np.ndarray  # int32 [N, 2]: first target and one past the last, within the example
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(super().fingerprint, self.target_spans)
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` int32 [L] and `loss_mask` bool [L], True at the answer's tokens and EOS."""

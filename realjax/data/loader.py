@@ -1,7 +1,6 @@
 """Packed batches of a dataset, as a pure function of the step."""
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from realjax.core.batch import Batch
+from realjax.core.identity import digest
 from realjax.data.packing import bucket_len, pack, pack_rows
 
 
@@ -21,6 +21,11 @@ class Dataset(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes with whatever a run reads of the examples."""
+        ...
 
     @property
     def lengths(self) -> np.ndarray:
@@ -146,11 +151,13 @@ class Loader:
         return 1.0 - float(self._lengths[self._stream].sum(dtype=np.int64)) / self.shapes.num_slots
 
     @property
-    def fingerprint(self) -> int:
-        """A number that changes with the batch size, the examples' ids and lengths, or their first epoch's order."""
-        first = self._stream[: self._epoch_len]
-        ids = repr([self._dataset.ids[i] for i in first]).encode()
-        return zlib.crc32(ids + self._lengths[first].tobytes(), self._batch_size)
+    def fingerprint(self) -> str:
+        """A text that changes with the batch size, the examples' content, or their first epoch's order."""
+        return digest(str(self._batch_size), self._stream[: self._epoch_len], self._dataset.fingerprint)
+
+    def steps_in(self, num_epochs: int) -> int:
+        """Steps that a run of so many epochs of this data takes."""
+        return math.ceil(self._epoch_len * num_epochs / self._batch_size)
 
     def batch(self, step: int) -> Batch:
         """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps)."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from realjax.core.identity import digest
 from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.datasets import tokenize_answers
 from realjax.data.jsonl import load_rows
@@ -35,6 +36,14 @@ class PairedDataset:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes with the ids, tokens, answers' places, prompts, or the number of pairs drawn."""
+        tokens = [part for pair in self.pairs for part in pair]
+        sizes = np.array([len(part) for part in tokens], np.int32)
+        places = (self.answer_starts, self.prompts)
+        return digest(repr(self.ids), np.concatenate(tokens), sizes, *places, str(self.max_pairs))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Prompts to be answered: tokenised, with their texts and the data's own rows kept for what reads the answers."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from realjax.core.identity import digest
 from realjax.data.chat import Messages, check_messages, messages_of, prompt_kinds, prompt_texts, render, shorten
 from realjax.data.datasets import FlatDataset
 from realjax.data.jsonl import load_rows
@@ -24,6 +26,11 @@ class PromptDataset(FlatDataset):
 
     rows: tuple[dict[str, Any], ...]  # as in the file, with all their keys
     texts: tuple[str, ...]  # what was tokenised, uncut
+
+    @property
+    def fingerprint(self) -> str:
+        # Rewards may read any key of a row.
+        return digest(super().fingerprint, json.dumps(self.rows), json.dumps(self.texts))
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` int32 [L], and `prompt_id` int32, 0-d: the prompt's index."""

@@ -11,13 +11,23 @@ class ExperimentSaveEvalControl:
     """How long to train, and when to save and evaluate. Any satisfied trigger fires; null turns a trigger off."""
 
     total_train_epochs: int = option(1, "passes over the training data", at_least=1)
+    lr_schedule_epochs: int | None = option(
+        None,
+        "epochs over which learning rates decay, and stay at their floor (min_lr_ratio) from then on; null is "
+        "total_train_epochs, also of a run that continues with more of them",
+        at_least=1,
+    )
     save_freq_epochs: int | None = option(None, "save every so many epochs", at_least=1)
     save_freq_steps: int | None = option(None, "save every so many steps", at_least=1)
     save_freq_secs: int | None = option(None, "save at the first step end after so many seconds", at_least=1)
     eval_freq_epochs: int | None = option(None, "evaluate at the end of every so many epochs", at_least=1)
     eval_freq_steps: int | None = option(None, "evaluate every so many steps", at_least=1)
     eval_freq_secs: int | None = option(None, "evaluate at the first step end after so many seconds", at_least=1)
-    benchmark_steps: int | None = option(None, "stop after so many steps and print the mean step time", at_least=1)
+    benchmark_steps: int | None = option(
+        None,
+        "stop after so many steps and print the mean step time; no checkpoint or training state is written",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -71,6 +81,7 @@ class CommonExperimentConfig:
         name: f"exp_ctrl.{name}"
         for name in (
             "total_train_epochs",
+            "lr_schedule_epochs",
             "save_freq_epochs",
             "save_freq_steps",
             "save_freq_secs",

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -173,3 +174,14 @@ def test_the_fingerprint_tells_other_data_or_batches_apart():
     assert Loader(make_dataset(30), **{**sizes, "num_epochs": 3}).fingerprint == fingerprint
     for other in (Loader(make_dataset(29), **sizes), Loader(make_dataset(30), **{**sizes, "batch_size": 9})):
         assert other.fingerprint != fingerprint
+
+
+def test_the_fingerprint_tells_other_content_of_equal_lengths_apart():
+    """Ids, lengths and order the same: every array that an example has counts."""
+    dataset, sizes = make_dataset(30), {"batch_size": 10, "num_epochs": 2, "seed": 0}
+    tokens = dataset.tokens.copy()
+    tokens[-1] += 1
+    spans = dataset.target_spans.copy()
+    spans[3, 0] += 1
+    changed = [dataset, replace(dataset, tokens=tokens), replace(dataset, target_spans=spans)]
+    assert len({Loader(one, **sizes).fingerprint for one in changed}) == 3

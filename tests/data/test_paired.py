@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,3 +159,19 @@ def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no EOS token"):
         load_paired(write(tmp_path, make_rows()), make_tokenizer(eos_token=None), max_seqlen=64, max_pairs_per_prompt=2)
+
+
+def test_the_fingerprint_tells_better_from_worse(tmp_path):
+    """Ids, tokens in all and lengths the same."""
+    dataset = load(tmp_path)
+    pairs = tuple((worse, better) for better, worse in dataset.pairs)
+    starts = np.array(dataset.answer_starts)
+    starts[0] += 1
+    changed = [
+        dataset,
+        replace(dataset, pairs=pairs),
+        replace(dataset, answer_starts=starts),
+        replace(dataset, max_pairs=3),
+    ]
+    assert len({one.fingerprint for one in changed}) == 4
+    assert load(tmp_path).fingerprint == dataset.fingerprint

@@ -153,3 +153,13 @@ def test_a_prompt_without_tokens_is_refused(tmp_path):
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     with pytest.raises(ValueError, match="the prompt with id 'p1' has no tokens"):
         load(tmp_path, ["so", " "], tokenizer)
+
+
+def test_the_fingerprint_covers_what_rewards_read(tmp_path):
+    """Equal prompts whose rows have another `answer` are other data."""
+    path = write(tmp_path, TEXTS, answer="x")
+    prompts = [load_prompts(path, make_tokenizer(), max_prompt_len=256)]
+    write(tmp_path, TEXTS, answer="y")
+    prompts.append(load_prompts(path, make_tokenizer(), max_prompt_len=256))
+    assert tokens_of(prompts[0]) == tokens_of(prompts[1])
+    assert prompts[0].fingerprint != prompts[1].fingerprint

@@ -1,0 +1,50 @@
+"""Which options a run that continues may change: what is in neither list is refused."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from realjax.options.common import CommonExperimentConfig
+from realjax.options.fields import list_options
+
+# Patterns of dotted names. These change where and how a run computes and what it writes, not what it computes: of the
+# paths it is the content that counts.
+HARMLESS = (
+    *("experiment_name", "trial_name", "fileroot", "mode", "recover_mode", "max_recover_saves_to_keep", "wandb_mode"),
+    *("allocation_mode", "n_nodes", "n_gpus_per_node", "nodelist", "max_nonfinite_steps", "output_file"),
+    *("exp_ctrl.save_freq_*", "exp_ctrl.eval_freq_*", "exp_ctrl.benchmark_steps"),
+    *("*.path", "*.train_path", "*.valid_path", "*.valid_bs_n_seqs", "reward.classifier"),
+    *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots"),
+    *("*.type.size", "*.gradient_checkpointing", "*.attention", "*.unroll_layers", "*.loss_chunk_tokens"),
+    *("*.zero_stage", "*.offload", "eval.greedy", "eval.sampled", "eval.num_prompts"),
+)
+# What one changes on purpose on the way: how long a run is, and how it steps.
+STEERING = ("exp_ctrl.total_train_epochs", "exp_ctrl.lr_schedule_epochs", "*.optimizer.*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortedOptions:
+    """The options of a run by what a change of them means for a run that continues."""
+
+    fixed: dict[str, Any]
+    steering: dict[str, Any]
+    harmless: dict[str, Any]
+
+
+def sort_options(config: CommonExperimentConfig) -> SortedOptions:
+    """Returns the options of the models and calls that the run has, and of everything else, by dotted name."""
+    result = SortedOptions(fixed={}, steering={}, harmless={})
+    for option in list_options(type(config)):
+        first, *rest = option.path.split(".")
+        if first in config.unused:
+            continue
+        value: Any = getattr(config, first)
+        for name in rest:
+            value = getattr(value, name)
+        if any(fnmatchcase(option.path, pattern) for pattern in HARMLESS):
+            result.harmless[option.path] = value
+        elif any(fnmatchcase(option.path, pattern) for pattern in STEERING):
+            result.steering[option.path] = value
+        else:
+            result.fixed[option.path] = value
+    return result

@@ -1,0 +1,45 @@
+"""A model is the same wherever it lies, and another one when its tensors, its config or its tokenizer are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from realjax.hf.fingerprint import fingerprint_model
+from tests.e2e.builders import write_llama
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "model")
+
+
+def train(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name: np.nextafter(x, 9) for name, x in tensors.items()}, directory / "model.safetensors")
+
+
+def set_config(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+
+
+def cut_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text((directory / "tokenizer.json").read_text().replace("film", "flim"))
+
+
+@pytest.mark.parametrize("change", [train, set_config, cut_tokenizer])
+def test_a_copy_is_the_same_model_and_a_changed_one_another(change, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "elsewhere" / "copy")
+    assert fingerprint_model(copy) == fingerprint_model(model)
+    change(copy)
+    assert fingerprint_model(copy) != fingerprint_model(model)
+
+
+def test_weights_of_a_model_from_scratch_do_not_count(model):
+    before = fingerprint_model(model, has_weights=False)
+    (model / "model.safetensors").unlink()
+    assert fingerprint_model(model, has_weights=False) == before
