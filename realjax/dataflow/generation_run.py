@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from realjax.core.generation_config import GenerationConfig
+from realjax.core.identity import Identity
 from realjax.core.layout import Layout
 from realjax.data.prompts import PromptDataset
 from realjax.dataflow.run import RoleSpec, RunPaths
@@ -18,7 +19,7 @@ class GenerationSpec:
 
     title: str
     config_json: str
-    decisive_options: tuple[str, ...]  # of config_json: where they differ, the answers differ
+    identity: Identity
     paths: RunPaths
     role: RoleSpec
     layout: Layout

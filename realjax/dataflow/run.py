@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realjax.core.end_tokens import EndTokens
+from realjax.core.identity import Identity
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
@@ -108,12 +109,14 @@ class RunSpec:
     experiment: str
     title: str
     config_json: str
+    identity: Identity
     paths: RunPaths
     graph: DataflowGraph
     layouts: Mapping[str, Layout]  # by call name
     roles: Mapping[str, RoleSpec]
     loader: Loader
     num_epochs: int
+    schedule_epochs: int | None = None  # over which learning rates decay; None: all
     evaluation: Evaluation | RolloutEvaluation | None
     save: Frequency
     evaluate: Frequency
@@ -126,3 +129,8 @@ class RunSpec:
     max_nonfinite_steps: int = 5
     wandb_mode: str = "disabled"
     max_shard_bytes: float = 5e9
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps over which learning rates decay."""
+        return self.loader.steps_in(self.schedule_epochs or self.num_epochs)

@@ -11,6 +11,7 @@ import jax
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_device_mesh
+from realjax.core.identity import Identity
 from realjax.core.layout import Layout
 from realjax.data.loader import Dataset, Loader
 from realjax.data.paired import PairedDataset, load_paired
@@ -18,6 +19,7 @@ from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Evaluation, Frequency, MovingAverage, RoleSpec, RunSpec
 from realjax.hf.families import find_family
 from realjax.hf.files import resolve_model_path
+from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_end_tokens
 from realjax.hf.load import load_config
 from realjax.options.common import CommonExperimentConfig
@@ -27,6 +29,7 @@ from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig, resolve_parallelism
 from realjax.options.paths import run_paths
+from realjax.options.resume import sort_options
 
 
 def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Device], *, is_trained: bool) -> RoleSpec:
@@ -230,10 +233,15 @@ def run_spec(
     layouts: Mapping[str, Layout],
     roles: Mapping[str, RoleSpec],
     tokenizer: PreTrainedTokenizerBase,
+    loader: Loader,
     averages: tuple[MovingAverage, ...] = (),
+    contents: Mapping[str, str] | None = None,
     **parts: Any,
 ) -> RunSpec:
-    """Returns the run of `config` on data of `tokenizer`; `parts` are the fields of RunSpec that are its own."""
+    """Returns the run of `config` on data of `tokenizer`; `parts` are the fields of RunSpec that are its own.
+
+    `contents` are digests of what decides about the result beside the models and the training data.
+    """
     control = config.exp_ctrl
     paths = run_paths(config)
 
@@ -251,8 +259,13 @@ def run_spec(
         experiment=experiment,
         title=f"{config.experiment_name} / {config.trial_name}",
         config_json=to_json(config),
+        identity=make_identity(
+            config, experiment, roles, {"set of training data": loader.fingerprint, **(contents or {})}
+        ),
         paths=paths,
+        loader=loader,
         num_epochs=control.total_train_epochs,
+        schedule_epochs=control.lr_schedule_epochs,
         save=Frequency(epochs=control.save_freq_epochs, steps=control.save_freq_steps, secs=control.save_freq_secs),
         evaluate=Frequency(epochs=control.eval_freq_epochs, steps=control.eval_freq_steps, secs=control.eval_freq_secs),
         seed=config.seed,
@@ -267,6 +280,23 @@ def run_spec(
         roles={name: finished(role) for name, role in roles.items()},
         averages=averages,
         **parts,
+    )
+
+
+def make_identity(
+    config: CommonExperimentConfig, experiment: str, roles: Mapping[str, RoleSpec], contents: Mapping[str, str]
+) -> Identity:
+    """Returns what a run that continues is compared with; of paths it is what lies there that counts."""
+    options = sort_options(config)
+    models = {
+        f"model of role {name}": fingerprint_model(role.path, has_weights=not role.init_from_scratch)
+        for name, role in roles.items()
+    }
+    return Identity(
+        fixed={"experiment": experiment, **options.fixed},
+        contents={**models, **contents},
+        steering=options.steering,
+        harmless=options.harmless,
     )
 
 

@@ -27,7 +27,8 @@ def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
     return GenerationSpec(
         title=f"{config.experiment_name} / {config.trial_name}",
         config_json=to_json(config),
-        decisive_options=("model", "dataset", "gen", "num_samples", "stop", "seed"),
+        # The answers themselves say which prompts they belong to.
+        identity=common.make_identity(config, "gen", {role.name: role}, {}),
         paths=run_paths(config),
         role=role,
         layout=layout,

@@ -33,6 +33,8 @@ from realjax.data.prompts import PromptDataset, load_prompts
 from realjax.dataflow.graph import MFC, DataflowGraph, HostCall, Minibatches, Sampling
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments import common
+from realjax.hf.files import resolve_model_path
+from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_eos_ids
 from realjax.hf.load import load_config
 from realjax.options.parallel import MFCConfig
@@ -281,8 +283,18 @@ class Setup:
             loader=self.loader(),
             evaluation=evaluation,
             averages=() if eta is None else (MovingAverage(role="ref", source="actor", eta=eta),),
+            contents=self._contents(evaluation),
             decode_fn=partial(decode_answers, self.tokenizer),
         )
+
+    def _contents(self, evaluation: RolloutEvaluation | None) -> dict[str, str]:
+        """Returns digests of what decides about the run beside its models and prompts."""
+        contents = {}
+        if self.config.reward.classifier:
+            contents["reward.classifier"] = fingerprint_model(resolve_model_path(self.config.reward.classifier))
+        if evaluation and evaluation.best_metric is not None:
+            contents["set of held-out prompts"] = evaluation.loader.fingerprint
+        return contents
 
     def _evaluation(self) -> RolloutEvaluation | None:
         if self.held_out is None:

@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from realjax.engine.generate import Generation, Request
 from realjax.hf.files import read_json
 from realjax.runtime.metrics import replace_text
 from realjax.runtime.processes import from_first, is_first
+from realjax.runtime.resume import compare
 from realjax.runtime.rundir import set_aside
 
 logger = logging.getLogger("realjax.generation")
 PART = ".part"
+IDENTITY_FILE = "identity.json"
 
 
 def make_answers(
@@ -61,68 +64,81 @@ class AnswerFile:
         if self.part.exists():
             os.replace(self.part, self.path)
 
-    def keep_answered(self, ids: Sequence[str | int], num_samples: int) -> int:
-        """Returns how many prompts have all their answers; drops what a stop in mid-write left after them.
-
-        Raises ValueError when the answers are not to these prompts.
-        """
-        file = self.path if self.path.exists() else self.part
-        if not file.exists():
-            return 0
-        lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    def count_answered(self, rows: Sequence[Mapping[str, Any]], num_samples: int) -> int:
+        """Returns how many prompts have all their answers. Raises ValueError when they are not those of the rows."""
+        lines = [self._parse(line, number) for number, line in enumerate(self._whole_lines(), 1)]
         num_prompts = len(lines) // num_samples
-        lines = lines[: num_prompts * num_samples]
-        expected = [row_id for row_id in ids[:num_prompts] for _ in range(num_samples)]
-        if [_id_of(line, f"recover: '{file}' line {number}") for number, line in enumerate(lines, 1)] != expected:
+        found = [(line.get("id"), line.get("prompt")) for line in lines[: num_prompts * num_samples]]
+        if found != [(row["id"], row["prompt"]) for row in rows[:num_prompts] for _ in range(num_samples)]:
             raise ValueError(
-                f"recover: the answers in '{file}' are not those to the first prompts of dataset.path; continue with "
-                "the same data, or use another trial_name"
+                f"recover: the answers in '{self.path}' are not those to the first prompts of dataset.path; continue "
+                "with the same data, or use another trial_name"
             )
-        # Of a whole file too: the data may have grown since.
-        os.replace(file, self.part)
-        os.truncate(self.part, sum(map(len, lines)))
         return num_prompts
 
+    def keep_answered(self, num_lines: int) -> None:
+        """Drops what a stop in mid-write left after the lines of prompts that have all their answers."""
+        size = sum(map(len, self._whole_lines()[:num_lines]))
+        if self.path.exists():
+            os.replace(self.path, self.part)  # a whole file, but the data may have grown since
+        if self.part.exists():
+            os.truncate(self.part, size)
 
-def _id_of(line: bytes, subject: str) -> Any:
-    try:
-        answer = parse_json(line)
-    except ValueError as error:
-        raise ValueError(f"{subject}: {error}; restore the file, or use another trial_name") from error
-    return answer.get("id") if isinstance(answer, dict) else None
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        subject = f"recover: '{self.path}' line {number}"
+        try:
+            answer = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{subject}: {error}; restore the file, or use another trial_name") from error
+        return answer if isinstance(answer, dict) else {}
+
+    def _whole_lines(self) -> list[bytes]:
+        file = self.path if self.path.exists() else self.part
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
 
 
-def open_run(spec: GenerationSpec) -> tuple[AnswerFile | None, int]:
-    """Prepares the log directory; returns the file (None: another process writes it, or nobody) and the prompts done.
+def find_done(spec: GenerationSpec) -> int | None:
+    """Returns how many prompts an earlier run has answered, or None for a run that starts anew; changes nothing.
 
-    A run that starts anew sets an earlier one's log directory aside. Raises ValueError when recover_mode=resume finds
-    nothing to continue from, or options that decide about the answers are not those of the answers there.
+    Raises ValueError when recover_mode=resume finds nothing to continue from, or the answers there are of another run.
     """
-    file = AnswerFile(spec.paths.logs / spec.output_file) if spec.output_file else None
+    num_done, file = None, _answer_file(spec)
+    if is_first() and spec.recover_mode in ("auto", "resume"):
+        has_answers = file is not None and (file.path.exists() or file.part.exists())
+        if spec.recover_mode == "resume" and not has_answers:
+            raise ValueError(
+                f"recover_mode: resume, but {spec.paths.logs} holds no answers; use recover_mode=auto to start when "
+                "there are none"
+            )
+        if file is not None and has_answers:
+            saved = read_json(spec.paths.logs / IDENTITY_FILE, f"recover: the answers in {spec.paths.logs}: identity")
+            compare(saved, spec.identity, f"the file of answers in {spec.paths.logs}")
+            num_done = file.count_answered(spec.prompts.rows, spec.num_samples)
+    num_done = int(from_first(-1 if num_done is None else num_done))
+    return None if num_done < 0 else num_done
+
+
+def open_run(spec: GenerationSpec, num_done: int | None) -> AnswerFile | None:
+    """Prepares the log directory, and returns the file, or None where another process writes it or nobody.
+
+    A run that starts anew (`num_done` None) sets an earlier one's log directory aside.
+    """
     if not is_first():
-        return None, int(from_first(0))
-    has_answers = file is not None and (file.path.exists() or file.part.exists())
-    num_done = 0
-    if spec.recover_mode == "resume" and not has_answers:
-        raise ValueError(
-            f"recover_mode: resume, but {spec.paths.logs} holds no answers; use recover_mode=auto to start when "
-            "there are none"
-        )
-    if file is not None and has_answers and spec.recover_mode in ("auto", "resume"):
-        _refuse_other_options(spec)
-        num_done = file.keep_answered(spec.prompts.ids, spec.num_samples)
-    else:
+        from_first(0)  # the directory is there before another process looks
+        return None
+    file = _answer_file(spec)
+    if num_done is None:
         set_aside([spec.paths.logs])
+    elif file is not None:
+        file.keep_answered(num_done * spec.num_samples)
     spec.paths.logs.mkdir(parents=True, exist_ok=True)
     replace_text(spec.paths.logs / "config.json", spec.config_json)
-    return file, int(from_first(num_done))
+    if file is not None:
+        replace_text(spec.paths.logs / IDENTITY_FILE, json.dumps(asdict(spec.identity), indent=2))
+    from_first(0)
+    return file
 
 
-def _refuse_other_options(spec: GenerationSpec) -> None:
-    saved = spec.paths.logs / "config.json"
-    before, now = read_json(saved, "recover: the options of the answers there"), json.loads(spec.config_json)
-    if other := [name for name in spec.decisive_options if before.get(name) != now[name]]:
-        raise ValueError(
-            f"recover: the answers in {spec.paths.logs} were made with another {', '.join(other)}, see {saved}; "
-            "continue with the same, or use another trial_name"
-        )
+def _answer_file(spec: GenerationSpec) -> AnswerFile | None:
+    return AnswerFile(spec.paths.logs / spec.output_file) if spec.output_file else None

@@ -1,8 +1,9 @@
 """The run's state on disk: everything a resumed run needs, in one place, saved whole or not at all."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from realjax.reshard.apply import reshard
+from realjax.runtime.manifest import find_damage, write_manifest
+from realjax.runtime.processes import any_process, from_first, is_first
 
 logger = logging.getLogger("realjax.checkpoint")
+TIMES = "_CHECKPOINT_METADATA"  # of the save; Orbax writes the last of them after all else, and nobody reads them
+UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a save in the making
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,59 +37,156 @@ class RunState:
 
 
 class RunCheckpointer:
-    """Saves and restores RunStates in a directory of numbered steps."""
+    """Saves RunStates in a directory of numbered steps, each with a manifest, in the background."""
 
     def __init__(self, directory: Path, max_to_keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(directory, options=options)
-        self.directory = directory
+        self.directory, self.max_to_keep = directory, max_to_keep
+        # Called in the first process when all is written, before the directory gets its name: what has a name is whole.
+        options = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._step: int | None = None  # of the save under way
+        self._after_fn: Callable[[], None] = _nothing
 
     @property
     def latest_step(self) -> int | None:
         """The step of the last complete save, None without one."""
-        return self._manager.latest_step()
+        return max(saved_steps(self.directory), default=None)
 
-    def save(self, state: RunState) -> None:
-        """Copies the state off the devices and writes it in the background; a step saved before is left as it is."""
-        if state.step in self._manager.all_steps():
+    def save(self, state: RunState, after_fn: Callable[[], None] | None = None) -> None:
+        """Copies the state off the devices and writes it in the background; a step saved before is left as it is.
+
+        `after_fn` is called in the first process once the save is complete (see `settle`).
+        """
+        self.wait()
+        path = self.directory / str(state.step)
+        if path.exists():
             return
         # What was copied for the save is dropped with this dict, once it is off the devices.
         spread = {name: reshard(role, _saved_shardings(role))[0] for name, role in state.roles.items()}
         roles = {f"role_{name}": ocp.args.StandardSave(role) for name, role in spread.items()}
         run = {"step": state.step, "counters": dict(state.counters), "empty_layers": dict(state.empty_layers)}
-        self._manager.save(state.step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles))
+        self._step, self._after_fn = state.step, after_fn or _nothing
+        self._checkpointer.save(path, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles))
 
-    def restore(self, abstract_roles: Mapping[str, Any], empty_layers: Mapping[str, int] | None = None) -> RunState:
-        """Returns the last complete save, laid out as the abstract states say, with as many empty layers by role.
+    def wait(self) -> None:
+        """Returns when the save under way is complete, and settled."""
+        self._checkpointer.wait_until_finished()
+        self.settle()
 
-        Raises ValueError when there is none, or it has other arrays.
+    def settle(self) -> None:
+        """Does what waits for the save under way, if that is complete: older ones than are kept go, `after_fn` runs.
+
+        Never before: what the save stands in for must be there until then. Raises what the save raised.
         """
-        step = self.latest_step
-        if step is None:
-            raise ValueError(f"recover: no complete save in {self.directory}; start with recover_mode=auto or disabled")
-        empty_layers = empty_layers or {}
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-        roles = {}
-        for name, role in abstract_roles.items():
-            saved, needed = run.get("empty_layers", {}).get(name, 0), empty_layers.get(name, 0)
-            _refuse_other_arrays(self.directory / str(step) / f"role_{name}", saved, role, needed)
-            # Not strict, Orbax cuts off what is too much and appends zeros for what lacks: here, empty layers alone.
-            wanted = _in_saved_shardings(role)
-            roles[f"role_{name}"] = ocp.args.StandardRestore(wanted, strict=saved == needed)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**roles))
-        states = {
-            name: reshard(restored[f"role_{name}"], jax.tree.map(lambda leaf: leaf.sharding, role), free_source=True)[0]
-            for name, role in abstract_roles.items()
-        }
-        logger.info("continuing after step %d, saved in %s", step, self.directory)
-        return RunState(step=run["step"], roles=states, counters=run["counters"], empty_layers=empty_layers)
+        self._checkpointer.check_for_errors()
+        if self._step is None or not (self.directory / str(self._step)).is_dir():
+            return
+        self._step = None
+        if is_first():
+            drop_oldest(self.directory, self.max_to_keep)
+            self._after_fn()
+
+    def _seal(self) -> None:
+        (temporary,) = self.directory.glob(f"{self._step}{UNFINISHED}*")
+        write_manifest(temporary, left_out=TIMES)
 
     def __enter__(self) -> "RunCheckpointer":
         return self
 
     def __exit__(self, *exception: object) -> None:
         # Closing waits until the last save is complete, also when an error ends the run.
-        self._manager.close()
+        self._checkpointer.close()
+        self.settle()
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Returns the steps of the saves there; one in the making has a longer name than its step."""
+    return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+
+
+def drop_oldest(directory: Path, max_to_keep: int) -> None:
+    """Removes all saves but the newest; these are whole."""
+    for step in sorted(saved_steps(directory))[:-max_to_keep]:
+        shutil.rmtree(directory / str(step))
+
+
+def find_save(directory: Path) -> RunState | None:
+    """Returns the newest whole save, its roles left on the disk, or None where there is none at all.
+
+    Every process calls this, and checks its share of the files. One that is not whole is passed over with a warning.
+    Raises ValueError when none of the saves is whole.
+    """
+    num_saves = int(from_first(len(saved_steps(directory))))
+    for number in range(num_saves):
+        # The first process's view: another's may lag behind on a shared disk.
+        steps = sorted(saved_steps(directory), reverse=True)
+        step = int(from_first(steps[number] if is_first() else 0))
+        share = {"share": jax.process_index(), "num_shares": jax.process_count()}
+        damage = find_damage(directory / str(step), **share)
+        if damage:
+            logger.warning("the save %s is passed over: %s", directory / str(step), damage)
+        if not any_process(damage is not None):
+            run = _restore_items(directory / str(step), run=ocp.args.JsonRestore())["run"]
+            return RunState(step=step, roles={}, counters=run["counters"], empty_layers=run.get("empty_layers", {}))
+    if num_saves:
+        raise ValueError(
+            f"recover: {directory} holds {num_saves} saves, of which none is whole; set recover_mode=disabled to start "
+            "anew, which keeps them aside, or use another trial_name"
+        )
+    return None
+
+
+def refuse_other_arrays(
+    directory: Path, save: RunState, abstract_roles: Mapping[str, Any], empty_layers: Mapping[str, int]
+) -> None:
+    """Raises ValueError when the save's arrays are not those of the roles. Orbax would notice half way through."""
+    for name, role in abstract_roles.items():
+        saved, needed = save.empty_layers.get(name, 0), empty_layers.get(name, 0)
+        _refuse_other_arrays(directory / str(save.step) / f"role_{name}", saved, role, needed)
+
+
+def restore(
+    directory: Path, save: RunState, abstract_roles: Mapping[str, Any], empty_layers: Mapping[str, int]
+) -> RunState:
+    """Returns the save with its roles, laid out as the abstract states say, with as many empty layers by role.
+
+    Raises ValueError when it has other arrays.
+    """
+    refuse_other_arrays(directory, save, abstract_roles, empty_layers)
+    # Not strict, Orbax cuts off what is too much and appends zeros for what lacks: here, empty layers alone.
+    items = {
+        f"role_{name}": ocp.args.StandardRestore(
+            _in_saved_shardings(role), strict=save.empty_layers.get(name, 0) == empty_layers.get(name, 0)
+        )
+        for name, role in abstract_roles.items()
+    }
+    restored = _restore_items(directory / str(save.step), **items)
+    states = {
+        name: reshard(restored[f"role_{name}"], jax.tree.map(lambda leaf: leaf.sharding, role), free_source=True)[0]
+        for name, role in abstract_roles.items()
+    }
+    logger.info("continuing after step %d, saved in %s", save.step, directory)
+    return replace(save, roles=states, empty_layers=empty_layers)
+
+
+def clear_after(directory: Path, step: int) -> None:
+    """Makes room for saves after `step`: what is there under such names is not whole, and becomes `<step>.damaged`."""
+    for later in saved_steps(directory):
+        if later > step:
+            aside = directory / f"{later}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (directory / str(later)).rename(aside)
+    for unfinished in directory.glob(f"*{UNFINISHED}*"):
+        shutil.rmtree(unfinished)
+
+
+def _restore_items(path: Path, **items: Any) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(**items))
+
+
+def _nothing() -> None:
+    """Does nothing."""
 
 
 def _saved_shardings(state: Any) -> Any:

@@ -12,9 +12,10 @@ from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.compiled import CompileLog
 from realjax.engine.generate import Generation, Generator, Request
 from realjax.engine.state import TrainState
-from realjax.runtime.answers import AnswerFile, make_answers, open_run
+from realjax.runtime.answers import AnswerFile, find_done, make_answers, open_run
 from realjax.runtime.console import format_seconds, make_console
 from realjax.runtime.finite import refuse_nonfinite
+from realjax.runtime.lock import lock_run
 from realjax.runtime.processes import any_process, fetch
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rollouts import default_num_slots
@@ -29,26 +30,29 @@ def run(spec: GenerationSpec, console: Console | None = None) -> int:
     role = build_role(spec.role, spec.layout, total_updates=0)
     log = CompileLog()
     generator = _make_generator(spec, role, log)
-    # After what may refuse the run, which then leaves an earlier one's files where they are.
-    file, num_done = open_run(spec)
-    with write_log(spec.paths.logs), StopSignal() as stop:
-        if num_done == len(spec.prompts):
-            logger.info("all %d prompts were answered before", num_done)
-        else:
-            logger.info(
-                "%d prompts (up to %d tokens), %d answers each, starting after prompt %d; %d decoded at once",
-                len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done, generator.num_slots,
-            )  # fmt: skip
-            params = load_role(role, spec.seed)
-            assert not isinstance(params, TrainState), "a role without an optimizer is parameters alone"
-            with _progress_bar(console) as progress:
-                session = Session(spec=spec, generator=generator, log=log, file=file, progress=progress, stop=stop)
-                if not session.answer(params, num_done):
-                    return STOPPED
-        if file is not None:
-            file.finish()
-            logger.info("answers: %s", file.path)
-        return 0
+    with lock_run(spec.paths.logs):
+        num_done = find_done(spec)
+        num_left = len(spec.prompts) - (num_done or 0)
+        # What may refuse the run comes first: it then leaves an earlier one's files where they are.
+        params = load_role(role, spec.seed) if num_left else None
+        file = open_run(spec, num_done)
+        with write_log(spec.paths.logs), StopSignal() as stop:
+            if params is None:
+                logger.info("all %d prompts were answered before", num_done)
+            else:
+                logger.info(
+                    "%d prompts (up to %d tokens), %d answers each, starting after prompt %d; %d decoded at once",
+                    *(len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done or 0, generator.num_slots),
+                )
+                assert not isinstance(params, TrainState), "a role without an optimizer is parameters alone"
+                with _progress_bar(console) as progress:
+                    session = Session(spec=spec, generator=generator, log=log, file=file, progress=progress, stop=stop)
+                    if not session.answer(params, num_done or 0):
+                        return STOPPED
+            if file is not None:
+                file.finish()
+                logger.info("answers: %s", file.path)
+            return 0
 
 
 @dataclass(frozen=True, kw_only=True)

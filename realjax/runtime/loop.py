@@ -1,12 +1,11 @@
 """The run: restore or load, step, log, evaluate, save, report."""
 
-import dataclasses
 import logging
 import math
-import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 
 import jax
 import numpy as np
@@ -18,17 +17,21 @@ from realjax.data.loader import Position
 from realjax.dataflow.picture import describe_graph, draw_graph
 from realjax.dataflow.run import RolloutEvaluation, RunSpec
 from realjax.engine.state import TrainState
-from realjax.hf.save import save_hf
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
-from realjax.runtime.evaluation import Sample, evaluate_loss, evaluate_rollouts
+from realjax.runtime.evaluation import evaluate_loss, evaluate_rollouts
 from realjax.runtime.executor import Executor, Metrics
+from realjax.runtime.exports import Exports, checkpoint_name
+from realjax.runtime.finite import nonfinite_leaves
+from realjax.runtime.lock import lock_run
 from realjax.runtime.memory import measured_peak_bytes
-from realjax.runtime.metrics import MetricsWriter
+from realjax.runtime.metrics import MetricsWriter, import_wandb
 from realjax.runtime.processes import any_process, fetch, is_first
 from realjax.runtime.report import MAIN_METRICS, REPORT_FILE, Section, write_report
-from realjax.runtime.roles import Role, build_role, load_role
+from realjax.runtime.resume import empty_layers, find_start, first_state, is_finished
+from realjax.runtime.roles import Role, build_role
 from realjax.runtime.rundir import open_run_directory, write_log
+from realjax.runtime.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
 from realjax.runtime.triggers import STOPPED, StopSignal, Trigger
 
 logger = logging.getLogger("realjax.loop")
@@ -37,54 +40,57 @@ MOST_SHOWN = 12  # metrics in a line; of more, the main ones, and all of them ar
 
 def run(spec: RunSpec, console: Console | None = None) -> int:
     """Carries out a run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it after a save."""
-    total_steps = spec.loader.total_steps
     plan = make_plan(spec.graph, spec.layouts, {name: role.offload for name, role in spec.roles.items()})
     logger.info("calls:\n%s", describe_graph(spec.graph))
     logger.info("allocation:\n%s", plan.describe())
     roles = {
         name: build_role(
-            role, plan.homes[name], total_steps * spec.graph.num_updates(name), is_offloaded=name in plan.offloaded
+            role,
+            plan.homes[name],
+            spec.schedule_steps * spec.graph.num_updates(name),
+            is_offloaded=name in plan.offloaded,
         )
         for name, role in spec.roles.items()
     }
-    # After what may refuse the run, which then leaves an earlier one's files where they are.
-    has_state = open_run_directory(spec)
-    with write_log(spec.paths.logs), RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
-        if has_state and (checkpointer.latest_step or 0) >= total_steps and (spec.paths.logs / REPORT_FILE).exists():
-            logger.info("all %d steps were done before, see %s", total_steps, spec.paths.logs / REPORT_FILE)
-            return 0
-        state = _first_state(spec, roles, checkpointer if has_state else None)
-        controls = state.counters.get("controls", {})
-        executor = Executor(
-            spec.graph, spec.layouts, roles, dict(state.roles),
-            seed=spec.seed, controls=controls, averages=spec.averages,
+    import_wandb(spec.wandb_mode)
+    with lock_run(spec.paths.logs):
+        save = find_start(spec)
+        if save is not None and is_finished(spec, save):
+            return _answer_finished(spec, save)
+        # What may refuse the run comes first: it then leaves an earlier one's files where they are.
+        state = first_state(spec, roles, save)
+        open_run_directory(spec, continues_after=None if save is None else save.step)
+        with write_log(spec.paths.logs), RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
+            controls = state.counters.get("controls", {})
+            executor = Executor(
+                spec.graph, spec.layouts, roles, dict(state.roles),
+                seed=spec.seed, controls=controls, averages=spec.averages,
+            )  # fmt: skip
+            with _open_metrics(spec, state.step) as metrics, StopSignal() as stop:
+                session = Session(spec, roles, executor, checkpointer, metrics, state, console)
+                return session.run(stop)
+
+
+def _answer_finished(spec: RunSpec, save: RunState) -> int:
+    """Returns the exit code of a run that was finished before: the same again."""
+    logger.info("all %d steps were done before, see %s", save.step, spec.paths.logs / REPORT_FILE)
+    return _tell_stalled(save.counters.get("stalled", {}))
+
+
+def _tell_stalled(stalled: Mapping[str, int]) -> int:
+    """Returns the exit code of a run at its end: 1, with a line, when roles took no update in the last step."""
+    for name, num_skipped in stalled.items():
+        logger.error(
+            "%s: the last %d updates were skipped, as their gradients were not finite, so the run did not end as it "
+            "should; look at the data, or lower the learning rate",
+            name, num_skipped,
         )  # fmt: skip
-        with _open_metrics(spec, state.step) as metrics, StopSignal() as stop:
-            session = Session(spec, roles, executor, checkpointer, metrics, state, console)
-            return session.run(stop)
+    return 1 if stalled else 0
 
 
 def _open_metrics(spec: RunSpec, step: int) -> AbstractContextManager[MetricsWriter | None]:
     """Returns the writer in the first process, None in the others: a run has one record."""
     return MetricsWriter(spec.paths.logs, spec.wandb_mode, resume_step=step) if is_first() else nullcontext()
-
-
-def _first_state(spec: RunSpec, roles: dict[str, Role], checkpointer: RunCheckpointer | None) -> RunState:
-    """Returns the last complete save when there is one to continue from, else the state at step 0."""
-    changing = {name: role for name, role in roles.items() if role.optimizer is not None or role.spec.is_averaged}
-    if checkpointer is None or checkpointer.latest_step is None:
-        return RunState(step=0, roles={name: load_role(role, spec.seed) for name, role in roles.items()})
-    state = checkpointer.restore(
-        {name: role.abstract_state() for name, role in changing.items()}, _empty_layers(roles, changing)
-    )
-    for name, value in _counters(spec).items():
-        if state.counters.get(name) != value:
-            raise ValueError(
-                f"recover: the save in {spec.paths.recover} was made with another {name}, so the samples to come would "
-                f"not be those that it left: continue with the same {name}, or use another trial_name"
-            )
-    fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in changing}
-    return dataclasses.replace(state, roles={**fixed, **state.roles})
 
 
 class Session:
@@ -104,8 +110,11 @@ class Session:
         self.checkpointer, self.metrics = checkpointer, metrics
         first_step = state.step
         self.first_step, self.started = first_step, time.monotonic()
-        self.best: float | None = state.counters.get("best")
-        self.samples: dict[int, list[Sample]] = {}  # by the step after which they were taken
+        self.exports = Exports(spec, roles, state.counters.get("best"))
+        # By the step after which they were taken; the record is the first process's.
+        self.samples = load_samples(spec.paths.logs / SAMPLES_FILE, first_step) if is_first() else {}
+        self.rates: dict[str, float] = state.counters.get("rates", {})
+        self.saves = spec.benchmark_steps is None
         self.last_step = min(spec.loader.total_steps, first_step + (spec.benchmark_steps or spec.loader.total_steps))
         self.step_seconds: list[float] = []
         self.num_tokens = 0
@@ -115,24 +124,28 @@ class Session:
         """Takes the remaining steps, then saves and reports."""
         spec, save, evaluate = self.spec, Trigger(self.spec.save), Trigger(self.spec.evaluate)
         _log_start(spec, self.first_step)
+        if not self.saves:
+            logger.info("benchmark_steps: neither checkpoints nor training states are written")
         if spec.evaluation and spec.evaluate.is_set and self.first_step == 0:
             self.evaluate(0)
         with self.display:
             for step in range(self.first_step, self.last_step):
                 position = self.train(step)
+                self.checkpointer.settle()
                 if spec.evaluation and evaluate.fires(position):
                     self.evaluate(step + 1)
                 is_last = step + 1 == self.last_step
                 is_due = save.fires(position) or is_last
                 # Asked once: a signal that comes later waits for the next step.
                 must_stop = any_process(stop.received)
-                if is_due or must_stop:
+                if self.saves and (is_due or must_stop):
                     self.save(position, export=is_due)
                 if must_stop and not is_last:
-                    logger.warning("stopped by SIGTERM after step %d; recover_mode=auto continues from here", step + 1)
+                    where = "continues from here" if self.saves else "continues from the last save"
+                    logger.warning("stopped by SIGTERM after step %d; recover_mode=auto %s", step + 1, where)
                     return STOPPED
         self.finish()
-        return 0
+        return _tell_stalled(self._stalled())
 
     def train(self, step: int) -> Position:
         """Takes one step and logs it."""
@@ -144,6 +157,7 @@ class Session:
         num_tokens = result.batch.num_tokens
         seconds = time.perf_counter() - start
         self._refuse_nonfinite(values, step)
+        self._watch_rates(step, values)
         values |= self._call_metrics(step)
         values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
         values = {name: values[name] for name in sorted(values, key=_rank)}
@@ -183,43 +197,17 @@ class Session:
         start = time.perf_counter()
         if isinstance(evaluation, RolloutEvaluation):
             values, self.samples[step] = evaluate_rollouts(self.executor, evaluation, self.spec.decode_fn)
+            if is_first():
+                append_samples(self.spec.paths.logs / SAMPLES_FILE, step, self.samples[step])
         else:
             values = evaluate_loss(self.executor, evaluation)
         if self.metrics is not None:
             self.metrics.write(step, values, kind="eval")
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
-        if isinstance(evaluation, RolloutEvaluation) and evaluation.best_metric is not None and step > 0:
-            self._keep_best(evaluation.role, values[evaluation.best_metric], step)
-
-    def _keep_best(self, role: str, value: float, step: int) -> None:
-        """Saves the role in place of the best checkpoint before when it is better than that."""
-        if self.best is not None and not value > self.best:
-            return
-        self.best = value
-        before = list((self.spec.paths.checkpoints / role).glob("best-*"))
-        self._export(role, f"best-globalstep{step}")
-        for path in before if is_first() else ():
-            shutil.rmtree(path)
-
-    def _export(self, name: str, directory: str) -> None:
-        """Writes a role's parameters as a HuggingFace checkpoint, unless it is there from before a restart."""
-        out_dir, role = self.spec.paths.checkpoints / name / directory, self.roles[name]
-        if out_dir.exists():
-            logger.info("%s is there from before the restart and is kept", out_dir)
-            return
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        save_hf(
-            self.executor.params(name),
-            role.model.config,
-            out_dir,
-            source_dir=role.spec.path,
-            # A model from scratch has no weights to take the precision from: its masters are kept as they are.
-            dtype="float32" if role.spec.init_from_scratch else "source",
-            max_shard_bytes=self.spec.max_shard_bytes,
-            ends=role.spec.ends,
-        )
-        logger.info("saved %s to %s", name, out_dir)
+        if isinstance(evaluation, RolloutEvaluation) and evaluation.best_metric is not None and step > 0 and self.saves:
+            self._refuse_nonfinite_state(evaluation.role, step)
+            self.exports.keep_best(self.executor.params(evaluation.role), values[evaluation.best_metric], step)
 
     def save(self, position: Position, *, export: bool) -> None:
         """Saves every role that changes as a HuggingFace checkpoint, when `export`, then the state to continue from.
@@ -232,19 +220,34 @@ class Session:
             for name, state in self.executor.states.items()
             if isinstance(state, TrainState) or name in changed
         }
+        for name in states:
+            self._refuse_nonfinite_state(name, position.global_step)
         for name in states if export else ():
-            self._export(name, checkpoint_name(position))
-        counters = {**_counters(self.spec), "controls": self.executor.controls, "best": self.best}
+            self.exports.write(name, self.executor.params(name), checkpoint_name(position))
+        counters = {
+            "identity": asdict(self.spec.identity),
+            "controls": self.executor.controls,
+            "best": self.exports.best,
+            "rates": self.rates,
+            "stalled": self._stalled(),
+        }
         state = RunState(
             step=position.global_step,
             roles=states,
             counters=counters,
-            empty_layers=_empty_layers(self.roles, states),
+            empty_layers=empty_layers(self.roles, states),
         )
-        self.checkpointer.save(state)
+        self.checkpointer.save(state, self.exports.hold_best())
+
+    def _stalled(self) -> dict[str, int]:
+        """Returns how many updates in a row were skipped, of the roles whose last step brought no other."""
+        states = {name: state for name, state in self.executor.states.items() if isinstance(state, TrainState)}
+        skipped = {name: int(fetch(state.num_skipped)) for name, state in states.items()}
+        return {name: n for name, n in skipped.items() if n >= self.spec.graph.num_updates(name)}
 
     def finish(self) -> None:
-        """Writes the report and says where everything is."""
+        """Writes the report and says where everything is; when the last save is complete, for it says so."""
+        self.checkpointer.wait()
         log = self.executor.compile_log
         logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
         if self.step_seconds:
@@ -279,19 +282,14 @@ class Session:
     def _sections(self) -> list[Section]:
         rows = tuple((name, shapes, f"{seconds:.1f}") for name, shapes, seconds in self.executor.compile_log.entries)
         compiled = Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)
-        return [*self._sample_sections(), compiled]
+        return [*sample_sections(self.samples), compiled]
 
-    def _sample_sections(self) -> list[Section]:
-        """Returns the answers of the first and of the last evaluation, side by side."""
-        if not self.samples:
-            return []
-        steps = sorted({min(self.samples), max(self.samples)})
-        columns = ("draw", "prompt", *(f"after step {step}" for step in steps))
-        rows = [
-            (answers[0].variant, answers[0].prompt, *(f"{a.answer} (reward {a.reward:.3g})" for a in answers))
-            for answers in zip(*(self.samples[step] for step in steps), strict=True)
-        ]
-        return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows))]
+    def _watch_rates(self, step: int, values: Mapping[str, float]) -> None:
+        """Says with which learning rates a run goes on, beside those that it left off with."""
+        before, self.rates = self.rates, {n: v for n, v in values.items() if n.rsplit("/", 1)[-1] == "lr"}
+        if step == self.first_step > 0:
+            texts = (f"{name} {before[name]:.3g} -> {rate:.3g}" for name, rate in self.rates.items() if name in before)
+            logger.info("learning rate of the last step before and of the first one now: %s", ", ".join(texts))
 
     def _refuse_nonfinite(self, values: dict[str, float], step: int) -> None:
         """Raises RuntimeError when too many updates in a row had gradients that were not finite."""
@@ -302,19 +300,24 @@ class Session:
                 "step %d: gradients are not finite, the update was skipped (%d in a row)", step + 1, int(value)
             )
             if value >= self.spec.max_nonfinite_steps:
-                saved = self.checkpointer.latest_step
-                kept = (
-                    "nothing was saved before" if saved is None else f"step {saved} is in {self.checkpointer.directory}"
-                )
                 raise RuntimeError(
                     f"step {step + 1}: gradients were not finite {int(value)} times in a row (max_nonfinite_steps); "
-                    f"{kept}; lower the learning rate or look at the data"
+                    f"{self._kept()}; lower the learning rate or look at the data"
                 )
 
+    def _refuse_nonfinite_state(self, name: str, step: int) -> None:
+        """Raises RuntimeError rather than have numbers saved or exported that are not finite."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.executor.states[name])
+        named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+        if broken := nonfinite_leaves(named, self.roles[name].home):
+            raise RuntimeError(
+                f"step {step}: {name} holds numbers that are not finite, in {broken[0]}, so it is not saved; "
+                f"{self._kept()}; lower the learning rate or look at the data"
+            )
 
-def checkpoint_name(position: Position) -> str:
-    """Returns ReaL's directory name of a checkpoint."""
-    return f"epoch{position.epoch}epochstep{position.epoch_step}globalstep{position.global_step}"
+    def _kept(self) -> str:
+        saved = self.checkpointer.latest_step
+        return "nothing was saved before" if saved is None else f"step {saved} is in {self.checkpointer.directory}"
 
 
 def _numbers(updates: Sequence[Metrics]) -> dict[str, float]:
@@ -331,15 +334,6 @@ def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:
         for call, metrics in by_call.items()
         for name, value in metrics.items()
     }
-
-
-def _counters(spec: RunSpec) -> dict[str, int]:
-    """Returns what must be the same in a run that continues, by the name that an error gives it."""
-    return {"seed": spec.seed, "batch size or dataset": spec.loader.fingerprint}
-
-
-def _empty_layers(roles: Mapping[str, Role], names: Iterable[str]) -> dict[str, int]:
-    return {name: roles[name].model.config.num_empty_layers for name in names}
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -8,42 +8,34 @@ from pathlib import Path
 import jax
 
 from realjax.dataflow.run import RunSpec
+from realjax.runtime.checkpoint import clear_after, drop_oldest
 from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT
-from realjax.runtime.metrics import import_wandb, replace_text
+from realjax.runtime.metrics import replace_text
 from realjax.runtime.processes import from_first, is_first
+from realjax.runtime.report import REPORT_FILE
 
 logger = logging.getLogger("realjax.rundir")
 LOG_FILE = "run.log"
 
 
-def open_run_directory(spec: RunSpec) -> bool:
-    """Prepares the run's directories and returns whether it continues from a saved state there.
+def open_run_directory(spec: RunSpec, *, continues_after: int | None) -> None:
+    """Prepares the run's directories: those of a run that continues after a step, or empty ones.
 
     A run that starts anew sets what an earlier run of the same names left aside, under `<trial>.<n>`.
-    Raises ValueError when recover_mode=resume finds nothing to continue from, or wandb is wanted and not installed.
     """
-    import_wandb(spec.wandb_mode)
     paths = spec.paths
-    # A save in the making has a longer name than its step.
-    has_save = bool(from_first(any(path.name.isdigit() for path in paths.recover.glob("*"))))
-    if spec.recover_mode == "resume" and not has_save:
-        raise ValueError(
-            f"recover_mode: resume, but {paths.recover} holds no saved state; "
-            "use recover_mode=auto to start when there is none"
-        )
-    continues = has_save and spec.recover_mode in ("auto", "resume")
-    if has_save and not continues:
-        logger.warning(
-            "a saved state of this trial exists; recover_mode=auto would continue it. Starting anew instead."
-        )
     if is_first():
-        if not continues:
+        if continues_after is None:
             set_aside([paths.recover, paths.checkpoints, paths.logs])
         for path in (paths.logs, paths.checkpoints, paths.recover):
             path.mkdir(parents=True, exist_ok=True)
+        if continues_after is not None:
+            clear_after(paths.recover, continues_after)
+            drop_oldest(paths.recover, spec.max_recover_saves)
+            # Its presence says that a run is finished.
+            (paths.logs / REPORT_FILE).unlink(missing_ok=True)
         replace_text(paths.logs / "config.json", spec.config_json)
     from_first(0)  # the directories are there before another process looks
-    return continues
 
 
 @contextmanager

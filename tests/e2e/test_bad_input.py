@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.builders import Inputs, Trial, start_process, write_llama
+from tests.stops import stopped_after
 
 SECONDS = 20  # of processor time: a clock on the wall would measure what else the machine does
 ROW = '{"prompt": "a film", "answer": " good"}\n'
@@ -151,7 +152,8 @@ def test_a_token_budget_below_a_row(trial, capsys):
 
 
 def test_a_refused_run_leaves_an_earlier_one_of_its_names_alone(trial, capsys):
-    assert trial.run(benchmark_steps=1) == 0
+    with stopped_after(1):
+        assert trial.run() == 143
     before = {path: path.read_bytes() for path in trial.root.rglob("*") if path.is_file()}
     assert trial.run(**TENSOR_8) == 2
     assert {path: path.read_bytes() for path in trial.root.rglob("*") if path.is_file()} == before

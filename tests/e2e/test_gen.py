@@ -95,7 +95,7 @@ def test_greedy_answers_are_those_of_transformers(trial, capsys):
     assert [line["prompt"] for line in lines] == list(PROMPTS)
     assert [line["answer"] for line in lines] == their_answers(trial.model)
     assert all(line["seq"] == line["prompt"] + line["answer"] for line in lines)
-    assert {path.name for path in trial.logs.iterdir()} == {"config.json", "output.jsonl", "run.log"}
+    assert {path.name for path in trial.logs.iterdir()} == {"config.json", "identity.json", "output.jsonl", "run.log"}
     output = capsys.readouterr().out
     assert "28.6% ended by end-of-text" in output
     assert "7 of 7 prompts answered" in output and "tokens/s" in output and str(trial.logs / "output.jsonl") in output
@@ -162,7 +162,10 @@ def test_a_signal_ends_the_run_after_a_call(trial, monkeypatch, capsys):
 def test_other_options_do_not_go_on_from_the_answers(trial, capsys):
     assert trial.run(gen__max_new_tokens=4) == 0
     assert trial.run(gen__max_new_tokens=5, seed=7, recover_mode="auto") == 2
-    assert "were made with another gen, seed, see " in capsys.readouterr().err
+    assert (
+        "was made with another seed (1 there, 7 here), another gen.max_new_tokens (4 there, 5 here)"
+        in capsys.readouterr().err
+    )
     assert len(trial.answers()) == len(PROMPTS)
 
 

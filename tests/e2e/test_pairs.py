@@ -158,8 +158,7 @@ def test_the_saved_reward_model_scores_the_same_in_transformers(rw, given):
 
 
 def test_a_saved_reward_model_goes_on_with_its_head(rw, given, tmp_path):
-    words = [*QUICKSTART_RW, "benchmark_steps=1"]
-    again = carry_out("rw", words, {**given, "model.path": rw.saved("default")}, tmp_path)
+    again = carry_out("rw", QUICKSTART_RW, {**given, "model.path": rw.saved("default")}, tmp_path)
     before, after = rw.metrics("eval")[-1], again.metrics("eval")[0]
     for name in ("loss", "acc", "pos_score", "neg_score"):
         assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-6)

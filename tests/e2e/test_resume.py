@@ -1,6 +1,5 @@
 """A run that was killed, stopped or moved to another layout ends where the uninterrupted one does."""
 
-import os
 import random
 import re
 import signal
@@ -12,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from realjax.data.loader import Loader
 from tests.e2e.builders import Inputs, Trial, differing, without_clocks, write_llama
+from tests.stops import stopped_after
 
 OPTIONS = {
     "allocation_mode": "manual",
@@ -100,17 +99,9 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(inputs, tmp_pat
 
 
 @pytest.mark.parametrize("step", [3, FEW_STEPS], ids=["midway", "in the last step"])
-def test_a_stopped_run_saves_and_is_continued(step, whole, monkeypatch):
+def test_a_stopped_run_saves_and_is_continued(step, whole):
     trial = another(whole, f"stopped-{step}")
-    load = Loader.batch
-
-    def load_and_stop(loader: Loader, index: int):
-        if loader.total_steps == FEW_STEPS and index == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return load(loader, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loader, "batch", load_and_stop)
+    with stopped_after(step):
         assert trial.run() == (0 if step == FEW_STEPS else 143)
     assert trial.steps() == list(range(1, step + 1))
     assert trial.run() == 0
@@ -127,7 +118,8 @@ def test_a_stopped_run_saves_and_is_continued(step, whole, monkeypatch):
 )
 def test_a_run_goes_on_in_another_layout(first, second, whole):
     trial = another(whole, f"moved-{'-'.join(map(str, (*first.values(), *second.values())))}")
-    assert trial.run(**layout_options(**first), benchmark_steps=4) == 0
+    with stopped_after(4):
+        assert trial.run(**layout_options(**first), save_freq_steps=4) == 143
     assert trial.steps() == [1, 2, 3, 4]
     assert trial.run(**layout_options(**second)) == 0
     assert trial.steps() == list(range(1, FEW_STEPS + 1))
@@ -140,8 +132,10 @@ def test_a_run_goes_on_with_other_stages(inputs, tmp_path):
     whole = Trial(inputs=inputs, root=tmp_path, name="whole", options=OPTIONS | FEW)
     assert whole.run() == 0
     trial, stages = another(whole, "stages"), layout_options(pp=2)
-    assert trial.run(**stages, benchmark_steps=3) == 0
-    assert trial.run(benchmark_steps=3) == 0
+    with stopped_after(3):
+        assert trial.run(**stages) == 143
+    with stopped_after(6):
+        assert trial.run(save_freq_steps=6) == 143
     assert trial.run(**stages) == 0
     assert trial.steps() == list(range(1, FEW_STEPS + 1))
     assert_same_work(trial, whole, 6)
@@ -181,14 +175,15 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Returns all files of a folder but the log, which tells of every start."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.log")
+    """Returns all files of a folder but those that tell of every start: the log and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", ".lock"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_starting_anew_says_what_is_there_and_keeps_it(whole, capsys):
     trial = another(whole, "again")
-    assert trial.run(benchmark_steps=2) == 0
+    with stopped_after(2):
+        assert trial.run(save_freq_steps=2) == 143
     kinds = ("logs", "checkpoints", "recover")
     before = {kind: contents(trial.folder(kind)) for kind in kinds}
     capsys.readouterr()
@@ -208,15 +203,17 @@ def test_resume_must_find_a_save(whole, capsys):
     (trial.folder("recover") / "2.orbax-checkpoint-tmp").mkdir(parents=True)
     assert trial.run(recover_mode="resume") == 2
     assert "realjax: error: recover_mode: resume, but" in capsys.readouterr().err
-    assert trial.run(recover_mode="auto", benchmark_steps=1) == 0
-    assert trial.run(recover_mode="resume", benchmark_steps=1) == 0
+    for step, mode in enumerate(("auto", "resume"), start=1):
+        with stopped_after(step):
+            assert trial.run(recover_mode=mode) == 143
     assert trial.steps() == [1, 2]
 
 
 def test_another_seed_is_refused(whole, capsys):
     trial = another(whole, "seeds")
-    assert trial.run(benchmark_steps=1) == 0
+    with stopped_after(1):
+        assert trial.run() == 143
     assert trial.run(seed=2) == 2
     error = capsys.readouterr().err
-    assert "realjax: error: recover: the save in" in error and "was made with another seed" in error
+    assert "realjax: error: recover: the save in" in error and "was made with another seed (1 there, 2 here)" in error
     assert trial.steps() == [1]

@@ -1,9 +1,7 @@
 """Whole commands of PPO, GRPO, RLOO and ReMax: what they log, keep and save, and how they go on after a stop."""
 
 import json
-import os
 import re
-import signal
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from realjax.apps import quickstart
-from realjax.data.loader import Loader
 from tests.e2e.builders import Trial, differing, without_clocks
 from tests.e2e.test_pairs import kept_log_settings
 from tests.experiments.rl_runs import LAYOUTS, RLInputs, quick_compiles, rl_options, write_rl_inputs
+from tests.stops import stopped_after
 
 pytestmark = pytest.mark.slow
 STEPS = 4  # 32 prompts, 8 at a time
@@ -128,17 +126,9 @@ def test_calls_are_logged_with_their_layouts_and_moves(whole):
     assert all(record[f"moved_mib/{call}"] > 0 for call in ("actor_gen", "ref_inf", "rew_inf", "critic_inf"))
 
 
-def test_a_stopped_run_ends_like_one_that_was_not(whole, monkeypatch):
+def test_a_stopped_run_ends_like_one_that_was_not(whole):
     trial = replace(whole, name="stopped")
-    load = Loader.batch
-
-    def load_and_stop(loader: Loader, index: int):
-        if loader.total_steps == STEPS and index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return load(loader, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loader, "batch", load_and_stop)
+    with stopped_after(2):
         assert trial.run() == 143
     assert trial.steps() == [1, 2]
     assert trial.run() == 0
@@ -147,6 +137,8 @@ def test_a_stopped_run_ends_like_one_that_was_not(whole, monkeypatch):
         assert not differing(trial.saved(role, STEPS), whole.saved(role, STEPS)), role
         assert not differing(trial.state(STEPS, role), whole.state(STEPS, role)), role
     counters = [json.loads((t.folder("recover") / str(STEPS) / "run" / "metadata").read_text()) for t in (trial, whole)]
+    names = [state["counters"]["identity"]["harmless"].pop("trial_name") for state in counters]
+    assert names == ["stopped", "whole"]
     assert counters[0] == counters[1]
     state = counters[0]["counters"]["controls"]["advantages"]
     assert {"kl_coefficient", "value_mean", "value_mean_square", "value_weight"} == state.keys()
@@ -159,7 +151,8 @@ def without_durations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_nothing_moves_without_a_learning_rate(trial):
     changes = {"actor.optimizer.lr": 0, "critic.optimizer.lr": 0, "algo.recompute_logprobs": True}
-    assert trial.run(**changes, benchmark_steps=2) == 0
+    with stopped_after(2):
+        assert trial.run(**changes, save_freq_steps=2) == 143
     for record in trial.records():
         assert record["importance_weight"] == pytest.approx(1, abs=1e-6)
         assert record["sampler_error"] == pytest.approx(1, abs=1e-5)
@@ -182,7 +175,8 @@ def test_groups_that_teach_nothing_make_no_update(trial):
         "algo.gen.min_new_tokens": 8,
         "algo.ppo_n_minibatches": 1,
     }
-    assert trial.run(**changes, benchmark_steps=2) == 0
+    with stopped_after(2):
+        assert trial.run(**changes, save_freq_steps=2) == 143
     records = trial.records()
     assert [record["step"] for record in records] == [1, 2]
     for record in records:
@@ -197,7 +191,8 @@ def test_groups_that_teach_nothing_make_no_update(trial):
 def test_answers_of_one_token(experiment, trial):
     trial = replace(trial, experiment=experiment)
     changes = {"algo.gen.max_new_tokens": 1, "algo.max_response_len": 1}
-    assert trial.run(**changes, benchmark_steps=2) == 0
+    with stopped_after(2):
+        assert trial.run(**changes, save_freq_steps=2) == 143
     for record in trial.records():
         assert record["avg_response_len"] == record["max_response_len"] == 1
         assert all(np.isfinite(value) for name, value in record.items() if isinstance(value, float)), record

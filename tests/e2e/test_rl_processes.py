@@ -11,7 +11,7 @@ from tests.e2e.test_rl import RLTrial, without_durations
 from tests.experiments.rl_runs import write_rl_inputs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-STEPS = 2
+STEPS = 2  # 32 prompts, 16 at a time
 # Of eight devices process 0 has the first four; answers are drawn on all of them.
 OPTIONS = {
     "n_gpus_per_node": 8,
@@ -31,7 +31,7 @@ OPTIONS = {
     "algo.ppo_n_minibatches": 2,
     "algo.ref_ema_eta": 0.1,
     "reward.fn": "tests.experiments.rl_rewards:shortness",
-    "benchmark_steps": STEPS,
+    "dataset.train_bs_n_seqs": 16,
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.identity import Identity
 from realjax.core.layout import Layout
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.data.datasets import PromptAnswerDataset
@@ -19,6 +20,7 @@ from realjax.runtime.roles import Role
 from tests.builders import make_examples, make_layout, place_params, random_tree
 
 TRAIN = MFC(name="train", role="default", call="train_step", inputs=("tokens", "loss_mask"), loss=SFT_LOSS)
+NO_IDENTITY = Identity(fixed={}, contents={}, steering={}, harmless={})
 GRAPH = DataflowGraph((TRAIN,), frozenset({"tokens", "loss_mask"}))
 
 
@@ -54,6 +56,7 @@ def make_spec(paths: RunPaths, **changes) -> RunSpec:
         experiment="sft",
         title="a test",
         config_json="{}",
+        identity=NO_IDENTITY,
         paths=paths,
         graph=GRAPH,
         layouts={"train": make_layout()},

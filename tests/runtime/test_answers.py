@@ -14,7 +14,8 @@ from realjax.runtime.answers import PART, AnswerFile, cut_at, make_answers
 from tests.data.test_datasets import make_tokenizer, words_tokenizer
 
 IDS = ("a", "b", "c")
-LINES = [{"id": row_id, "sample": sample} for row_id in IDS for sample in (0, 1)]
+ROWS = [{"id": row_id, "prompt": f"of {row_id}"} for row_id in IDS]
+LINES = [{"id": row_id, "prompt": f"of {row_id}", "sample": sample} for row_id in IDS for sample in (0, 1)]
 
 
 def make_spec(tokenizer: Any, prompt: str, **changes: Any) -> GenerationSpec:
@@ -27,7 +28,7 @@ def make_spec(tokenizer: Any, prompt: str, **changes: Any) -> GenerationSpec:
         offsets=np.array([0, len(tokens)]),
     )
     rest: Any = dict.fromkeys(
-        ("title", "config_json", "decisive_options", "paths", "role", "layout", "config", "eos_ids", "num_slots")
+        ("title", "config_json", "identity", "paths", "role", "layout", "config", "eos_ids", "num_slots")
     )
     spec = GenerationSpec(
         **{**rest, "prompts": prompts, "tokenizer": tokenizer, "prompts_per_call": 1, "output_file": None, "seed": 0},
@@ -84,8 +85,9 @@ def test_whole_prompts_are_kept(tmp_path, num_lines, torn):
     file.append(LINES[:num_lines])
     with file.part.open("a") as part:
         part.write(torn)
-    num_done = file.keep_answered(IDS, num_samples=2)
+    num_done = file.count_answered(ROWS, num_samples=2)
     assert num_done == num_lines // 2
+    file.keep_answered(2 * num_done)
     file.append(LINES[2 * num_done :])
     file.finish()
     expected = AnswerFile(tmp_path / "expected.jsonl")
@@ -94,16 +96,19 @@ def test_whole_prompts_are_kept(tmp_path, num_lines, torn):
     assert not Path(f"{file.path}{PART}").exists()
 
 
-def test_answers_to_other_prompts_are_refused(tmp_path):
+@pytest.mark.parametrize("change", [{"id": "x"}, {"prompt": "another text"}])
+def test_answers_to_other_prompts_are_refused(tmp_path, change):
     file = AnswerFile(tmp_path / "out.jsonl")
     file.append(LINES)
     with pytest.raises(ValueError, match="are not those to the first prompts of dataset.path; continue with"):
-        file.keep_answered(("a", "c", "b"), num_samples=2)
+        file.count_answered([ROWS[0], ROWS[1] | change, ROWS[2]], num_samples=2)
+    assert file.part.read_text().count("\n") == len(LINES)
 
 
 def test_a_whole_file_goes_on_where_the_data_have_grown(tmp_path):
     file = AnswerFile(tmp_path / "out.jsonl")
     file.append(LINES[:4])
     file.finish()
-    assert file.keep_answered(IDS, num_samples=2) == 2
+    assert file.count_answered(ROWS, num_samples=2) == 2
+    file.keep_answered(4)
     assert not file.path.exists() and file.part.read_text().count("\n") == 4

@@ -1,7 +1,10 @@
 """A saved state comes back bit for bit, in any layout, and a save that is not whole is none."""
 
+import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,8 @@ import pytest
 from realjax.core.layout import Layout
 from realjax.engine.state import TrainState
 from realjax.models.build import Model
-from realjax.runtime.checkpoint import RunCheckpointer, RunState
+from realjax.runtime import checkpoint
+from realjax.runtime.checkpoint import RunCheckpointer, RunState, clear_after, find_save, saved_steps
 from tests.builders import make_layout, make_model, with_empty_layers
 from tests.runtime.specs import make_role, make_state
 
@@ -46,8 +50,11 @@ def with_stacks(state: TrainState, num_layers: int, num_empty: int) -> TrainStat
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def restore(checkpointer: RunCheckpointer, layout: Layout) -> RunState:
-    return checkpointer.restore({"default": make_role(MODEL, layout).abstract_state()})
+def restore(directory: Path, layout: Layout, model: Model = MODEL) -> RunState:
+    save = find_save(directory)
+    assert save is not None
+    abstract = {"default": make_role(model, layout).abstract_state()}
+    return checkpoint.restore(directory, save, abstract, empty_layers(model))
 
 
 def bits(state: TrainState) -> list[bytes]:
@@ -68,8 +75,7 @@ def test_any_layout_gets_the_bits_that_another_saved(saved, restored, tmp_path):
     state = make_run_state(7, saved, counters)
     with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
         checkpointer.save(state)
-    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
-        found = restore(checkpointer, restored)
+    found = restore(tmp_path, restored)
     assert (found.step, found.counters) == (7, counters)
     assert bits(found.roles["default"]) == bits(state.roles["default"])
     wanted = make_role(MODEL, restored).abstract_state()
@@ -99,11 +105,9 @@ def test_a_layout_with_other_stages_gets_the_layers_of_the_model(
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, drawn.roles["default"])
     with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
         checkpointer.save(replace(drawn, roles={"default": placed}))
-    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
-        target = {"default": make_role(of_restore, restored).abstract_state()}
-        found = checkpointer.restore(target, empty_layers(of_restore))
-        with pytest.raises(ValueError, match=r"another model .*there \(3, .*, here \(4, "):
-            checkpointer.restore({"default": make_role(make_model(num_layers=4), make_layout()).abstract_state()})
+    found = restore(tmp_path, restored, of_restore)
+    with pytest.raises(ValueError, match=r"another model .*there \(3, .*, here \(4, "):
+        restore(tmp_path, make_layout(), make_model(num_layers=4))
     assert bits(found.roles["default"]) == bits(with_stacks(state, 3, restored_empty))
 
 
@@ -115,8 +119,7 @@ def test_what_a_step_does_to_the_arrays_after_a_save_does_not_reach_it(tmp_path)
         checkpointer.save(state)
         overwritten = overwrite(state.roles["default"])
         assert bits(overwritten) != expected
-    with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
-        assert bits(restore(checkpointer, make_layout(dp=2)).roles["default"]) == expected
+    assert bits(restore(tmp_path, make_layout(dp=2)).roles["default"]) == expected
 
 
 def test_the_latest_are_kept_and_none_is_written_twice(tmp_path):
@@ -127,9 +130,8 @@ def test_the_latest_are_kept_and_none_is_written_twice(tmp_path):
             checkpointer.save(make_run_state(step, layout))
         other = make_run_state(6, layout, {"seed": 99})
         checkpointer.save(other)
-    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
-        assert checkpointer.latest_step == 6
-        assert restore(checkpointer, layout).counters == {"seed": 1}
+    found = restore(tmp_path, layout)
+    assert (found.step, found.counters) == (6, {"seed": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "6"]
 
 
@@ -139,10 +141,7 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
         checkpointer.save(make_run_state(2, layout))
     torn = tmp_path / "4.orbax-checkpoint-tmp"
     (tmp_path / "2").rename(torn)
-    with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
-        assert checkpointer.latest_step is None
-        with pytest.raises(ValueError, match=r"^recover: no complete save in .*; start with recover_mode=auto"):
-            restore(checkpointer, layout)
+    assert find_save(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -158,12 +157,8 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
 def test_a_save_of_another_model_is_refused(changes, message, tmp_path):
     with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
         checkpointer.save(make_run_state(2, make_layout()))
-    other = make_role(make_model(**changes), make_layout()).abstract_state()
-    with (
-        RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer,
-        pytest.raises(ValueError, match=rf"^recover: the save in .* is of another model or optimizer: {message}"),
-    ):
-        checkpointer.restore({"default": other})
+    with pytest.raises(ValueError, match=rf"^recover: the save in .* is of another model or optimizer: {message}"):
+        restore(tmp_path, make_layout(), make_model(**changes))
 
 
 def test_an_error_in_the_run_does_not_cut_off_a_save(tmp_path):
@@ -171,5 +166,75 @@ def test_an_error_in_the_run_does_not_cut_off_a_save(tmp_path):
     with pytest.raises(KeyError), RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
         checkpointer.save(make_run_state(5, layout))
         raise KeyError
+    assert restore(tmp_path, layout).step == 5
+
+
+def change_bytes(step: Path) -> None:
+    """Changes 64 bytes in the largest file of arrays."""
+    file = max((step / "role_default").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+    file.write_bytes(content)
+
+
+def empty(step: Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+DAMAGES = {
+    "64 bytes": change_bytes,
+    "no run": lambda step: shutil.rmtree(step / "run"),
+    "no role": lambda step: shutil.rmtree(step / "role_default"),
+    "empty metadata": lambda step: (step / "run" / "metadata").write_bytes(b""),
+    "an empty directory": empty,
+}
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("saves")
+    with RunCheckpointer(directory, max_to_keep=2) as checkpointer:
+        for step in (2, 4):
+            checkpointer.save(make_run_state(step, make_layout()))
+    return directory
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_save_gives_way_to_the_one_before(damage, two_saves, tmp_path, caplog):
+    saves = shutil.copytree(two_saves, tmp_path / "saves")
+    DAMAGES[damage](saves / "4")
+    with caplog.at_level(logging.WARNING, "realjax"):
+        found = restore(saves, make_layout())
+    assert "the save" in caplog.text and "/4 is passed over: " in caplog.text
+    assert found.step == 2
+    assert bits(found.roles["default"]) == bits(make_run_state(2, make_layout()).roles["default"])
+    # The one before stays until a newer one is whole: with room for one only, until that of step 6 is.
+    clear_after(saves, 2)
+    assert saved_steps(saves) == [2]
+    with RunCheckpointer(saves, max_to_keep=1) as checkpointer:
+        checkpointer.save(make_run_state(4, make_layout()))
+        assert 2 in saved_steps(saves)
+        checkpointer.save(make_run_state(6, make_layout()))
+        assert 4 in saved_steps(saves)
+    assert saved_steps(saves) == [6] and restore(saves, make_layout()).step == 6
+
+
+def test_a_run_is_not_begun_anew_in_silence_where_every_save_is_damaged(two_saves, tmp_path):
+    saves = shutil.copytree(two_saves, tmp_path / "saves")
+    for step in ("2", "4"):
+        change_bytes(saves / step)
+    before = sorted(saves.rglob("*"))
+    with pytest.raises(ValueError, match="holds 2 saves, of which none is whole; set recover_mode=disabled to start"):
+        find_save(saves)
+    assert sorted(saves.rglob("*")) == before
+
+
+def test_what_waits_for_a_save_comes_after_it(tmp_path):
+    seen = []
     with RunCheckpointer(tmp_path, max_to_keep=1) as checkpointer:
-        assert restore(checkpointer, layout).step == 5
+        checkpointer.save(make_run_state(1, make_layout()), lambda: seen.append(saved_steps(tmp_path)))
+        checkpointer.save(make_run_state(2, make_layout()), lambda: seen.append(saved_steps(tmp_path)))
+        assert seen == [[1]]
+    assert seen == [[1], [2]]

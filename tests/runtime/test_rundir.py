@@ -25,43 +25,32 @@ def fill(paths: RunPaths, save: str | None) -> None:
         (paths.recover / save).mkdir()
 
 
-@pytest.mark.parametrize("mode", ["disabled", "save", "auto"])
-def test_a_first_run_makes_them(mode, paths):
-    assert not open_run_directory(make_spec(paths, recover_mode=mode, config_json='{"a": 1}'))
+def test_a_first_run_makes_them(paths):
+    open_run_directory(make_spec(paths, config_json='{"a": 1}'), continues_after=None)
     assert (paths.logs / "config.json").read_text() == '{"a": 1}'
     assert paths.checkpoints.is_dir() and paths.recover.is_dir()
 
 
-@pytest.mark.parametrize("mode", ["auto", "resume"])
-def test_a_run_with_a_save_is_continued_in_place(mode, paths):
+def test_a_run_with_a_save_is_continued_in_place(paths):
+    """What lies there under later steps is not whole, or would not have been passed over: it makes room."""
     fill(paths, "12")
-    assert open_run_directory(make_spec(paths, recover_mode=mode))
-    assert (paths.logs / "metrics.jsonl").exists() and (paths.recover / "12").exists()
+    (paths.recover / "14").mkdir()
+    (paths.recover / "16.orbax-checkpoint-tmp").mkdir()
+    open_run_directory(make_spec(paths), continues_after=12)
+    assert (paths.logs / "metrics.jsonl").exists()
+    assert sorted(path.name for path in paths.recover.iterdir()) == ["12", "14.damaged"]
     assert [path.name for path in paths.recover.parent.iterdir()] == ["t"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "save"), [("disabled", "12"), ("save", "12"), ("auto", "12.orbax-checkpoint-tmp"), ("auto", None)]
-)
-def test_a_run_that_starts_anew_sets_the_earlier_one_aside(mode, save, paths, caplog):
+@pytest.mark.parametrize("save", ["12", "12.orbax-checkpoint-tmp", None])
+def test_a_run_that_starts_anew_sets_the_earlier_one_aside(save, paths):
     fill(paths, save)
-    with caplog.at_level(logging.WARNING, "realjax"):
-        assert not open_run_directory(make_spec(paths, recover_mode=mode))
-    assert ("recover_mode=auto would continue it" in caplog.text) == (save == "12")
+    open_run_directory(make_spec(paths), continues_after=None)
     assert (paths.logs.with_name("t.1") / "metrics.jsonl").exists()
     assert (paths.checkpoints.with_name("t.1") / "default").exists()
     assert not list(paths.recover.iterdir()) and not list(paths.checkpoints.iterdir())
     if save is not None:
         assert (paths.recover.with_name("t.1") / save).exists()
-
-
-@pytest.mark.parametrize("save", [None, "12.orbax-checkpoint-tmp"])
-def test_resume_without_a_whole_save_is_refused_and_touches_nothing(save, paths):
-    fill(paths, save)
-    before = sorted(paths.logs.parents[1].rglob("*"))
-    with pytest.raises(ValueError, match="^recover_mode: resume, but .* holds no saved state; use recover_mode=auto"):
-        open_run_directory(make_spec(paths, recover_mode="resume"))
-    assert sorted(paths.logs.parents[1].rglob("*")) == before
 
 
 def test_directories_set_aside_together_get_one_free_number(tmp_path):

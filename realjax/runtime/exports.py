@@ -1,0 +1,85 @@
+"""The HuggingFace checkpoints that a run leaves: those of its saves, and the best one by a metric."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+
+from realjax.core.trees import Tree
+from realjax.data.loader import Position
+from realjax.dataflow.run import RunSpec
+from realjax.hf.save import save_hf
+from realjax.runtime.processes import is_first
+from realjax.runtime.roles import Role
+
+logger = logging.getLogger("realjax.exports")
+Best = dict[str, float | str]  # `value` of the metric, and the `directory` below the role's that has the parameters
+
+
+class Exports:
+    """Writes checkpoints, and keeps the best one until the state that names a better one is on the disk."""
+
+    def __init__(self, spec: RunSpec, roles: Mapping[str, Role], best: Best | None) -> None:
+        """`best` is what the state says that the run continues from."""
+        self.root, self.roles, self.max_shard_bytes = spec.paths.checkpoints, roles, spec.max_shard_bytes
+        self.best, self.best_role = best, getattr(spec.evaluation, "role", "")
+        if best is not None and not (self.root / self.best_role / str(best["directory"])).is_dir():
+            logger.warning("the best checkpoint so far, %s, is gone: the next evaluation's is the best", best)
+            self.best = None
+        self._held = {str(self.best["directory"])} if self.best else set()  # that states on the disk name
+        if is_first():
+            for leftover in self.root.glob("*/.*"):  # of a process that was killed
+                shutil.rmtree(leftover)
+        self._drop_others()
+
+    def write(self, name: str, params: Tree, directory: str) -> None:
+        """Writes a role's parameters, also over those of a step that is taken again after a restart."""
+        out_dir, role = self.root / name / directory, self.roles[name]
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        save_hf(
+            params,
+            role.model.config,
+            out_dir,
+            source_dir=role.spec.path,
+            # A model from scratch has no weights to take the precision from: its masters are kept as they are.
+            dtype="float32" if role.spec.init_from_scratch else "source",
+            max_shard_bytes=self.max_shard_bytes,
+            overwrite=True,
+            ends=role.spec.ends,
+        )
+        logger.info("saved %s to %s", name, out_dir)
+
+    def keep_best(self, params: Tree, value: float, step: int) -> None:
+        """Writes the parameters after `step` when their value is better than the best before."""
+        if self.best is None or value > float(self.best["value"]):
+            directory = f"best-globalstep{step}"
+            self.write(self.best_role, params, directory)
+            self.best = {"value": value, "directory": directory}
+            self._drop_others()
+
+    def hold_best(self) -> Callable[[], None]:
+        """Keeps the best checkpoint of now for a state that names it; returns what to call once that is on the disk.
+
+        Until then the best one that the state before names stays too.
+        """
+        named = {str(self.best["directory"])} if self.best else set()
+        self._held |= named
+
+        def let_go() -> None:
+            self._held = named
+            self._drop_others()
+
+        return let_go
+
+    def _drop_others(self) -> None:
+        kept = self._held | ({str(self.best["directory"])} if self.best else set())
+        for path in (self.root / self.best_role).glob("best-*") if is_first() else ():
+            if path.name not in kept:
+                hidden = path.with_name(f".{path.name}.replaced")  # nobody should find a half of it
+                os.replace(path, hidden)
+                shutil.rmtree(hidden)
+
+
+def checkpoint_name(position: Position) -> str:
+    """Returns ReaL's directory name of a checkpoint."""
+    return f"epoch{position.epoch}epochstep{position.epoch_step}globalstep{position.global_step}"

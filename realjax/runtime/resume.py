@@ -1,0 +1,101 @@
+"""Where a run starts: at the newest whole save of a run that is the same one, or anew. Nothing is changed here."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from realjax.core.identity import Identity
+from realjax.dataflow.run import RunSpec
+from realjax.runtime.checkpoint import RunState, find_save, restore, saved_steps
+from realjax.runtime.report import REPORT_FILE
+from realjax.runtime.roles import Role, load_role
+
+logger = logging.getLogger("realjax.resume")
+LONGEST_VALUE = 40  # characters of a value shown in a message
+
+
+def find_start(spec: RunSpec) -> RunState | None:
+    """Returns the save to continue from, its roles still on the disk, or None for a run that starts anew.
+
+    Raises ValueError when recover_mode=resume finds none, none of the saves is whole, or they are of another run.
+    """
+    directory = spec.paths.recover
+    if spec.recover_mode not in ("auto", "resume"):
+        if saved_steps(directory):
+            logger.warning(
+                "a saved state of this trial exists; recover_mode=auto would continue it. Starting anew instead."
+            )
+        return None
+    save = find_save(directory)
+    if save is None and spec.recover_mode == "resume":
+        raise ValueError(
+            f"recover_mode: resume, but {directory} holds no saved state; use recover_mode=auto to start when there is "
+            "none"
+        )
+    if save is not None:
+        steering = compare(save.counters["identity"], spec.identity, f"the save in {directory}")
+        _refuse_nothing_to_do(spec, save, steering)
+    return save
+
+
+def is_finished(spec: RunSpec, save: RunState) -> bool:
+    """Returns whether the run that the save is of took all steps and wrote its report."""
+    return save.step == spec.loader.total_steps and (spec.paths.logs / REPORT_FILE).exists()
+
+
+def first_state(spec: RunSpec, roles: Mapping[str, Role], save: RunState | None) -> RunState:
+    """Returns the state after the save's step, else the one at step 0, with every role on its devices."""
+    if save is None:
+        return RunState(step=0, roles={name: load_role(role, spec.seed) for name, role in roles.items()})
+    changing = {name: role for name, role in roles.items() if role.optimizer is not None or role.spec.is_averaged}
+    abstract = {name: role.abstract_state() for name, role in changing.items()}
+    state = restore(spec.paths.recover, save, abstract, empty_layers(roles, changing))
+    fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in changing}
+    return RunState(step=state.step, roles={**fixed, **state.roles}, counters=state.counters)
+
+
+def empty_layers(roles: Mapping[str, Role], names: Iterable[str]) -> dict[str, int]:
+    """Returns how many empty layers each role has."""
+    return {name: roles[name].model.config.num_empty_layers for name in names}
+
+
+def compare(saved: Mapping[str, Any], identity: Identity, subject: str) -> list[str]:
+    """Returns the changes that take effect from here on, each `name before -> now`; the log lists all that are allowed.
+
+    Raises ValueError for one that would make it another run. What only one side knows of is not compared.
+    """
+    now = json.loads(json.dumps(asdict(identity)))
+    differing = {
+        kind: [name for name in now[kind] if name in saved[kind] and saved[kind][name] != now[kind][name]]
+        for kind in now
+    }
+    show = lambda kind, name, form: form.format(name, *(_short(side[kind][name]) for side in (saved, now)))
+    if differing["fixed"] or differing["contents"]:
+        names = [show("fixed", name, "{} ({} there, {} here)") for name in differing["fixed"]] + differing["contents"]
+        raise ValueError(
+            f"recover: {subject} was made with another {', another '.join(names)}; continue with the same, start anew "
+            "with recover_mode=disabled, or use another trial_name"
+        )
+    changes = {kind: [show(kind, name, "{} {} -> {}") for name in names] for kind, names in differing.items()}
+    if changes["harmless"]:
+        logger.info("changed since the start, with no effect on the result: %s", ", ".join(changes["harmless"]))
+    if changes["steering"]:
+        logger.warning("changed since the start, with effect from here on: %s", ", ".join(changes["steering"]))
+    return changes["steering"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def _refuse_nothing_to_do(spec: RunSpec, save: RunState, steering: list[str]) -> None:
+    """Raises ValueError when the save leaves no step on which the changes could act."""
+    total = spec.loader.total_steps
+    if save.step > total or (save.step == total and steering):
+        raise ValueError(
+            f"recover: the save in {spec.paths.recover} is after step {save.step}, and this run has {total} steps, so "
+            f"{', '.join(steering)} would have no effect; raise total_train_epochs, or use another trial_name"
+        )

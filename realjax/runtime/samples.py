@@ -1,0 +1,45 @@
+"""Answers of a run's evaluations on disk, so that the first ones stand in the report of a run that was continued."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from realjax.runtime.evaluation import Sample
+from realjax.runtime.metrics import drop_later_steps, read_metrics
+from realjax.runtime.report import Section
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+def append_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
+    """Appends the answers of the evaluation after `step`, a line each."""
+    with path.open("a", encoding="utf-8") as file:
+        for sample in samples:
+            reward = sample.reward if math.isfinite(sample.reward) else None
+            file.write(json.dumps({"step": step, **asdict(sample), "reward": reward}) + "\n")
+
+
+def load_samples(path: Path, step: int) -> dict[int, list[Sample]]:
+    """Returns the answers of a run that continues after `step`, by step; later ones, which come again, are removed."""
+    samples: dict[int, list[Sample]] = {}
+    if path.exists():
+        drop_later_steps(path, step)
+        for record in read_metrics(path):
+            reward = math.nan if record["reward"] is None else record["reward"]
+            texts = {name: record[name] for name in ("variant", "prompt", "answer")}
+            samples.setdefault(record["step"], []).append(Sample(**texts, reward=reward))
+    return samples
+
+
+def sample_sections(samples: Mapping[int, Sequence[Sample]]) -> list[Section]:
+    """Returns the answers of the first and of the last evaluation, side by side."""
+    if not samples:
+        return []
+    steps = sorted({min(samples), max(samples)})
+    columns = ("draw", "prompt", *(f"after step {step}" for step in steps))
+    texts = [{(a.variant, a.prompt): f"{a.answer} (reward {a.reward:.3g})" for a in samples[step]} for step in steps]
+    # Those of the last, beside what the first has of them: a run may have gone on with other draws.
+    rows = [(*key, *(of_step.get(key, "") for of_step in texts)) for key in texts[-1]]
+    return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows))]

@@ -1,0 +1,26 @@
+"""Runs that end before their last step."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from realjax.runtime.loop import Session
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """While entered, a run of this process gets SIGTERM in this step: it saves, and ends with the code 143."""
+    train = Session.train
+
+    def train_and_stop(session: Session, index: int):
+        position = train(session, index)
+        if index + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return position
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "train", train_and_stop)
+        yield
