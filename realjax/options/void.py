@@ -126,31 +126,32 @@ def list_void(config: CommonExperimentConfig) -> list[str]:
     defaults.
     """
     lines = []
-    for prefix, node, default in _nodes(config, type(config)(), ""):
+    for prefix, node, default in walk_groups(config, type(config)(), ""):
         for rule in _rules_of(node):
-            if all(_is_one_of(_value(node, name), wanted) for name, wanted in rule.when.items()):
+            if all(_is_one_of(value_at(node, name), wanted) for name, wanted in rule.when.items()):
                 given = [f"{prefix}{name}" for option in rule.options for name in _given(node, default, option)]
-                words = " and ".join(f"{prefix}{name}={_value(node, name)}" for name in rule.when)
+                words = " and ".join(f"{prefix}{name}={value_at(node, name)}" for name in rule.when)
                 if given:
                     verb = "have" if len(given) > 1 else "has"
                     lines.append(f"{', '.join(given)} {verb} no effect: {rule.reason or f'with {words}'}.")
     return lines
 
 
-def _nodes(node: Any, default: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+def walk_groups(node: Any, default: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     """Yields every dataclass of the tree with its path, and its counterpart among the defaults."""
     yield prefix, node, default
     for one in dataclasses.fields(node):
         if dataclasses.is_dataclass(value := getattr(node, one.name)):
-            yield from _nodes(value, getattr(default, one.name), f"{prefix}{one.name}.")
+            yield from walk_groups(value, getattr(default, one.name), f"{prefix}{one.name}.")
 
 
 def _rules_of(node: Any) -> list[Void]:
     return [rule for cls, rules in VOID.items() if isinstance(node, cls) for rule in rules]
 
 
-def _value(node: Any, path: str) -> Any:
-    return reduce(getattr, path.split("."), node)
+def value_at(node: Any, path: str) -> Any:
+    """Returns what stands at a dotted path, a property among them; the node itself at the empty one."""
+    return reduce(getattr, path.split(".") if path else (), node)
 
 
 def _is_one_of(value: Any, wanted: Any) -> bool:
@@ -159,14 +160,14 @@ def _is_one_of(value: Any, wanted: Any) -> bool:
 
 def _given(node: Any, default: Any, path: str) -> list[str]:
     """Returns the paths of the options at `path`, one or those of a group, that are not at their defaults."""
-    value, usual = _value(node, path), _value(default, path)
+    value, usual = value_at(node, path), value_at(default, path)
     if not dataclasses.is_dataclass(value):
-        return [_spelled(node, path)] if value != usual else []
+        return [spell_path(node, path)] if value != usual else []
     inner = (name for one in dataclasses.fields(value) for name in _given(value, usual, one.name))
-    return [_spelled(node, f"{path}.{name}") for name in inner]
+    return [spell_path(node, f"{path}.{name}") for name in inner]
 
 
-def _spelled(node: Any, path: str) -> str:
+def spell_path(node: Any, path: str) -> str:
     """Returns the path with the name of the algorithm's own group for `algorithm`."""
     first, _, rest = path.partition(".")
     if first != "algorithm":

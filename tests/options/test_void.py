@@ -10,13 +10,13 @@ from realjax.apps.quickstart import EXPERIMENTS
 from realjax.options.checks import list_notices
 from realjax.options.fields import Option, list_options
 from realjax.options.parsing import parse_overrides
-from realjax.options.void import VOID, _nodes, _spelled, _value
+from realjax.options.void import VOID, spell_path, value_at, walk_groups
 
 PLAIN = {name: experiment.config_cls() for name, experiment in EXPERIMENTS.items()}
 RULES = [
     pytest.param(name, prefix, rule, id=f"{name} {prefix}{rule.options[0]}")
     for name, config in PLAIN.items()
-    for prefix, node, _ in _nodes(config, config, "")
+    for prefix, node, _ in walk_groups(config, config, "")
     for cls, rules in VOID.items()
     if isinstance(node, cls)
     for rule in rules
@@ -40,11 +40,11 @@ def other_words(option: Option) -> Iterator[str]:
 
 def as_words(config: Any, prefix: str, when: dict[str, Any]) -> list[list[str]]:
     """Returns the ways to fulfil a rule's condition; what is no option holds by default."""
-    node = _value(config, prefix.rstrip(".")) if prefix else config
+    node = value_at(config, prefix.rstrip("."))
     paths = {one.path for one in list_options(type(config))}
     ways = []
     for path, wanted in when.items():
-        name = prefix + _spelled(node, path)
+        name = prefix + spell_path(node, path)
         values = wanted if isinstance(wanted, tuple) else (wanted,)
         if name in paths:
             ways.append([f"{name}={'null' if value is None else value}" for value in values])
@@ -54,10 +54,10 @@ def as_words(config: Any, prefix: str, when: dict[str, Any]) -> list[list[str]]:
 @pytest.mark.parametrize(("name", "prefix", "rule"), RULES)
 def test_every_rule_of_the_table_is_said_or_refused_for_every_option_of_it(name, prefix, rule):
     config = PLAIN[name]
-    node = _value(config, prefix.rstrip(".")) if prefix else config
+    node = value_at(config, prefix.rstrip("."))
     options = {one.path: one for one in list_options(type(config))}
     for path in rule.options:
-        full = prefix + _spelled(node, path)
+        full = prefix + spell_path(node, path)
         leaves = [one for one in options if one == full or one.startswith(f"{full}.")]
         assert leaves, f"{full} is no option"
         for leaf, way in itertools.product(leaves, as_words(config, prefix, rule.when)):
