@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 # A comma inside brackets separates numbers, one outside them names.
 _NAMES = re.compile(r"[^,:\s\[\]]+(?:\[[^\[\]]*\])?")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+MOST_NODES = 65_536
 
 
 def expand_nodes(text: str, subject: str) -> list[str]:
@@ -31,6 +32,8 @@ def _expand(part: str, subject: str) -> list[str]:
         match = _RANGE.fullmatch(item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"{subject}: {part!r} has no numbers or ranges in its brackets; write NODE[01,03-04]")
+        if int(match[2] or match[1]) - int(match[1]) >= MOST_NODES:
+            raise ValueError(f"{subject}: {part!r} names more than {MOST_NODES} nodes; write those of the run")
         width = len(match[1])
         names += [f"{prefix}{i:0{width}d}" for i in range(int(match[1]), int(match[2] or match[1]) + 1)]
     return names
@@ -54,7 +57,7 @@ def parse_device_mesh(text: str, *, nodes: Sequence[str], num_devices_per_node: 
     firsts = [nodes.index(name) * num_devices_per_node for name in chosen]
     if not colon:
         return tuple(first + i for first in firsts for i in range(num_devices_per_node))
-    if len(chosen) != 1 or not re.fullmatch(r"\d+(,\d+)*", ids):
+    if len(chosen) != 1 or not re.fullmatch(r"\d{1,9}(,\d{1,9})*", ids):
         raise ValueError(f"{subject}: found {text!r}; a part of a node is written NODE01:0,1,2,3, and only of one node")
     numbers = [int(i) for i in ids.split(",")]
     if max(numbers) >= num_devices_per_node or len(set(numbers)) != len(numbers):

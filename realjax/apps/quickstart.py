@@ -28,6 +28,7 @@ from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler,
 from realjax.runtime.processes import ProcessGroup, find_process_group, is_first, join, leave, text_from_first
 
 logger = logging.getLogger("realjax.quickstart")
+MOST_DEVICES = 1024
 HELP_FLAGS = ("--help", "-h", "help")
 # The program that shows whether a launcher exists on this machine, and the variable it sets inside an allocation.
 LAUNCHERS = {"slurm": ("squeue", "SLURM_JOB_ID"), "ray": ("ray", "RAY_ADDRESS")}
@@ -158,6 +159,7 @@ def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> Commo
             f"n_nodes*n_gpus_per_node: {needed} devices do not divide over {group.num_processes} processes; "
             "start as many processes as divide them"
         )
+    check_num_devices(needed // group.num_processes)
     jax.config.update("jax_num_cpu_devices", needed // group.num_processes)
     join(group, config.n_gpus_per_node)
     if not is_first():
@@ -207,6 +209,15 @@ def check_mode(mode: str) -> None:
         )
 
 
+def check_num_devices(num_devices: int) -> None:
+    """Raises ValueError for more devices than one process can have, virtual ones included."""
+    if num_devices > MOST_DEVICES:
+        raise ValueError(
+            f"n_nodes*n_gpus_per_node: found {num_devices} devices for one process, which has at most {MOST_DEVICES}; "
+            "lower them, or start more processes (docs/processes.md)"
+        )
+
+
 def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) -> tuple[jax.Device, ...]:
     """Returns the first n_nodes*n_gpus_per_node devices, virtual ones where there is no accelerator.
 
@@ -217,6 +228,7 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) 
     if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
     if settings.jax_num_cpu_devices < needed and not jax.distributed.is_initialized():
+        check_num_devices(needed)
         # Only possible before the first use of a device.
         jax.config.update("jax_num_cpu_devices", needed)
     devices, platform = jax.devices(), jax.default_backend()

@@ -10,6 +10,7 @@ import numpy as np
 from realjax.core.identity import digest
 from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.jsonl import load_rows
+from realjax.data.packing import MOST_TOKENS
 from realjax.data.tokens import Encoded, encode, eos_id, tell_repeats
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ def load_prompt_answer(
     eos = eos_id(tokenizer)
     kinds = {"prompt": prompt_kinds(tokenizer, use_chat_template), "answer": str}
     rows = load_rows(path, kinds, name, check_messages)
+    if pad_to_max_length and len(rows) * max_seqlen > MOST_TOKENS:
+        raise ValueError(
+            f"dataset.pad_to_max_length: {len(rows)} rows of max_seqlen={max_seqlen} tokens are more than "
+            f"{MOST_TOKENS}; lower dataset.max_seqlen, or set it to False"
+        )
     answers = [row["answer"] for row in rows]
     prompts = prompt_texts(rows, tokenizer, use_chat_template=use_chat_template, subject=f"{name}: {path!r}")
     tell_repeats([] if use_chat_template else prompts, answers, tokenizer, name)

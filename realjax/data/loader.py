@@ -9,7 +9,10 @@ import numpy as np
 
 from realjax.core.batch import Batch
 from realjax.core.identity import digest
-from realjax.data.packing import bucket_len, pack, pack_rows
+from realjax.data.packing import MOST_TOKENS, bucket_len, pack, pack_rows
+
+# Positions in the stream are int32, and each step is planned before the first.
+MOST_SAMPLES = 2**27
 
 
 class Dataset(Protocol):
@@ -109,8 +112,14 @@ class Loader:
         self._lengths = dataset.lengths
         self._batch_size = batch_size
         self._num_shards = num_shards
-        orders = [dataset.order(seed, epoch, shuffle) for epoch in range(num_epochs)]
-        self._epoch_len = len(orders[0])
+        first = dataset.order(seed, 0, shuffle)
+        self._epoch_len = len(first)
+        if (num_samples := num_epochs * self._epoch_len) > MOST_SAMPLES:
+            raise ValueError(
+                f"total_train_epochs: {num_epochs} passes over {self._epoch_len} examples are {num_samples} samples, "
+                f"but a run takes at most {MOST_SAMPLES}; set it to {max(1, MOST_SAMPLES // self._epoch_len)} or less"
+            )
+        orders = [first, *(dataset.order(seed, epoch, shuffle) for epoch in range(1, num_epochs))]
         self._stream = np.concatenate(orders).astype(np.int32)
         self.longest = dataset.longest
         if batch_size > self._epoch_len and not allow_partial:
@@ -129,6 +138,12 @@ class Loader:
             self.shapes = plan_shapes(batches, multiple, max_shapes)
         else:
             self.shapes = shapes_of(batches, row_len, multiple, max_shapes)
+        num_rows = self.shapes.row_counts[-1]
+        if num_rows * self.shapes.row_len > MOST_TOKENS:
+            raise ValueError(
+                f"{name}: a batch would be {num_rows} rows of {self.shapes.row_len} tokens, rows being a multiple of "
+                f"{multiple} (devices times n_mbs), but it has at most {MOST_TOKENS} tokens; lower {name} or n_mbs"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -9,6 +9,9 @@ import numpy as np
 
 from realjax.core.batch import Array, Batch
 
+# Of a batch: XLA counts the entries of an array in 32 bits.
+MOST_TOKENS = 2**31 - 1
+
 # The key of an example that is several sequences: their lengths.
 PART_LENS = "part_lens"
 

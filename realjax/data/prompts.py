@@ -12,6 +12,7 @@ from realjax.core.identity import digest
 from realjax.data.chat import Messages, check_messages, messages_of, prompt_kinds, prompt_texts, render, shorten
 from realjax.data.datasets import FlatDataset
 from realjax.data.jsonl import load_rows
+from realjax.data.packing import MOST_TOKENS
 from realjax.data.tokens import encode, eos_id, tell_repeats
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def load_prompts(
             check_fn(row, place)
 
     rows, subject = load_rows(path, kinds, name, check)[:max_prompts], f"{name}: {path!r}"
+    if pad_to_max_length and len(rows) * max_prompt_len > MOST_TOKENS:
+        raise ValueError(
+            f"dataset.pad_to_max_length: {len(rows)} rows of max_prompt_len={max_prompt_len} tokens are more than "
+            f"{MOST_TOKENS}; lower dataset.max_prompt_len, or set it to False"
+        )
     texts = prompt_texts(rows, tokenizer, use_chat_template=use_chat_template, subject=subject)
     tell_repeats([] if use_chat_template else texts, (), tokenizer, name)
     tokens = encode(texts, tokenizer, is_rendered=use_chat_template).tokens

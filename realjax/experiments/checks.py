@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from realjax.data.packing import MOST_TOKENS
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.dataflow.graph import MFC, HostCall
 from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec
@@ -13,6 +14,7 @@ from realjax.hf.load import check_weights, has_critic_head, load_checkpoint_conf
 from realjax.options.parsing import nearest_names
 
 logger = logging.getLogger("realjax.checks")
+MOST_UPDATES = 2**31 - 1
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model")
 
 
@@ -38,7 +40,10 @@ def check_run(spec: RunSpec | GenerationSpec) -> None:
     _check_tokens(need)
     for role in need.roles:
         _check_positions(role, need)
-    if isinstance(spec, RunSpec):
+    if isinstance(spec, GenerationSpec):
+        _check_answers(spec, need)
+    else:
+        _check_updates(spec)
         _check_averages(spec)
         if isinstance(spec.evaluation, RolloutEvaluation):
             _check_best_metric(spec.evaluation)
@@ -153,6 +158,25 @@ def _check_positions(role: RoleSpec, need: Need) -> None:
         f"{option_of(role.name)}.path: the longest {made} {longest} tokens, but the model has {positions} positions; "
         f"lower {options} {longest - positions if need.generates else positions}"
     )
+
+
+def _check_answers(spec: GenerationSpec, need: Need) -> None:
+    num_answers = min(spec.prompts_per_call, len(spec.prompts)) * spec.num_samples
+    if (num_tokens := num_answers * need.longest[spec.role.name]) > MOST_TOKENS:
+        raise ValueError(
+            f"num_samples: {num_answers} answers handed out at once may have {num_tokens} tokens, but at most "
+            f"{MOST_TOKENS} fit; lower it or dataset.train_bs_n_seqs"
+        )
+
+
+def _check_updates(spec: RunSpec) -> None:
+    """Raises ValueError for more updates than are counted: the optimizer's counter has 32 bits."""
+    for role in spec.graph.roles:
+        if (num_updates := spec.loader.total_steps * spec.graph.num_updates(role)) > MOST_UPDATES:
+            raise ValueError(
+                f"total_train_epochs: {spec.loader.total_steps} steps make {num_updates} updates of {role}, but at "
+                f"most {MOST_UPDATES} are counted; lower it, or the minibatches and passes of a step"
+            )
 
 
 def _check_averages(spec: RunSpec) -> None:

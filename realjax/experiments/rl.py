@@ -28,7 +28,7 @@ from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.layout import Layout
 from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
-from realjax.data.packing import rollout_row_len
+from realjax.data.packing import MOST_TOKENS, rollout_row_len
 from realjax.data.prompts import PromptDataset, load_prompts
 from realjax.dataflow.graph import MFC, DataflowGraph, HostCall, Minibatches, Sampling
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
@@ -173,8 +173,14 @@ class Setup:
 
     def _row_len(self, answers_per_prompt: int) -> int:
         multiples = [common.row_multiple(self._call_options(call), layout) for call, layout in self.layouts.items()]
-        num_seqs = self.config.dataset.train_bs_n_seqs * answers_per_prompt // self.options.ppo_n_minibatches
-        return rollout_row_len(self.longest, num_seqs, math.lcm(*multiples))
+        multiple, num_answers = math.lcm(*multiples), self.config.dataset.train_bs_n_seqs * answers_per_prompt
+        if (num_tokens := max(num_answers, multiple) * self.longest) > MOST_TOKENS:
+            raise ValueError(
+                f"dataset.train_bs_n_seqs: {num_answers} answers a step, in rows that are a multiple of {multiple} "
+                f"(devices times n_mbs), of up to {self.longest} tokens are {num_tokens} tokens, but a step has at "
+                f"most {MOST_TOKENS}; lower it, the answers to each prompt, n_mbs or gen.max_new_tokens"
+            )
+        return rollout_row_len(self.longest, num_answers // self.options.ppo_n_minibatches, multiple)
 
     def _call_options(self, call: str) -> MFCConfig:
         return getattr(self.config, call)

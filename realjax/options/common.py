@@ -10,12 +10,13 @@ from realjax.options.fields import check_bounds, group, option
 class ExperimentSaveEvalControl:
     """How long to train, and when to save and evaluate. Any satisfied trigger fires; null turns a trigger off."""
 
-    total_train_epochs: int = option(1, "passes over the training data", at_least=1)
+    total_train_epochs: int = option(1, "passes over the training data", at_least=1, at_most=100_000)
     lr_schedule_epochs: int | None = option(
         None,
         "epochs over which learning rates decay, and stay at their floor (min_lr_ratio) from then on; null is "
         "total_train_epochs, also of a run that continues with more of them",
         at_least=1,
+        at_most=100_000,
     )
     save_freq_epochs: int | None = option(None, "save every so many epochs", at_least=1)
     save_freq_steps: int | None = option(None, "save every so many steps", at_least=1)
@@ -55,14 +56,16 @@ class CommonExperimentConfig:
         "how calls are laid out: manual (each call's own sizes), pipe_model, pipe_data, sizes such as d2p1m4 "
         "(data, pipeline, model), heuristic, search",
     )
-    n_nodes: int = option(1, "machines", at_least=1)
+    n_nodes: int = option(1, "machines", at_least=1, at_most=65_536)
     n_gpus_per_node: int = option(
-        8, "accelerators of one machine; without any, as many virtual CPU devices", at_least=1
+        8, "accelerators of one machine; without any, as many virtual CPU devices", at_least=1, at_most=4096
     )
     nodelist: str | None = option(
         None, "names of the run's machines, such as NODE[01-04], for device_mesh; null is NODE01, NODE02, ..."
     )
-    seed: int = option(1, "seed of everything random: data order, initial weights, sampling", at_least=0)
+    seed: int = option(
+        1, "seed of everything random: data order, initial weights, sampling", at_least=0, at_most=2**32 - 1
+    )
     max_nonfinite_steps: int = option(5, "stop after so many updates in a row with nan or inf gradients", at_least=1)
     wandb_mode: Literal["disabled", "online", "offline"] = option(
         "disabled", "log to Weights & Biases too; needs the extra realjax[wandb]"

@@ -15,9 +15,11 @@ class PromptAnswerDatasetConfig:
 
     train_path: str = option("", "training data, .json or .jsonl")
     valid_path: str | None = option(None, "validation data, .json or .jsonl; null evaluates nothing")
-    max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2)
-    train_bs_n_seqs: int = option(256, "sequences in a training batch", at_least=1)
-    valid_bs_n_seqs: int = option(256, "sequences in a validation batch", at_least=1)
+    max_seqlen: int = option(
+        1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2, at_most=2**24
+    )
+    train_bs_n_seqs: int = option(256, "sequences in a training batch", at_least=1, at_most=2**24)
+    valid_bs_n_seqs: int = option(256, "sequences in a validation batch", at_least=1, at_most=2**24)
     pad_to_max_length: bool = option(False, "make every training row max_seqlen long; for benchmarks only")
     use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
@@ -31,10 +33,14 @@ class PairedComparisonDatasetConfig:
 
     train_path: str = option("", "training data, .json or .jsonl")
     valid_path: str | None = option(None, "validation data, .json or .jsonl; null evaluates nothing")
-    max_pairs_per_prompt: int = option(2, "answer pairs drawn from a prompt each time it is used", at_least=1)
-    max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2)
-    train_bs_n_seqs: int = option(256, "pairs of answers in a training batch", at_least=1)
-    valid_bs_n_seqs: int = option(256, "pairs of answers in a validation batch", at_least=1)
+    max_pairs_per_prompt: int = option(
+        2, "answer pairs drawn from a prompt each time it is used", at_least=1, at_most=10**6
+    )
+    max_seqlen: int = option(
+        1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2, at_most=2**24
+    )
+    train_bs_n_seqs: int = option(256, "pairs of answers in a training batch", at_least=1, at_most=2**24)
+    valid_bs_n_seqs: int = option(256, "pairs of answers in a validation batch", at_least=1, at_most=2**24)
     use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
     def __post_init__(self) -> None:
@@ -47,8 +53,10 @@ class PromptOnlyDatasetConfig:
 
     path: str = option("", "prompts, .json or .jsonl")
     valid_path: str | None = option(None, "held-out prompts, whose answers evaluations score; null evaluates nothing")
-    max_prompt_len: int = option(256, "tokens of a prompt; longer ones lose those at their end", at_least=1)
-    train_bs_n_seqs: int = option(256, "prompts in a step", at_least=1)
+    max_prompt_len: int = option(
+        256, "tokens of a prompt; longer ones lose those at their end", at_least=1, at_most=2**24
+    )
+    train_bs_n_seqs: int = option(256, "prompts in a step", at_least=1, at_most=2**24)
     pad_to_max_length: bool = option(False, "make every prompt max_prompt_len long; for benchmarks only")
     use_chat_template: bool = option(False, CHAT_TEMPLATE)
 

@@ -5,11 +5,20 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from typing import Any, get_type_hints
 
+# Of whole numbers without a bound of their own: steps and tokens are counted in 32 bits.
+MOST = 2**31 - 1
 
-def option(default: Any = MISSING, help: str = "", *, at_least: float | None = None) -> Any:  # noqa: A002
-    """Returns the field of one option; without `default` it is required. `at_least` is checked by `check_bounds`."""
-    metadata = {"help": help} | ({} if at_least is None else {"at_least": at_least})
-    return dataclasses.field(default=default, metadata=metadata)
+
+def option(
+    default: Any = MISSING,
+    help: str = "",  # noqa: A002 - the field's own word
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Returns the field of one option; without `default` it is required. `check_bounds` checks the bounds."""
+    bounds = {name: bound for name, bound in {"at_least": at_least, "at_most": at_most}.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 def group(cls: type, **changes: Any) -> Any:
@@ -18,11 +27,14 @@ def group(cls: type, **changes: Any) -> Any:
 
 
 def check_bounds(config: Any) -> None:
-    """Raises ValueError for the first option of `config` below its `at_least`; None is always allowed."""
+    """Raises ValueError for the first option of `config` outside its bounds; None is always allowed."""
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), field.metadata.get("at_least")
+        most = field.metadata.get("at_most", MOST if type(value) is int else None)
         if value is not None and least is not None and value < least:
             raise ValueError(f"{field.name}: found {value}; it must be at least {least}")
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"{field.name}: found {value}; it must be at most {most}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ from realjax.options.parallel import MFCConfig
 class GenerationOptions(GenerationConfig):
     """How answers are drawn."""
 
-    num_slots: int | None = option(None, "answers decoded at once; the next waits for a slot; null chooses", at_least=1)
+    num_slots: int | None = option(
+        None, "answers decoded at once; the next waits for a slot; null chooses", at_least=1, at_most=2**20
+    )
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "use_cuda_graph": "XLA compiles the whole decoding loop",
@@ -37,7 +39,7 @@ class GenConfig(CommonExperimentConfig):
     allocation: MFCConfig = group(MFCConfig)
     dataset: PromptOnlyDatasetConfig = group(PromptOnlyDatasetConfig)
     gen: GenerationOptions = group(GenerationOptions)
-    num_samples: int = option(1, "answers to each prompt", at_least=1)
+    num_samples: int = option(1, "answers to each prompt", at_least=1, at_most=2**16)
     stop: tuple[str, ...] = option((), "texts that end an answer; it keeps what stands before the first of them")
     output_file: str | None = option("output.jsonl", "name of the answers' file in the log directory; null writes none")
 

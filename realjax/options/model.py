@@ -27,7 +27,7 @@ class ModelFamily:
     @classmethod
     def from_text(cls, text: str, name: str) -> "ModelFamily":
         """Returns the family that `<class>-<size>[-critic]` describes; ValueError naming the option `name`."""
-        match = re.fullmatch(r"([a-z0-9]+)-(\d+)(-critic)?", text)
+        match = re.fullmatch(r"([a-z0-9]+)-(\d{1,9})(-critic)?", text)
         known = {name: name for name in get_args(ModelClass)}
         if match is None or match[1] not in known:
             raise ValueError(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from realjax.core.layout import ParallelStrategy
 from realjax.options.fields import check_bounds, group, option
 
-SIZES_PATTERN = re.compile(r"(?:([dpm])([1-9]\d*))(?:(?!\1)([dpm])([1-9]\d*))(?:(?!\1|\3)([dpm])([1-9]\d*))")
+SIZES_PATTERN = re.compile(
+    r"(?:([dpm])([1-9]\d{0,8}))(?:(?!\1)([dpm])([1-9]\d{0,8}))(?:(?!\1|\3)([dpm])([1-9]\d{0,8}))"
+)
 NAMED_MODES = ("manual", "pipe_model", "pipe_data", "heuristic", "search")
 
 
@@ -14,9 +16,13 @@ NAMED_MODES = ("manual", "pipe_model", "pipe_data", "heuristic", "search")
 class ParallelismConfig:
     """How a call is split over its devices; the product of the three sizes is their number."""
 
-    model_parallel_size: int = option(1, "devices that share each layer (tensor parallelism)", at_least=1)
-    pipeline_parallel_size: int = option(1, "stages that the layers are cut into", at_least=1)
-    data_parallel_size: int = option(1, "groups of devices that each take a part of the batch", at_least=1)
+    model_parallel_size: int = option(
+        1, "devices that share each layer (tensor parallelism)", at_least=1, at_most=2**16
+    )
+    pipeline_parallel_size: int = option(1, "stages that the layers are cut into", at_least=1, at_most=2**16)
+    data_parallel_size: int = option(
+        1, "groups of devices that each take a part of the batch", at_least=1, at_most=2**16
+    )
     use_sequence_parallel: bool = option(
         False, "also split norms and residuals along the sequence over model_parallel_size"
     )
@@ -44,7 +50,7 @@ class MFCConfig:
     """Where and how one model function call runs."""
 
     parallel: ParallelismConfig = group(ParallelismConfig)
-    n_mbs: int | None = option(None, "micro-batches that a batch is computed in; null is 1", at_least=1)
+    n_mbs: int | None = option(None, "micro-batches that a batch is computed in; null is 1", at_least=1, at_most=2**16)
     max_tokens_per_mb: int | None = option(
         None,
         "largest micro-batch in tokens, over all devices; sets the number of micro-batches instead of n_mbs",

@@ -68,8 +68,8 @@ class StepOptions(PolicyParameters):
     """What a step draws, scores and learns from, whatever the algorithm."""
 
     gen: GenerationOptions = group(GenerationOptions)
-    ppo_n_minibatches: int = option(4, "updates that the sequences of a step are split into", at_least=1)
-    ppo_epochs: int = option(1, "passes over the sequences of a step", at_least=1)
+    ppo_n_minibatches: int = option(4, "updates that the sequences of a step are split into", at_least=1, at_most=2**16)
+    ppo_epochs: int = option(1, "passes over the sequences of a step", at_least=1, at_most=1000)
     shuffle_minibatches: bool = option(True, "deal the sequences to minibatches anew in each pass")
     reward_output_scaling: float = option(1.0, "the reward model's score becomes (score - bias) * scaling")
     reward_output_bias: float = option(0.0, "see reward_output_scaling")
@@ -127,14 +127,14 @@ class GRPOHyperparameters(GRPOParameters, StepOptions):
 class RLOOHyperparameters(RLOOParameters, StepOptions):
     """RLOO: how sequences are drawn, scored and learned from."""
 
-    ppo_n_minibatches: int = option(1, "updates that the sequences of a step are split into", at_least=1)
+    ppo_n_minibatches: int = option(1, "updates that the sequences of a step are split into", at_least=1, at_most=2**16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReMaxHyperparameters(ReMaxParameters, StepOptions):
     """ReMax: how sequences are drawn, scored and learned from."""
 
-    ppo_n_minibatches: int = option(1, "updates that the sequences of a step are split into", at_least=1)
+    ppo_n_minibatches: int = option(1, "updates that the sequences of a step are split into", at_least=1, at_most=2**16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ class PPOConfig(RLConfig):
 class GRPOConfig(RLConfig):
     """GRPO: an actor learns from rewards, compared within several answers to a prompt."""
 
-    group_size: int = option(4, "answers to each prompt", at_least=2)
+    group_size: int = option(4, "answers to each prompt", at_least=2, at_most=2**16)
     ppo: GRPOHyperparameters = group(GRPOHyperparameters)
 
     def __post_init__(self) -> None:
@@ -258,7 +258,7 @@ class GRPOConfig(RLConfig):
 class RLOOConfig(RLConfig):
     """RLOO: an actor learns from rewards, each compared with those of the prompt's other answers."""
 
-    group_size: int = option(4, "answers to each prompt", at_least=2)
+    group_size: int = option(4, "answers to each prompt", at_least=2, at_most=2**16)
     rloo: RLOOHyperparameters = group(RLOOHyperparameters)
 
     def __post_init__(self) -> None:

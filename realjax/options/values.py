@@ -20,6 +20,10 @@ class Verbatim(str):
     """A text that is the value already: without quotes and escapes to be taken off."""
 
 
+LONGEST_SHOWN = 200  # characters of a value in an error
+MOST_DIGITS = 18  # Python reads no more than 4,300, and nothing here counts beyond 64 bits
+
+
 def convert(value: Any, annotation: Any, name: str) -> Any:
     """Returns `value` as the annotated type. ValueError naming option, value and needed type when it is not one."""
     members = optional_members(annotation)
@@ -68,6 +72,7 @@ def unquote(text: str) -> str:
 def wrong_type(name: str, value: Any, needed: str) -> ValueError:
     """Returns the error that says what the option `name` was given and what it needs."""
     found = "null" if value is None else repr(value)
+    found = found if len(found) <= LONGEST_SHOWN else f"{found[:LONGEST_SHOWN]}..."
     return ValueError(f"{name}: found {found}; it needs {needed}")
 
 
@@ -81,10 +86,12 @@ def _to_bool(value: Any, name: str) -> bool:
 
 
 def _to_int(value: Any, name: str) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**MOST_DIGITS:
         return value
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(_\d+)*", unquote(value)):
-        return int(unquote(value))
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(_\d+)*", text := unquote(value)):
+        if len(text) <= MOST_DIGITS:
+            return int(text)
+        raise wrong_type(name, value, f"int of at most {MOST_DIGITS} digits")
     raise wrong_type(name, value, "int (a whole number such as 1 or 1_000)")
 
 

@@ -27,7 +27,7 @@ from realjax.runtime.processes import fetch_arrays
 from realjax.runtime.programs import Programs, num_micro_batches, row_multiple
 from realjax.runtime.roles import Role
 from realjax.runtime.rollouts import (
-    default_num_slots,
+    choose_num_slots,
     make_minibatches,
     make_requests,
     pack_rollout,
@@ -98,7 +98,7 @@ class Executor:
         assert (sampling := mfc.sampling) is not None, f"{mfc.name}: a generate call says how it samples"
         start, layout = self.timeline.now(), self.layouts[mfc.name]
         requests = make_requests(prompts, sampling, step or 0)
-        num_slots = sampling.num_slots or default_num_slots(len(requests), layout)
+        num_slots = choose_num_slots(sampling.num_slots, len(requests), layout)
         generator = self.programs.generator(mfc, self.roles[mfc.role], layout, num_slots)
         params, bytes_moved = self._params_for(mfc)
         generations = generator(params, requests)

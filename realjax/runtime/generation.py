@@ -18,7 +18,7 @@ from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.lock import lock_run
 from realjax.runtime.processes import any_process, fetch
 from realjax.runtime.roles import Role, build_role, load_role
-from realjax.runtime.rollouts import default_num_slots
+from realjax.runtime.rollouts import choose_num_slots
 from realjax.runtime.rundir import write_log
 from realjax.runtime.triggers import STOPPED, StopSignal
 
@@ -147,7 +147,7 @@ def _make_generator(spec: GenerationSpec, role: Role, log: CompileLog) -> Genera
         # Nothing is trained on these answers: what they were drawn from need not be kept.
         replace(spec.config, force_no_logits_mask=True),
         eos_ids=spec.eos_ids,
-        num_slots=spec.num_slots or default_num_slots(per_call, spec.layout),
+        num_slots=choose_num_slots(spec.num_slots, per_call, spec.layout),
         seed=spec.seed,
         options=role.forward_options,
         log=log,

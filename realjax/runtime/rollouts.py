@@ -35,10 +35,13 @@ def make_requests(prompts: Batch, sampling: Sampling, step: int) -> list[Request
     return requests
 
 
-def default_num_slots(num_requests: int, layout: Layout) -> int:
-    """Returns the rows to decode at once: all of them, up to MOST_SLOTS, and a multiple of what the layout asks for."""
+def choose_num_slots(wanted: int | None, num_requests: int, layout: Layout) -> int:
+    """Returns the rows to decode at once: a multiple of what the layout asks for, and no more than there are requests.
+
+    `wanted` None is as many as there are, up to MOST_SLOTS.
+    """
     multiple = layout.strategy.row_multiple
-    return -(-min(num_requests, MOST_SLOTS) // multiple) * multiple
+    return -(-min(num_requests, wanted or MOST_SLOTS) // multiple) * multiple
 
 
 def pack_rollout(

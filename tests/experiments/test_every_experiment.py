@@ -4,6 +4,7 @@ The cases are made from `EXPERIMENTS` and the models that an experiment's option
 """
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from realjax.apps.quickstart import EXPERIMENTS
+from realjax.options.fields import list_options
+from realjax.options.values import type_label
 from tests.e2e.builders import write_llama
 from tests.experiments.any_experiment import (
     Given,
@@ -178,3 +181,42 @@ def test_a_metric_that_no_evaluation_reports(experiment, given, tmp_path):
     for name in ("greedy/task_rewards", "task_reward", "greedy/reward/fn", "greedy/kl"):
         message = f"^eval.best_metric: no evaluation reports '{name}'; (did you mean greedy/|there are greedy/)"
         assert_refused(experiment, message, given, tmp_path / "root", **options, eval__best_metric=name)
+
+
+def whole_numbers(experiment: str) -> list[str]:
+    """Returns the options that are whole numbers."""
+    options = list_options(EXPERIMENTS[experiment].config_cls)
+    return [option.path for option in options if "int" in type_label(option.annotation).split()]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_huge_values_are_refused_at_once_or_do_no_harm(experiment, given, tmp_path):
+    """By arithmetic: nothing is allocated for them, and an error is one line."""
+    start, base = time.process_time(), options_of(experiment, given, tmp_path / "root")
+    for option in whole_numbers(experiment):
+        for value in (10**7, 10**9, 2**31 - 1):
+            try:
+                make_spec(experiment, {**base, option: value})
+            except ValueError as error:
+                assert len(str(error)) < 600 and "\n" not in str(error)
+        for value in (2**32, 10**30, "9" * 5000):
+            with pytest.raises(ValueError, match=rf"{option.rpartition('.')[2]}: found .* (at most|between 0 and)"):
+                make_spec(experiment, {**base, option: value})
+    assert time.process_time() - start < 120
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_products_of_large_values_are_refused_by_arithmetic(experiment, given, tmp_path):
+    """Each of them could be meant; together they are more than a run can count or hold."""
+    options = options_of(experiment, given, tmp_path / "root")
+    names = {name.rpartition(".")[2]: name for name in whole_numbers(experiment)}
+    if experiment != "gen":
+        many = tmp_path / "many.jsonl"
+        kinds = [name for name in ("dataset.path", "dataset.train_path") if name in options]
+        row = json.loads(options[kinds[0]].read_text().splitlines()[0])
+        many.write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(2000)))
+        with pytest.raises(ValueError, match="^total_train_epochs: .* samples, but a run takes at most 134217728; set"):
+            make_spec(experiment, {**options, kinds[0]: many, "total_train_epochs": 100_000})
+    if "max_new_tokens" in names:
+        with pytest.raises(ValueError, match=r"max_new_tokens make .* positions; lower|tokens, but a step has at most"):
+            make_spec(experiment, {**options, names["max_new_tokens"]: 2**30})
