@@ -241,7 +241,7 @@ def _refuse_adapter(directory: Path) -> None:
 
 def _shards(directory: Path, index: str) -> list[Path]:
     weight_map = read_json(directory / index, "checkpoint index").get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
     # A name with a folder in it could be a file from anywhere.
     if odd := [name for name in names if not (isinstance(name, str) and Path(name).name == name)]:
         raise ValueError(

@@ -111,6 +111,11 @@ class CommonExperimentConfig:
         check_bounds(self)
 
     @property
+    def places_by_size(self) -> bool:
+        """True when the sizes that models are declared with decide where calls run."""
+        return self.HAS_HEURISTIC and self.allocation_mode == "heuristic"
+
+    @property
     def unused(self) -> frozenset[str]:
         """Names of the models and calls that a run with these options does without."""
         return frozenset()

@@ -42,6 +42,11 @@ def _without_vocabulary(role: str) -> Void:
     return Void(options=(f"{role}.loss_chunk_tokens",), reason=f"{role} has a scalar head and makes no logits")
 
 
+def _of_heuristic(*roles: str) -> Void:
+    sizes = tuple(f"{role}.type.size" for role in roles)
+    return Void(when={"places_by_size": False}, options=sizes, reason="only allocation_mode=heuristic goes by sizes")
+
+
 def _without_evaluation(*options: str) -> Void:
     reason = "nothing is evaluated without eval_freq_epochs, eval_freq_steps or eval_freq_secs"
     return Void(when={"exp_ctrl.evaluates": False}, options=options, reason=reason)
@@ -94,21 +99,31 @@ VOID: dict[type, tuple[Void, ...]] = {
             ),
             reason="without rew.path no reward model is loaded",
         ),
+        _of_heuristic("actor", "ref", "rew"),
         _without_training("ref"),
         _without_training("rew"),
         _without_vocabulary("rew"),
         _of_generation("actor_gen"),
         _without_evaluation("dataset.valid_path", "eval"),
     ),
-    PPOConfig: (_without_vocabulary("critic"),),
-    SFTConfig: (_without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),),
-    RWConfig: (_without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"), _without_vocabulary("model")),
+    PPOConfig: (_without_vocabulary("critic"), _of_heuristic("critic")),
+    SFTConfig: (
+        _of_heuristic("model"),
+        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+    ),
+    RWConfig: (
+        _of_heuristic("model"),
+        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+        _without_vocabulary("model"),
+    ),
     DPOConfig: (
+        _of_heuristic("actor", "ref"),
         Void(when={"reference_free": True}, options=("ref", "ref_inf")),
         _without_training("ref"),
         _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
     ),
     GenConfig: (
+        _of_heuristic("model"),
         _without_training("model"),
         _of_generation("allocation"),
         Void(options=("model.loss_chunk_tokens", "gen.force_no_logits_mask"), reason="gen computes no loss"),

@@ -39,6 +39,8 @@ def runs(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "realjax.runtime.loop", SimpleNamespace(run=lambda spec, console: started.append(spec) or 0)
     )
+    nothing_to_check = SimpleNamespace(check_run=lambda spec: None)
+    monkeypatch.setitem(sys.modules, "realjax.experiments.checks", nothing_to_check)
     # `from realjax.runtime import loop` reads the package's attribute when an earlier test imported the real one.
     monkeypatch.setattr("realjax.runtime.loop", sys.modules["realjax.runtime.loop"], raising=False)
     monkeypatch.setattr(quickstart, "prepare_devices", lambda *args: args)
