@@ -181,8 +181,11 @@ def make_loaders(
     )
     if valid is None:
         return loader, None
+    # As long as training's where they can be: a bound on tokens that holds one row there holds one here.
+    row_len = loader.shapes.row_len
     held_out = Loader(
         valid,
+        row_len=row_len if valid.lengths.max() <= row_len else None,
         batch_size=config.dataset.valid_bs_n_seqs,
         num_epochs=1,
         row_multiple=row_multiple,

@@ -97,6 +97,11 @@ class StepOptions(PolicyParameters):
         """True when every answer has max_new_tokens: none can end by itself, and none is cut off either."""
         return self.gen.min_new_tokens == self.gen.max_new_tokens
 
+    @property
+    def judges_groups(self) -> bool:
+        """True when an answer is only compared with others to its prompt."""
+        return "group" in self.JUDGED_BY
+
     def resolved(self) -> Self:
         """Returns these options with max_response_len filled in, and with scores for answers of a fixed length."""
         penalty = 0.0 if self.has_fixed_length and self.missing_eos_penalty is None else self.missing_eos_penalty
@@ -197,6 +202,11 @@ class RLConfig(CommonExperimentConfig):
         if self.algorithm.has_kl_loss and self.algorithm.kl_estimator == "k1":
             notices.append(
                 "kl_estimator=k1 has no effect with kl_in=loss: its gradient is 0 on average. Use k2 or kl_in=reward."
+            )
+        if self.algorithm.has_fixed_length and self.algorithm.missing_eos_penalty and self.algorithm.judges_groups:
+            notices.append(
+                "missing_eos_penalty has no effect: with gen.min_new_tokens = max_new_tokens every answer is cut off, "
+                "so it takes the same from all answers to a prompt."
             )
         if self.algorithm.has_fixed_length and self.algorithm.missing_eos_penalty is None:
             notices.append(
