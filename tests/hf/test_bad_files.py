@@ -105,7 +105,7 @@ def test_what_an_earlier_run_left(content, tmp_path):
     answers = AnswerFile(tmp_path / "output.jsonl")
     answers.path.write_bytes(damaged)
     with pytest.raises(ValueError, match=f"recover: .*'{answers.path}'"):
-        answers.keep_answered(["a"], 1)
+        answers.count_answered([ROW], 1)
 
 
 @pytest.mark.parametrize(
