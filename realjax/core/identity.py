@@ -23,10 +23,10 @@ def digest(*parts: np.ndarray | bytes | str) -> str:
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, np.ndarray):
-            head, body = f"{part.dtype}{part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            head, body = f"{part.dtype}{part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
         else:
             head, body = "", part.encode() if isinstance(part, str) else part
         # With their lengths in front: parts must not run into each other.
         total.update(f"{head}:{len(body)}:".encode())
-        total.update(memoryview(body))
+        total.update(body)
     return total.hexdigest()

@@ -309,7 +309,9 @@ def test_calls_of_different_processes_give_what_one_process_gives(inputs, tmp_pa
     apart.launch(lr_schedule_epochs=2)
     assert apart.steps() == steps and len(steps) > 2
     # Before the first update all margins are 0 but for rounding, and `acc` counts their signs.
-    found, expected = ([{**record, "acc": 0} for record in trial.metrics()] for trial in (apart, alone))
+    # What a program takes of the memory depends on how far it was optimised, which these are not.
+    compared = lambda record: {k: v for k, v in record.items() if k != "acc" and not k.startswith("memory_mib/")}
+    found, expected = ([compared(record) for record in trial.metrics()] for trial in (apart, alone))
     assert_same_metrics(found, expected)
     assert_same_arrays(apart.weights(steps[-1]), alone.weights(steps[-1]))
     for record in apart.metrics()[2:]:

@@ -1,7 +1,9 @@
 """A run that was killed, stopped or moved to another layout ends where the uninterrupted one does."""
 
+import json
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.e2e.builders import Inputs, Trial, differing, without_clocks, write_llama
 from tests.stops import stopped_after
@@ -209,11 +212,34 @@ def test_resume_must_find_a_save(whole, capsys):
     assert trial.steps() == [1, 2]
 
 
-def test_another_seed_is_refused(whole, capsys):
-    trial = another(whole, "seeds")
+def test_only_the_same_run_is_continued(whole, tmp_path, capsys):
+    trial = another(whole, "same")
     with stopped_after(1):
         assert trial.run() == 143
-    assert trial.run(seed=2) == 2
-    error = capsys.readouterr().err
-    assert "realjax: error: recover: the save in" in error and "was made with another seed (1 there, 2 here)" in error
-    assert trial.steps() == [1]
+    before = contents(trial.folder("recover"))
+    # Rows of other words, with the same ids and as many tokens: each answer's words in another order.
+    rows = [json.loads(line) for line in whole.inputs.train.read_text().splitlines()]
+    turned = [row | {"answer": " " + " ".join(row["answer"].split()[::-1])} for row in rows]
+    other_rows = tmp_path / "rows.jsonl"
+    other_rows.write_text("".join(json.dumps(row) + "\n" for row in turned))
+    other_model = shutil.copytree(whole.inputs.model, tmp_path / "model")
+    weights = load_file(other_model / "model.safetensors")
+    save_file({name: np.nextafter(x, 9) for name, x in weights.items()}, other_model / "model.safetensors")
+    for changes, message in (
+        ({"seed": 2}, "another seed (1 there, 2 here)"),
+        ({"dataset__max_seqlen": 31}, "another dataset.max_seqlen (32 there, 31 here)"),
+        ({"dataset__train_path": other_rows}, "another set of training data;"),
+        ({"model__path": other_model}, "another model of role default;"),
+    ):
+        assert trial.run(**changes) == 2
+        error = capsys.readouterr().err
+        assert "realjax: error: recover: the save in" in error and f"was made with {message}" in error, error
+    assert trial.steps() == [1] and contents(trial.folder("recover")) == before
+    # A copy elsewhere is the same, and where nothing but the rate changed, it is said.
+    copy = shutil.copytree(whole.inputs.model, tmp_path / "copy")
+    with stopped_after(2):
+        assert trial.run(model__path=copy, model__optimizer__lr=0.005) == 143
+    output = capsys.readouterr().out
+    assert "with no effect on the result: model.path " in output
+    assert "with effect from here on: model.optimizer.lr 0.01 -> 0.005" in output
+    assert "learning rate of the last step before and of the first one now: lr " in output
