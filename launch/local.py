@@ -4,9 +4,13 @@ Their logs are merged, each line behind its process's number. When one process e
 failure is a message and not a hang.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, has nothing to tell
+
 import argparse
 import os
-import signal
 import socket
 import subprocess
 import sys

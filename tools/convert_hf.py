@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from realjax.apps.quickstart import report_errors
 from realjax.core.trees import Tree, flatten_paths, num_bytes, num_params
 from realjax.hf.families import find_family
 from realjax.hf.files import CheckpointFiles, resolve_model_path
@@ -100,16 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the command line says; returns the exit status."""
     args = parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # host memory is what a conversion needs
+    return report_errors(lambda: convert(args), "convert_hf")
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Converts and prints what it took."""
     start = time.monotonic()
-    try:
-        if args.command == "to-orbax":
-            done, (config, params) = f"{args.hf} -> {args.orbax}", hf_to_orbax(args.hf, args.orbax, args.dtype)
-        else:
-            done = f"{args.orbax} -> {args.hf}"
-            config, params = orbax_to_hf(args.orbax, args.hf, args.like, args.dtype)
-    except ValueError as error:
-        print(f"convert_hf: error: {error}", file=sys.stderr)
-        return 2
+    if args.command == "to-orbax":
+        done, (config, params) = f"{args.hf} -> {args.orbax}", hf_to_orbax(args.hf, args.orbax, args.dtype)
+    else:
+        done = f"{args.orbax} -> {args.hf}"
+        config, params = orbax_to_hf(args.orbax, args.hf, args.like, args.dtype)
     print(report(done, config, params, time.monotonic() - start))
     return 0
 

@@ -3,6 +3,11 @@
 Each stage is a run of its own, with its own directory and report; a page beneath `--out` gathers the three.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, has nothing to tell
+
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence

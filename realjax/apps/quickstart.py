@@ -1,6 +1,12 @@
 """The command line: `python3 -m realjax.apps.quickstart <experiment> key=value ...`, also installed as `realjax`."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, has nothing to tell
+
 import dataclasses
+import gc
 import importlib
 import logging
 import os
@@ -14,6 +20,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from realjax.core.faults import RunFault, system_reason
 from realjax.core.host_memory import keep_freed_memory
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.options.checks import list_notices, resolve_names, validate
@@ -24,8 +31,17 @@ from realjax.options.generation import GenConfig
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
 from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
-from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
-from realjax.runtime.processes import ProcessGroup, find_process_group, is_first, join, leave, text_from_first
+from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console, quiet_libraries
+from realjax.runtime.processes import (
+    ProcessGroup,
+    find_process_group,
+    is_first,
+    join,
+    leave,
+    lost_process,
+    text_from_first,
+)
+from realjax.runtime.stop import Stopped, StopSignal
 
 logger = logging.getLogger("realjax.quickstart")
 MOST_DEVICES = 1024
@@ -87,24 +103,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_errors(lambda: _run_command(args))
 
 
-def report_errors(command: Callable[[], int]) -> int:
-    """Returns the command's exit code; a ValueError becomes one line on stderr and the code 2.
+def report_errors(command: Callable[[], int], program: str = "realjax") -> int:
+    """Returns the command's exit code.
 
-    Of several processes, one with an error ends at once, so that the others do not wait for it.
+    What is no bug becomes one line on stderr: a ValueError with the code 2, a fault of the machine with 1, a signal
+    with its own, such as 130. Of several processes, one with an error ends at once, so that the others do not wait.
     """
+    with quiet_libraries():
+        code = _run_and_report(command, program)
+        gc.collect()  # futures of a save that failed, which would tell of it as the process ends
+    return code
+
+
+def _run_and_report(command: Callable[[], int], program: str) -> int:
     try:
-        return command()
+        with StopSignal():
+            return command()
+    except Stopped as stop:
+        line, code = f"stopped by {stop} before there was anything to save", stop.code
     except Exception as error:
-        is_plain = isinstance(error, ValueError) and os.environ.get("REALJAX_TRACEBACK") != "1"
-        if is_plain:
-            print(f"realjax: error: {error}", file=sys.stderr)
-        if jax.distributed.is_initialized():
-            if not is_plain:
-                traceback.print_exc()
-            leave(2 if is_plain else 1)
-        if not is_plain:
-            raise
-        return 2
+        line, code = describe_error(error), 2 if isinstance(error, ValueError) else 1
+        if line is None or os.environ.get("REALJAX_TRACEBACK") == "1":
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            leave(code)
+        line = f"error: {line}"
+    print(f"{program}: {line}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        leave(code)
+    return code
+
+
+def describe_error(error: Exception) -> str | None:
+    """Returns an error in a line, or None where it is a bug, whose traceback is what helps."""
+    if isinstance(error, ValueError | RunFault):
+        return str(error)
+    if jax.distributed.is_initialized() and (reason := lost_process(error)) is not None:
+        return f"another process of the run is lost ({reason}); its own last lines say why"
+    return system_reason(error)
 
 
 def find_experiment(name: str) -> Experiment:

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from realjax.core.end_tokens import SCORED_END, EndTokens
+from realjax.core.faults import naming
 from realjax.core.trees import Tree, flatten_paths
 from realjax.hf.families import config_from_hf, config_to_hf, find_family
 from realjax.hf.files import CONFIG, DTYPES, EXTRAS, INDEXES, SINGLES, CheckpointFiles, read_json
@@ -78,7 +79,7 @@ def save_hf(
     devices = next(iter(leaves.values())).sharding.device_set
     _wait_for_all("save_hf: checked")  # nobody may see the new directory and refuse it
     if jax.process_index() == min(device.process_index for device in devices):
-        with new_directory(out_dir, overwrite) as temp:
+        with naming(out_dir), new_directory(out_dir, overwrite) as temp:
             write_config(config, temp, source_dir, widest(item.dtype for item in out), ends)
             _write_shards(temp, shards, fetch)
     else:
@@ -159,10 +160,7 @@ def new_directory(out_dir: Path, overwrite: bool = False) -> Iterator[Path]:
     refuse_existing(out_dir, overwrite)
     temp, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("writing", "replaced"))
     shutil.rmtree(temp, ignore_errors=True)  # left by a killed run
-    try:
-        temp.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"save: cannot write in '{out_dir.parent}' ({error}); choose a writable directory") from error
+    temp.mkdir(parents=True)
     try:
         yield temp
         shutil.rmtree(old, ignore_errors=True)

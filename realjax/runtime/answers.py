@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from realjax.core.faults import naming
 from realjax.core.json_text import parse_json
 from realjax.core.texts import decode_answers
 from realjax.dataflow.generation_run import GenerationSpec
@@ -54,7 +55,7 @@ class AnswerFile:
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Adds the answers to some prompts; they are on disk when this returns."""
-        with self.part.open("a", encoding="utf-8") as file:
+        with naming(self.part), self.part.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
@@ -96,6 +97,17 @@ class AnswerFile:
         file = self.path if self.path.exists() else self.part
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         return [line for line in lines if line.endswith(b"\n")]
+
+
+def describe_answers(spec: GenerationSpec) -> str:
+    """Returns what of the answers is safe, and how to go on."""
+    part = AnswerFile(spec.paths.logs / spec.output_file).part if spec.output_file else None
+    if part is None or not part.exists():
+        return "no answers are kept; give the command again once that is mended"
+    return (
+        f"the answers so far are in {part}; once that is mended, the same command with recover_mode=auto goes on from "
+        "there"
+    )
 
 
 def find_done(spec: GenerationSpec) -> int | None:

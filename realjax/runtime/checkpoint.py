@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from realjax.reshard.apply import reshard
 from realjax.runtime.manifest import find_damage, write_manifest
-from realjax.runtime.processes import any_process, from_first, is_first
+from realjax.runtime.processes import from_first, is_first, largest
 
 logger = logging.getLogger("realjax.checkpoint")
 TIMES = "_CHECKPOINT_METADATA"  # of the save; Orbax writes the last of them after all else, and nobody reads them
@@ -125,7 +125,7 @@ def find_save(directory: Path) -> RunState | None:
         damage = find_damage(directory / str(step), **share)
         if damage:
             logger.warning("the save %s is passed over: %s", directory / str(step), damage)
-        if not any_process(damage is not None):
+        if not largest(int(damage is not None)):
             run = _restore_items(directory / str(step), run=ocp.args.JsonRestore())["run"]
             return RunState(step=step, roles={}, counters=run["counters"], empty_layers=run.get("empty_layers", {}))
     if num_saves:

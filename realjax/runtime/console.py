@@ -3,7 +3,9 @@
 import logging
 import math
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -13,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 logger = logging.getLogger("realjax.loop")
 LOG_FORMAT = "%(asctime)s.%(msecs)03d %(name)s %(levelname)s: %(message)s"
 LOG_TIME_FORMAT = "%Y%m%d-%H:%M:%S"
+# Loggers of libraries that report errors of their threads. Whoever waits for these is told too, so the console is not.
+LIBRARIES = ("asyncio", "absl")
 # The first steps compile and warm caches, so they say nothing about the steps to come.
 NUM_UNTIMED_STEPS = 2
 VALUE_FORMATS = {
@@ -24,6 +28,32 @@ VALUE_FORMATS = {
     "tokens_per_second": ",.0f",
 }
 VALUE_UNITS = {"seconds": "s", "tokens_per_second": "tokens/s"}
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """While entered, errors on libraries' threads go to the log of a run alone, not to the console."""
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    kept, nothing, hook = [each.propagate for each in loggers], logging.NullHandler(), sys.unraisablehook
+
+    def log_stray(stray: "sys.UnraisableHookArgs") -> None:
+        # TensorStore's threads tell an event loop of Orbax's, closed by the first error, that they failed as well.
+        if threading.current_thread() is threading.main_thread() or stray.exc_value is None:
+            hook(stray)
+        else:
+            loggers[0].error("on a thread", exc_info=(stray.exc_type, stray.exc_value, stray.exc_traceback))
+
+    for each in loggers:
+        each.propagate = False
+        each.addHandler(nothing)
+    sys.unraisablehook = log_stray
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for each, propagate in zip(loggers, kept, strict=True):
+            each.propagate = propagate
+            each.removeHandler(nothing)
 
 
 @dataclass(frozen=True, kw_only=True)

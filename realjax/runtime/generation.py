@@ -7,36 +7,40 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from realjax.core.faults import explain_faults
 from realjax.core.trees import Tree
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.compiled import CompileLog
 from realjax.engine.generate import Generation, Generator, Request
 from realjax.engine.state import TrainState
-from realjax.runtime.answers import AnswerFile, find_done, make_answers, open_run
+from realjax.runtime.answers import AnswerFile, describe_answers, find_done, make_answers, open_run
 from realjax.runtime.console import format_seconds, make_console
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.lock import lock_run
-from realjax.runtime.processes import any_process, fetch
+from realjax.runtime.processes import fetch, largest
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rollouts import choose_num_slots
 from realjax.runtime.rundir import write_log
-from realjax.runtime.triggers import STOPPED, StopSignal
+from realjax.runtime.stop import StopSignal, signal_name
 
 logger = logging.getLogger("realjax.generation")
 
 
 def run(spec: GenerationSpec, console: Console | None = None) -> int:
-    """Carries out the run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it between calls."""
+    """Carries out the run; returns its exit code: 0 when it finished, 130 or 143 when a signal stopped it after a call.
+
+    Raises RunFault when the machine, such as a full disk, did not let it go on.
+    """
     role = build_role(spec.role, spec.layout, total_updates=0)
     log = CompileLog()
     generator = _make_generator(spec, role, log)
-    with lock_run(spec.paths.logs):
+    with explain_faults(lambda: describe_answers(spec)), StopSignal() as stop, lock_run(spec.paths.logs):
         num_done = find_done(spec)
         num_left = len(spec.prompts) - (num_done or 0)
         # What may refuse the run comes first: it then leaves an earlier one's files where they are.
         params = load_role(role, spec.seed) if num_left else None
         file = open_run(spec, num_done)
-        with write_log(spec.paths.logs), StopSignal() as stop:
+        with write_log(spec.paths.logs):
             if params is None:
                 logger.info("all %d prompts were answered before", num_done)
             else:
@@ -45,10 +49,11 @@ def run(spec: GenerationSpec, console: Console | None = None) -> int:
                     *(len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done or 0, generator.num_slots),
                 )
                 assert not isinstance(params, TrainState), "a role without an optimizer is parameters alone"
+                stop.defer()
                 with _progress_bar(console) as progress:
                     session = Session(spec=spec, generator=generator, log=log, file=file, progress=progress, stop=stop)
-                    if not session.answer(params, num_done or 0):
-                        return STOPPED
+                    if code := session.answer(params, num_done or 0):
+                        return code
             if file is not None:
                 file.finish()
                 logger.info("answers: %s", file.path)
@@ -66,8 +71,11 @@ class Session:
     progress: Progress
     stop: StopSignal
 
-    def answer(self, params: Tree, num_done: int) -> bool:
-        """Answers the prompts after the first `num_done`, call by call; returns False when a signal stopped it."""
+    def answer(self, params: Tree, num_done: int) -> int:
+        """Answers the prompts after the first `num_done`, call by call; returns the code of a signal that stopped it.
+
+        0: all are answered.
+        """
         spec, log, num_prompts, tally = self.spec, self.log, len(self.spec.prompts), Tally()
         bar = self.progress.add_task("", total=num_prompts * spec.num_samples)
         for first in range(num_done, num_prompts, spec.prompts_per_call):
@@ -83,12 +91,13 @@ class Session:
             seconds_left = tally.seconds / (num_answered - num_done) * (num_prompts - num_answered)
             rate, eta = f"{tally.tokens_per_second:,.0f} tokens/s", format_seconds(seconds_left)
             logger.info("%d of %d prompts answered, %s, ETA %s", num_answered, num_prompts, rate, eta)
-            if any_process(self.stop.received) and num_answered < num_prompts:
-                logger.warning("stopped by SIGTERM; recover_mode=auto continues after prompt %d", num_answered)
-                return False
+            if (code := largest(self.stop.code)) and num_answered < num_prompts:
+                name = signal_name(code)
+                logger.warning("stopped by %s; recover_mode=auto continues after prompt %d", name, num_answered)
+                return code
         logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
         logger.info(tally.text())
-        return True
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

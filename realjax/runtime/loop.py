@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from realjax.allocation.plan import make_plan
+from realjax.core.faults import explain_faults
 from realjax.core.metrics import summarize
 from realjax.data.loader import Position
 from realjax.dataflow.picture import describe_graph, draw_graph
@@ -26,20 +27,25 @@ from realjax.runtime.finite import nonfinite_leaves
 from realjax.runtime.lock import lock_run
 from realjax.runtime.memory import measured_peak_bytes
 from realjax.runtime.metrics import MetricsWriter, import_wandb
-from realjax.runtime.processes import any_process, fetch, is_first
+from realjax.runtime.places import Places, describe_saved
+from realjax.runtime.processes import fetch, is_first, largest
 from realjax.runtime.report import MAIN_METRICS, REPORT_FILE, Section, write_report
 from realjax.runtime.resume import empty_layers, find_start, first_state, is_finished
 from realjax.runtime.roles import Role, build_role
 from realjax.runtime.rundir import open_run_directory, write_log
 from realjax.runtime.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
-from realjax.runtime.triggers import STOPPED, StopSignal, Trigger
+from realjax.runtime.stop import FAILED, StopSignal, signal_name
+from realjax.runtime.triggers import Trigger
 
 logger = logging.getLogger("realjax.loop")
 MOST_SHOWN = 12  # metrics in a line; of more, the main ones, and all of them are in the record
 
 
 def run(spec: RunSpec, console: Console | None = None) -> int:
-    """Carries out a run and returns its exit code: 0 when it finished, 143 when SIGTERM stopped it after a save."""
+    """Carries out a run; returns its exit code: 0 when it finished, 130 or 143 when a signal stopped it after a save.
+
+    Raises RunFault when the machine, such as a full disk, did not let it go on.
+    """
     plan = make_plan(spec.graph, spec.layouts, {name: role.offload for name, role in spec.roles.items()})
     logger.info("calls:\n%s", describe_graph(spec.graph))
     logger.info("allocation:\n%s", plan.describe())
@@ -53,7 +59,8 @@ def run(spec: RunSpec, console: Console | None = None) -> int:
         for name, role in spec.roles.items()
     }
     import_wandb(spec.wandb_mode)
-    with lock_run(spec.paths.logs):
+    rest = lambda: describe_saved(spec.paths.recover)
+    with explain_faults(rest), StopSignal() as stop, lock_run(spec.paths.logs):
         save = find_start(spec)
         if save is not None and is_finished(spec, save):
             return _answer_finished(spec, save)
@@ -66,7 +73,7 @@ def run(spec: RunSpec, console: Console | None = None) -> int:
                 spec.graph, spec.layouts, roles, dict(state.roles),
                 seed=spec.seed, controls=controls, averages=spec.averages,
             )  # fmt: skip
-            with _open_metrics(spec, state.step) as metrics, StopSignal() as stop:
+            with _open_metrics(spec, state.step) as metrics:
                 session = Session(spec, roles, executor, checkpointer, metrics, state, console)
                 return session.run(stop)
 
@@ -118,6 +125,10 @@ class Session:
         self.last_step = min(spec.loader.total_steps, first_step + (spec.benchmark_steps or spec.loader.total_steps))
         self.step_seconds: list[float] = []
         self.num_tokens = 0
+        self.fault: OSError | None = None  # what this process cannot go on with
+        self.places = Places()
+        for directory in (spec.paths.checkpoints, spec.paths.recover):
+            self.places.keep(directory)
         self.display = ProgressDisplay(self.last_step, console, done_steps=first_step)
 
     def run(self, stop: StopSignal) -> int:
@@ -128,6 +139,7 @@ class Session:
             logger.info("benchmark_steps: neither checkpoints nor training states are written")
         if spec.evaluation and spec.evaluate.is_set and self.first_step == 0:
             self.evaluate(0)
+        stop.defer()
         with self.display:
             for step in range(self.first_step, self.last_step):
                 position = self.train(step)
@@ -137,13 +149,17 @@ class Session:
                 is_last = step + 1 == self.last_step
                 is_due = save.fires(position) or is_last
                 # Asked once: a signal that comes later waits for the next step.
-                must_stop = any_process(stop.received)
-                if self.saves and (is_due or must_stop):
+                code = largest(FAILED if self.fault else stop.code)
+                if self.saves and (is_due or code):
                     self.save(position, export=is_due)
-                if must_stop and not is_last:
-                    where = "continues from here" if self.saves else "continues from the last save"
-                    logger.warning("stopped by SIGTERM after step %d; recover_mode=auto %s", step + 1, where)
-                    return STOPPED
+                if self.fault is not None:
+                    raise self.fault
+                if code == FAILED:
+                    return 1  # the process that cannot go on says why
+                if code and not is_last:
+                    name, where = signal_name(code), "from here" if self.saves else "from the last save"
+                    logger.warning("stopped by %s after step %d; recover_mode=auto continues %s", name, step + 1, where)
+                    return code
         self.finish()
         return _tell_stalled(self._stalled())
 
@@ -164,10 +180,18 @@ class Session:
         if len(self.executor.compile_log.entries) == num_compiled:
             self.step_seconds.append(seconds)
             self.num_tokens += num_tokens
+        self._record(step + 1, {**values, "epoch": position.epoch}, kind="train")
         if self.metrics is not None:
-            self.metrics.write(step + 1, {**values, "epoch": position.epoch})
             self.display.finish_step(self._step_line(position, values))
         return position
+
+    def _record(self, step: int, values: Mapping[str, float], kind: str) -> None:
+        """Writes metrics; where that fails the run ends too, but after the state of the step is saved."""
+        try:
+            if self.metrics is not None:
+                self.metrics.write(step, values, kind)
+        except OSError as error:
+            self.fault = error
 
     def _call_metrics(self, step: int) -> dict[str, float]:
         """Returns what each call of the step took (`CallRecord.metrics`), and what the devices measured."""
@@ -201,8 +225,7 @@ class Session:
                 append_samples(self.spec.paths.logs / SAMPLES_FILE, step, self.samples[step])
         else:
             values = evaluate_loss(self.executor, evaluation)
-        if self.metrics is not None:
-            self.metrics.write(step, values, kind="eval")
+        self._record(step, values, kind="eval")
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
         if isinstance(evaluation, RolloutEvaluation) and evaluation.best_metric is not None and step > 0 and self.saves:
@@ -214,6 +237,7 @@ class Session:
 
         A run continues after the step of that state, so whatever else belongs to the step has to be there before it.
         """
+        self.places.check()
         changed = {average.role for average in self.spec.averages}
         states = {
             name: state
@@ -224,6 +248,7 @@ class Session:
             self._refuse_nonfinite_state(name, position.global_step)
         for name in states if export else ():
             self.exports.write(name, self.executor.params(name), checkpoint_name(position))
+            self.places.keep(self.spec.paths.checkpoints / name)
         counters = {
             "identity": asdict(self.spec.identity),
             "controls": self.executor.controls,
@@ -248,6 +273,7 @@ class Session:
     def finish(self) -> None:
         """Writes the report and says where everything is; when the last save is complete, for it says so."""
         self.checkpointer.wait()
+        self.places.check()
         log = self.executor.compile_log
         logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
         if self.step_seconds:

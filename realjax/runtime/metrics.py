@@ -1,5 +1,6 @@
 """Metrics of a run on disk: `metrics.jsonl` (the record), TensorBoard events and, when asked for, Weights & Biases."""
 
+import errno
 import importlib
 import json
 import math
@@ -8,15 +9,20 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
+from realjax.core.faults import naming
 from realjax.core.json_text import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_MODES = ("disabled", "offline", "online")
+FLUSH_SECONDS = 10
 RECORD_KEYS = ("step", "kind", "time", "nonfinite")
 
 Metric = float | int | str
@@ -42,16 +48,9 @@ class MetricsWriter:
         path = run_dir / METRICS_FILE
         if path.exists():
             drop_later_steps(path, resume_step) if resume_step > 0 else set_aside(path)
+        self._path, self._wandb_run = path, None
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(run_dir / "tensorboard"),
-            # TensorBoard hides what an interrupted run wrote from this step on.
-            purge_step=resume_step + 1 if resume_step > 0 else 0,
-            flush_secs=10,
-            # File names carry whole seconds: without the suffix a quick restart would overwrite the earlier events.
-            filename_suffix=f".{os.getpid()}.from_step_{resume_step}",
-        )
-        self._wandb_run = None
+        self._tensorboard = TensorBoardFile(run_dir / "tensorboard", resume_step)
         if wandb is not None:
             self._wandb_run = start_wandb(wandb, run_dir, wandb_mode, wandb_project, resume_step)
 
@@ -66,27 +65,62 @@ class MetricsWriter:
         record |= {name: finite.get(name) for name in values}
         if len(finite) < len(values):
             record["nonfinite"] = [name for name in values if name not in finite]
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in finite.items():
-            if not isinstance(value, str):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        with naming(self._path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "was removed while the run went on")
+        self._tensorboard.write(
+            step, {f"{kind}/{name}": value for name, value in finite.items() if not isinstance(value, str)}
+        )
         if self._wandb_run is not None:
             self._wandb_run.log({"step": int(step)} | {f"{kind}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
-        """Flushes and closes every output; a second call does nothing."""
-        self._file.close()
-        self._tensorboard.close()
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
-            self._wandb_run = None
+        """Flushes and closes every output, also where one fails; a second call does nothing."""
+        with ExitStack() as ends:
+            if self._wandb_run is not None:
+                ends.callback(self._wandb_run.finish)
+                self._wandb_run = None
+            ends.callback(self._tensorboard.close)
+            ends.enter_context(naming(self._path))
+            ends.callback(self._file.close)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class TensorBoardFile:
+    """Scalars as one file of TensorBoard events; written as they come, for the library's own thread dies of a full
+    disk without a word, and the run waits for it forever."""
+
+    def __init__(self, directory: Path, resume_step: int) -> None:
+        directory.mkdir(exist_ok=True)
+        self._directory, self._flushed = directory, time.monotonic()
+        # File names carry whole seconds: without the suffix a quick restart would overwrite the earlier events.
+        suffix = f".{os.getpid()}.from_step_{resume_step}"
+        with naming(directory):
+            self._events = EventsWriter(str(directory / "events"), suffix)
+            # TensorBoard hides what an interrupted run wrote from this step on.
+            start = SessionLog(status=SessionLog.START)
+            first = resume_step + 1 if resume_step > 0 else 0
+            self._events.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds the values of a step, which a reader sees within ten seconds of the next ones."""
+        with naming(self._directory):
+            for name, value in values.items():
+                self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=scalar(name, value)))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with naming(self._directory):
+            self._events.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -132,7 +166,7 @@ def set_aside(path: Path) -> Path:
 def replace_text(path: str | Path, text: str) -> None:
     """Writes a text file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     temporary = Path(f"{path}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from realjax.reshard.apply import reshard
 logger = logging.getLogger("realjax.processes")
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "REALJAX_COORDINATOR", "REALJAX_NUM_PROCESSES", "REALJAX_PROCESS_ID"
 PROCESSES_PER_NODE = "REALJAX_PROCESSES_PER_NODE"
+# In errors of a process whose peers are gone.
+LOST = re.compile(r"Gloo|NCCL|[Cc]onnection (?:closed|reset|refused)|Socket closed|heartbeat|coordination service")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,12 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def lost_process(error: Exception) -> str | None:
+    """Returns what an error says of a process that is gone, None where it is about something else."""
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(text) else None
+
+
 def is_first() -> bool:
     """Returns whether this process writes what a run writes once."""
     return jax.process_index() == 0
@@ -133,11 +142,9 @@ def text_from_first(text: str, size: int = 256) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0").decode()
 
 
-def any_process(flag: bool) -> bool:
-    """Returns whether the flag is set in some process. Every process must call this."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+def largest(value: int) -> int:
+    """Returns the largest of every process's values. Every process must call this."""
+    return value if jax.process_count() == 1 else int(gather(np.array(float(value))).max())
 
 
 def gather(values: np.ndarray) -> np.ndarray:

@@ -1,15 +1,16 @@
 """The directories of a run: made, continued, or set aside so that nothing in them is overwritten."""
 
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 
 from realjax.dataflow.run import RunSpec
 from realjax.runtime.checkpoint import clear_after, drop_oldest
-from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT
+from realjax.runtime.console import LIBRARIES, LOG_FORMAT, LOG_TIME_FORMAT
 from realjax.runtime.metrics import replace_text
 from realjax.runtime.processes import from_first, is_first
 from realjax.runtime.report import REPORT_FILE
@@ -38,18 +39,39 @@ def open_run_directory(spec: RunSpec, *, continues_after: int | None) -> None:
     from_first(0)  # the directories are there before another process looks
 
 
+class LogFile(logging.FileHandler):
+    """A log file. One that cannot be written is given up with a warning: what it would say is on the console too."""
+
+    is_given_up = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.is_given_up:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        reason, self.is_given_up = sys.exc_info()[1], True
+        with suppress(OSError):  # what is left to be written cannot be
+            self.close()
+        logger.warning("%s cannot be written (%s); the log goes on on the console", self.baseFilename, reason)
+
+
 @contextmanager
 def write_log(directory: Path) -> Iterator[None]:
-    """While entered, the log also goes to `run.log` in the directory; each process has its own."""
+    """While entered, the log also goes to `run.log` in the directory, and there alone what libraries say of errors.
+
+    Each process has a file of its own.
+    """
     name = LOG_FILE if is_first() else f"run.{jax.process_index()}.log"
-    handler = logging.FileHandler(directory / name)
+    handler = LogFile(directory / name)
     handler.setFormatter(logging.Formatter(LOG_FORMAT, LOG_TIME_FORMAT))
-    root = logging.getLogger("realjax")
-    root.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("realjax", *LIBRARIES)]
+    for each in loggers:
+        each.addHandler(handler)
     try:
         yield
     finally:
-        root.removeHandler(handler)
+        for each in loggers:
+            each.removeHandler(handler)
         handler.close()
 
 

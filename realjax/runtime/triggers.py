@@ -1,14 +1,10 @@
-"""When to save, evaluate and stop."""
+"""When to save and evaluate."""
 
-import signal
 import time
-from types import FrameType, TracebackType
 
 from realjax.data.loader import Position
 from realjax.dataflow.run import Frequency
 from realjax.runtime.processes import from_first
-
-STOPPED = 143  # the shell's code for a process ended by SIGTERM
 
 
 class Trigger:
@@ -29,22 +25,3 @@ class Trigger:
         if by_time:
             self._last_fired = time.monotonic()
         return by_epoch or by_step or by_time
-
-
-class StopSignal:
-    """While entered, SIGTERM only sets `received`, so that the step under way ends and is saved."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True

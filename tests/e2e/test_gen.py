@@ -1,5 +1,6 @@
 """The `gen` experiment: answers in the prompts' order, those of transformers, and what is left when it stops."""
 
+import errno
 import getpass
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from realjax.apps import quickstart
+from realjax.runtime import generation
 from realjax.runtime.answers import AnswerFile
 from tests.e2e.builders import write_llama
 
@@ -125,12 +127,15 @@ def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeyp
     def append_part(self, lines):
         if lines[0]["id"] == "p3":  # the second call
             append(self, lines[:3])
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.part))
         append(self, lines)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(AnswerFile, "append", append_part)
-        trial.run(num_samples=2)
+        assert trial.run(num_samples=2) == 1
+    part = trial.logs / "output.jsonl.part"
+    line = f"realjax: error: {part}: {os.strerror(errno.ENOSPC)}; the answers so far are in {part}; once that is mended"
+    assert capsys.readouterr().err.startswith(line)
     assert not (trial.logs / "output.jsonl").exists()
     assert len(trial.answers("output.jsonl.part")) == 6 + 3
     assert trial.run(num_samples=2, recover_mode="auto") == 0
@@ -143,16 +148,23 @@ def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeyp
     assert (trial.logs / "output.jsonl").read_bytes() == whole
 
 
-def test_a_signal_ends_the_run_after_a_call(trial, monkeypatch, capsys):
+def test_a_signal_while_loading_ends_the_run_at_once(trial, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "load_role", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert trial.run() == 130
+    assert capsys.readouterr().err == "realjax: stopped by SIGINT before there was anything to save\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_call(number, trial, monkeypatch, capsys):
     append = AnswerFile.append
 
     def append_and_stop(self, lines):
         append(self, lines)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFile, "append", append_and_stop)
-        assert trial.run() == 143
+        assert trial.run() == 128 + number
     assert len(trial.answers("output.jsonl.part")) == 3
     assert "recover_mode=auto continues after prompt 3" in capsys.readouterr().out
     assert trial.run(recover_mode="resume") == 0

