@@ -14,9 +14,13 @@ import jax
 from realjax.runtime.processes import leave
 
 ROOT = Path(__file__).parents[1]
+# After so long something hangs, however busy the machine is; nothing is measured with it.
+HANG_SECONDS = 3600
 
 
-def run_workers(script: Path, num_processes: int, folder: Path, *arguments: str, timeout_s: float = 400.0) -> list[str]:
+def run_workers(
+    script: Path, num_processes: int, folder: Path, *arguments: str, timeout_s: float = HANG_SECONDS
+) -> list[str]:
     """Runs `script PORT NUM_PROCESSES PROCESS_ID *arguments` once for each process and returns what each printed.
 
     Fails, with the ends of the logs in `folder`, as soon as one ends with another code than 0 or the time is over.

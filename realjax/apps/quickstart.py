@@ -34,6 +34,7 @@ from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
 from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console, quiet_libraries
 from realjax.runtime.processes import (
     ProcessGroup,
+    end_with_launcher,
     find_process_group,
     is_first,
     join,
@@ -162,6 +163,7 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
     console = configure_logging()
     config = resolve_names(config, name)
     validate(config)
+    end_with_launcher()
     group = find_process_group(os.environ)
     if group is not None:
         config = join_processes(config, group)

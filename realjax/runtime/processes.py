@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,6 +19,11 @@ from realjax.reshard.apply import reshard
 logger = logging.getLogger("realjax.processes")
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "REALJAX_COORDINATOR", "REALJAX_NUM_PROCESSES", "REALJAX_PROCESS_ID"
 PROCESSES_PER_NODE = "REALJAX_PROCESSES_PER_NODE"
+# The launcher's pipe, which closes when the launcher ends.
+LIFELINE = "REALJAX_LIFELINE"
+# A process that has said nothing for so long is taken for lost, a stopped one too.
+HEARTBEAT_SECONDS = 40
+JOIN_SECONDS = 600  # until all are there: their imports take seconds, or minutes on a busy machine
 # In errors of a process whose peers are gone.
 LOST = re.compile(r"Gloo|NCCL|[Cc]onnection (?:closed|reset|refused)|Socket closed|heartbeat|coordination service")
 
@@ -98,9 +104,27 @@ def join(group: ProcessGroup, devices_per_node: int) -> None:
         num_processes=group.num_processes,
         process_id=group.process_id,
         local_device_ids=group.local_device_ids(devices_per_node, num_visible) if _has_gpu() else None,
-        initialization_timeout=120,
+        initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     logger.info("process %d of %d joined", jax.process_index(), jax.process_count())
+
+
+def end_with_launcher() -> None:
+    """Has this process end at once when the launcher that started it, if one did, is gone."""
+    if (number := os.environ.pop(LIFELINE, None)) is None:
+        return
+    lifeline = int(number)
+    os.set_inheritable(lifeline, False)  # its name is gone from the environment, so it is nothing to our children
+
+    def wait() -> None:
+        os.read(lifeline, 1)  # returns when the other end is closed: nothing is written to it
+        try:
+            logger.error("the launcher is gone, so this process ends")
+        finally:  # there may be no console any more
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _has_gpu() -> bool:

@@ -25,6 +25,7 @@ from realjax.data.datasets import load_prompt_answer
 from realjax.data.jsonl import load_rows
 from realjax.hf.load import load_config
 from realjax.options.checks import validate
+from tests.workers import HANG_SECONDS
 
 NUM_TRAIN, NUM_VALID = 96, 32
 # torch is hidden, as on a machine where only the package's own dependencies are installed.
@@ -125,7 +126,11 @@ def test_the_demo_learns_and_ends_with_one_report(tmp_path):
     # The two devices are the demo's own choice, so the tests' eight are not passed on.
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN_SMALL, str(tmp_path)], capture_output=True, text=True, env=inherited, timeout=900
+        [sys.executable, "-c", RUN_SMALL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=inherited,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     perplexity, accuracy, reward, praise, length, kl = changes(done.stdout).values()

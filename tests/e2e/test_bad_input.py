@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.builders import Inputs, Trial, start_process, write_llama
 from tests.stops import stopped_after
+from tests.workers import HANG_SECONDS
 
 SECONDS = 20  # of processor time: a clock on the wall would measure what else the machine does
 ROW = '{"prompt": "a film", "answer": " good"}\n'
@@ -163,7 +164,7 @@ def test_a_refused_run_leaves_an_earlier_one_of_its_names_alone(trial, capsys):
 def test_the_process_ends_with_code_2_and_one_line(trial, tmp_path):
     log, start = tmp_path / "log", resource.getrusage(resource.RUSAGE_CHILDREN)
     process = start_process(["-m", "realjax.apps.quickstart", "sft", *trial.words(model__path=tmp_path)], log)
-    assert process.wait(300) == 2
+    assert process.wait(HANG_SECONDS) == 2
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert used.ru_utime + used.ru_stime - start.ru_utime - start.ru_stime < SECONDS
     assert log.read_text().splitlines()[-1].startswith("realjax: error: model path ")

@@ -20,13 +20,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from realjax.apps import quickstart
+from realjax.runtime.processes import HEARTBEAT_SECONDS
+from realjax.runtime.stop import STOPS
 from tests.builders import relative_errors
 from tests.e2e.builders import REPOSITORY, WORDS, Inputs, Trial, without_clocks
 from tests.stops import stopped_after
+from tests.workers import HANG_SECONDS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-SECONDS = 300  # for a whole run on a busy machine; nothing outlives it
-END_SECONDS = 45  # for all to end after one has failed
 STEPS = 4  # 520 rows, 130 at a time
 OPTIONS = {
     "allocation_mode": "manual",
@@ -66,9 +67,19 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for left in session_of(process):
+            left.kill()
         process.wait()
+
+
+def session_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """Returns what runs of the session that began with the process, whatever groups it has."""
+    found = []
+    for each in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(each.pid) == process.pid and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+    return found
 
 
 def launch_words(words: list[str], *flags: str, experiment: str = "sft") -> list[str]:
@@ -79,13 +90,13 @@ def launch(trial: Trial, *flags: str, **changes: Any) -> str:
     """Runs the trial in two processes to its end and returns what it printed."""
     log = trial.root / f"{trial.name}.log"
     with started(launch_words(trial.words(**changes), *flags), log) as process:
-        assert process.wait(SECONDS) == 0, log.read_text()
+        assert process.wait(HANG_SECONDS) == 0, log.read_text()
     return log.read_text()
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     """Returns as soon as it holds; fails when the process ends before, or nothing happens."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         # What was printed last may be what is waited for.
         assert (process.poll() is None or condition()) and time.monotonic() < deadline, log.read_text()
@@ -97,14 +108,24 @@ def wait_for_text(text: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def wait_for_end(process: subprocess.Popen, log: Path) -> int:
-    """Returns the launcher's exit code; fails when it or one of its processes is left after `END_SECONDS`."""
+    """Returns the launcher's exit code; fails when it, or then one of its processes, is left."""
     try:
-        code = process.wait(END_SECONDS)
+        code = process.wait(HANG_SECONDS)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"still running {END_SECONDS} s later\n{log.read_text()}")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+        pytest.fail(f"still running {HANG_SECONDS} s later\n{log.read_text()}")
+    deadline = time.monotonic() + HANG_SECONDS
+    while session_of(process):
+        assert time.monotonic() < deadline, f"left: {session_of(process)}\n{log.read_text()}"
+        time.sleep(0.1)
     return code
+
+
+def workers_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
+    """Returns the launcher's processes by their numbers."""
+    children = psutil.Process(launcher.pid).children()
+    numbers = {int(child.environ()["REALJAX_PROCESS_ID"]): child for child in children}
+    assert sorted(numbers) == [0, 1]
+    return numbers
 
 
 def assert_same_metrics(found: list[dict], expected: list[dict]) -> None:
@@ -167,27 +188,50 @@ def test_the_others_end_when_one_is_killed(victim, inputs, tmp_path):
     trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
         wait_for_text("(global step 3):", launcher, log)
-        children = psutil.Process(launcher.pid).children()
-        numbers = {int(child.environ()["REALJAX_PROCESS_ID"]): child for child in children}
-        assert sorted(numbers) == [0, 1]
-        numbers[victim].kill()
+        workers_of(launcher)[victim].kill()
         assert wait_for_end(launcher, log) == 128 + signal.SIGKILL, log.read_text()
     assert "launch: a process ended with code 137, so the others are ended too" in log.read_text()
+    assert "Traceback" not in log.read_text() and "***" not in log.read_text()
+
+
+def test_a_stopped_process_is_noticed_and_told_in_a_line(inputs, tmp_path):
+    assert HEARTBEAT_SECONDS < 60
+    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    with started(launch_words(trial.words()), log) as launcher:
+        wait_for_text("(global step 3):", launcher, log)
+        workers_of(launcher)[1].suspend()
+        assert wait_for_end(launcher, log) not in (0, *(128 + number for number in STOPS)), log.read_text()
+    after = log.read_text().rpartition("global step")[2].splitlines()[1:]
+    assert len(after) == 2, after
+    assert after[1 - after[0].startswith("launch: ")].startswith("[0] realjax: error: process 1 of the run has not ans")
 
 
 @pytest.mark.parametrize("moment", ["process 0 of 2 joined", "(global step 3):"], ids=["starting", "training"])
-def test_sigterm_stops_all_and_saves_what_was_done(moment, inputs, tmp_path):
+def test_nothing_outlives_its_launcher(moment, inputs, tmp_path):
     trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
         wait_for_text(moment, launcher, log)
-        launcher.terminate()
-        assert wait_for_end(launcher, log) == 143, log.read_text()
+        launcher.kill()
+        assert wait_for_end(launcher, log) == -signal.SIGKILL
+    if "step" in moment:
+        assert "the launcher is gone, so this process ends" in (trial.folder("logs") / "run.log").read_text()
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("moment", ["process 0 of 2 joined", "(global step 3):"], ids=["starting", "training"])
+def test_a_signal_stops_all_and_saves_what_was_done(moment, number, inputs, tmp_path):
+    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    with started(launch_words(trial.words()), log) as launcher:
+        wait_for_text(moment, launcher, log)
+        # As a terminal does: to the whole group, in which only the launcher may be.
+        os.killpg(launcher.pid, number)
+        assert wait_for_end(launcher, log) == 128 + number, log.read_text()
     output = log.read_text()
-    assert "Traceback" not in output
+    assert "Traceback" not in output and "[Gloo]" not in output
     if "joined" in moment:
         assert not list(trial.folder("recover").glob("*"))
         return
-    (stopped,) = set(re.findall(r"stopped by SIGTERM after step (\d+)", output))
+    (stopped,) = set(re.findall(rf"stopped by {number.name} after step (\d+)", output))
     assert trial.steps() == list(range(1, int(stopped) + 1))
     assert [path.name for path in trial.folder("recover").iterdir()] == [stopped]
 
@@ -289,7 +333,7 @@ class DPOTrial(Trial):
     def launch(self, **changes: Any) -> None:
         log = self.root / f"{self.name}.log"
         with started(launch_words(self.words(**changes), experiment="dpo"), log) as process:
-            assert process.wait(SECONDS) == 0, log.read_text()
+            assert process.wait(HANG_SECONDS) == 0, log.read_text()
 
     def weights(self, step: int) -> dict[str, np.ndarray]:
         (directory,) = self.folder("checkpoints").glob(f"actor/*globalstep{step}")

@@ -9,6 +9,7 @@ import pytest
 from tests.e2e.builders import Inputs, Trial, start_process, without_clocks
 from tests.options.test_config_dict import RECIPE
 from tests.options.test_parsing import QUICKSTART_SFT
+from tests.workers import HANG_SECONDS
 
 pytestmark = pytest.mark.e2e
 STEPS = 9  # 8 epochs of 520 rows, 512 at a time
@@ -36,7 +37,7 @@ def run(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     words = [f"{name}={given.get(name, value)}" for name, value in (word.split("=") for word in QUICKSTART_SFT)]
     log = root / "log"
     process = start_process(["-m", "realjax.apps.quickstart", "sft", *words], log, REALJAX_FILEROOT=str(root))
-    assert process.wait(300) == 0, log.read_text()
+    assert process.wait(HANG_SECONDS) == 0, log.read_text()
     return Quickstart(inputs=inputs, root=root, options={}, output=log.read_text())
 
 
@@ -102,7 +103,7 @@ def test_the_recipe_takes_the_same_steps(run):
     flags += [f"--config.dataset.valid_path={run.inputs.valid}", "--config.exp_ctrl.benchmark_steps=3"]
     log, root = run.root / "recipe.log", run.root / "recipe"
     process = start_process(["-m", "launch.main", f"--config={RECIPE}", *flags], log, REALJAX_FILEROOT=str(root))
-    assert process.wait(300) == 0, log.read_text()
+    assert process.wait(HANG_SECONDS) == 0, log.read_text()
     recipe = Quickstart(inputs=run.inputs, root=root, options={}, output=log.read_text())
     found, expected = without_clocks(recipe.metrics()), without_clocks(run.metrics())
     assert recipe.steps() == [1, 2, 3]

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from tests.builders import relative_errors
-from tests.e2e.test_processes import SECONDS, launch_words, started
+from tests.e2e.test_processes import launch_words, started
 from tests.e2e.test_rl import RLTrial, without_durations
 from tests.experiments.rl_runs import write_rl_inputs
+from tests.workers import HANG_SECONDS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 STEPS = 2  # 32 prompts, 16 at a time
@@ -40,7 +41,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert alone.run() == 0
     both, log = replace(alone, name="both"), tmp_path / "both.log"
     with started(launch_words(both.words(), experiment="ppo"), log) as process:
-        assert process.wait(SECONDS) == 0, log.read_text()
+        assert process.wait(HANG_SECONDS) == 0, log.read_text()
     output = log.read_text()
     assert "process 0 of 2 joined" in output and "process 1 of 2 joined" in output
     assert len(re.findall(r"\(global step \d\):", output)) == STEPS

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.workers import HANG_SECONDS
 from tools.bench.reshard import PAIRS
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench" / "reshard.py"
@@ -27,7 +28,7 @@ def test_the_peak_stays_within_the_destination_and_a_half(pair, method):
     arguments = ["--mebibytes", "512", "--pair", str(PAIRS.index(pair)), "--method", method]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     child = subprocess.run(
-        [sys.executable, str(BENCH), *arguments], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, str(BENCH), *arguments], env=env, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert child.returncode == 0, child.stderr
     figures = json.loads(child.stdout)
