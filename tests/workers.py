@@ -18,9 +18,7 @@ ROOT = Path(__file__).parents[1]
 HANG_SECONDS = 3600
 
 
-def run_workers(
-    script: Path, num_processes: int, folder: Path, *arguments: str, timeout_s: float = HANG_SECONDS
-) -> list[str]:
+def run_workers(script: Path, num_processes: int, folder: Path, *arguments: str) -> list[str]:
     """Runs `script PORT NUM_PROCESSES PROCESS_ID *arguments` once for each process and returns what each printed.
 
     Fails, with the ends of the logs in `folder`, as soon as one ends with another code than 0 or the time is over.
@@ -40,7 +38,7 @@ def run_workers(
             command = [sys.executable, "-W", "error", str(script), *numbers, *arguments]
             with log.open("w") as output:
                 workers.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-        codes = wait_for_workers(workers, timeout_s)
+        codes = wait_for_workers(workers)
     finally:
         for worker in workers:  # SIGKILL: the distributed runtime traps SIGTERM
             worker.kill()
@@ -52,9 +50,9 @@ def run_workers(
     return texts
 
 
-def wait_for_workers(workers: list[subprocess.Popen], timeout_s: float) -> list[int | None]:
+def wait_for_workers(workers: list[subprocess.Popen]) -> list[int | None]:
     """Returns the exit codes when all have ended, one has failed or the time is over; None: still running."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + HANG_SECONDS
     while True:
         codes = [worker.poll() for worker in workers]
         if None not in codes or any(codes) or time.monotonic() > deadline:
@@ -68,7 +66,13 @@ def work(main: Callable[..., None], num_devices: int) -> None:
         port, num_processes, process_id = map(int, sys.argv[1:4])
         jax.config.update("jax_num_cpu_devices", num_devices // num_processes)
         if num_processes > 1:
-            jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=num_processes, process_id=process_id)
+            jax.distributed.initialize(
+                f"127.0.0.1:{port}",
+                num_processes=num_processes,
+                process_id=process_id,
+                initialization_timeout=HANG_SECONDS,
+                heartbeat_timeout_seconds=HANG_SECONDS,
+            )
         main(*sys.argv[4:])
     except BaseException:
         traceback.print_exc()
