@@ -22,7 +22,7 @@ from types import FrameType
 from launch.native_lines import NativeLines
 from realjax.runtime.processes import COORDINATOR, LIFELINE, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
 
-XLA_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # whoever sets it wants to see what XLA says
+XLA_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # JAX sets it to 1; whoever sets it to 0 wants to see what XLA says
 # Time for the other processes to end by themselves after one has: they may be in their last save.
 GRACE_SECONDS = 60
 # The same after a failure: what the others do cannot succeed, but they may have something to say.
@@ -134,7 +134,7 @@ def _shell_code(process: subprocess.Popen) -> int:
 def copy_lines(process: subprocess.Popen, number: int) -> None:
     """Prints a process's lines behind its number, without those of XLA's libraries that are no errors."""
     assert process.stdout is not None
-    shows_all, native = os.environ.get(XLA_LOG_LEVEL) is not None, NativeLines()
+    shows_all, native = os.environ.get(XLA_LOG_LEVEL) == "0", NativeLines()
     for line in process.stdout:
         if shows_all or native.shows(line):
             print(f"[{number}] {line}", end="", flush=True)

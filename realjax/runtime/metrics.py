@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from realjax.core.faults import naming
@@ -23,6 +23,7 @@ from realjax.core.json_text import parse_json
 METRICS_FILE = "metrics.jsonl"
 WANDB_MODES = ("disabled", "offline", "online")
 FLUSH_SECONDS = 10
+PROTO: Any = event_pb2  # whose classes are made at run time
 RECORD_KEYS = ("step", "kind", "time", "nonfinite")
 
 Metric = float | int | str
@@ -105,15 +106,17 @@ class TensorBoardFile:
         with naming(directory):
             self._events = EventsWriter(str(directory / "events"), suffix)
             # TensorBoard hides what an interrupted run wrote from this step on.
-            start = SessionLog(status=SessionLog.START)
+            start = PROTO.SessionLog(status=PROTO.SessionLog.START)
             first = resume_step + 1 if resume_step > 0 else 0
-            self._events.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+            self._events.write_event(PROTO.Event(wall_time=time.time(), step=first, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the values of a step, which a reader sees within ten seconds of the next ones."""
         with naming(self._directory):
             for name, value in values.items():
-                self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=scalar(name, value)))
+                self._events.write_event(
+                    PROTO.Event(wall_time=time.time(), step=int(step), summary=scalar(name, value))
+                )
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._events.flush()
                 self._flushed = time.monotonic()

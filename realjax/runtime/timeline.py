@@ -54,6 +54,7 @@ class Timeline:
         from_first(0)  # the clocks of several processes start together
         self._began = time.perf_counter()
         self._threads: list[threading.Thread] = []
+        self._error: jax.errors.JaxRuntimeError | None = None
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -68,7 +69,11 @@ class Timeline:
         process = min(owners) if len(owners) < jax.process_count() else None
 
         def wait() -> None:
-            jax.block_until_ready(results)
+            try:
+                jax.block_until_ready(results)
+            except jax.errors.JaxRuntimeError as error:
+                self._error = error  # for whoever asks for the records
+                return
             self.records.append(CallRecord(start=start, end=self.now(), process=process, **fields))
 
         thread = threading.Thread(target=wait, daemon=True)
@@ -84,6 +89,8 @@ class Timeline:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        if self._error is not None:
+            raise self._error
         records = sorted((record for record in self.records if record.step == step), key=lambda record: record.name)
         if any(record.process is not None for record in records):
             times = gather(np.array([[record.start, record.end] for record in records]))
