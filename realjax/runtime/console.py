@@ -80,8 +80,20 @@ class StepLine:
         )
 
 
+class LogConsole(Console):
+    """A console whose loss is an error like others; rich would end the process without a word."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 class ConsoleHandler(logging.Handler):
-    """Prints log records on a rich console; on the console of a `ProgressDisplay` they appear above its bar."""
+    """Prints log records on a rich console; on the console of a `ProgressDisplay` they appear above its bar.
+
+    A console that is gone, such as a pipe that nobody reads, ends no run: it is given up with a warning.
+    """
+
+    is_given_up = False
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -89,8 +101,14 @@ class ConsoleHandler(logging.Handler):
         self.setFormatter(logging.Formatter(LOG_FORMAT, LOG_TIME_FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Log text is data, not rich markup, and a line of the log stays one line however narrow the terminal.
-        self.console.print(self.format(record), markup=False, highlight=False, emoji=False, soft_wrap=True)
+        if self.is_given_up:
+            return
+        try:
+            # Log text is data, not rich markup, and a line of the log stays one line however narrow the terminal.
+            self.console.print(self.format(record), markup=False, highlight=False, emoji=False, soft_wrap=True)
+        except OSError as error:
+            self.is_given_up = True
+            logger.warning("the console cannot be written (%s); the log goes on in the run's directory", error)
 
 
 class ProgressDisplay:
@@ -145,7 +163,7 @@ class ProgressDisplay:
 def make_console(file: TextIO | None = None) -> Console:
     """A console on `file` (stdout) that writes control characters to a terminal only, whatever FORCE_COLOR says."""
     stream = sys.stdout if file is None else file
-    return Console(file=stream, force_terminal=stream.isatty())
+    return LogConsole(file=stream, force_terminal=stream.isatty())
 
 
 def label_value(name: str, value: float | int | str) -> str:

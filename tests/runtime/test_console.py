@@ -1,8 +1,9 @@
 import io
 import logging
 import math
+import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from rich.console import Console
@@ -117,3 +118,24 @@ def test_handler_prints_log_records_with_their_logger(caplog):
     finally:
         logger.removeHandler(handler)
     assert file.getvalue().endswith(" realjax.test_console WARNING: compiled [8, 256]\n")
+
+
+def test_a_console_that_is_gone_ends_nothing_and_the_log_goes_on_elsewhere(caplog):
+    reader, writer = os.pipe()
+    os.close(reader)
+    handler = ConsoleHandler(make_console(os.fdopen(writer, "w", buffering=1)))
+    root = logging.getLogger("realjax")
+    root.addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO, "realjax"):
+            for text in ("first", "second"):
+                logging.getLogger("realjax.somewhere").info(text)
+    finally:
+        root.removeHandler(handler)
+        with suppress(OSError):
+            handler.console.file.close()
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "the console cannot be written",
+        "first",
+        "second",
+    ]
