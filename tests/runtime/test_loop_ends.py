@@ -14,7 +14,7 @@ from realjax.algorithms.sft import SFT_LOSS
 from realjax.apps.quickstart import report_errors
 from realjax.dataflow.run import Evaluation, Frequency, RunSpec
 from realjax.hf import save as hf_save
-from realjax.runtime import loop, rundir
+from realjax.runtime import exports, loop, resume, rundir
 from realjax.runtime.checkpoint import RunCheckpointer
 from realjax.runtime.metrics import MetricsWriter, TensorBoardFile, read_metrics
 from realjax.runtime.places import Places
@@ -60,11 +60,11 @@ def saved_steps(spec: RunSpec) -> list[int]:
 # Where a signal comes, and the step after which the run then ends; None: before there was anything to save.
 PHASES = {
     "making the directories": (rundir, "replace_text", 1, None),
-    "loading": (loop, "load_role", 1, None),
+    "loading": (resume, "load_role", 1, None),
     "evaluating before the first step": (loop, "evaluate_loss", 1, None),
     "compiling": (loop.Executor, "step", 1, 1),
     "evaluating": (loop, "evaluate_loss", 2, 1),
-    "exporting": (loop, "save_hf", 1, 2),
+    "exporting": (exports, "save_hf", 1, 2),
     "saving": (RunCheckpointer, "save", 2, 3),
     "writing the report": (loop, "write_report", 1, STEPS),
     "closing": (ocp.CheckpointManager, "close", 1, STEPS),
@@ -108,7 +108,7 @@ WRITES = {
     "an export": (hf_save, "_write_shards", 2, 1),
     "its config": (hf_save, "write_config", 2, 1),
     "a directory": (Places, "check", 2, 1),
-    "the state": (ocp.CheckpointManager, "save", 2, 1),
+    "the state": (RunCheckpointer, "save", 2, 1),
     "the state, on its thread": (ocp.StandardCheckpointHandler, "finalize", 2, 1),
     "the graph": (loop, "draw_graph", 1, STEPS),
     "the timeline": (Timeline, "draw", 1, STEPS),
