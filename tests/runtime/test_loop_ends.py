@@ -67,7 +67,7 @@ PHASES = {
     "exporting": (exports, "save_hf", 1, 2),
     "saving": (RunCheckpointer, "save", 2, 3),
     "writing the report": (loop, "write_report", 1, STEPS),
-    "closing": (ocp.CheckpointManager, "close", 1, STEPS),
+    "closing": (RunCheckpointer, "__exit__", 1, STEPS),
 }
 
 
