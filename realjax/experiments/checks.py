@@ -10,10 +10,11 @@ from realjax.dataflow.generation_run import GenerationSpec
 from realjax.dataflow.graph import MFC, HostCall
 from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments.common import load_tokenizer, option_of
-from realjax.hf.load import check_weights, has_critic_head, load_checkpoint_config, load_config
+from realjax.hf.load import check_weights, count_params, has_critic_head, load_checkpoint_config, load_config
 from realjax.options.parsing import nearest_names
 
 logger = logging.getLogger("realjax.checks")
+MOST_PARAMS = 2**42  # whose float32 numbers no cluster of today holds
 MOST_UPDATES = 2**31 - 1
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model")
 
@@ -99,6 +100,11 @@ def _check_kind(role: RoleSpec) -> None:
 
 def _check_weights(role: RoleSpec) -> None:
     if role.init_from_scratch:
+        if (num_params := count_params(load_config(role.path))) > MOST_PARAMS:
+            raise ValueError(
+                f"{option_of(role.name)}.path: '{role.path}' describes a model of {num_params} parameters, more than "
+                f"{MOST_PARAMS}; correct the sizes in its config.json"
+            )
         return
     if role.is_critic:
         has_new_head = role.init_critic_from_actor or not has_critic_head(role.path)

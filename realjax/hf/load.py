@@ -52,6 +52,11 @@ def _has_own_head(files: CheckpointFiles) -> bool:
     return False
 
 
+def count_params(config: ModelConfig) -> int:
+    """Returns the number of scalars in a model's parameters; nothing is allocated."""
+    return build_model(config).num_params
+
+
 def check_weights(path: str | Path, config: ModelConfig, *, has_new_head: bool = False) -> None:
     """Raises ValueError when a directory's files are not whole, or not those of the model; reads their heads only.
 

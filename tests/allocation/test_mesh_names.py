@@ -77,3 +77,9 @@ def test_default_names_are_reals(num_nodes):
     names = default_nodes(num_nodes)
     assert names[0] == "NODE01"
     assert names == expand_nodes(f"NODE[01-{num_nodes:02d}]", "nodelist")
+
+
+@pytest.mark.parametrize("text", ["NODE[1-999999999]", "NODE[0-65536]", f"NODE[1-{'9' * 5000}]"])
+def test_a_range_is_measured_before_it_is_spelled_out(text):
+    with pytest.raises(ValueError, match="^nodelist: .* (names more than 65536 nodes|has no numbers or ranges)"):
+        expand_nodes(text, "nodelist")

@@ -181,3 +181,9 @@ def test_too_few_accelerators_are_refused(jax_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match=r"^n_nodes\*n_gpus_per_node: 1\*8 = 8 devices wanted, but .* has 1 \(gpu\)"):
         quickstart.prepare_devices(1, 8, str(tmp_path))
+
+
+def test_more_devices_than_a_process_can_have_are_refused_before_there_are_any():
+    with pytest.raises(ValueError, match=r"^n_nodes\*n_gpus_per_node: found 409600 devices for one process, which has"):
+        quickstart.check_num_devices(409_600)
+    quickstart.check_num_devices(1024)

@@ -220,3 +220,26 @@ def test_products_of_large_values_are_refused_by_arithmetic(experiment, given, t
     if "max_new_tokens" in names:
         with pytest.raises(ValueError, match=r"max_new_tokens make .* positions; lower|tokens, but a step has at most"):
             make_spec(experiment, {**options, names["max_new_tokens"]: 2**30})
+
+
+def without_tokenizer(folder: Path, is_critic: bool) -> Path:
+    model = write_model(folder, is_critic)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    return model
+
+
+@pytest.mark.parametrize(("experiment", "role"), [(e, r) for e, r in ROLES if r != next(iter(used_models(e)))])
+def test_a_model_without_a_tokenizer_is_taken_to_read_the_same_tokens(experiment, role, given, tmp_path, caplog):
+    model = without_tokenizer(tmp_path, used_models(experiment)[role])
+    with caplog.at_level("INFO", "realjax.checks"):
+        make_spec(experiment, options_of(experiment, given, tmp_path / "root", **{f"{role}__path": model}))
+    assert f"{role}.path has no tokenizer: its tokens are taken to be those of" in caplog.text
+
+
+@pytest.mark.parametrize(("experiment", "role"), ROLES)
+def test_a_model_from_scratch_that_nothing_could_hold(experiment, role, given, tmp_path):
+    model = write_model(tmp_path, used_models(experiment)[role])
+    edit_config(model, hidden_size=2**30, num_attention_heads=2**20, num_key_value_heads=2**20, head_dim=1024)
+    changes = {f"{role}__path": model, f"{role}__init_from_scratch": True}
+    assert_refused(experiment, f"^{role}.path: '.*odd' describes a model of ", given, tmp_path / "root", **changes)
