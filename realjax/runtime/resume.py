@@ -13,6 +13,7 @@ from realjax.runtime.report import REPORT_FILE
 from realjax.runtime.roles import Role, load_role
 
 logger = logging.getLogger("realjax.resume")
+EPOCHS = "exp_ctrl.total_train_epochs"
 LONGEST_VALUE = 40  # characters of a value shown in a message
 
 
@@ -37,6 +38,12 @@ def find_start(spec: RunSpec) -> RunState | None:
     if save is not None:
         steering = compare(save.counters["identity"], spec.identity, f"the save in {directory}")
         _refuse_nothing_to_do(spec, save, steering)
+        if spec.schedule_epochs is None and any(change.startswith(f"{EPOCHS} ") for change in steering):
+            logger.warning(
+                "the learning rate follows the schedule of %d epochs from here on; lr_schedule_epochs=%s keeps to that "
+                "of before, at its floor (min_lr_ratio) where it has ended",
+                *(spec.num_epochs, save.counters["identity"]["steering"][EPOCHS]),
+            )
     return save
 
 

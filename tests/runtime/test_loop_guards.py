@@ -125,17 +125,18 @@ def test_a_run_whose_last_updates_were_skipped_does_not_end_well(spec, tmp_path,
 def test_more_epochs_say_what_the_learning_rate_does_and_may_keep_the_old_schedule(schedule_epochs, spec, caplog):
     optimizer = OptimizerConfig(lr=0.01, lr_scheduler_type="linear", warmup_steps_proportion=0, min_lr_ratio=0.1)
     first = replace(spec, roles={"default": replace(spec.roles["default"], optimizer=optimizer)})
-    assert loop.run(first) == 0
+    assert loop.run(replace(first, identity=replace(SAME, steering={"exp_ctrl.total_train_epochs": 1}))) == 0
     longer = replace(
         first,
         loader=make_loader(num_epochs=2),
         num_epochs=2,
         schedule_epochs=schedule_epochs,
-        identity=replace(SAME, steering={"model.optimizer.lr": 0.02}),
+        identity=replace(SAME, steering={"exp_ctrl.total_train_epochs": 2}),
     )
     with caplog.at_level(logging.INFO, "realjax"), stopped_after(4):
         assert loop.run(longer) == 143
-    assert "with effect from here on: model.optimizer.lr 0.01 -> 0.02" in caplog.text
+    assert "with effect from here on: exp_ctrl.total_train_epochs 1 -> 2" in caplog.text
+    assert ("lr_schedule_epochs=1 keeps to that of before, at its floor" in caplog.text) == (schedule_epochs is None)
     rates = [record["lr"] for record in read_metrics(spec.paths.logs / "metrics.jsonl")]
     np.testing.assert_allclose(rates[:3], [0.01, 0.007, 0.004], rtol=1e-5)
     expected = 0.001 if schedule_epochs else 0.0055  # half of the way from 0.01 to 0.001
