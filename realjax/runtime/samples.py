@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from realjax.core.faults import naming
 from realjax.runtime.evaluation import Sample
 from realjax.runtime.metrics import drop_later_steps, read_metrics
 from realjax.runtime.report import Section
@@ -15,7 +16,7 @@ SAMPLES_FILE = "samples.jsonl"
 
 def append_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
     """Appends the answers of the evaluation after `step`, a line each."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         for sample in samples:
             reward = sample.reward if math.isfinite(sample.reward) else None
             file.write(json.dumps({"step": step, **asdict(sample), "reward": reward}) + "\n")

@@ -61,12 +61,14 @@ class StopSignal:
             self._previous = {number: signal.signal(number, self._receive) for number in STOPS}
             self._watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
             self._watcher.start()
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._end_if_swallowed
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._is_main:
+            sys.unraisablehook = self._hook
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._previous_fd)
@@ -77,6 +79,14 @@ class StopSignal:
         is_first, self._number = self._number is None, self._number or number
         if is_first and not self._is_deferred:
             raise Stopped(number)
+
+    def _end_if_swallowed(self, stray: "sys.UnraisableHookArgs") -> None:
+        """Ends the process where `Stopped` was raised in a callback that lets no error out, as the collector's do."""
+        if not isinstance(stray.exc_value, Stopped):
+            self._hook(stray)
+            return
+        print(f"realjax: stopped by {stray.exc_value} before there was anything to save", file=sys.stderr, flush=True)
+        os._exit(stray.exc_value.code)
 
     def _watch(self, reader: int) -> None:
         """Counts signals as the system delivers them, whatever the main thread is doing."""

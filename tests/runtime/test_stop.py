@@ -61,3 +61,20 @@ def test_a_second_ends_the_process_at_once_with_its_code_and_no_traceback(number
     _, error = process.communicate()
     assert process.returncode == 128 + number
     assert error == b""
+
+
+# As a signal does that comes while the garbage collector calls back: what is raised there goes no further.
+SWALLOWED = """
+import gc, os, signal, time
+from realjax.runtime.stop import StopSignal
+with StopSignal():
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    gc.collect()
+    time.sleep(3600)
+"""
+
+
+def test_one_that_a_callback_swallows_ends_the_process():
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "realjax: stopped by SIGINT before there was anything to save\n"
