@@ -126,6 +126,23 @@ def tree_shardings(axes: Tree, abstract: Tree, rules: Rules, layout: Layout, mem
     return map_paths(one, abstract, axes)
 
 
+def rows_per_device(num_rows: int, layout: Layout) -> int:
+    """Returns how many of an array's rows each device along `data` has; all, where `data` is split by hand already."""
+    is_local = "data" in jax.sharding.get_abstract_mesh().manual_axes
+    return num_rows if is_local else num_rows // layout.strategy.dp
+
+
+def constrain_tree(tree: Tree, shardings: Tree) -> Tree:
+    """Tells XLA how the arrays of a tree are split, inside a `shard_map` too."""
+    return jax.tree.map(_constrain, tree, shardings)
+
+
+def _constrain(x: Array, sharding: NamedSharding) -> Array:
+    # Inside a pipeline stage, say, the mesh of the context is this one with its pipe axis taken by the stage.
+    inner = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, sharding if inner.empty else NamedSharding(inner, sharding.spec))
+
+
 @dataclass(frozen=True, eq=False)
 class Constrain:
     """`constrain(x, names)` tells XLA how an activation is split; the identity on one device, or without a layout."""
@@ -137,9 +154,7 @@ class Constrain:
         if self.rules is None or self.layout is None or self.layout.strategy.size == 1:
             return x
         spec = resolve(names, x.shape, self.rules, self.layout, f"activation {names}")
-        # Inside a pipeline stage the mesh of the context is this one with its pipe axis taken by the stage.
-        inner = jax.sharding.get_abstract_mesh()
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh if inner.empty else inner, spec))
+        return _constrain(x, NamedSharding(self.layout.mesh, spec))
 
     @property
     def splits_residuals(self) -> bool:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import Constrain, Rules, make_constrain, tree_shardings
+from realjax.core.axes import Constrain, Rules, make_constrain, rows_per_device, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
@@ -17,9 +17,11 @@ from realjax.engine.pipeline import make_run_layers
 from realjax.models import heads
 from realjax.models.attention import make_attention
 from realjax.models.build import Model
-from realjax.models.transformer import Forward
+from realjax.models.sums import collect
+from realjax.models.transformer import Forward, Transformer
 
-OutputsFn = Callable[[Tree, Batch], Mapping[str, Array]]
+# outputs_fn(params, batch, sinks=None) -> outputs
+OutputsFn = Callable[..., Mapping[str, Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,10 @@ def make_outputs(
     draw: Draw = Draw(),  # noqa: B008 - frozen
     needs_entropy: bool = False,
 ) -> OutputsFn:
-    """Returns `fn(params, batch) -> outputs` of the head, see `core.loss.Loss`; params in the compute dtype.
+    """Returns `fn(params, batch, sinks=None) -> outputs` of the head, see `core.loss.Loss`.
 
+    Params are in the compute dtype. Their gradients are those of `sinks`, float32 arrays of their shapes that are not
+    read, where given, see `models.sums.collect`.
     Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
     limits that head to these tokens, see `heads.token_logprobs`.
     """
@@ -77,11 +81,12 @@ def make_outputs(
     forward = _make_forward(constrain, layout, options)
     chunk_len = partial(_chunk_len, model, layout, options)
 
-    def outputs(params: Tree, batch: Batch) -> Mapping[str, Array]:
-        transformer = model.bind(params)
+    def outputs(params: Tree, batch: Batch, sinks: Tree | None = None) -> Mapping[str, Array]:
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        hidden = transformer(tokens, batch["positions"], segment_ids, forward)
-        kernel = transformer.head_kernel()
+        layer_sinks = None if sinks is None else sinks["layers"]
+        hidden = _bind(model, params, sinks)(tokens, batch["positions"], segment_ids, forward, layer_sinks)
+        # Bound once more, so that the two gradients of a tied table meet in its sink.
+        kernel = _bind(model, params, sinks).head_kernel()
         if head == "values":
             return {"values": heads.token_values(hidden, kernel)}
         if head == "logprobs":
@@ -114,6 +119,13 @@ def make_outputs(
     return outputs
 
 
+def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
+    """Returns the module whose parameters have their gradients in the sinks; `layers` looks after its own."""
+    if sinks is None:
+        return model.bind(params)
+    return model.bind({k: v if k == "layers" else jax.tree.map(collect, v, sinks[k]) for k, v in params.items()})
+
+
 def _make_forward(constrain: Constrain, layout: Layout, options: ForwardOptions) -> Forward:
     unroll = options.unroll
     if unroll is None:
@@ -139,7 +151,7 @@ def _chunk_len(
     """Returns how many of a row's positions are one chunk of the head: by the option, or by memory."""
     if options.loss_chunk_tokens is not None:
         return heads.chunk_len(num_positions, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
-    rows = max(1, batch.num_rows // layout.strategy.dp)
+    rows = max(1, rows_per_device(batch.num_rows, layout))
     vocab_per_device = max(1, model.config.vocab_size // (layout.strategy.tp * layout.strategy.pp))
     return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from realjax.core.axes import rows_per_device
 from realjax.core.layout import Layout
 from realjax.models.transformer import BlockFn, RunLayersFn, scan_layers
 
@@ -25,8 +26,8 @@ def make_run_layers(layout: Layout, *, unroll: bool = False) -> RunLayersFn:
 
 def num_stage_batches(num_rows: int, layout: Layout) -> int:
     """Returns the number of micro-batches of a pass: the most, up to two a stage, that leave each device whole rows."""
-    rows_per_device = num_rows // layout.strategy.dp
-    return next(n for n in range(2 * layout.strategy.pp, 0, -1) if rows_per_device % n == 0)
+    num_local = rows_per_device(num_rows, layout)
+    return next(n for n in range(2 * layout.strategy.pp, 0, -1) if num_local % n == 0)
 
 
 def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
@@ -59,7 +60,7 @@ def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
 
         pipeline = jax.shard_map(
             stage,
-            mesh=layout.mesh,
+            mesh=layout.mesh if (inner := jax.sharding.get_abstract_mesh()).empty else inner,
             in_specs=(by_stage, by_stage, whole),
             out_specs=by_stage,
             axis_names={"pipe"},

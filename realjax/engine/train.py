@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec
 
-from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
+from realjax.core.axes import constrain_tree, optimizer_rules, resolve, train_rules, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
@@ -35,22 +36,26 @@ def make_gradients(
     model: Model, loss: Loss, layout: Layout, options: TrainOptions
 ) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
     """Returns `fn(master, batch) -> (gradients of the summed loss, sums)`, float32, spread as the optimizer state."""
+    # Each device along `data` sums over its own rows, and the sums cross once. Not where parameters are split over it
+    # (stage 3): a whole gradient on each device is what was to be avoided.
+    is_local = layout.strategy.dp > 1 and layout.strategy.zero_stage < 3
     rules = train_rules(layout.strategy)
+    local_rules = {**rules, "rows": None} if is_local else rules
     compute_copy = make_compute_copy(model, rules, layout, options.forward.precision)
-    outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward, loss.draw, loss.needs_entropy)
+    outputs_fn = make_outputs(model, loss.head, local_rules, layout, options.forward, loss.draw, loss.needs_entropy)
     shardings = tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout)
+    local_shardings = tree_shardings(model.axes, model.abstract, rules, layout) if is_local else shardings
 
-    def summed_loss(params: Tree, batch: Batch) -> tuple[Array, LossSums]:
-        sums = loss.fn(outputs_fn(params, batch), batch)
+    def summed_loss(sinks: Tree, params: Tree, batch: Batch) -> tuple[Array, LossSums]:
+        sums = loss.fn(outputs_fn(params, batch, sinks), batch)
         return sums.loss.sum, sums
 
     def of_micro_batch(params: Tree, batch: Batch) -> tuple[Tree, LossSums]:
-        (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(params, batch)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings), sums
+        sinks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model.abstract)
+        (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, params, batch)
+        return constrain_tree(grads, local_shardings), sums
 
-    def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
-        params = compute_copy(master)
+    def of_rows(params: Tree, batch: Batch) -> tuple[Tree, LossSums]:
         if options.num_mbs == 1:
             return of_micro_batch(params, batch)
         micro_batches = split_rows(batch, options.num_mbs)
@@ -59,7 +64,30 @@ def make_gradients(
         add = lambda total, mb: (jax.tree.map(jnp.add, total, of_micro_batch(params, mb)), None)
         return jax.lax.scan(add, zeros, micro_batches)[0]
 
+    def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
+        params = compute_copy(master)
+        if not is_local:
+            return of_rows(params, batch)
+        rows_of_part = (batch.num_rows // options.num_mbs,)
+        resolve(("rows",), rows_of_part, rules, layout, "micro-batch")  # refuses devices without a row
+        grads, sums = _sum_over_data(of_rows, layout)(params, batch)
+        return constrain_tree(grads, shardings), sums
+
     return gradients
+
+
+def _sum_over_data(fn: Callable[[Tree, Batch], Any], layout: Layout) -> Callable[[Tree, Batch], Any]:
+    """Returns `fn` of whole parameters and each device's own rows along `data`, its results summed over these."""
+    by_data = PartitionSpec("data")
+    of_each = jax.shard_map(
+        lambda *args: jax.tree.map(lambda x: x[None], fn(*args)),
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(), by_data),
+        out_specs=by_data,
+        axis_names={"data"},
+        check_vma=False,
+    )
+    return lambda *args: jax.tree.map(lambda x: x.sum(axis=0), of_each(*args))
 
 
 def make_train_step(

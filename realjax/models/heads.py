@@ -13,6 +13,7 @@ from jax import Array
 
 from realjax.core.axes import Constrain
 from realjax.core.draw import REMOVED, Draw
+from realjax.models.sums import collect
 
 # Largest float32 logits one chunk may hold on one device.
 CHUNK_BYTES = 1 << 28
@@ -106,8 +107,10 @@ def token_logprobs(
     if targets is not None:
         inputs = [_take(x, targets - 1) for x in inputs]
 
+    sink = kernel.astype(jnp.float32)
+
     def chunk(hidden_chunk: Array, targets: Array, *sets: Array) -> dict[str, Array]:
-        logits = _chunk_logits(hidden_chunk, kernel, constrain) / draw.temperature
+        logits = _chunk_logits(hidden_chunk, collect(kernel, sink), constrain) / draw.temperature
         num_rows = logits.shape[-1]
         if draw.num_tokens is not None and draw.num_tokens < num_rows:
             is_token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < draw.num_tokens

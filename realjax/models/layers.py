@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from realjax.models import sums
 from realjax.models.config import RopeConfig
 
 
@@ -32,10 +33,10 @@ class Linear(nnx.Module):
             # With rows and time apart, XLA's CPU backend takes half as long again for the gradients.
             lead, out = x.shape[: x.ndim - self.num_in], kernel.shape[self.num_in :]
             num_inputs = math.prod(kernel.shape[: self.num_in])
-            y = (x.reshape(-1, num_inputs) @ kernel.reshape(num_inputs, -1)).reshape(*lead, *out)
+            y = sums.matmul(x.reshape(-1, num_inputs), kernel.reshape(num_inputs, -1)).reshape(*lead, *out)
         else:
-            y = jnp.tensordot(x, kernel, self.num_in)
-        return y if self.bias is None else y + self.bias[...]
+            y = sums.matmul(x, kernel, self.num_in)
+        return y if self.bias is None else sums.add_bias(y, self.bias[...])
 
 
 class RMSNorm(nnx.Module):
@@ -52,7 +53,7 @@ class RMSNorm(nnx.Module):
             return self(x.reshape(-1, *x.shape[2:]), merge_rows=False).reshape(x.shape)
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse_rms).astype(x.dtype) * self.scale[...]
+        return sums.scale_by((x32 * inverse_rms).astype(x.dtype), self.scale[...])
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:

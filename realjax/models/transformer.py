@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from realjax.core.axes import Constrain
+from realjax.models import sums
 from realjax.models.attention import AttendFn, Attention, AttentionFn, dense_attention
 from realjax.models.config import ModelConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
@@ -97,7 +98,7 @@ class Embedding(nnx.Module):
         self.table = make_param((config.vocab_size, config.hidden_size), ("vocab", "embed"))
 
     def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.table[...], tokens, axis=0, mode="clip")
+        return sums.look_up(self.table[...], tokens)
 
 
 class Transformer(nnx.Module):
@@ -120,14 +121,25 @@ class Transformer(nnx.Module):
             out = {"score": 1} if config.is_critic else {"vocab": config.vocab_size}
             self.head = Linear({"embed": config.hidden_size}, out)
 
-    def __call__(self, tokens: Array, positions: Array, segment_ids: Array, forward: Forward = Forward()) -> Array:  # noqa: B008
-        """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`."""
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        forward: Forward = Forward(),  # noqa: B008
+        sinks: Any = None,
+    ) -> Array:
+        """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`.
+
+        `sinks` are float32 arrays of the shapes of `layers`: where its gradients are summed, see `sums.collect`.
+        """
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         graphdef, state = nnx.split(self.layers)
-        stacked: Any = nnx.to_pure_dict(state)
+        stacked: Any = (nnx.to_pure_dict(state), sinks)
 
         def block_fn(layer: Any, x: Array, per_row: Any) -> Array:
-            cos, sin, segment_ids = per_row
+            (layer, sinks), (cos, sin, segment_ids) = layer, per_row
+            layer = layer if sinks is None else jax.tree.map(sums.collect, layer, sinks)
             attend_fn = lambda q, k, v: forward.attention_fn(q, k, v, segment_ids, self.config.sliding_window)
             return nnx.merge(graphdef, layer)(x, cos, sin, attend_fn, forward.constrain)
 

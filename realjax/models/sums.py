@@ -1,0 +1,100 @@
+"""What sums over tokens in its backward pass, summed in float32 whatever the compute dtype.
+
+A 16-bit sum stops growing: 256 + 1 is 256 in bfloat16. And what is summed over tokens is summed over devices next, in
+the type it then has.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.custom_vjp
+def collect(value: Array, sink: Array) -> Array:
+    """Returns `value`, whose gradient goes to `sink` instead, an array of its shape, in the sink's dtype.
+
+    So the gradients of many uses of one 16-bit array are summed in float32. The sink itself is never read.
+    """
+    return value
+
+
+def _collect_forward(value: Array, sink: Array) -> tuple[Array, Array]:
+    return value, jnp.zeros((), sink.dtype)
+
+
+collect.defvjp(_collect_forward, lambda of_dtype, grad: (None, grad.astype(of_dtype.dtype)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, kernel: Array, num_in: int = 1) -> Array:
+    """Returns x `[..., *I]` times kernel `[*I, *O]` over `num_in` dims: `[..., *O]`."""
+    return jnp.tensordot(x, kernel, num_in)
+
+
+def _matmul_forward(x: Array, kernel: Array, num_in: int) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, kernel, num_in), (x, kernel)
+
+
+def _matmul_backward(num_in: int, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    num_lead, num_out = x.ndim - num_in, kernel.ndim - num_in
+    lead, out = tuple(range(num_lead)), tuple(range(num_lead, grad.ndim))
+    grad_x = jax.lax.dot_general(grad, kernel, ((out, tuple(range(num_in, kernel.ndim))), ((), ())))
+    # [*O, *I], as JAX itself has it: the other way round may cost another transposition.
+    product = partial(
+        jax.lax.dot_general, dimension_numbers=((lead, lead), ((), ())), preferred_element_type=jnp.float32
+    )
+    # XLA's CPU backend computes 16-bit products in float32 too, but has no kernel that ends there for every shape.
+    widened = lambda grad, x: product(grad.astype(jnp.float32), x.astype(jnp.float32))
+    of_kernel = jax.lax.platform_dependent(grad, x, cpu=widened, default=product)
+    order = (*range(num_out, kernel.ndim), *range(num_out))
+    return grad_x, of_kernel.transpose(order).astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def scale_by(x: Array, scale: Array) -> Array:
+    """Returns x `[..., D]` times scale `[D]`."""
+    return x * scale
+
+
+def _scale_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, scale = residuals
+    products = grad.astype(jnp.float32) * x.astype(jnp.float32)
+    return grad * scale, products.sum(axis=tuple(range(x.ndim - 1))).astype(scale.dtype)
+
+
+scale_by.defvjp(lambda x, scale: (x * scale, (x, scale)), _scale_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """Returns x `[..., *O]` plus bias `[*O]`."""
+    return x + bias
+
+
+def _add_backward(bias: Array, grad: Array) -> tuple[Array, Array]:
+    lead = tuple(range(grad.ndim - bias.ndim))
+    return grad, grad.astype(jnp.float32).sum(axis=lead).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, bias), _add_backward)
+
+
+@jax.custom_vjp
+def look_up(table: Array, tokens: Array) -> Array:
+    """Returns the rows `[..., D]` of table `[V, D]`; a token outside of it is its first or last."""
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def _look_up_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    table, tokens = residuals
+    summed = jnp.zeros(table.shape, jnp.float32).at[tokens].add(grad.astype(jnp.float32), mode="clip")
+    return summed.astype(table.dtype), None
+
+
+look_up.defvjp(lambda table, tokens: (look_up(table, tokens), (table, tokens)), _look_up_backward)
