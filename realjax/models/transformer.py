@@ -143,7 +143,9 @@ class Transformer(nnx.Module):
             attend_fn = lambda q, k, v: forward.attention_fn(q, k, v, segment_ids, self.config.sliding_window)
             return nnx.merge(graphdef, layer)(x, cos, sin, attend_fn, forward.constrain)
 
-        x = forward.constrain(self.embed(tokens), ("rows", "residual_time", "act_embed"))
+        # Whole rows first: XLA aborts where a gather's result is split over an axis that its table is split over too.
+        x = forward.constrain(self.embed(tokens), ("rows", "time", "act_embed"))
+        x = forward.constrain(x, ("rows", "residual_time", "act_embed"))
         run_fn: BlockFn = block_fn
         if self.config.num_empty_layers:
             is_real = jnp.arange(self.config.num_stacked_layers) < self.config.num_layers
