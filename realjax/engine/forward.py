@@ -149,9 +149,9 @@ def _chunk_len(
     max_bytes: int = heads.CHUNK_BYTES,
 ) -> int:
     """Returns how many of a row's positions are one chunk of the head: by the option, or by memory."""
-    if options.loss_chunk_tokens is not None:
-        return heads.chunk_len(num_positions, batch.num_rows, 1, 4 * options.loss_chunk_tokens)
     rows = max(1, rows_per_device(batch.num_rows, layout))
+    if options.loss_chunk_tokens is not None:
+        return heads.chunk_len(num_positions, rows * layout.strategy.dp, 1, 4 * options.loss_chunk_tokens)
     vocab_per_device = max(1, model.config.vocab_size // (layout.strategy.tp * layout.strategy.pp))
     return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes)
 

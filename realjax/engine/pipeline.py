@@ -58,9 +58,10 @@ def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
             outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0, 0]), ticks)[1]
             return outputs[None, num_stages - 1 :]
 
+        inner = jax.sharding.get_abstract_mesh()
         pipeline = jax.shard_map(
             stage,
-            mesh=layout.mesh if (inner := jax.sharding.get_abstract_mesh()).empty else inner,
+            mesh=layout.mesh if inner.empty else inner,
             in_specs=(by_stage, by_stage, whole),
             out_specs=by_stage,
             axis_names={"pipe"},

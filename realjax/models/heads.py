@@ -13,7 +13,7 @@ from jax import Array
 
 from realjax.core.axes import Constrain
 from realjax.core.draw import REMOVED, Draw
-from realjax.models.sums import collect
+from realjax.models.sums import collect, matmul
 
 # Largest float32 logits one chunk may hold on one device.
 CHUNK_BYTES = 1 << 28
@@ -67,7 +67,7 @@ def _join(x: Array) -> Array:
 
 def _chunk_logits(hidden: Array, kernel: Array, constrain: Constrain) -> Array:
     R, T, D = hidden.shape
-    logits = jnp.matmul(hidden.reshape(R * T, D), kernel, preferred_element_type=jnp.float32).reshape(R, T, -1)
+    logits = matmul(hidden.reshape(R * T, D), kernel, 1, jnp.float32).reshape(R, T, -1)
     return constrain(logits, ("rows", "time", "act_vocab"))
 
 
@@ -197,4 +197,4 @@ _fused_nll.defvjp(_fused_nll_forward, _fused_nll_backward)
 
 def token_values(hidden: Array, kernel: Array) -> Array:
     """Returns the scalar head's float32 outputs `[R, T]`; entry t has seen tokens up to and including t."""
-    return jnp.einsum("RTD,DO->RTO", hidden, kernel, preferred_element_type=jnp.float32)[..., 0]
+    return matmul(hidden, kernel, 1, jnp.float32)[..., 0]

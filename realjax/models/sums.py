@@ -5,6 +5,7 @@ the type it then has.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +28,19 @@ def _collect_forward(value: Array, sink: Array) -> tuple[Array, Array]:
 collect.defvjp(_collect_forward, lambda of_dtype, grad: (None, grad.astype(of_dtype.dtype)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Array, kernel: Array, num_in: int = 1) -> Array:
-    """Returns x `[..., *I]` times kernel `[*I, *O]` over `num_in` dims: `[..., *O]`."""
-    return jnp.tensordot(x, kernel, num_in)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: Array, kernel: Array, num_in: int = 1, dtype: Any = None) -> Array:
+    """Returns x `[..., *I]` times kernel `[*I, *O]` over `num_in` dims: `[..., *O]`, of their dtype or `dtype`."""
+    return jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
 
 
-def _matmul_forward(x: Array, kernel: Array, num_in: int) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, kernel, num_in), (x, kernel)
+def _matmul_forward(x: Array, kernel: Array, num_in: int, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, kernel, num_in, dtype), (x, kernel)
 
 
-def _matmul_backward(num_in: int, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+def _matmul_backward(num_in: int, dtype: Any, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
+    grad = grad.astype(x.dtype)
     num_lead, num_out = x.ndim - num_in, kernel.ndim - num_in
     lead, out = tuple(range(num_lead)), tuple(range(num_lead, grad.ndim))
     grad_x = jax.lax.dot_general(grad, kernel, ((out, tuple(range(num_in, kernel.ndim))), ((), ())))

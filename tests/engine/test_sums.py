@@ -1,0 +1,122 @@
+"""Sums over tokens and devices are float32, whatever the compute dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import train_rules
+from realjax.core.batch import Batch
+from realjax.core.loss import Loss, LossSums
+from realjax.core.metrics import Mean
+from realjax.core.trees import Tree
+from realjax.engine.compiled import place_batch
+from realjax.engine.forward import ForwardOptions, Precision
+from realjax.engine.train import TrainOptions, make_gradients
+from realjax.models import sums
+from realjax.models.build import Model, init_params
+from tests.builders import FULL, make_layout, make_model, pack_in_order, place_params, quick_jit, relative_errors
+from tests.hlo import reductions
+
+# Some thousand tokens, of which the commonest is one in four: a sum in bfloat16 would stop at 256.
+NUM_ROWS, ROW_LEN = 64, 128
+LAYOUTS = [
+    {},
+    {"dp": 8},
+    {"dp": 4, "zero": 1},
+    {"dp": 2, "tp": 2, "sp": True, "zero": 3},
+    {"pp": 2, "dp": 2, "tp": 2, "sp": True},
+]
+
+
+def values_of(outputs, batch) -> LossSums:
+    mask = batch["loss_mask"].astype(jnp.float32)
+    return LossSums(Mean(jnp.sum(outputs["values"] * mask), jnp.sum(mask)), {})
+
+
+def logprobs_of(outputs, batch) -> LossSums:
+    mask = batch["loss_mask"].astype(jnp.float32)
+    return LossSums(Mean(-jnp.sum(outputs["logprobs"] * mask), jnp.sum(mask)), {})
+
+
+MODELS = {
+    "biases": (make_model(**FULL), SFT_LOSS),
+    "tied": (make_model(tied=True), Loss(head="logprobs", fn=logprobs_of)),
+    "critic": (make_model(is_critic=True), Loss(head="values", fn=values_of)),
+}
+
+
+def zipf_batch() -> Batch:
+    """Returns packed rows of tokens as unlike in number as a text's."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(16, ROW_LEN // 2, 2 * NUM_ROWS)
+    examples = [
+        {"tokens": np.minimum(rng.zipf(1.4, n), 95).astype(np.int32), "loss_mask": np.arange(n) > 0} for n in lengths
+    ]
+    return pack_in_order(examples, ROW_LEN, num_rows=NUM_ROWS)[0]
+
+
+BATCH = zipf_batch()
+
+
+def start(model: Model) -> Tree:
+    """Returns host parameters as a training begins with, rounded as the compute copy is."""
+    one = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), model.abstract)
+    params = init_params(model, one, seed=0)
+    return jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32)), params)
+
+
+def gradients(name: str, dtype: str, layout: dict, num_mbs: int = 1, **options) -> Tree:
+    model, loss = MODELS[name]
+    placed = make_layout(**layout)
+    forward = ForwardOptions(precision=Precision(compute=dtype), **options)
+    fn = quick_jit(make_gradients(model, loss, placed, TrainOptions(num_mbs=num_mbs, forward=forward)))
+    grads, _ = fn(place_params(model, start(model), placed), place_batch(BATCH, train_rules(placed.strategy), placed))
+    return jax.tree.map(np.asarray, grads)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exact(request) -> tuple[str, Tree]:
+    return request.param, gradients(request.param, "float32", {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "num_mbs"), [({}, 1), ({}, 8), ({}, 32), *((layout, 4) for layout in LAYOUTS[1:])], ids=str
+)
+def test_gradients_in_bfloat16_are_those_of_float32_for_tokens_seen_thousands_of_times(layout, num_mbs, exact):
+    name, expected = exact
+    errors = relative_errors(gradients(name, "bfloat16", layout, num_mbs, loss_chunk_tokens=1024), expected)
+    assert max(errors.values()) < 0.015, errors
+
+
+@pytest.mark.parametrize("count", [1024, 65_536])
+def test_a_sum_over_many_tokens_is_their_number(count):
+    ones, small = jnp.ones((count, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
+    tokens = jnp.zeros(count, jnp.int32)
+    uses = {
+        "table": lambda x: sums.look_up(x[None], tokens),
+        "kernel": lambda x: sums.matmul(ones, x[None]),
+        "scale": lambda x: sums.scale_by(ones, x),
+        "bias": lambda x: sums.add_bias(ones, x),
+    }
+    for name, use in uses.items():
+        grad = jax.grad(lambda x, use=use: use(x).astype(jnp.float32).sum())(small)
+        assert float(grad[0]) == count, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_nothing_of_16_bits_is_summed_over_data(name, layout):
+    model, loss = MODELS[name]
+    placed = make_layout(**layout)
+    options = TrainOptions(num_mbs=2, forward=ForwardOptions(precision=Precision(compute="bfloat16")))
+    params = place_params(model, start(model), placed)
+    batch = place_batch(BATCH, train_rules(placed.strategy), placed)
+    found = reductions(make_gradients(model, loss, placed, options), params, batch)
+    # Devices are numbered pipe by data by tensor.
+    s = placed.strategy
+    replica = np.arange(s.size) // s.tp % s.dp
+    over_data = [one for one in found if (np.ptp(replica[one.groups], axis=1) > 0).any()]
+    assert over_data and not [one for one in over_data if one.dtype in ("bf16", "f16")]

@@ -1,0 +1,79 @@
+"""What a program reduces between devices, read from XLA's own text after partitioning.
+
+Before the backend's passes, that is: a CPU's would widen 16-bit reductions, where an accelerator's would not.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+_REDUCTION = re.compile(
+    r"= \(?(\w+)\[([\d,]*)\].*? (all-reduce|reduce-scatter)(?:-start)?\(.*replica_groups=(.*?), use_"
+)
+_IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One all-reduce or reduce-scatter: its type, its shape on a device, and the devices that sum with each other."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    groups: np.ndarray  # [G, S]
+
+
+def reductions(fn: Callable[..., Any], *args: Any) -> list[Reduction]:
+    """Returns the reductions between devices in the program of `fn(*args)`."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        options |= {"xla_backend_optimization_level": 0, "xla_dump_disable_metadata": True}
+        with _without_cache():
+            jax.jit(fn).lower(*args).compile(compiler_options=options)
+        (path,) = Path(folder).glob("*after_spmd-partitioning*.txt")
+        return list(_read(path.read_text()))
+
+
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """A program from the cache of compiled ones would leave nothing to read."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def _read(text: str) -> Iterator[Reduction]:
+    for dtype, shape, _, groups in _REDUCTION.findall(text):
+        yield Reduction(dtype, tuple(map(int, filter(None, shape.split(",")))), _groups(groups))
+
+
+def _groups(text: str) -> np.ndarray:
+    """Returns the groups that XLA writes as lists, as a permuted count, or as axes of a mesh."""
+    if text.startswith("{{"):
+        return np.array([group.split(",") for group in re.findall(r"\{([\d,]+)\}", text)], int)
+    if not text.startswith("mesh"):
+        shape, order = text.split("<=")
+        return _iota(order).reshape([int(n) for n in shape.strip("[]").split(",")])
+    sizes = re.findall(r"'(\w+)'=(\d+)", text)
+    given = re.search(r"device_ids=\((.*?)\)\s*\{", text)
+    ids = _iota(given[1]) if given else np.arange(np.prod([int(size) for _, size in sizes]))
+    summed = [i for i, (name, _) in enumerate(sizes) if name in re.findall(r"'(\w+)'", text.rpartition("{")[2])]
+    grid = np.moveaxis(ids.reshape([int(size) for _, size in sizes]), summed, range(-len(summed), 0))
+    return grid.reshape(-1, np.prod(grid.shape[-len(summed) :]))
+
+
+def _iota(text: str) -> np.ndarray:
+    found = _IOTA.search(text)
+    assert found, text
+    dims = [int(n) for n in found[1].split(",")]
+    grid = np.arange(np.prod(dims)).reshape(dims)
+    return (grid.transpose([int(n) for n in found[2].split(",")]) if found[2] else grid).ravel()
