@@ -18,7 +18,8 @@ class ParallelStrategy:
 
     `sequence_parallel` shards norm and residual activations along the sequence over the tensor axis. `zero_stage` 0
     replicates everything over the data axis, 1 and 2 shard the optimizer state over it, 3 the parameters too (ZeRO,
-    arXiv:1910.02054; under XLA the gradients of stages 1 and 2 are both reduce-scattered into the sharded update).
+    arXiv:1910.02054). Up to stage 2 each device sums its rows' gradients, float32 and whole, and they cross the data
+    axis once a step; in stage 3 every micro-batch's do, into shards.
     """
 
     dp: int = 1
