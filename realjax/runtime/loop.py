@@ -342,6 +342,7 @@ class Session:
             )
 
     def _kept(self) -> str:
+        self.checkpointer.wait()  # what is still being written counts
         saved = self.checkpointer.latest_step
         return "nothing was saved before" if saved is None else f"step {saved} is in {self.checkpointer.directory}"
 
