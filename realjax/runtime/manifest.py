@@ -34,7 +34,7 @@ def find_damage(directory: Path, *, share: int = 0, num_shares: int = 1) -> str 
         expected = dict(list(files.items())[share::num_shares])
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was never completed, or made before saves had one"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} is damaged"
     if absent := [name for name in expected if not (directory / name).is_file()]:
         return f"'{absent[0]}' is missing"
