@@ -5,7 +5,7 @@ the type it then has.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,13 @@ def _collect_forward(value: Array, sink: Array) -> tuple[Array, Array]:
 collect.defvjp(_collect_forward, lambda of_dtype, grad: (None, grad.astype(of_dtype.dtype)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: Array, kernel: Array, num_in: int = 1, dtype: Any = None) -> Array:
     """Returns x `[..., *I]` times kernel `[*I, *O]` over `num_in` dims: `[..., *O]`, of their dtype or `dtype`."""
+    return cast(Array, _matmul(x, kernel, num_in, dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: Array, kernel: Array, num_in: int, dtype: Any) -> Array:
     return jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
 
 
@@ -55,7 +59,7 @@ def _matmul_backward(num_in: int, dtype: Any, residuals: tuple[Array, Array], gr
     return grad_x, of_kernel.transpose(order).astype(kernel.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @jax.custom_vjp
