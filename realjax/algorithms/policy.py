@@ -41,7 +41,7 @@ class PolicyParameters:
     max_reward_clip: float = described(20.0, "scores are clipped to +-max_reward_clip")
     missing_eos_penalty: float | None = described(
         None,
-        "subtracted from the score of a response cut off at max_new_tokens; null: such a response is nothing special",
+        "subtracted from the score of a response cut off at max_new_tokens; null: it is scored as any other",
     )
     adv_norm: bool = described(True, "whiten advantages over the whole batch")
     surrogate: Literal["clip", "reinforce"] = described(
@@ -68,7 +68,7 @@ class PolicyParameters:
         False, "take the old log-probabilities from a pass of the actor over whole sequences, not from the sampler"
     )
 
-    # The algorithm's own keys among those that the host call reads which makes advantages, and the keys it makes.
+    # Of the host call that makes advantages: the keys that only this algorithm reads, and the keys that it writes.
     JUDGED_BY: ClassVar[tuple[str, ...]] = ("group",)
     ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "train_mask", "seq_share")
 

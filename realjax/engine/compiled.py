@@ -1,4 +1,4 @@
-"""Jitted functions that compile once per shape, out loud."""
+"""Jitted functions that compile once per shape, and log each compilation."""
 
 import logging
 import time

@@ -47,7 +47,7 @@ class Decoder(Protocol):
         ...
 
     def init_flight(self, num_slots: int) -> Any:
-        """Returns what is between the stages before the first tick: nothing of worth."""
+        """Returns the arrays between the stages before the first tick; their values are not used."""
         ...
 
     def tick(

@@ -1,8 +1,8 @@
 """Generation in static shapes: slots of rows, prompts put in as slots fall free, decoding until enough of them do.
 
 Two programs, compiled once per bucket of lengths: `admit` runs a few prompts and writes them into free slots, `advance`
-decodes all slots in one device loop. The host only reads which rows have ended, and admits the next prompts. How the
-model's layers are spread is the decoder's matter. A sequence-parallel flag has no effect: one token a row is no
+decodes all slots in one device loop. The host only reads which rows have ended, and admits the next prompts. The
+decoder decides how the layers are spread over devices. A sequence-parallel flag has no effect: one token a row is no
 sequence to split.
 """
 

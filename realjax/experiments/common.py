@@ -81,7 +81,7 @@ def call_layout(
     *,
     is_train: bool,
 ) -> Layout:
-    """Returns where the call `name` runs. Raises ValueError when its mesh has not the size of its strategy."""
+    """Returns where the call `name` runs. ValueError when its mesh and its strategy differ in size."""
     machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
     sizes = resolve_parallelism(config.allocation_mode, call.parallel, **machine, is_train=is_train)
     chosen = tuple(devices)

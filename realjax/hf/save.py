@@ -251,7 +251,10 @@ def _write_header(file: BinaryIO, shard: list[OutTensor]) -> None:
 
 
 def _make_fetch(leaves: Mapping[str, jax.Array]) -> FetchFn:
-    """Returns `fetch(tensor)`: our leaf, or its layer, whole on this host (of no meaning outside the leaf's mesh)."""
+    """Returns `fetch(tensor)`: our leaf, or its layer, whole on this host.
+
+    What it returns is only right in processes that own devices of the leaf's mesh.
+    """
     sharding = next(iter(leaves.values())).sharding
     if len({device.process_index for device in sharding.device_set}) == 1:
         return lambda tensor: _assemble(leaves[tensor.rule.path], tensor.layer)

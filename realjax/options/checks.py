@@ -44,7 +44,7 @@ def validate(config: CommonExperimentConfig) -> None:
 
 
 def list_notices(config: CommonExperimentConfig) -> list[str]:
-    """Returns lines for the log about options that do something other than their words say."""
+    """Returns a line for the log for every option whose effect here is not what its name says."""
     notices = [*config.notices(), *list_void(config)]
     for name, model in _used(config, ModelTrainEvalConfig).items():
         if model.enable_fp16:

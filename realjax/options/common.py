@@ -124,5 +124,5 @@ class CommonExperimentConfig:
         """Raises ValueError for an option that others leave without what it needs."""
 
     def notices(self) -> list[str]:
-        """Returns lines for the log about options that do something other than their words say."""
+        """Returns a line for the log for every option whose effect here is not what its name says."""
         return []

@@ -88,8 +88,11 @@ def _rounds(leaf: LeafPlan) -> tuple[Round, ...]:
     edges.sort(key=lambda e: (order[e[1]] - order[e[0]]) % len(order))
     rounds: list[tuple[dict, dict, list]] = []
     for sender, receiver, read, write in edges:
-        free = (r for r in rounds if sender not in r[0] and receiver not in r[1])
-        reads, writes, pairs = next(free, None) or rounds.append(({}, {}, [])) or rounds[-1]
+        free = next((r for r in rounds if sender not in r[0] and receiver not in r[1]), None)
+        if free is None:
+            free = ({}, {}, [])
+            rounds.append(free)
+        reads, writes, pairs = free
         reads[sender], writes[receiver] = read, write
         pairs.append((sender, receiver))
     return tuple(Round(pairs=tuple(pairs), reads=reads, writes=writes) for reads, writes, pairs in rounds)
@@ -281,9 +284,9 @@ def _bits(dtype: np.dtype) -> np.dtype:
 
 
 def _carrier(dtype: np.dtype, mesh: Mesh) -> np.dtype:
-    """Returns the type in which a shard is written. Its own, as a recast whole shard is a second one.
+    """Returns the type in which a shard is written: its own, since another type needs a second copy of the shard.
 
-    But the CPU backend widens a narrow float to update a slice, and narrows it again, which changes NaNs.
+    Except on CPUs, whose backend widens a narrow float to update a slice, and narrows it again, which changes NaNs.
     """
     return _bits(dtype) if mesh.devices.flat[0].platform == "cpu" and dtype.itemsize < 4 else dtype
 

@@ -52,7 +52,7 @@ class Role:
 
     @property
     def param_dtype(self) -> np.dtype:
-        """Their type: where nothing changes them, there is nothing to gain from more digits than the calls use."""
+        """The dtype they are kept in: the calls' own, or float32 where small changes are added to them."""
         return np.dtype(np.float32) if self.spec.is_averaged else self.forward_options.precision.dtype
 
     def abstract_state(self) -> TrainState | Tree:

@@ -32,7 +32,7 @@ class CallRecord:
     bytes_moved: int
     peak_bytes: int = 0  # on the fullest of its devices while it ran, see `runtime/memory.py`
     after: tuple[str, ...] = ()  # calls of the step that it has to wait for
-    process: int | None = None  # whose clock is right, None: any; elsewhere the call has no results to wait for
+    process: int | None = None  # the one whose times count, since only it has results to wait for; None: any
 
     def metrics(self) -> dict[str, float]:
         """Returns seconds, rates, memory and moved bytes (MiB of 2^20 bytes) under the names that a run logs."""
