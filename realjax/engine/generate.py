@@ -2,7 +2,7 @@
 
 Two programs, compiled once per bucket of lengths: `admit` runs a few prompts and writes them into free slots, `advance`
 decodes all slots in one device loop. The host only reads which rows have ended, and admits the next prompts. The
-decoder decides how the layers are spread over devices. A sequence-parallel flag has no effect: one token a row is no
+cached model says how the layers are spread over devices. A sequence-parallel flag has no effect: one token a row is no
 sequence to split.
 """
 
@@ -21,9 +21,9 @@ from realjax.core.draw import KeptTokens
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
+from realjax.engine.cached_model import CachedModel, OneStage
+from realjax.engine.cached_pipeline import Stages
 from realjax.engine.compiled import Compiled, CompileLog
-from realjax.engine.decoder import Decoder, OneStage
-from realjax.engine.decoder_stages import Stages
 from realjax.engine.forward import ForwardOptions
 from realjax.engine.sampling import Drawn, draw, row_keys
 from realjax.models.build import Model
@@ -109,7 +109,7 @@ class Generator:
         if model.config.is_critic:
             raise ValueError("generate: the model has a scalar head; generation needs a language model's")
         options = options or ForwardOptions()
-        self.decoder: Decoder = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, options)
+        self.cached: CachedModel = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, options)
         multiple = layout.strategy.row_multiple
         if num_slots % multiple:
             raise ValueError(
@@ -128,9 +128,9 @@ class Generator:
     def _make_programs(self, log: CompileLog) -> None:
         rows, whole = self.layout.sharding("data"), self.layout.replicated
         of_fields: dict[str, Any] = {field.name: rows for field in fields(Slots)}
-        slots = Slots(**{**of_fields, "cache": self.decoder.cache_sharding})
+        slots = Slots(**{**of_fields, "cache": self.cached.cache_sharding})
         named = lambda name, fn, out, **options: Compiled(f"generate: {name}", fn, log, out_shardings=out, **options)
-        self._prepare = jax.jit(self.decoder.prepare)
+        self._prepare = jax.jit(self.cached.prepare)
         self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
         self._admit = named("admit", self._admit_prompts, slots, donate_argnums=1)
         self._advance = named("advance", self._advance_slots, (slots, whole), donate_argnums=1)
@@ -163,8 +163,8 @@ class Generator:
             results |= dict(zip([owner.pop(slot) for slot in ended], self._collect(slots, ended)))
             if progress_fn is not None:
                 progress_fn(len(results))
-            if any(state["lengths"][slot] >= self.decoder.cache_length(slots.cache) for slot in owner):
-                slots = self._grow(slots, cache_length(self.decoder.cache_length(slots.cache) + 1))
+            if any(state["lengths"][slot] >= self.cached.cache_length(slots.cache) for slot in owner):
+                slots = self._grow(slots, cache_length(self.cached.cache_length(slots.cache) + 1))
         return [results[i] for i in range(len(requests))]
 
     @property
@@ -185,7 +185,7 @@ class Generator:
     def _empty_slots(self, length: int, has_greedy: bool) -> Slots:
         B, N = self.num_slots, self.config.max_new_tokens
         return Slots(
-            cache=self.decoder.init_cache(B, length),
+            cache=self.cached.init_cache(B, length),
             lengths=jnp.zeros(B, jnp.int32),
             num_generated=jnp.zeros(B, jnp.int32),
             is_running=jnp.zeros(B, bool),
@@ -199,7 +199,7 @@ class Generator:
         )
 
     def _grow_cache(self, slots: Slots, length: int) -> Slots:
-        return replace(slots, cache=self.decoder.grow(slots.cache, length))
+        return replace(slots, cache=self.cached.grow(slots.cache, length))
 
     def _pack_prompts(self, requests: Sequence[Request], places: Sequence[int]) -> Prompts:
         A, T = self.num_admitted, cache_length(max(len(r.tokens) for r in requests), shortest=SHORTEST_PROMPTS)
@@ -219,7 +219,7 @@ class Generator:
         )
 
     def _admit_prompts(self, params: Tree, slots: Slots, prompts: Prompts) -> Slots:
-        hidden, cache = self.decoder.admit(params, slots.cache, prompts.tokens, prompts.lengths, prompts.places)
+        hidden, cache = self.cached.admit(params, slots.cache, prompts.tokens, prompts.lengths, prompts.places)
         keys = row_keys(self.seed, prompts.row_ids, prompts.sample_ids)
         is_greedy = None if slots.is_greedy is None else prompts.is_greedy
         zeros = jnp.zeros_like(prompts.lengths)
@@ -239,11 +239,11 @@ class Generator:
         )
 
     def _advance_slots(self, params: Tree, slots: Slots, stop_at: Array) -> tuple[Slots, dict[str, Array]]:
-        num_groups = self.decoder.num_groups
+        num_groups = self.cached.num_groups
 
         def go_on(carry: tuple[Slots, Any, Array]) -> Array:
             slots = carry[0]
-            has_room = jnp.all(~slots.is_running | (slots.lengths < self.decoder.cache_length(slots.cache)))
+            has_room = jnp.all(~slots.is_running | (slots.lengths < self.cached.cache_length(slots.cache)))
             return has_room & (jnp.sum(slots.is_running) > stop_at)
 
         def go_round(carry: tuple[Slots, Any, Array]) -> tuple[Slots, Any, Array]:
@@ -256,14 +256,14 @@ class Generator:
                 slots = self._add_tokens(params, slots, hidden, (group + 1) % num_groups, is_out)
             return slots, flight, jnp.array(True)
 
-        carry = (slots, self.decoder.init_flight(self.num_slots), jnp.array(False))
+        carry = (slots, self.cached.init_flight(self.num_slots), jnp.array(False))
         slots = jax.lax.while_loop(go_on, go_round, carry)[0]
         return slots, {"is_running": slots.is_running, "lengths": slots.lengths}
 
     def _tick(self, params: Tree, slots: Slots, flight: Any, group: int) -> tuple[Array, Any, Any]:
         last = jnp.maximum(self._of_group(slots.num_generated, group) - 1, 0)
         tokens = jnp.take_along_axis(self._of_group(slots.drawn.tokens, group), last[:, None], axis=1)[:, 0]
-        return self.decoder.tick(params, slots.cache, flight, group, tokens, self._by_group(slots.lengths))
+        return self.cached.tick(params, slots.cache, flight, group, tokens, self._by_group(slots.lengths))
 
     def _add_tokens(self, params: Tree, slots: Slots, hidden: Array, group: int, is_out: Array) -> Slots:
         """Draws the next token of a group's running rows, and ends those at end-of-text or max_new_tokens."""
@@ -291,7 +291,7 @@ class Generator:
 
     def _by_group(self, x: Array) -> Array:
         """Returns slots `[B, ...]` as `[B/G, G, ...]`: slot b is of group b mod G."""
-        return x.reshape(-1, self.decoder.num_groups, *x.shape[1:])
+        return x.reshape(-1, self.cached.num_groups, *x.shape[1:])
 
     def _of_group(self, x: Array, group: int) -> Array:
         return self._by_group(x)[:, group]
@@ -299,7 +299,7 @@ class Generator:
     def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn:
         logits = self.model.bind_layers(params)[0].next_logits(hidden)
         # Made with the vocabulary split; then a row's logits meet on one device, and all devices share the rows.
-        logits = self.decoder.constrain(logits, ("rows", "act_vocab"))
+        logits = self.cached.constrain(logits, ("rows", "act_vocab"))
         all_axes = ("data", "tensor", "pipe")
         spec = PartitionSpec(all_axes if len(logits) % self.layout.strategy.size == 0 else "data")
         fn = partial(draw, eos_ids=self.eos_ids, config=self.config, stored=self.kept, num_tokens=self.num_tokens)

@@ -1,4 +1,4 @@
-"""The model as the sampler uses it, on P pipeline stages that are all busy: P groups of slots go round.
+"""A model with its key-value cache, on P pipeline stages that are all busy: P groups of slots go round.
 
 At tick t stage s works on group (t - s) mod P, with its own layers and its own part of the cache. What the last stage
 gives out at tick t is of group (t + 1) mod P, which the first stage takes in at tick t + 1: a token is drawn in
@@ -80,7 +80,7 @@ class Stages:
     def tick(
         self, params: Tree, cache: StageCaches, flight: Array, group: int, tokens: Array, lengths: Array
     ) -> tuple[Array, StageCaches, Array]:
-        """Each stage runs its layers on the group it has; see `Decoder.tick`."""
+        """Each stage runs its layers on the group it has; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
         stage_lengths = jnp.stack([lengths[:, (group - stage) % num_stages] for stage in range(num_stages)])
@@ -101,7 +101,7 @@ class Stages:
     def admit(
         self, params: Tree, cache: StageCaches, tokens: Array, lengths: Array, places: Array
     ) -> tuple[Array, StageCaches]:
-        """The prompts go through the stages in P micro-batches; see `Decoder.admit`."""
+        """The prompts go through the stages in P micro-batches; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
 

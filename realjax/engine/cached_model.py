@@ -1,4 +1,4 @@
-"""The model as the sampler uses it, on one stage: parameters made ready, prompts taken in, one token a row decoded."""
+"""A model with its key-value cache, on one stage: parameters made ready, prompts taken in, one token a row decoded."""
 
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from realjax.models.build import Model, unstack_layers
 from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
 
 
-class Decoder(Protocol):
+class CachedModel(Protocol):
     """What a layout decides about decoding. Slots form `num_groups` groups, slot b in group b mod num_groups: a tick
     takes one group's new tokens in and gives another's hidden states out.
     """
@@ -90,7 +90,7 @@ class OneStage:
     def admit(
         self, params: Tree, cache: KVCache, tokens: Array, lengths: Array, places: Array
     ) -> tuple[Array, KVCache]:
-        """Whole prompts at once; see `Decoder.admit`."""
+        """Whole prompts at once; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.attention_fn, self.constrain)
         return hidden, write_rows(cache, prompts, places)
@@ -101,7 +101,7 @@ class OneStage:
     def tick(
         self, params: Tree, cache: KVCache, flight: tuple[()], group: int, tokens: Array, lengths: Array
     ) -> tuple[Array, KVCache, tuple[()]]:
-        """The only group's tokens, in and out; see `Decoder.tick`."""
+        """The only group's tokens, in and out; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         hidden, cache = decode(transformer, blocks, cache, tokens, lengths[:, 0], self.constrain)
         return hidden, cache, flight
