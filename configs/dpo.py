@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from realjax.options.config_dict import to_config_dict
-from realjax.options.experiments import DPOConfig
+from realjax.options.supervised import DPOConfig
 
 
 def get_config() -> ConfigDict:

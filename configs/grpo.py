@@ -11,7 +11,7 @@ the actor learns from each score's distance to its prompt's mean, with the KL to
 Expect a first update with `importance_weight` 1, then a growing `task_reward`.
 
 Rewards can be computed instead of learned: leave out `rew.path`, give rows a reference "answer" and add
-`--config.reward.fn=realjax.algorithms.verifiable:number_reward`. Variants: `--config.ppo.scale_by_std=False
+`--config.reward.fn=realjax.rewards.verifiable:number_reward`. Variants: `--config.ppo.scale_by_std=False
 --config.ppo.loss_aggregation=constant --config.ppo.kl_ctl=0` is Dr. GRPO, which needs no reference;
 `--config.ppo.eps_clip_high=0.28 --config.ppo.drop_uniform_groups=True --config.ppo.kl_ctl=0` is most of DAPO.
 """

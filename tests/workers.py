@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from realjax.runtime.processes import leave
+from realjax.launch.environment import leave
 
 ROOT = Path(__file__).parents[1]
 # After so long something hangs, however busy the machine is; nothing is measured with it.

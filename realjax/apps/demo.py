@@ -24,8 +24,8 @@ from realjax.options.checks import resolve_names
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import run_paths
-from realjax.runtime.metrics import METRICS_FILE, read_metrics
-from realjax.runtime.report import REPORT_FILE
+from realjax.record.metrics import METRICS_FILE, read_metrics
+from realjax.record.report import REPORT_FILE
 
 NUM_DEVICES = 2  # virtual ones; more of them share the cores and gain nothing on a small machine
 

@@ -15,9 +15,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from realjax.algorithms.text_rewards import Row
 from realjax.hf.families import config_to_hf
 from realjax.models.config import ModelConfig
+from realjax.rewards.text import Row
 
 PAD, EOS = "<pad>", "<eos>"
 NUM_ANSWERS = 2  # of each sentiment, for one prompt

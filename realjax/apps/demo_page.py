@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from realjax.runtime.metrics import replace_text
-from realjax.runtime.report import PAGE, STYLE, table_html
+from realjax.record.metrics import replace_text
+from realjax.record.report import PAGE, STYLE, table_html
 
 TITLE = "realjax demo: SFT, reward model, PPO"
 COLUMNS = ("stage", "what was measured", "before", "after", "steps")

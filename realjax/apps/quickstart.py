@@ -21,27 +21,19 @@ import jax
 from rich.console import Console
 
 from realjax.core.faults import RunFault, system_reason
-from realjax.core.host_memory import keep_freed_memory
+from realjax.core.malloc import keep_freed_memory
+from realjax.core.processes import is_first, text_from_first
 from realjax.dataflow.generation_run import GenerationSpec
+from realjax.launch.environment import ProcessGroup, end_with_launcher, find_process_group, join, leave, lost_process
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
-from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.generation import GenConfig
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
 from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
-from realjax.runtime.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console, quiet_libraries
-from realjax.runtime.processes import (
-    ProcessGroup,
-    end_with_launcher,
-    find_process_group,
-    is_first,
-    join,
-    leave,
-    lost_process,
-    text_from_first,
-)
+from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
+from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console, quiet_libraries
 from realjax.runtime.stop import Stopped, StopSignal
 
 logger = logging.getLogger("realjax.quickstart")

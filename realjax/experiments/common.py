@@ -25,11 +25,11 @@ from realjax.hf.load import load_config
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
 from realjax.options.datasets import PairedComparisonDatasetConfig
-from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig, resolve_parallelism
 from realjax.options.paths import run_paths
 from realjax.options.resume import sort_options
+from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
 
 
 def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Device], *, is_trained: bool) -> RoleSpec:

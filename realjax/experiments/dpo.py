@@ -10,7 +10,7 @@ from realjax.core.draw import Draw
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
-from realjax.options.experiments import DPOConfig
+from realjax.options.supervised import DPOConfig
 
 
 def build(config: DPOConfig, devices: Sequence[jax.Device]) -> RunSpec:

@@ -10,18 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from realjax.algorithms.classifier_reward import load_classifier
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss
 from realjax.algorithms.returns import Responses, rollout_metrics
-from realjax.algorithms.reward_sources import (
-    MODEL_REWARD_INPUTS,
-    REWARD_OUTPUTS,
-    RewardSource,
-    make_model_reward,
-    mix_rewards,
-    mixed_inputs,
-)
-from realjax.algorithms.text_rewards import TEXT_REWARD_INPUTS, TextFn, check_row, load_function, make_text_reward
 from realjax.allocation.heuristic import Placement, SizedModel, place_grpo
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
@@ -39,6 +29,16 @@ from realjax.hf.generation import load_eos_ids
 from realjax.hf.load import load_config
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
+from realjax.rewards.classifier import load_classifier
+from realjax.rewards.mix import (
+    MODEL_REWARD_INPUTS,
+    REWARD_OUTPUTS,
+    RewardSource,
+    make_model_reward,
+    mix_rewards,
+    mixed_inputs,
+)
+from realjax.rewards.text import TEXT_REWARD_INPUTS, TextFn, check_row, load_function, make_text_reward
 
 logger = logging.getLogger("realjax.rl")
 ROLLOUT_KEYS = ("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id")

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import jax
 
-from realjax.algorithms.reward import REWARD_LOSS
+from realjax.algorithms.rw import REWARD_LOSS
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
-from realjax.options.experiments import RWConfig
+from realjax.options.supervised import RWConfig
 
 
 def build(config: RWConfig, devices: Sequence[jax.Device]) -> RunSpec:

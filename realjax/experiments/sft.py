@@ -9,7 +9,7 @@ from realjax.data.datasets import load_prompt_answer
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
-from realjax.options.experiments import SFTConfig
+from realjax.options.supervised import SFTConfig
 
 
 def build(config: SFTConfig, devices: Sequence[jax.Device]) -> RunSpec:

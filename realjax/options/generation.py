@@ -7,10 +7,10 @@ from typing import ClassVar
 from realjax.core.generation_config import GenerationConfig
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
-from realjax.options.experiments import check_role
 from realjax.options.fields import check_bounds, group, option
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
+from realjax.options.supervised import check_role
 
 
 @dataclass(frozen=True, kw_only=True)

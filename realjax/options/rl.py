@@ -9,14 +9,14 @@ from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.ppo import PPOParameters
 from realjax.algorithms.remax import ReMaxParameters
 from realjax.algorithms.rloo import RLOOParameters
-from realjax.algorithms.text_rewards import load_function
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
-from realjax.options.experiments import check_role
 from realjax.options.fields import check_bounds, group, option
 from realjax.options.generation import GenerationOptions, check_samples_differ
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
+from realjax.options.supervised import check_role
+from realjax.rewards.text import load_function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class RewardOptions:
     fn: str | None = option(
         None,
         "function <module>:<function> of (prompts, answers, rows of the data) that returns a number for each answer, "
-        "such as realjax.algorithms.verifiable:number_reward",
+        "such as realjax.rewards.verifiable:number_reward",
     )
     classifier: str | None = option(
         None, "Hugging Face sequence classifier, which reads the texts with its own tokenizer; needs realjax[torch]"

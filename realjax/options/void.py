@@ -14,10 +14,10 @@ from realjax.algorithms.rloo import RLOOParameters
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
 from realjax.options.rl import PPOConfig, RewardOptions, RLConfig, StepOptions
+from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,14 @@ from typing import Any
 
 from realjax.core.faults import naming
 from realjax.core.json_text import parse_json
+from realjax.core.processes import from_first, is_first
 from realjax.core.texts import decode_answers
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.generate import Generation, Request
 from realjax.hf.files import read_json
-from realjax.runtime.metrics import replace_text
-from realjax.runtime.processes import from_first, is_first
+from realjax.record.metrics import replace_text
+from realjax.record.rundir import set_aside
 from realjax.runtime.resume import compare
-from realjax.runtime.rundir import set_aside
 
 logger = logging.getLogger("realjax.generation")
 PART = ".part"

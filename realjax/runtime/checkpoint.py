@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from realjax.core.processes import from_first, is_first, largest
 from realjax.reshard.apply import reshard
 from realjax.runtime.manifest import find_damage, write_manifest
-from realjax.runtime.processes import from_first, is_first, largest
 
 logger = logging.getLogger("realjax.checkpoint")
 TIMES = "_CHECKPOINT_METADATA"  # of the save; Orbax writes the last of them after all else, and nobody reads them

@@ -1,7 +1,6 @@
 """Held-out measurements: the mean of a loss, or what a model's own answers to held-out prompts are worth."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,20 +10,11 @@ from realjax.core.metrics import Metric, summarize
 from realjax.data.packing import sequences_of
 from realjax.dataflow.graph import HostCall
 from realjax.dataflow.run import DecodeFn, Evaluation, RolloutEvaluation
+from realjax.record.samples import Sample
+from realjax.reshard.fetch import fetch
 from realjax.runtime.executor import Executor
-from realjax.runtime.processes import fetch
 
 MOST_SAMPLES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One answer to a held-out prompt, for a person to read."""
-
-    variant: str
-    prompt: str
-    answer: str
-    reward: float
 
 
 def evaluate_loss(executor: Executor, evaluation: Evaluation) -> dict[str, float]:

@@ -20,10 +20,11 @@ from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
 from realjax.dataflow.run import Evaluation, MovingAverage
 from realjax.engine.compiled import CompileLog, place_array, place_batch
 from realjax.engine.state import TrainState
+from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
+from realjax.reshard.fetch import fetch_arrays
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.memory import bytes_held_beside
-from realjax.runtime.processes import fetch_arrays
 from realjax.runtime.programs import Programs, num_micro_batches, row_multiple
 from realjax.runtime.roles import Role
 from realjax.runtime.rollouts import (
@@ -33,7 +34,6 @@ from realjax.runtime.rollouts import (
     pack_rollout,
     target_indices,
 )
-from realjax.runtime.timeline import Timeline
 
 logger = logging.getLogger("realjax.executor")
 PACKING_KEYS = ("tokens", "segment_ids", "positions")

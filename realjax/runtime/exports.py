@@ -5,11 +5,11 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 
+from realjax.core.processes import is_first
 from realjax.core.trees import Tree
 from realjax.data.loader import Position
 from realjax.dataflow.run import RunSpec
 from realjax.hf.save import save_hf
-from realjax.runtime.processes import is_first
 from realjax.runtime.roles import Role
 
 logger = logging.getLogger("realjax.exports")

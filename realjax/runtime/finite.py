@@ -10,8 +10,8 @@ from jax import Array
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, flatten_paths
 from realjax.engine.generate import Generation
+from realjax.reshard.fetch import fetch
 from realjax.reshard.plan import memory_kind
-from realjax.runtime.processes import fetch
 
 
 def nonfinite_leaves(params: Tree, home: Layout) -> list[str]:

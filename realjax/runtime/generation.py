@@ -8,19 +8,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from realjax.core.faults import explain_faults
+from realjax.core.processes import largest
 from realjax.core.trees import Tree
 from realjax.dataflow.generation_run import GenerationSpec
 from realjax.engine.compiled import CompileLog
 from realjax.engine.generate import Generation, Generator, Request
 from realjax.engine.state import TrainState
+from realjax.record.console import format_seconds, make_console
+from realjax.record.rundir import write_log
+from realjax.reshard.fetch import fetch
 from realjax.runtime.answers import AnswerFile, describe_answers, find_done, make_answers, open_run
-from realjax.runtime.console import format_seconds, make_console
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.lock import lock_run
-from realjax.runtime.processes import fetch, largest
 from realjax.runtime.roles import Role, build_role, load_role
 from realjax.runtime.rollouts import choose_num_slots
-from realjax.runtime.rundir import write_log
 from realjax.runtime.stop import StopSignal, signal_name
 
 logger = logging.getLogger("realjax.generation")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from realjax.runtime.processes import from_first, is_first
+from realjax.core.processes import from_first, is_first
 
 logger = logging.getLogger("realjax.lock")
 

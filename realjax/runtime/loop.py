@@ -14,26 +14,27 @@ from rich.console import Console
 from realjax.allocation.plan import make_plan
 from realjax.core.faults import explain_faults
 from realjax.core.metrics import summarize
+from realjax.core.processes import is_first, largest
 from realjax.data.loader import Position
 from realjax.dataflow.picture import describe_graph, draw_graph
 from realjax.dataflow.run import RolloutEvaluation, RunSpec
 from realjax.engine.state import TrainState
+from realjax.record.console import ProgressDisplay, StepLine, format_seconds
+from realjax.record.metrics import MetricsWriter, import_wandb
+from realjax.record.report import MAIN_METRICS, REPORT_FILE, Section, write_report
+from realjax.record.rundir import write_log
+from realjax.record.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
+from realjax.reshard.fetch import fetch
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
-from realjax.runtime.console import ProgressDisplay, StepLine, format_seconds
 from realjax.runtime.evaluation import evaluate_loss, evaluate_rollouts
 from realjax.runtime.executor import Executor, Metrics
 from realjax.runtime.exports import Exports, checkpoint_name
 from realjax.runtime.finite import nonfinite_leaves
 from realjax.runtime.lock import lock_run
 from realjax.runtime.memory import measured_peak_bytes
-from realjax.runtime.metrics import MetricsWriter, import_wandb
 from realjax.runtime.places import Places, describe_saved
-from realjax.runtime.processes import fetch, is_first, largest
-from realjax.runtime.report import MAIN_METRICS, REPORT_FILE, Section, write_report
-from realjax.runtime.resume import empty_layers, find_start, first_state, is_finished
+from realjax.runtime.resume import empty_layers, find_start, first_state, is_finished, open_run_directory
 from realjax.runtime.roles import Role, build_role
-from realjax.runtime.rundir import open_run_directory, write_log
-from realjax.runtime.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
 from realjax.runtime.stop import FAILED, StopSignal, signal_name
 from realjax.runtime.triggers import Trigger
 

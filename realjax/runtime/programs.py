@@ -14,7 +14,7 @@ from realjax.engine.generate import Generator
 from realjax.engine.inference import make_evaluation, make_inference
 from realjax.engine.state import train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
-from realjax.runtime.processes import fetch
+from realjax.reshard.fetch import fetch
 from realjax.runtime.roles import Role
 
 

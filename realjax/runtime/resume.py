@@ -1,4 +1,4 @@
-"""Where a run starts: at the newest whole save of a run that is the same one, or anew. Nothing is changed here."""
+"""Where a run starts: at the newest whole save of a run that is the same one, or anew; and its directories then."""
 
 import json
 import logging
@@ -7,9 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from realjax.core.identity import Identity
+from realjax.core.processes import from_first, is_first
 from realjax.dataflow.run import RunSpec
-from realjax.runtime.checkpoint import RunState, find_save, restore, saved_steps
-from realjax.runtime.report import REPORT_FILE
+from realjax.record.metrics import replace_text
+from realjax.record.report import REPORT_FILE
+from realjax.record.rundir import set_aside
+from realjax.runtime.checkpoint import RunState, clear_after, drop_oldest, find_save, restore, saved_steps
 from realjax.runtime.roles import Role, load_role
 
 logger = logging.getLogger("realjax.resume")
@@ -20,7 +23,8 @@ LONGEST_VALUE = 40  # characters of a value shown in a message
 def find_start(spec: RunSpec) -> RunState | None:
     """Returns the save to continue from, its roles still on the disk, or None for a run that starts anew.
 
-    Raises ValueError when recover_mode=resume finds none, none of the saves is whole, or they are of another run.
+    Changes nothing. Raises ValueError when recover_mode=resume finds none, none of the saves is whole, or they are of
+    another run.
     """
     directory = spec.paths.recover
     if spec.recover_mode not in ("auto", "resume"):
@@ -45,6 +49,26 @@ def find_start(spec: RunSpec) -> RunState | None:
                 *(spec.num_epochs, save.counters["identity"]["steering"][EPOCHS]),
             )
     return save
+
+
+def open_run_directory(spec: RunSpec, *, continues_after: int | None) -> None:
+    """Prepares the run's directories: those of a run that continues after a step, or empty ones.
+
+    A run that starts anew sets what an earlier run of the same names left aside, under `<trial>.<n>`.
+    """
+    paths = spec.paths
+    if is_first():
+        if continues_after is None:
+            set_aside([paths.recover, paths.checkpoints, paths.logs])
+        for path in (paths.logs, paths.checkpoints, paths.recover):
+            path.mkdir(parents=True, exist_ok=True)
+        if continues_after is not None:
+            clear_after(paths.recover, continues_after)
+            drop_oldest(paths.recover, spec.max_recover_saves)
+            # Its presence says that a run is finished.
+            (paths.logs / REPORT_FILE).unlink(missing_ok=True)
+        replace_text(paths.logs / "config.json", spec.config_json)
+    from_first(0)  # the directories are there before another process looks
 
 
 def is_finished(spec: RunSpec, save: RunState) -> bool:

@@ -2,9 +2,9 @@
 
 import time
 
+from realjax.core.processes import from_first
 from realjax.data.loader import Position
 from realjax.dataflow.run import Frequency
-from realjax.runtime.processes import from_first
 
 
 class Trigger:

@@ -3,7 +3,7 @@
 import re
 
 from realjax.apps.demo_page import Finding, StageResult, body_of, format_number, write_page
-from realjax.runtime.report import write_report
+from realjax.record.report import write_report
 
 
 def make_result(folder, name: str) -> StageResult:

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from launch import main as launch_main
-from realjax.apps import quickstart
+from realjax.apps import quickstart, recipe
 from realjax.options.fields import list_options
 from tests.options.test_config_dict import RECIPE
 from tests.options.test_parsing import QUICKSTART_SFT
@@ -77,7 +76,7 @@ def test_the_quickstart_command_starts_a_run(runs, command, tmp_path, capsys):
 def test_the_recipe_starts_the_same_run(runs, command):
     flags = [f"--config.{word}" for word in command if "path" in word or "root" in word]
     assert quickstart.main(["sft", *command]) == 0
-    assert launch_main.main(["launch", f"--config={RECIPE}", *flags]) == 0
+    assert recipe.main(["launch", f"--config={RECIPE}", *flags]) == 0
     assert runs[0] == runs[1]
 
 

@@ -14,22 +14,25 @@ ALLOWED: dict[str, frozenset[str]] = {
     "core": frozenset(),
     "models": frozenset({"core"}),
     "algorithms": frozenset({"core"}),
+    "rewards": frozenset({"core"}),
     "data": frozenset({"core"}),
     "dataflow": frozenset({"core", "data"}),
     "reshard": frozenset({"core"}),
+    "launch": frozenset({"core"}),
     "engine": frozenset({"core", "models"}),
     "hf": frozenset({"core", "models"}),
     "allocation": frozenset({"core", "dataflow", "models.config"}),
-    "options": frozenset({"core", "engine", "algorithms", "data", "dataflow"}),
+    "options": frozenset({"core", "engine", "algorithms", "rewards", "data", "dataflow"}),
     "experiments": frozenset(
-        {"core", "options", "dataflow", "algorithms", "data", "hf", "allocation", "models.config"}
+        {"core", "options", "dataflow", "algorithms", "rewards", "data", "hf", "allocation", "models.config"}
     ),
     # No options and no experiments: the runtime carries out any run that is described to it. The models are for
     # building a role before its engine.
-    "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data"}),
+    "record": frozenset({"core"}),
+    "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data", "record"}),
     "apps": frozenset(
         {"core", "models", "algorithms", "data", "dataflow", "reshard", "engine", "hf", "allocation", "options"}
-        | {"experiments", "runtime"}
+        | {"experiments", "rewards", "record", "runtime", "launch"}
     ),
 }
 

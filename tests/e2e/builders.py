@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from realjax.apps import quickstart
-from realjax.runtime.metrics import read_metrics
+from realjax.record.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = [

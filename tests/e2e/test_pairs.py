@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from tests.options.test_experiments import QUICKSTART_DPO, QUICKSTART_RW
 
-from realjax.algorithms.classifier_reward import load_classifier
 from realjax.apps import quickstart
 from realjax.core.batch import Batch
 from realjax.data.paired import load_paired
@@ -23,10 +23,10 @@ from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
-from realjax.runtime.metrics import read_metrics
+from realjax.record.metrics import read_metrics
+from realjax.rewards.classifier import load_classifier
 from tests.builders import make_layout, quick_jit
 from tests.e2e.builders import WORDS, write_llama
-from tests.options.test_experiments import QUICKSTART_DPO, QUICKSTART_RW
 
 pytestmark = pytest.mark.e2e
 PAIRS = 600  # of 300 prompts: a batch of 512 and one of 88

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from realjax.apps import quickstart
-from realjax.runtime.processes import HEARTBEAT_SECONDS
+from realjax.launch.environment import HEARTBEAT_SECONDS
 from realjax.runtime.stop import STOPS
 from tests.builders import relative_errors
 from tests.e2e.builders import REPOSITORY, WORDS, Inputs, Trial, without_clocks
@@ -248,7 +248,7 @@ def test_an_error_of_all_is_a_line_of_each_and_code_2(inputs, tmp_path):
 # Process 1 goes its own way: what it does first is put in for `%s`.
 ONE_DIFFERS = """
 import argparse, sys
-from launch.local import run_processes
+from realjax.launch.local import run_processes
 program = '''
 import os, sys
 from realjax.apps.quickstart import main

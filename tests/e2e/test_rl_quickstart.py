@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from realjax.apps import quickstart
-from realjax.runtime.metrics import read_metrics
+from realjax.record.metrics import read_metrics
 from tests.e2e.builders import write_llama, write_rows
 from tests.experiments.rl_runs import quick_compiles
 from tests.options.test_rl import QUICKSTART_PPO

@@ -12,7 +12,7 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
 from realjax.engine.generate import Generation, Generator, Request
 from realjax.models.build import Model
-from realjax.runtime.processes import fetch
+from realjax.reshard.fetch import fetch
 from tests.builders import make_model, random_tree
 from tests.workers import work
 

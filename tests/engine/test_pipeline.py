@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from realjax.algorithms.reward import REWARD_LOSS
+from realjax.algorithms.rw import REWARD_LOSS
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import inference_rules, train_rules, tree_shardings
 from realjax.core.batch import Batch

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from realjax.algorithms.text_rewards import Row
+from realjax.rewards.text import Row
 
 
 def shortness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:

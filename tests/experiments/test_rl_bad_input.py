@@ -89,12 +89,12 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         r"^reward.fn: the module of 'no_such_module:f' cannot be found; install it, or add its folder to PYTHONPATH",
     ),
     "no such reward function": (
-        {"reward__fn": "realjax.algorithms.verifiable:f"},
-        r"^reward.fn: 'realjax.algorithms.verifiable:f' is no function",
+        {"reward__fn": "realjax.rewards.verifiable:f"},
+        r"^reward.fn: 'realjax.rewards.verifiable:f' is no function",
     ),
     "rows that the reward cannot score": (
-        {"reward__fn": "realjax.algorithms.verifiable:number_reward"},
-        r"^dataset.path: '.*prompts.jsonl' line 1: reward.fn realjax.algorithms.verifiable:number_reward cannot score "
+        {"reward__fn": "realjax.rewards.verifiable:number_reward"},
+        r"^dataset.path: '.*prompts.jsonl' line 1: reward.fn realjax.rewards.verifiable:number_reward cannot score "
         r"this row: found the answer ' .*'; number_reward needs one with a number; mend the row, or remove it$",
     ),
     "no reward": ({"rew__path": None, "rew__init_from_scratch": None}, r"^rew.path: nothing given, and no other sour"),

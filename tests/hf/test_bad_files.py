@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.main import read_config
+from realjax.apps.recipe import read_config
 from realjax.core.json_text import parse_json
 from realjax.data.jsonl import load_rows
 from realjax.experiments.common import load_tokenizer
 from realjax.hf.files import CheckpointFiles, read_json, resolve_model_path
 from realjax.hf.generation import load_eos_ids
 from realjax.hf.load import load_config
+from realjax.record.metrics import read_metrics
 from realjax.runtime.answers import AnswerFile
-from realjax.runtime.metrics import read_metrics
 from tests.e2e.builders import write_llama
 from tests.hf.tiny import make_bin
 

@@ -1,6 +1,6 @@
 """Of what XLA prints in a process of several, errors are shown, and nothing else."""
 
-from launch.native_lines import NativeLines
+from realjax.launch.native_lines import NativeLines
 
 OURS = "20261125-04:50:14.805 loop INFO: Epoch 1/2 step 3/11 (global step 3): loss 5.1759\n"
 REMATERIALIZATION = (

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from realjax.options.checks import list_notices, resolve_names, validate
-from realjax.options.experiments import SFTConfig
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import check_writable, find_fileroot, run_paths
+from realjax.options.supervised import SFTConfig
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.main import read_config
+from realjax.apps.recipe import read_config
 from realjax.options.config_dict import from_config_dict, to_config_dict, to_json
-from realjax.options.experiments import SFTConfig
 from realjax.options.fields import list_options
 from realjax.options.parsing import build, parse_overrides
+from realjax.options.supervised import SFTConfig
 from tests.options.test_parsing import QUICKSTART_SFT, V03_SFT
 
 # ml_collections 1.1 loads recipes by a method that Python is giving up.

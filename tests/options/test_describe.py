@@ -1,8 +1,8 @@
 """The text of --help."""
 
 from realjax.options.describe import describe_options
-from realjax.options.experiments import SFTConfig
 from realjax.options.fields import list_options
+from realjax.options.supervised import SFTConfig
 from realjax.options.values import type_label
 
 

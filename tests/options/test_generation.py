@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.main import read_config
+from realjax.apps.recipe import read_config
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.config_dict import from_config_dict
 from realjax.options.generation import GenConfig

@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 
 from realjax.hf.families import FAMILIES
-from realjax.options.experiments import SFTConfig
 from realjax.options.model import ModelClass, ModelFamily, ModelTrainEvalConfig
 from realjax.options.parsing import parse_overrides
+from realjax.options.supervised import SFTConfig
 
 
 @pytest.mark.parametrize(

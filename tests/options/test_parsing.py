@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from realjax.options.experiments import SFTConfig
 from realjax.options.fields import check_bounds, group, list_options, option
 from realjax.options.parsing import build, nearest_names, parse_overrides
+from realjax.options.supervised import SFTConfig
 
 # The arguments of the quickstart's command, as a shell reads them.
 QUICKSTART_SFT = shlex.split("""

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from launch.main import read_config
+from realjax.apps.recipe import read_config
 from realjax.core.layout import ParallelStrategy
 from realjax.experiments.common import call_layout
 from realjax.options.checks import list_notices, resolve_names, validate
@@ -216,7 +216,7 @@ def test_help_names_every_option_once(name):
 def test_models_that_no_call_needs_need_no_path(sources):
     without = lambda *roles: [word for word in sources if word.partition(".")[0] not in roles]
     assert parse([*sources]).unused == frozenset()
-    config = parse([*without("rew"), "reward.fn=realjax.algorithms.verifiable:number_reward"])
+    config = parse([*without("rew"), "reward.fn=realjax.rewards.verifiable:number_reward"])
     validate(config)
     assert config.unused == {"rew", "rew_inf"}
     config = parse([*without("ref", "critic"), "ppo.kl_ctl=0"], GRPOConfig)

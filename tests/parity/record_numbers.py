@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from realjax.apps import quickstart  # noqa: E402
-from realjax.runtime.metrics import read_metrics  # noqa: E402
+from realjax.record.metrics import read_metrics  # noqa: E402
 from tests.e2e.builders import WORDS, without_clocks, write_inputs  # noqa: E402
 from tests.experiments.rl_runs import GROUPS, RLInputs, rl_options, write_rl_inputs  # noqa: E402
 

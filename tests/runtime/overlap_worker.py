@@ -10,9 +10,10 @@ import jax
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.processes import is_first
 from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.reshard.fetch import fetch
 from realjax.runtime.executor import Executor
-from realjax.runtime.processes import fetch, is_first
 from tests.builders import make_examples, make_model, pack_in_order
 from tests.runtime.specs import make_role, make_state
 from tests.workers import work

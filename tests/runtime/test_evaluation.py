@@ -5,7 +5,8 @@ from functools import partial
 import numpy as np
 
 from realjax.core.texts import decode_answers
-from realjax.runtime.evaluation import Sample, read_samples
+from realjax.record.samples import Sample
+from realjax.runtime.evaluation import read_samples
 from tests.builders import pack_in_order
 from tests.data.test_datasets import words_tokenizer
 

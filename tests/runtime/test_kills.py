@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from realjax.dataflow.run import Frequency, RolloutEvaluation, RunPaths, RunSpec
+from realjax.record.samples import Sample
 from realjax.runtime import loop
-from realjax.runtime.evaluation import Sample
 from tests.e2e.builders import without_clocks, write_llama
 from tests.runtime.kills import Killed, watching
 from tests.runtime.specs import make_loader, make_paths, make_spec

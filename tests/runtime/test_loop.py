@@ -11,8 +11,8 @@ from realjax.data.loader import Position
 from realjax.dataflow.graph import MFC, DataflowGraph
 from realjax.dataflow.run import Evaluation, Frequency, RoleSpec, RunSpec
 from realjax.hf.files import CheckpointFiles
+from realjax.record.metrics import read_metrics
 from realjax.runtime import loop
-from realjax.runtime.metrics import read_metrics
 from tests.builders import make_layout
 from tests.e2e.builders import write_llama
 from tests.runtime.specs import TRAIN, make_loader, make_paths, make_spec

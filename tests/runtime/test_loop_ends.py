@@ -14,11 +14,12 @@ from realjax.algorithms.sft import SFT_LOSS
 from realjax.apps.quickstart import report_errors
 from realjax.dataflow.run import Evaluation, Frequency, RunSpec
 from realjax.hf import save as hf_save
-from realjax.runtime import exports, loop, resume, rundir
+from realjax.record import rundir
+from realjax.record.metrics import MetricsWriter, TensorBoardFile, read_metrics
+from realjax.record.timeline import Timeline
+from realjax.runtime import exports, loop, resume
 from realjax.runtime.checkpoint import RunCheckpointer
-from realjax.runtime.metrics import MetricsWriter, TensorBoardFile, read_metrics
 from realjax.runtime.places import Places
-from realjax.runtime.timeline import Timeline
 from tests.e2e.builders import write_llama
 from tests.runtime.specs import make_loader, make_paths, make_spec
 
@@ -59,7 +60,7 @@ def saved_steps(spec: RunSpec) -> list[int]:
 
 # Where a signal comes, and the step after which the run then ends; None: before there was anything to save.
 PHASES = {
-    "making the directories": (rundir, "replace_text", 1, None),
+    "making the directories": (resume, "replace_text", 1, None),
     "loading": (resume, "load_role", 1, None),
     "evaluating before the first step": (loop, "evaluate_loss", 1, None),
     "compiling": (loop.Executor, "step", 1, 1),
@@ -129,7 +130,7 @@ def test_a_full_disk_at_any_write(what, spec, monkeypatch, capsys):
 
 
 def test_a_full_disk_before_the_first_save(spec, monkeypatch, capsys):
-    for owner, name in ((rundir, "replace_text"), (loop, "MetricsWriter"), (hf_save, "_write_shards")):
+    for owner, name in ((resume, "replace_text"), (loop, "MetricsWriter"), (hf_save, "_write_shards")):
         with monkeypatch.context() as patch:
             before(patch, owner, name, fill)
             assert end(spec) == 1

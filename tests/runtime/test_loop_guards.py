@@ -15,10 +15,10 @@ from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.run import Frequency, RunSpec
+from realjax.record.metrics import read_metrics
 from realjax.runtime import loop
 from realjax.runtime.lock import lock_run
 from realjax.runtime.loop import Session
-from realjax.runtime.metrics import read_metrics
 from tests.e2e.builders import write_llama
 from tests.runtime.specs import NO_IDENTITY, TRAIN, make_loader, make_paths, make_spec
 from tests.stops import stopped_after

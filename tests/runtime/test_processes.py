@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from realjax.runtime.processes import fetch, find_process_group, from_first, gather, largest, text_from_first
+from realjax.core.processes import from_first, gather, largest, text_from_first
+from realjax.launch.environment import find_process_group
+from realjax.reshard.fetch import fetch
 from tests.builders import make_layout
 
 LAUNCHED = {

@@ -29,8 +29,8 @@ import numpy as np
 
 from realjax.core.axes import generate_rules, tree_shardings
 from realjax.core.generation_config import GenerationConfig
-from realjax.core.host_memory import keep_freed_memory
 from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.malloc import keep_freed_memory
 from realjax.core.trees import num_params
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.generate import Generator, Request

@@ -35,8 +35,8 @@ from transformers import PreTrainedTokenizerFast
 
 from realjax.allocation.plan import make_plan
 from realjax.core.axes import inference_rules, tree_shardings
-from realjax.core.host_memory import keep_freed_memory
 from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.malloc import keep_freed_memory
 from realjax.data.loader import Loader
 from realjax.experiments import ppo
 from realjax.hf.families import config_to_hf

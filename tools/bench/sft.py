@@ -26,8 +26,8 @@ import numpy as np
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
-from realjax.core.host_memory import keep_freed_memory
 from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.malloc import keep_freed_memory
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import num_params
 from realjax.data.loader import plan_shapes

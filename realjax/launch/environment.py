@@ -1,4 +1,4 @@
-"""A run of several processes, the same program in each: joining, and agreeing on what only one of them knows."""
+"""A run of several processes, the same program in each: how one finds the others, joins them, and ends."""
 
 import logging
 import os
@@ -7,16 +7,11 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
-from realjax.reshard.apply import reshard
-
-logger = logging.getLogger("realjax.processes")
+logger = logging.getLogger("realjax.launch")
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "REALJAX_COORDINATOR", "REALJAX_NUM_PROCESSES", "REALJAX_PROCESS_ID"
 PROCESSES_PER_NODE = "REALJAX_PROCESSES_PER_NODE"
 # The launcher's pipe, which closes when the launcher ends.
@@ -144,65 +139,3 @@ def lost_process(error: Exception) -> str | None:
     """Returns what an error says of a process that is gone, None where it is about something else."""
     text = str(error).partition("\n")[0]
     return text if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(text) else None
-
-
-def is_first() -> bool:
-    """Returns whether this process writes what a run writes once."""
-    return jax.process_index() == 0
-
-
-def from_first(value: float) -> float:
-    """Returns the first process's value in every process. Every process must call this."""
-    if jax.process_count() == 1:
-        return value
-    return float(multihost_utils.broadcast_one_to_all(np.float64(value)))
-
-
-def text_from_first(text: str, size: int = 256) -> str:
-    """Returns the first process's text (at most `size` bytes) in every process. Every process must call this."""
-    if jax.process_count() == 1:
-        return text
-    padded = np.frombuffer(text.encode().ljust(size, b"\0"), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0").decode()
-
-
-def largest(value: int) -> int:
-    """Returns the largest of every process's values. Every process must call this."""
-    return value if jax.process_count() == 1 else int(gather(np.array(float(value))).max())
-
-
-def gather(values: np.ndarray) -> np.ndarray:
-    """Returns the float64 `values` of every process, `[num_processes, *values.shape]`. Every process must call this."""
-    # As integers: floats would travel in single precision.
-    bits = multihost_utils.process_allgather(values.astype(np.float64).ravel().view(np.uint32))
-    return np.asarray(bits, np.uint32).view(np.float64).reshape(-1, *values.shape)
-
-
-def fetch_arrays(tree: Any) -> Any:
-    """Returns a tree of small arrays, however they are spread, as numpy ones in every process.
-
-    Every process must call this.
-    """
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    whole = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), tree)
-    # One by one: different arrays may belong to different processes.
-    return jax.tree.map(fetch, reshard(tree, whole)[0])
-
-
-def fetch(tree: Any) -> Any:
-    """Returns the scalars, or other whole arrays, of one call as numpy ones in every process, also where none of the
-    call's devices is.
-
-    Every process must call this.
-    """
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    leaves, treedef = jax.tree.flatten(tree)
-    owners = {device.process_index for leaf in leaves for device in leaf.sharding.device_set}
-    is_owner = jax.process_index() in owners
-    values = [np.asarray(leaf) if is_owner else np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
-    if len(owners) < jax.process_count():
-        values = multihost_utils.broadcast_one_to_all(values, is_source=jax.process_index() == min(owners))
-    # A broadcast adds up what the processes have, which makes numbers of booleans.
-    return jax.tree.unflatten(treedef, [np.asarray(v, leaf.dtype) for v, leaf in zip(values, leaves, strict=True)])

@@ -1,4 +1,4 @@
-"""The directories of a run: made, continued, or set aside so that nothing in them is overwritten."""
+"""The directories of a run: its log file, and what an earlier run left, set aside so that nothing is overwritten."""
 
 import logging
 import sys
@@ -8,35 +8,11 @@ from pathlib import Path
 
 import jax
 
-from realjax.dataflow.run import RunSpec
-from realjax.runtime.checkpoint import clear_after, drop_oldest
-from realjax.runtime.console import LIBRARIES, LOG_FORMAT, LOG_TIME_FORMAT
-from realjax.runtime.metrics import replace_text
-from realjax.runtime.processes import from_first, is_first
-from realjax.runtime.report import REPORT_FILE
+from realjax.core.processes import is_first
+from realjax.record.console import LIBRARIES, LOG_FORMAT, LOG_TIME_FORMAT
 
 logger = logging.getLogger("realjax.rundir")
 LOG_FILE = "run.log"
-
-
-def open_run_directory(spec: RunSpec, *, continues_after: int | None) -> None:
-    """Prepares the run's directories: those of a run that continues after a step, or empty ones.
-
-    A run that starts anew sets what an earlier run of the same names left aside, under `<trial>.<n>`.
-    """
-    paths = spec.paths
-    if is_first():
-        if continues_after is None:
-            set_aside([paths.recover, paths.checkpoints, paths.logs])
-        for path in (paths.logs, paths.checkpoints, paths.recover):
-            path.mkdir(parents=True, exist_ok=True)
-        if continues_after is not None:
-            clear_after(paths.recover, continues_after)
-            drop_oldest(paths.recover, spec.max_recover_saves)
-            # Its presence says that a run is finished.
-            (paths.logs / REPORT_FILE).unlink(missing_ok=True)
-        replace_text(paths.logs / "config.json", spec.config_json)
-    from_first(0)  # the directories are there before another process looks
 
 
 class LogFile(logging.FileHandler):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.main import read_config
+from realjax.apps.recipe import read_config
 from realjax.options.config_dict import from_config_dict, to_config_dict, to_json
-from realjax.options.experiments import DPOConfig, RWConfig, SFTConfig
 from realjax.options.parallel import ParallelismConfig
 from realjax.options.parsing import build, parse_overrides
+from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
 
 QUICKSTART_RW = shlex.split("""
     experiment_name=quickstart-rw \

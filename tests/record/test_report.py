@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from realjax.runtime.metrics import MetricsWriter
-from realjax.runtime.report import Section, collect_series, curve_paths, smooth, write_report
+from realjax.record.metrics import MetricsWriter
+from realjax.record.report import Section, collect_series, curve_paths, smooth, write_report
 
 PNG_START = b"\x89PNG\r\n"
 EVIL = "<script>alert('x')</script> & \"$\\frac{1}$\""

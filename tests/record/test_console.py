@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from rich.console import Console
 
-from realjax.runtime.console import (
+from realjax.record.console import (
     ConsoleHandler,
     ProgressDisplay,
     StepLine,

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from realjax.runtime.processes import from_first, gather
+from realjax.core.processes import from_first, gather
 
 MOST_STEPS_DRAWN = 4
 

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from realjax.algorithms.reward_sources import (
+from realjax.core.host_call import HostResult
+from realjax.core.metrics import summarize
+from realjax.rewards.mix import (
     MODEL_REWARD_INPUTS,
     RewardSource,
     make_model_reward,
     mix_rewards,
     mixed_inputs,
 )
-from realjax.core.host_call import HostResult
-from realjax.core.metrics import summarize
-from tests.algorithms.text_rollouts import pack_samples, places
+from tests.rewards.text_rollouts import pack_samples, places
 
 
 def with_scores(arrays, seed=0):

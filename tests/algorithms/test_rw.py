@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from realjax.algorithms.reward import REWARD_LOSS, reward_loss
+from realjax.algorithms.rw import REWARD_LOSS, reward_loss
 from realjax.core.metrics import finalize
 from tests.algorithms.pair_cases import GROUPS, SPREADS, halves, make_pairs, mean_loss_and_gradients
 from tests.builders import assert_close_in_norm

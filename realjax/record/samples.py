@@ -3,15 +3,24 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from realjax.core.faults import naming
-from realjax.runtime.evaluation import Sample
-from realjax.runtime.metrics import drop_later_steps, read_metrics
-from realjax.runtime.report import Section
+from realjax.record.metrics import drop_later_steps, read_metrics
+from realjax.record.report import Section
 
 SAMPLES_FILE = "samples.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answer to a held-out prompt, for a person to read."""
+
+    variant: str
+    prompt: str
+    answer: str
+    reward: float
 
 
 def append_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:

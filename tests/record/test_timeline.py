@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from realjax.runtime import timeline as module
-from realjax.runtime.timeline import CallRecord, Timeline
+from realjax.record import timeline as module
+from realjax.record.timeline import CallRecord, Timeline
 
 FIELDS = {"num_tokens": 10, "num_flops": 1e9, "bytes_moved": 2**20}
 

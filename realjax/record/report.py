@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from realjax.runtime.console import format_value
-from realjax.runtime.metrics import METRICS_FILE, RECORD_KEYS, read_metrics, replace_text
+from realjax.record.console import format_value
+from realjax.record.metrics import METRICS_FILE, RECORD_KEYS, read_metrics, replace_text
 
 REPORT_FILE = "report.html"
 SECTION_KINDS = ("table", "text", "image")

@@ -6,9 +6,9 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from realjax.algorithms.text_rewards import check_row, checks_rows, load_function, make_text_reward
-from tests.algorithms.text_rollouts import SAMPLES, TOKENIZER, pack_samples, places
+from realjax.rewards.text import check_row, checks_rows, load_function, make_text_reward
 from tests.data.test_datasets import words_tokenizer
+from tests.rewards.text_rollouts import SAMPLES, TOKENIZER, pack_samples, places
 
 ROWS = [{"id": f"row{i}", "prompt": "p", "grade": 10 * i} for i in range(3)]
 

@@ -56,7 +56,7 @@ def load_function(path: str, name: str = "reward.fn") -> TextFn:
     module_name, colon, function_name = path.partition(":")
     if not (module_name and colon and function_name):
         raise ValueError(
-            f"{name}: found {path!r}; it needs <module>:<function>, such as realjax.algorithms.verifiable:number_reward"
+            f"{name}: found {path!r}; it needs <module>:<function>, such as realjax.rewards.verifiable:number_reward"
         )
     try:
         module = importlib.import_module(module_name)

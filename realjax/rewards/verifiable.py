@@ -1,6 +1,6 @@
 """A reward that can be checked: is the number at the end of the answer the right one?
 
-Used as `reward.fn=realjax.algorithms.verifiable:number_reward` on rows with the keys `prompt` and `answer`; it is also
+Used as `reward.fn=realjax.rewards.verifiable:number_reward` on rows with the keys `prompt` and `answer`; it is also
 the pattern for functions of your own.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-from realjax.algorithms.text_rewards import Row, checks_rows
+from realjax.rewards.text import Row, checks_rows
 
 Number = Decimal | Fraction
 MARK = "####"

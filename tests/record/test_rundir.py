@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from realjax.dataflow.run import RunPaths
-from realjax.runtime.rundir import LOG_FILE, open_run_directory, set_aside, write_log
+from realjax.record.rundir import LOG_FILE, set_aside, write_log
+from realjax.runtime.resume import open_run_directory
 from tests.runtime.specs import make_paths, make_spec
 
 

@@ -5,8 +5,8 @@ from decimal import Decimal
 
 import pytest
 
-from realjax.algorithms.text_rewards import load_function
-from realjax.algorithms.verifiable import final_number, number_reward
+from realjax.rewards.text import load_function
+from realjax.rewards.verifiable import final_number, number_reward
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_final_number(text, number):
 
 def test_the_reward_compares_numbers_not_texts():
     rows = [{"id": 0, "answer": "so 1,000 #### 1,000"}, {"id": 1, "answer": "5"}, {"id": 2, "answer": 2.5}]
-    fn = load_function("realjax.algorithms.verifiable:number_reward")
+    fn = load_function("realjax.rewards.verifiable:number_reward")
     assert fn is number_reward
     assert fn(["q"] * 3, ["= 1000.0", "about 6", "2.50"], rows) == [1.0, 0.0, 1.0]
     assert fn(["q"], ["I do not know"], rows[:1]) == [0.0]

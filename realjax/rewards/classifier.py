@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from realjax.algorithms.text_rewards import Row, TextFn
 from realjax.core.end_tokens import SCORED_END
+from realjax.rewards.text import Row, TextFn
 
 _log = logging.getLogger("realjax.rewards")
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from realjax.algorithms.classifier_reward import load_classifier
-from tests.algorithms.text_rollouts import SAMPLES
+from realjax.rewards.classifier import load_classifier
 from tests.data.test_datasets import make_tokenizer
 from tests.hf.tiny import SIZES, edit_config
+from tests.rewards.text_rollouts import SAMPLES
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402 - needs torch for its models

@@ -1,0 +1,65 @@
+"""Runs a recipe: `python -m launch.main --config=configs/sft.py --config.model.path=... --config.<option>=value`."""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from realjax.apps.quickstart import configure_logging, find_experiment, report_errors, run_experiment
+from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
+from realjax.options.parsing import locate
+
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the recipe that `--config` names, with `--config.<option>=value` applied, and returns the exit code."""
+    args = list(sys.argv if argv is None else argv)
+    return report_errors(lambda: _run_recipe(args))
+
+
+def read_config(argv: Sequence[str]) -> ConfigDict:
+    """Returns the recipe with its overrides. ValueError for a missing recipe, an unknown option or a wrong value."""
+    recipe, _ = _parse_flags([arg for arg in argv if not OVERRIDE.match(arg)])
+    if not isinstance(recipe, ConfigDict) or EXPERIMENT_KEY not in recipe:
+        raise ValueError(
+            "--config: found no file whose get_config() returns a ConfigDict with the key 'experiment'; "
+            "give a recipe, such as --config=configs/sft.py"
+        )
+    # Checked here, since absl does not know which options are near the one that was meant.
+    config_cls = find_experiment(str(recipe[EXPERIMENT_KEY])).config_cls
+    for override in filter(None, map(OVERRIDE.match, argv)):
+        locate(config_cls, override[1])
+    config, unused = _parse_flags(argv)
+    if unused:
+        raise ValueError(f"command line: {unused[0]!r} is no flag; options are written --config.<name>=value")
+    return config
+
+
+def _parse_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """Returns the value of `--config` with the overrides in `argv`, and the words that are no flags."""
+    # Flags of this command alone: absl's global ones would mix with those of imported libraries.
+    flag_values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", help_string="Recipe file, such as configs/sft.py.", flag_values=flag_values, sys_argv=list(argv)
+    )
+    try:
+        unused = flag_values(list(argv))[1:]
+    except (flags.Error, TypeError) as error:
+        raise ValueError(f"command line: {error}") from error
+    except (Exception, SystemExit) as error:  # a recipe is Python, so anything can go wrong in it
+        raise ValueError(f"--config: the recipe raised {type(error).__name__}: {error}; mend it") from error
+    return flag_values["config"].value, unused
+
+
+def _run_recipe(argv: list[str]) -> int:
+    if any(arg in ("--help", "-h") for arg in argv):
+        print(f"{__doc__}\n\nThe recipe says what to expect, and realjax <experiment> --help lists the options.")
+        return 0
+    config = read_config(argv)
+    name = str(config[EXPERIMENT_KEY])
+    configure_logging()
+    return run_experiment(name, from_config_dict(find_experiment(name).config_cls, config))

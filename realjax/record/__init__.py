@@ -1,0 +1,1 @@
+"""What a run leaves: log, metrics, curves, timeline, samples and report."""
