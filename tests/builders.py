@@ -12,15 +12,17 @@ from realjax.core.batch import Batch
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, flatten_paths, map_paths
 from realjax.data.packing import PackPlan, pack
+from realjax.engine.attention.choose import KERNELS, Case
 from realjax.hf.families import FAMILIES, config_from_hf
-from realjax.models.attention import BACKENDS
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
 from tests.hf.tiny import SIZES
 
 FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES}, name) for name in FAMILIES}
-# The attention backends that run on any device.
-PORTABLE_BACKENDS = tuple(name for name in BACKENDS if name != "cudnn")
+# Packed rows of tiny models on CPUs, as attention kernels see them.
+CASE = Case(use="rows", platform="cpu", dtype="float32", head_dim=4)
+# The attention kernels that run on any device.
+PORTABLE_KERNELS = tuple(name for name, kernel in KERNELS.items() if kernel.find_fault(CASE) is None)
 # Every leaf a family can have: norms and biases everywhere, a head of its own.
 FULL = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}
 

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding
 from realjax.core.axes import Constrain, generate_rules, make_constrain, resolve
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
+from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.forward import ForwardOptions, make_compute_copy
-from realjax.models.attention import make_attention
 from realjax.models.build import Model, unstack_layers
 from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
 
@@ -70,7 +70,9 @@ class OneStage:
         self.model, self.dtype = model, options.precision.dtype
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
         self.constrain = make_constrain(rules, layout)
-        self.attention_fn = make_attention(options.attention, layout.strategy.tp)
+        prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
+        self.attention_fn = make_attention(options.attention, prompts, layout.strategy.tp)
+        self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = NamedSharding(layout.mesh, resolve(CACHE_NAMES, shape, rules, layout, "cache"))
 
@@ -103,5 +105,5 @@ class OneStage:
     ) -> tuple[Array, KVCache, tuple[()]]:
         """The only group's tokens, in and out; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
-        hidden, cache = decode(transformer, blocks, cache, tokens, lengths[:, 0], self.constrain)
+        hidden, cache = decode(transformer, blocks, cache, tokens, lengths[:, 0], self.decoding_fn, self.constrain)
         return hidden, cache, flight

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from realjax.core.axes import generate_rules, make_constrain, resolve
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
+from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.forward import ForwardOptions, make_compute_copy
-from realjax.models.attention import make_attention
 from realjax.models.build import Model
 from realjax.models.cache import (
     CACHE_NAMES,
@@ -45,7 +45,9 @@ class Stages:
         self.layers_per_stage = config.num_stacked_layers // self.num_groups
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
         self.constrain = make_constrain(rules, layout)
-        self.attention_fn = make_attention(options.attention, layout.strategy.tp)
+        prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
+        self.attention_fn = make_attention(options.attention, prompts, layout.strategy.tp)
+        self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (self.num_groups, layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = NamedSharding(
             layout.mesh, resolve(("layers", *CACHE_NAMES), shape, rules, layout, "cache")
@@ -89,7 +91,7 @@ class Stages:
             layers, cache, received, lengths = _own((layers, cache, received, lengths))
             x = jnp.where(jax.lax.axis_index("pipe") == 0, new, received)
             blocks = self._own_blocks(graphdef, layers)
-            x, cache = decode_blocks(config, blocks, cache, x, lengths, self.constrain)
+            x, cache = decode_blocks(config, blocks, cache, x, lengths, self.decoding_fn, self.constrain)
             return jax.tree.map(lambda y: y[None], (self._hand_on(x), cache))
 
         new = transformer.embed(tokens[:, None])

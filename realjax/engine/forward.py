@@ -13,9 +13,9 @@ from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
+from realjax.engine.attention.choose import Case, make_attention
 from realjax.engine.pipeline import make_run_layers
 from realjax.models import heads
-from realjax.models.attention import make_attention
 from realjax.models.build import Model
 from realjax.models.sums import collect
 from realjax.models.transformer import Forward, Transformer
@@ -78,7 +78,7 @@ def make_outputs(
     limits that head to these tokens, see `heads.token_logprobs`.
     """
     constrain = make_constrain(rules, layout)
-    forward = _make_forward(constrain, layout, options)
+    forward = _make_forward(model, constrain, layout, options)
     chunk_len = partial(_chunk_len, model, layout, options)
 
     def outputs(params: Tree, batch: Batch, sinks: Tree | None = None) -> Mapping[str, Array]:
@@ -126,15 +126,16 @@ def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
     return model.bind({k: v if k == "layers" else jax.tree.map(collect, v, sinks[k]) for k, v in params.items()})
 
 
-def _make_forward(constrain: Constrain, layout: Layout, options: ForwardOptions) -> Forward:
+def _make_forward(model: Model, constrain: Constrain, layout: Layout, options: ForwardOptions) -> Forward:
     unroll = options.unroll
     if unroll is None:
         # The stacks' copies cost a CPU a sixth of a step. But what remat computes anew, XLA there merges with the first
         # time, unless a loop's border lies between.
         unroll = layout.devices[0].platform == "cpu" and not options.remat
+    case = Case.of("rows", model.config, layout, options.precision.dtype)
     return Forward(
         constrain=constrain,
-        attention_fn=make_attention(options.attention, layout.strategy.tp, options.max_segment_len),
+        attention_fn=make_attention(options.attention, case, layout.strategy.tp, options.max_segment_len),
         run_layers_fn=make_run_layers(layout, unroll=unroll),
         remat=options.remat,
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.axes import Constrain
-from realjax.models.attention import AttentionFn
+from realjax.models.attention import AttentionFn, DecodingFn
 from realjax.models.config import ModelConfig
 from realjax.models.layers import rope_tables
 from realjax.models.transformer import Block, Transformer
@@ -109,6 +109,7 @@ def decode(
     cache: KVCache,
     tokens: Array,
     lengths: Array,
+    decoding_fn: DecodingFn,
     constrain: Constrain,
 ) -> tuple[Array, KVCache]:
     """Returns the final hidden states `[B, D]` of one new token a row, and the cache with it.
@@ -116,19 +117,21 @@ def decode(
     `tokens` `[B]` go to index `lengths` `[B]` of their rows; they see all tokens before them (within the window).
     """
     x = transformer.embed(tokens[:, None])
-    x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, constrain)
+    x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, decoding_fn, constrain)
     return transformer.norm(x)[:, 0], cache
 
 
 def decode_blocks(
-    config: ModelConfig, blocks: Sequence[BlockCall], cache: KVCache, x: Array, lengths: Array, constrain: Constrain
+    config: ModelConfig,
+    blocks: Sequence[BlockCall],
+    cache: KVCache,
+    x: Array,
+    lengths: Array,
+    decoding_fn: DecodingFn,
+    constrain: Constrain,
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
     cos, sin = rope_tables(config.rope, config.head_dim, lengths[:, None])
-    index = jnp.arange(cache.length)[None]
-    mask = index <= lengths[:, None]
-    if config.sliding_window is not None:
-        mask &= index > lengths[:, None] - config.sliding_window
     written = KVCache((), ())
     # Mapped over rows, the writes stay on the devices that hold them.
     write_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new[0], mode="drop"))
@@ -140,19 +143,8 @@ def decode_blocks(
         keys = write_key(cache.keys[layer], k, lengths)
         values = write_value(cache.values[layer], v, lengths)
         written = KVCache((*written.keys, keys), (*written.values, values))
-        return attend_to_cache(q[:, 0], keys, values, mask)[:, None]
+        return decoding_fn(q[:, 0], keys, values, lengths, config.sliding_window)[:, None]
 
     for block in blocks:
         x = block(x, cos, sin, attend_fn, constrain)
     return x, written
-
-
-def attend_to_cache(q_BNH: Array, k_BKHS: Array, v_BKSH: Array, mask_BS: Array) -> Array:
-    """Returns the attention `[B, N, H]` of one query a row, as `attention.masked_attention`."""
-    B, N, H = q_BNH.shape
-    K = k_BKHS.shape[1]
-    q = (q_BNH * H**-0.5).reshape(B, K, N // K, H)
-    scores = jnp.einsum("BKGH,BKHS->BKGS", q, k_BKHS, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", probs, v_BKSH).reshape(B, N, H)

@@ -11,7 +11,7 @@ from jax import Array
 
 from realjax.core.axes import Constrain
 from realjax.models import sums
-from realjax.models.attention import AttendFn, Attention, AttentionFn, dense_attention
+from realjax.models.attention import AttendFn, Attention, AttentionFn
 from realjax.models.config import ModelConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
 
@@ -52,8 +52,8 @@ def skip_empty(block_fn: BlockFn) -> BlockFn:
 class Forward:
     """How a forward pass runs: all that a layout or a platform decides and the weights do not."""
 
+    attention_fn: AttentionFn
     constrain: Constrain = Constrain()
-    attention_fn: AttentionFn = dense_attention
     run_layers_fn: RunLayersFn = scan_layers
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
 
@@ -126,7 +126,7 @@ class Transformer(nnx.Module):
         tokens: Array,
         positions: Array,
         segment_ids: Array,
-        forward: Forward = Forward(),  # noqa: B008
+        forward: Forward,
         sinks: Any = None,
     ) -> Array:
         """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`.

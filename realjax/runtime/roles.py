@@ -12,6 +12,7 @@ from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, map_paths
 from realjax.dataflow.run import RoleSpec
+from realjax.engine.attention.choose import Case, choose
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
@@ -86,6 +87,10 @@ def build_role(spec: RoleSpec, home: Layout, total_updates: int, *, is_offloaded
             spec.name,
         )  # fmt: skip
     tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
+    try:
+        choose(spec.attention, Case.of("rows", model.config, home, Precision(compute=spec.compute_dtype).dtype))
+    except ValueError as error:
+        raise ValueError(f"{spec.title}: {error}") from None
     optimizer = None if spec.optimizer is None else Optimizer(config=spec.optimizer, total_updates=total_updates)
     logger.info("role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{model.num_params:,}", home)
     if spec.num_empty_layers:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from realjax.core.axes import Constrain
-from realjax.models.attention import dense_attention
+from realjax.engine.attention.reference import dense_attention, dense_decoding
 from realjax.models.build import unstack_layers
 from realjax.models.cache import decode, grow_cache, init_cache, prefill, write_rows
+from realjax.models.transformer import Forward
 from tests.builders import FULL, make_model, quick_jit, random_tree
 
 LENGTHS, ROW_LEN = [3, 7, 5], 12
@@ -19,7 +20,7 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
     params = random_tree(model)
     tokens = np.random.default_rng(0).integers(0, 96, (3, ROW_LEN)).astype(np.int32)
     row = (jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(ROW_LEN), tokens.shape), jnp.ones_like(tokens))
-    whole = quick_jit(lambda params: model.bind(params)(*row))(params)
+    whole = quick_jit(lambda params: model.bind(params)(*row, Forward(attention_fn=dense_attention)))(params)
 
     @quick_jit
     def admit(params, prompts, lengths, places):
@@ -28,7 +29,7 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
 
     @quick_jit
     def advance(params, cache, tokens, lengths):
-        return decode(*model.bind_layers(params), cache, tokens, lengths, constrain)
+        return decode(*model.bind_layers(params), cache, tokens, lengths, dense_decoding, constrain)
 
     unstacked, places = unstack_layers(params, model.config.num_layers), np.array([2, 0, 3])
     hidden, cache = admit(unstacked, tokens[:, :7], np.array(LENGTHS), places)

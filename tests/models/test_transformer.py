@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from realjax.core.trees import flatten_paths
-from realjax.models.attention import make_attention, packed_mask
+from realjax.engine.attention.choose import make_attention
+from realjax.engine.attention.reference import dense_attention, packed_mask
 from realjax.models.transformer import Forward
-from tests.builders import FULL, PORTABLE_BACKENDS, assert_close_in_norm, make_model, quick_jit, random_tree
+from tests.builders import CASE, FULL, PORTABLE_KERNELS, assert_close_in_norm, make_model, quick_jit, random_tree
 
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0], range(12)], np.int32)
@@ -14,16 +15,16 @@ POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0], range(12)], np.int32
 TOKENS = np.arange(SEGMENTS.size, dtype=np.int32).reshape(SEGMENTS.shape)
 
 
-@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
+@pytest.mark.parametrize("kernel", PORTABLE_KERNELS)
 @pytest.mark.parametrize("window", [None, 3])
-def test_no_gradient_reaches_an_earlier_logit_or_another_segment(backend, window):
+def test_no_gradient_reaches_an_earlier_logit_or_another_segment(kernel, window):
     model = make_model(vocab_size=TOKENS.size, sliding_window=window)
     params = random_tree(model)
     direction = np.random.default_rng(0).standard_normal(TOKENS.size).astype(np.float32)
 
     def logits(table):
         transformer = model.bind({**params, "embed": {"table": table}})
-        hidden = transformer(TOKENS, POSITIONS, SEGMENTS, Forward(attention_fn=make_attention(backend)))
+        hidden = transformer(TOKENS, POSITIONS, SEGMENTS, Forward(attention_fn=make_attention(kernel, CASE)))
         return (hidden @ transformer.head_kernel() @ direction).ravel()
 
     influence = np.abs(quick_jit(jax.jacrev(logits))(params["embed"]["table"])).sum(-1)
@@ -37,8 +38,9 @@ def test_no_gradient_reaches_an_earlier_logit_or_another_segment(backend, window
     assert ((influence > 0) == reach)[real][:, real].all()
 
 
-def hidden_states(model, params, **options):
-    return model.bind(params)(TOKENS, POSITIONS, SEGMENTS, Forward(**options))
+def hidden_states(model, params, attention_fn=dense_attention, **options):
+    forward = Forward(attention_fn=attention_fn, **options)
+    return model.bind(params)(TOKENS, POSITIONS, SEGMENTS, forward)
 
 
 def test_recomputing_blocks_changes_no_gradient():

@@ -21,7 +21,7 @@ from realjax.engine.train import TrainOptions, make_gradients, make_train_step
 from realjax.models.build import Model
 from tests.builders import (
     FULL,
-    PORTABLE_BACKENDS,
+    PORTABLE_KERNELS,
     assert_close_in_norm,
     make_examples,
     make_layout,
@@ -87,7 +87,7 @@ CASES = [
     Case("tied-pp2-tp4-bounded", {"pp": 2, "tp": 4}, batch=long(), forward=BOUNDED, model="tied"),
     Case("tied-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, num_mbs=4, model="tied"),
     Case("tied-dp4-tp2-zero1", {"dp": 4, "tp": 2, "zero": 1}, batch=long(), model="tied"),
-] + [Case(f"backend-{name}", batch=long(), forward=ForwardOptions(attention=name)) for name in PORTABLE_BACKENDS]
+] + [Case(f"attention-{name}", batch=long(), forward=ForwardOptions(attention=name)) for name in PORTABLE_KERNELS]
 
 
 def mean_gradients(

@@ -10,14 +10,16 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
 from realjax.data.packing import unpack
+from realjax.engine.attention.choose import make_attention
+from realjax.engine.attention.reference import dense_attention
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.hf.families import FAMILIES, config_from_hf
-from realjax.models.attention import BACKENDS, make_attention
 from tests.builders import (
-    PORTABLE_BACKENDS,
+    CASE,
+    PORTABLE_KERNELS,
     assert_close_in_norm,
     make_examples,
     make_layout,
@@ -35,13 +37,13 @@ transformers = pytest.importorskip("transformers")
 EXAMPLES = make_examples([60, 5, 33, 9, 21, 1, 47, 16], vocab_size=SIZES["vocab_size"])
 
 
-def check_logits(theirs, model, params, backends=PORTABLE_BACKENDS) -> None:
+def check_logits(theirs, model, params, kernels=PORTABLE_KERNELS) -> None:
     """Compares every sequence with its own run in transformers; rows of 128 make attention work in blocks."""
     expected = [their_logits(theirs, example["tokens"]) for example in EXAMPLES]
     assert max(np.abs(logits).max() for logits in expected) > 1  # else a tolerance of 1e-4 says little
     for batch, plan in (one_per_row(EXAMPLES), pack_in_order(EXAMPLES, 128, order=[3, 0, 1, 7, 2, 6, 5, 4])):
-        for backend in backends:
-            logits_fn = partial(our_logits, model, attention_fn=make_attention(backend))
+        for kernel in kernels:
+            logits_fn = partial(our_logits, model, attention_fn=make_attention(kernel, CASE))
             for logits, theirs_alone in zip(unpack(quick_jit(logits_fn)(params, batch=batch), plan), expected):
                 np.testing.assert_allclose(logits, theirs_alone, rtol=0, atol=1e-4)
 
@@ -66,7 +68,7 @@ def test_long_positions_are_rotated_as_transformers_does():
     for first in (8000, 131000):
         positions = first + np.arange(tokens.shape[1], dtype=np.int32)[None]
         batch = {"tokens": tokens, "positions": positions, "segment_ids": np.ones_like(positions)}
-        logits = our_logits(model, params, batch, BACKENDS["dense"])
+        logits = our_logits(model, params, batch, dense_attention)
         with torch.no_grad():
             expected = theirs(
                 torch.from_numpy(tokens).long(), position_ids=torch.from_numpy(positions).long(), use_cache=False

@@ -1,11 +1,12 @@
+from dataclasses import replace
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from realjax.models.attention import BACKENDS, make_attention
-from tests.builders import PORTABLE_BACKENDS, quick_jit
+from realjax.engine.attention.choose import KERNELS, Case, make_attention, make_decoding
+from tests.builders import CASE, PORTABLE_KERNELS, make_layout, quick_jit
 
 N, K, H = 4, 2, 4
 
@@ -37,49 +38,49 @@ def one_token_at_a_time(q, k, v, segment_ids, window):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 1000])
 @pytest.mark.parametrize("row_len", [17, 96, 256])
-@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
-def test_every_backend_attends_to_its_own_segment_and_window(backend, row_len, window):
+@pytest.mark.parametrize("kernel", PORTABLE_KERNELS)
+def test_every_kernel_attends_to_its_own_segment_and_window(kernel, row_len, window):
     q, k, v, segment_ids = make_inputs(row_len)
-    found = quick_jit(partial(make_attention(backend), window=window))(q, k, v, segment_ids)
+    found = quick_jit(partial(make_attention(kernel, CASE), window=window))(q, k, v, segment_ids)
     expected = one_token_at_a_time(q, k, v, segment_ids, window)
     real = segment_ids > 0
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=2e-6)
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
+@pytest.mark.parametrize("kernel", PORTABLE_KERNELS)
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("num_shards", [2, 4])
-def test_repeating_kv_heads_for_shards_changes_nothing(backend, num_kv_heads, num_shards):
+def test_repeating_kv_heads_for_shards_changes_nothing(kernel, num_kv_heads, num_shards):
     q, k, v, segment_ids = make_inputs(24, num_kv_heads)
-    alone = quick_jit(partial(make_attention(backend), window=None))(q, k, v, segment_ids)
-    repeated = quick_jit(partial(make_attention(backend, num_shards), window=None))(q, k, v, segment_ids)
+    alone = quick_jit(partial(make_attention(kernel, CASE), window=None))(q, k, v, segment_ids)
+    repeated = quick_jit(partial(make_attention(kernel, CASE, num_shards), window=None))(q, k, v, segment_ids)
     np.testing.assert_allclose(repeated, alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", PORTABLE_BACKENDS)
+@pytest.mark.parametrize("kernel", PORTABLE_KERNELS)
 @pytest.mark.parametrize("window", [None, 7, 90])
-def test_a_bound_on_segments_changes_nothing_where_it_holds(backend, window):
+def test_a_bound_on_segments_changes_nothing_where_it_holds(kernel, window):
     q, k, v, segment_ids = make_inputs(192)
     segment_ids[:] = np.arange(192) // 50 + 1
-    free = quick_jit(partial(make_attention(backend), window=window))(q, k, v, segment_ids)
+    free = quick_jit(partial(make_attention(kernel, CASE), window=window))(q, k, v, segment_ids)
     for bound in (50, 51, 190, 5000):
-        attention_fn = make_attention(backend, max_segment_len=bound)
+        attention_fn = make_attention(kernel, CASE, max_segment_len=bound)
         bounded = quick_jit(partial(attention_fn, window=window))(q, k, v, segment_ids)
         np.testing.assert_allclose(bounded, free, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [name for name in PORTABLE_BACKENDS if name != "dense"])
+@pytest.mark.parametrize("kernel", [name for name in PORTABLE_KERNELS if name != "dense"])
 @pytest.mark.parametrize("num_kv_heads", [1, N])
 @pytest.mark.parametrize(("row_len", "window"), [(96, None), (96, 20), (320, 65), (320, 64), (640, 120)])
-def test_every_backend_has_the_gradients_of_the_reference(backend, row_len, window, num_kv_heads):
+def test_every_kernel_has_the_gradients_of_the_reference(kernel, row_len, window, num_kv_heads):
     q, k, v, segment_ids = make_inputs(row_len, num_kv_heads)
     weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32) * (segment_ids > 0)[..., None, None]
 
-    def loss(backend, q, k, v):
-        return (make_attention(backend)(q, k, v, segment_ids, window) * weights).sum()
+    def loss(kernel, q, k, v):
+        return (make_attention(kernel, CASE)(q, k, v, segment_ids, window) * weights).sum()
 
-    found = quick_jit(jax.grad(partial(loss, backend), (0, 1, 2)))(q, k, v)
+    found = quick_jit(jax.grad(partial(loss, kernel), (0, 1, 2)))(q, k, v)
     expected = quick_jit(jax.grad(partial(loss, "dense"), (0, 1, 2)))(q, k, v)
     for one, other in zip(found, expected):
         assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other)
@@ -94,8 +95,10 @@ def test_cudnn_agrees_with_the_reference_on_packed_rows(window):
     segment_ids = make_inputs(128)[3]
     weights = np.asarray(segment_ids > 0, np.float32)[..., None, None]
 
-    def loss(backend, q, k, v):
-        return (make_attention(backend)(q, k, v, segment_ids, window).astype("float32") * weights).sum()
+    case = Case(use="rows", platform="gpu", dtype="bfloat16", head_dim=64)
+
+    def loss(kernel, q, k, v):
+        return (make_attention(kernel, case)(q, k, v, segment_ids, window).astype("float32") * weights).sum()
 
     found, expected = (jax.value_and_grad(partial(loss, name), (0, 1, 2))(q, k, v) for name in ("cudnn", "dense"))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -103,9 +106,35 @@ def test_cudnn_agrees_with_the_reference_on_packed_rows(window):
         assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
 
 
-def test_auto_is_a_backend_and_another_name_is_refused():
-    q, k, v, segment_ids = make_inputs(17)
-    auto = make_attention("auto")(q, k, v, segment_ids, None)
-    np.testing.assert_allclose(auto, make_attention("dense")(q, k, v, segment_ids, None), atol=1e-5)
-    with pytest.raises(ValueError, match=f"found 'flash3'; use one of auto, {', '.join(BACKENDS)}"):
-        make_attention("flash3")
+DECODING_KERNELS = tuple(name for name in PORTABLE_KERNELS if KERNELS[name].decoding)
+DECODING = replace(CASE, use="decoding")
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, K, N])
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("kernel", DECODING_KERNELS)
+def test_a_token_decoded_is_the_last_of_its_row(kernel, window, num_kv_heads):
+    """The cache is longer than the row, and what is behind the row in it does not matter."""
+    q, k, v, _ = make_inputs(24, num_kv_heads)
+    lengths, rows = np.array([0, 7, 17]), np.arange(3)
+    expected = one_token_at_a_time(q, k, v, np.ones((3, 24)), window)[rows, lengths]
+    cache = (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+    found = quick_jit(partial(make_decoding(kernel, DECODING), window=window))(q[rows, lengths], *cache, lengths)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    beyond = np.arange(24) > lengths[:, None]
+    cache = (np.where(beyond[:, None, None], 1e3, cache[0]), np.where(beyond[:, None, :, None], 1e3, cache[1]))
+    again = quick_jit(partial(make_decoding(kernel, DECODING), window=window))(q[rows, lengths], *cache, lengths)
+    np.testing.assert_array_equal(again, found)
+
+
+@pytest.mark.parametrize("kernel", DECODING_KERNELS)
+def test_query_heads_split_over_devices_decode_alike(kernel):
+    """Four query heads on four devices, which share two key-value heads: each device has both of them."""
+    q, k, v, _ = make_inputs(24)
+    layout, lengths = make_layout(tp=4), np.array([3, 23, 11])
+    args = (q[:, 0], k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+    alone = quick_jit(partial(make_decoding(kernel, DECODING), window=None))(*args, lengths)
+    heads = layout.sharding(None, "tensor")
+    spread = jax.device_put(args, (heads, layout.replicated, layout.replicated))
+    decode = quick_jit(partial(make_decoding(kernel, DECODING), window=None), out_shardings=heads)
+    np.testing.assert_allclose(decode(*spread, lengths), alone, atol=1e-6)

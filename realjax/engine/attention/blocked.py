@@ -1,0 +1,104 @@
+"""Blocks of queries against the keys that they may reach, in plain JAX, with a backward pass that keeps no scores."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from realjax.engine.attention.reference import packed_mask
+
+
+def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+    """Blocks of queries against the keys they may reach: a fraction of the work and the memory of `dense`.
+
+    A row much longer than the window is cut into chunks, which are then rows like the others, with the chunk before
+    each as keys that come first: few large products instead of many small ones. No scores are kept for the backward
+    pass, see `_attend`.
+    """
+    R, T, N, H = q.shape
+    K = k.shape[2]
+    size = _block_len(T, T if window is None else window)
+    chunk = _chunk_len(T, T if window is None else window, size)
+    past = 0 if chunk == T else chunk
+    # Heads before time, once and for the small arrays: the scores then come out as the softmax reads them.
+    q = (q * H**-0.5).reshape(-1, chunk, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v, k_segments = (_with_chunk_before(x, chunk) for x in (k, v, segment_ids))
+    k, v, q_segments = k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids.reshape(-1, chunk)
+    outputs = []
+    for start in range(0, chunk, size):
+        end, here = start + size, past + start
+        first = 0 if window is None else max(0, (here - window + 1) // size * size)
+        mask = packed_mask(q_segments[:, start:end], k_segments[:, first : past + end], here - first, window)
+        block = q[:, :, :, start:end].reshape(-1, K, N // K * size, H)
+        attended = _attend(block, k[:, :, first : past + end], v[:, :, first : past + end], mask)
+        outputs.append(attended.reshape(-1, K, N // K, size, H))
+    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(R, T, N, H)
+
+
+def _with_chunk_before(x: Array, chunk: int) -> Array:
+    """`[R, T, ...]` -> `[R * T/chunk, 2 chunk, ...]`: each chunk after the one before it, a row's first after zeros."""
+    R, T = x.shape[:2]
+    if chunk == T:
+        return x
+    chunks = x.reshape(R, T // chunk, chunk, *x.shape[2:])
+    before = jnp.pad(chunks[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 1))
+    return jnp.concatenate([before, chunks], axis=2).reshape(-1, 2 * chunk, *x.shape[2:])
+
+
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Returns attention of scaled queries `[R, K, G T, H]` to keys and values `[R, K, S, H]` under a mask `[R, T, S]`.
+
+    The backward pass computes the scores again from each query's log normaliser, as in arXiv:2205.14135: compared with
+    differentiating a softmax it passes over them half as often, and compared with keeping them it is no slower.
+    """
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _masked_scores(q: Array, k: Array, mask: Array) -> Array:
+    R, K, Q, _ = q.shape
+    T, S = mask.shape[1:]
+    scores = jnp.einsum("RKQH,RKSH->RKQS", q, k, preferred_element_type=jnp.float32)
+    # Added, not selected: XLA's CPU backend takes a sum into the pass that follows.
+    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    return (scores.reshape(R, K, Q // T, T, S) + bias[:, None, None]).reshape(R, K, Q, S)
+
+
+def _attend_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
+    scores = _masked_scores(q, k, mask)
+    largest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(axis=-1, keepdims=True)
+    summed = jnp.einsum("RKQS,RKSH->RKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    attended = (summed / total).astype(v.dtype)
+    return attended, (q, k, v, mask, largest + jnp.log(total), attended)
+
+
+def _attend_backward(residuals: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, mask, log_total, attended = residuals
+    probs = jnp.exp(_masked_scores(q, k, mask) - log_total)
+    grad_probs = jnp.einsum("RKQH,RKSH->RKQS", grad, v, preferred_element_type=jnp.float32)
+    mean_grad = jnp.sum(grad.astype(jnp.float32) * attended, axis=-1, keepdims=True)
+    grad_scores = (probs * (grad_probs - mean_grad)).astype(q.dtype)
+    grad_q = jnp.einsum("RKQS,RKSH->RKQH", grad_scores, k)
+    grad_k = jnp.einsum("RKQS,RKQH->RKSH", grad_scores, q)
+    return grad_q, grad_k, jnp.einsum("RKQS,RKQH->RKSH", probs.astype(v.dtype), grad), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _chunk_len(row_len: int, reach: int, size: int) -> int:
+    """Returns the shortest part of a row, in whole blocks, that no query looks back beyond; the row unless it has four.
+
+    With fewer parts the keys before the first one, all masked, cost more than larger products win.
+    """
+    lengths = range(size, row_len // 4 + 1, size)
+    return next((n for n in lengths if row_len % n == 0 and n >= reach - 1), row_len)
+
+
+def _block_len(row_len: int, reach: int) -> int:
+    """Returns the queries of a block: an eighth of the row or a quarter of how far back they look, but at least 64."""
+    limit = min(max(64, min(row_len // 8, reach // 4)), row_len)
+    size = next(n for n in range(limit, 0, -1) if row_len % n == 0)
+    # A row length without such a divisor would fall apart into single tokens.
+    return size if size * 4 >= limit else row_len

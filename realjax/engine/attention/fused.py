@@ -1,0 +1,24 @@
+"""JAX's own attention, by XLA or by cuDNN, under our masks."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from realjax.engine.attention.reference import cache_mask, packed_mask
+
+
+def fused_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, *, implementation: Literal["xla", "cudnn"]
+) -> Array:
+    """Packed rows; cuDNN takes the mask as a bias of one head, `[R, 1, T, T]` of memory, and T must be even."""
+    mask = packed_mask(segment_ids, segment_ids, 0, window)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+
+
+def fused_decoding(q_BNH: Array, k_BKHS: Array, v_BKSH: Array, lengths: Array, window: int | None) -> Array:
+    """One query a row by XLA, which wants the heads inside: the cache is transposed for it."""
+    k, v = jnp.einsum("BKHS->BSKH", k_BKHS), jnp.einsum("BKSH->BSKH", v_BKSH)
+    mask = cache_mask(lengths, k.shape[1], window)[:, None, None]
+    return jax.nn.dot_product_attention(q_BNH[:, None], k, v, mask=mask, implementation="xla")[:, 0]
