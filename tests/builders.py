@@ -121,6 +121,15 @@ def pack_in_order(
     return pack(examples, plan, num_rows=num_rows), plan
 
 
+def unpack_array(array: Any, plan: PackPlan) -> list[np.ndarray]:
+    """Returns an array's part of each sequence, in the plan's order: `[L, ...]` of `[R, T, ...]`, 0-d of `[R, S]`."""
+    array = np.asarray(array)
+    assert plan.num_segments != plan.row_len, "the width does not tell which of the two it is"
+    is_per_token = array.shape[1] == plan.row_len
+    places = {index: (row, tokens if is_per_token else segment) for index, row, segment, tokens in plan.places()}
+    return [array[places[index]] for index in range(len(plan.lengths))]
+
+
 def one_per_row(examples: Sequence[dict[str, np.ndarray]]) -> tuple[Batch, PackPlan]:
     """Returns one sequence a row, padded on the right to the longest."""
     lengths = tuple(len(example["tokens"]) for example in examples)

@@ -1,7 +1,7 @@
 """Logical axis names to mesh axes: three rule tables and one strict resolver.
 
-Every dim of a parameter and every dim of an important activation has a name. A table gives each name one mesh axis, or
-None where the dim is not split. Nothing is split, or left whole, without standing here.
+Every dim of a parameter, of a batch's arrays and of an important activation has a name. A table gives each name one
+mesh axis, or None where the dim is not split. Nothing is split, or left whole, without standing here.
 """
 
 import math
@@ -45,9 +45,13 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "ffn": "tensor",
         "norm": None,
         "score": None,
-        # activations
+        # batches and activations
         "rows": "data",
         "time": None,
+        "segments": None,
+        "pairs": None,
+        "targets": None,
+        "kept": None,
         "residual_time": "tensor" if strategy.sequence_parallel else None,
         "act_embed": None,
         "act_vocab": IfDivides(("tensor", "pipe"), otherwise="tensor"),
@@ -102,6 +106,13 @@ def resolve(names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, 
     return PartitionSpec(*spec)
 
 
+def resolve_sharding(
+    names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, subject: str, memory_kind: str | None = None
+) -> NamedSharding:
+    """Returns the sharding in `layout` of an array `subject`; ValueError as for `resolve`."""
+    return NamedSharding(layout.mesh, resolve(names, shape, rules, layout, subject), memory_kind=memory_kind)
+
+
 def _as_tuple(axes: Axes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
@@ -121,7 +132,7 @@ def tree_shardings(axes: Tree, abstract: Tree, rules: Rules, layout: Layout, mem
     """Returns the tree of NamedShardings of parameters (or of anything of their shapes) in `layout`."""
 
     def one(path: str, leaf, names: Names) -> NamedSharding:
-        return NamedSharding(layout.mesh, resolve(names, leaf.shape, rules, layout, path), memory_kind=memory_kind)
+        return resolve_sharding(names, leaf.shape, rules, layout, path, memory_kind)
 
     return map_paths(one, abstract, axes)
 
@@ -153,8 +164,7 @@ class Constrain:
     def __call__(self, x: Array, names: Names) -> Array:
         if self.rules is None or self.layout is None or self.layout.strategy.size == 1:
             return x
-        spec = resolve(names, x.shape, self.rules, self.layout, f"activation {names}")
-        return _constrain(x, NamedSharding(self.layout.mesh, spec))
+        return _constrain(x, resolve_sharding(names, x.shape, self.rules, self.layout, f"activation {names}"))
 
     @property
     def splits_residuals(self) -> bool:

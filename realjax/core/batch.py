@@ -1,4 +1,4 @@
-"""The value that travels down the graph: named arrays that share a leading row dim."""
+"""The value that travels down the graph: arrays whose dims have names, by key."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,45 @@ from typing import Any
 import jax
 import numpy as np
 
+from realjax.core.axes import Names
+
 Array = np.ndarray | jax.Array
+
+PER_TOKEN: Names = ("rows", "time")
+PER_SEGMENT: Names = ("rows", "segments")
+# Every key that a batch may hold, and the names of its dims, which the tables of `core.axes` place. Nothing is known of
+# a key that does not stand here: whoever adds one, enters it.
+BATCH_DIMS: Mapping[str, Names] = {
+    # what packing makes
+    "tokens": PER_TOKEN,
+    "segment_ids": PER_TOKEN,
+    "positions": PER_TOKEN,
+    # data sets
+    "loss_mask": PER_TOKEN,
+    "pair_weight": ("rows", "pairs"),
+    "prompt_id": PER_SEGMENT,
+    # rollouts
+    "logprobs": PER_TOKEN,
+    "kept": (*PER_TOKEN, "kept"),  # words of `core.draw.KeptTokens`
+    "has_eos": PER_SEGMENT,
+    "group": PER_SEGMENT,
+    "sample_id": PER_SEGMENT,
+    "is_baseline": PER_SEGMENT,
+    # inference calls
+    "old_logprobs": PER_TOKEN,
+    "ref_logprobs": PER_TOKEN,
+    "scores": PER_TOKEN,
+    "values": PER_TOKEN,
+    # host calls
+    "rewards": PER_SEGMENT,
+    "advantages": PER_TOKEN,
+    "returns": PER_TOKEN,
+    "old_values": PER_TOKEN,
+    "train_mask": PER_TOKEN,
+    "seq_share": PER_SEGMENT,
+    # what a model call adds for itself
+    "targets": ("rows", "targets"),
+}
 
 _HOST_DTYPES = {"b": np.bool_, "i": np.int32, "u": np.int32, "f": np.float32}
 
@@ -15,7 +53,7 @@ _HOST_DTYPES = {"b": np.bool_, "i": np.int32, "u": np.int32, "f": np.float32}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Packed rows: per-token arrays [R, T, ...] and per-sequence arrays [R, S, ...] by name; a pytree with static keys.
+    """Packed rows: arrays by key, with the dims that `BATCH_DIMS` says; a pytree with static keys.
 
     Per-token arrays are aligned with the token they speak of. `segment_ids` is 0 at padding and 1..S from the left.
     """
@@ -24,9 +62,12 @@ class Batch:
 
     @classmethod
     def of(cls, **arrays: Any) -> "Batch":
-        """Batch of the given arrays, host ones as int32, bool or float32; ValueError where they share no row dim."""
+        """Batch of the given arrays, host ones as int32, bool or float32.
+
+        ValueError for an unknown key, and where dims are not those of the key or of one name have two sizes.
+        """
         converted = {key: _as_conventional(key, array) for key, array in arrays.items()}
-        _check_rows(converted)
+        _check_dims(converted)
         return cls(arrays=converted)
 
     def __getitem__(self, key: str) -> Any:
@@ -69,12 +110,12 @@ class Batch:
         return int(np.count_nonzero(segment_ids))
 
     def with_arrays(self, **arrays: Any) -> "Batch":
-        """This batch with more keys; ValueError where a key would change its array or the row dim differs."""
+        """This batch with more keys; ValueError where a key would change its array, and as `of` does."""
         for key, array in arrays.items():
             if key in self.arrays and self.arrays[key] is not array:
                 raise ValueError(f"batch: key {key!r} is there already; give the new array another name")
         merged = self.arrays | {key: _as_conventional(key, array) for key, array in arrays.items()}
-        _check_rows(merged)
+        _check_dims(merged)
         return Batch(arrays=merged)
 
     def replace_arrays(self, **arrays: Any) -> "Batch":
@@ -92,6 +133,21 @@ class Batch:
         return Batch(arrays={key: array[rows] for key, array in self.arrays.items()})
 
 
+def find_dims(key: str) -> Names:
+    """The names of a key's dims; ValueError for a key that is not known."""
+    if key not in BATCH_DIMS:
+        raise ValueError(
+            f"batch: the dims of key {key!r} have no names; enter the key in BATCH_DIMS of realjax/core/batch.py, "
+            f"which has {', '.join(sorted(BATCH_DIMS))}"
+        )
+    return BATCH_DIMS[key]
+
+
+def is_per_token(key: str) -> bool:
+    """Whether a key has an entry for each token; otherwise it has one for each sequence. ValueError as `find_dims`."""
+    return "time" in find_dims(key)
+
+
 def _as_conventional(key: str, array: Any) -> Array:
     if isinstance(array, jax.Array):
         return array
@@ -106,8 +162,18 @@ def _as_conventional(key: str, array: Any) -> Array:
     return array.astype(dtype, copy=False)
 
 
-def _check_rows(arrays: Mapping[str, Array]) -> None:
-    shapes = {key: tuple(array.shape) for key, array in arrays.items()}
-    if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values():
-        found = ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items())) or "no array"
-        raise ValueError(f"batch: arrays must share their leading dim, the rows; found {found}")
+def _check_dims(arrays: Mapping[str, Array]) -> None:
+    if not arrays:
+        raise ValueError("batch: found no array; needed at least one")
+    sizes: dict[str, tuple[int, str]] = {}
+    for key, array in arrays.items():
+        names = find_dims(key)
+        if array.ndim != len(names):
+            raise ValueError(f"batch: {key!r} has shape {array.shape}; its dims are {', '.join(names)}")
+        for name, size in zip(names, array.shape, strict=True):
+            expected, other = sizes.setdefault(name, (size, key))
+            if size != expected:
+                raise ValueError(
+                    f"batch: {key!r} has shape {array.shape}, {size} {name}, but {other!r} has {expected} of them; "
+                    "a dim has one size in a batch"
+                )

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from realjax.core.batch import Array, Batch
+from realjax.core.batch import Batch, find_dims, is_per_token
 
 # Of a batch: XLA counts the entries of an array in 32 bits.
 MOST_TOKENS = 2**31 - 1
@@ -26,9 +26,17 @@ class PackPlan:
 
     @property
     def num_segments(self) -> int:
-        """S, the sequences of the fullest row; never T, so that an array's width tells per-sequence from per-token."""
-        most = max(map(len, self.rows), default=0)
-        return most + 1 if most == self.row_len else most
+        """S, the sequences of the fullest row."""
+        return max(map(len, self.rows), default=0)
+
+    def places(self) -> Iterator[tuple[int, int, int, slice]]:
+        """Yields (sequence, row, segment from 0, slice of tokens)."""
+        for row, members in enumerate(self.rows):
+            start = 0
+            for segment, index in enumerate(members):
+                end = start + self.lengths[index]
+                yield index, row, segment, slice(start, end)
+                start = end
 
 
 def bucket_len(n: int, buckets: Sequence[int] | None = None) -> int:
@@ -114,67 +122,50 @@ def pack(
 ) -> Batch:
     """Batch of `num_rows` rows (default: the plan's) with every key of the examples, `segment_ids` and `positions`.
 
-    Arrays [L, ...] become [R, T, ...]; 0-d values become [R, S]; padding is 0 or False. Rows beyond the plan's come
-    last: a plan balanced over shards should have them itself. An example with the key `part_lens` [P] holds P sequences
-    one after the other, each a segment of its own; S then counts examples. Raises ValueError where the examples do not
-    match each other or the plan, or do not fit.
+    Of a key with dim `time` an example has [L, ...], which becomes [R, T, ...]; of any other it has what becomes its
+    place in [R, S, ...]. Padding is 0 or False. Rows beyond the plan's come last: a plan balanced over shards should
+    have them itself. An example with the key `part_lens` [P] holds P sequences one after the other, each a segment of
+    its own; S then counts examples. Raises ValueError where the examples do not match each other, their keys' dims or
+    the plan, or do not fit.
     """
     num_rows = len(plan.rows) if num_rows is None else num_rows
     num_segments = plan.num_segments if num_segments is None else num_segments
     if len(examples) != len(plan.lengths) or not examples:
         raise ValueError(f"packing: found {len(examples)} examples for a plan of {len(plan.lengths)}; needed as many")
-    if num_rows < len(plan.rows) or num_segments < plan.num_segments or num_segments == plan.row_len:
+    if num_rows < len(plan.rows) or num_segments < plan.num_segments:
         raise ValueError(
-            f"packing: found {num_rows} rows of {num_segments} segments; needed at least {len(plan.rows)} rows, "
-            f"at least {plan.num_segments} segments and not {plan.row_len} of them, the row length"
+            f"packing: found {num_rows} rows of {num_segments} segments; needed at least {len(plan.rows)} rows of "
+            f"{plan.num_segments} segments"
         )
     _check_examples(examples, plan)
-    keys = [key for key in examples[0] if key != PART_LENS]
-    arrays = {key: _zeros_like(examples[0][key], num_rows, num_segments, plan) for key in keys}
+    arrays = {}
+    for key, value in examples[0].items():
+        if key != PART_LENS:
+            shape = (plan.row_len, *np.shape(value)[1:]) if is_per_token(key) else (num_segments, *np.shape(value))
+            arrays[key] = np.zeros((num_rows, *shape), value.dtype)
     segment_ids = np.zeros((num_rows, plan.row_len), np.int32)
     positions = np.zeros((num_rows, plan.row_len), np.int32)
-    for index, row, segment, tokens in _places(plan):
+    for index, row, segment, tokens in plan.places():
         parts = examples[index].get(PART_LENS, [plan.lengths[index]])
         segment_ids[row, tokens] = np.repeat(segment * len(parts) + 1 + np.arange(len(parts)), parts)
         positions[row, tokens] = np.concatenate([np.arange(length) for length in parts])
-        for key in keys:
-            value = examples[index][key]
-            arrays[key][row, segment if np.ndim(value) == 0 else tokens] = value
+        for key, array in arrays.items():
+            array[row, tokens if is_per_token(key) else segment] = examples[index][key]
     return Batch.of(segment_ids=segment_ids, positions=positions).with_arrays(**arrays)
 
 
-def unpack(array: Array, plan: PackPlan) -> list[np.ndarray]:
-    """The inverse of `pack` for one array, in the order of the sequences: [L, ...] from [R, T, ...], 0-d from [R, S].
-
-    Raises ValueError when the array's rows or width cannot be the plan's.
-    """
-    array = np.asarray(array)
-    per_token = array.ndim >= 2 and array.shape[1] == plan.row_len
-    if array.ndim < 2 or array.shape[0] < len(plan.rows) or not (per_token or array.shape[1] >= plan.num_segments):
-        raise ValueError(
-            f"packing: found an array of shape {array.shape}; needed at least {len(plan.rows)} rows, of {plan.row_len} "
-            f"tokens or of {plan.num_segments} or more segments"
-        )
-    values: list[np.ndarray] = [array[:0]] * len(plan.lengths)
-    for index, row, segment, tokens in _places(plan):
-        values[index] = array[row, tokens] if per_token else array[row, segment]
-    return values
-
-
-def sequences_of(batch: Batch) -> list[dict[str, np.ndarray]]:
-    """The sequences of a packed batch of host arrays, row by row from the left.
+def unpack(batch: Batch) -> list[dict[str, np.ndarray]]:
+    """The sequences of a packed batch of host arrays, row by row from the left; the inverse of `pack`.
 
     [L, ...] of each per-token array, 0-d of each [R, S] one. `segment_ids` and `positions` are left out, as `pack`
     makes them anew.
     """
-    keys = [key for key in batch if key not in ("segment_ids", "positions")]
-    arrays = {key: np.asarray(batch[key]) for key in keys}
-    is_per_token = {key: array.shape[1] == batch.row_len for key, array in arrays.items()}
+    arrays = {key: np.asarray(batch[key]) for key in batch if key not in ("segment_ids", "positions")}
     sequences = []
     for row, segment_ids in enumerate(np.asarray(batch["segment_ids"])):
         edges = np.searchsorted(segment_ids[: np.count_nonzero(segment_ids)], np.arange(1, segment_ids.max() + 2))
         for segment, (start, end) in enumerate(pairwise(edges)):
-            index = {key: slice(start, end) if is_per_token[key] else segment for key in keys}
+            index = {key: slice(start, end) if is_per_token(key) else segment for key in arrays}
             sequences.append({key: array[row, index[key]] for key, array in arrays.items()})
     return sequences
 
@@ -196,22 +187,6 @@ def bucket_rows(num_rows: int, row_multiple: int) -> int:
     return -(-groups // step) * step * row_multiple
 
 
-def _zeros_like(value: np.ndarray, num_rows: int, num_segments: int, plan: PackPlan) -> np.ndarray:
-    value = np.asarray(value)
-    width = num_segments if value.ndim == 0 else plan.row_len
-    return np.zeros((num_rows, width, *value.shape[1:]), value.dtype)
-
-
-def _places(plan: PackPlan) -> Iterator[tuple[int, int, int, slice]]:
-    """Yields (sequence, row, segment from 0, slice of tokens)."""
-    for row, members in enumerate(plan.rows):
-        start = 0
-        for segment, index in enumerate(members):
-            end = start + plan.lengths[index]
-            yield index, row, segment, slice(start, end)
-            start = end
-
-
 def _check_examples(examples: Sequence[dict[str, np.ndarray]], plan: PackPlan) -> None:
     for index, (example, length) in enumerate(zip(examples, plan.lengths, strict=True)):
         if example.keys() != examples[0].keys():
@@ -221,8 +196,8 @@ def _check_examples(examples: Sequence[dict[str, np.ndarray]], plan: PackPlan) -
         for key, value in example.items():
             if key == PART_LENS:
                 continue
-            if np.ndim(value) != np.ndim(examples[0][key]) or (np.ndim(value) and len(value) != length):
-                shape = np.shape(value)
-                raise ValueError(
-                    f"packing: {key!r} of example {index} has shape {shape}; needed {length} tokens or 0-d"
-                )
+            shape, names = np.shape(value), find_dims(key)
+            if is_per_token(key) and (len(shape) != len(names) - 1 or shape[0] != length):
+                raise ValueError(f"packing: {key!r} of example {index} has shape {shape}; needed {length} tokens")
+            if not is_per_token(key) and len(shape) != len(names) - 2:
+                raise ValueError(f"packing: {key!r} of example {index} has shape {shape}; needed one for the example")

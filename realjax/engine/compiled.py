@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from realjax.core.axes import Rules, resolve
-from realjax.core.batch import Batch
+from realjax.core.axes import Rules, resolve_sharding
+from realjax.core.batch import Batch, find_dims
 from realjax.core.layout import Layout
 
 logger = logging.getLogger("realjax.engine")
@@ -76,18 +76,17 @@ def program_bytes(program: Any) -> int:
     return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
+def batch_shardings(batch: Batch, rules: Rules, layout: Layout) -> dict[str, NamedSharding]:
+    """Returns where the rules put each of a batch's arrays. Raises ValueError when a dim does not divide."""
+    return {
+        key: resolve_sharding(find_dims(key), batch[key].shape, rules, layout, f"batch key '{key}'") for key in batch
+    }
+
+
 def place_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
-    """Returns the batch on the layout's devices, rows split over the data axis.
-
-    Raises ValueError when the rows do not divide over it.
-    """
-
-    def place(key: str, array: np.ndarray) -> jax.Array:
-        names = ("rows",) + ("time",) * (array.ndim - 1)
-        spec = resolve(names, array.shape, rules, layout, f"batch key '{key}'")
-        return place_array(array, NamedSharding(layout.mesh, spec))
-
-    return Batch(arrays={key: place(key, batch[key]) for key in batch.keys()})  # noqa: SIM118 - Batch is no dict
+    """Returns the batch of host arrays on the layout's devices; ValueError as for `batch_shardings`."""
+    places = batch_shardings(batch, rules, layout)
+    return Batch(arrays={key: place_array(batch[key], sharding) for key, sharding in places.items()})
 
 
 def place_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -7,7 +7,7 @@ import numpy as np
 from realjax.core.batch import Batch
 from realjax.core.loss import LossSums
 from realjax.core.metrics import Metric, summarize
-from realjax.data.packing import sequences_of
+from realjax.data.packing import unpack
 from realjax.dataflow.graph import HostCall
 from realjax.dataflow.run import DecodeFn, Evaluation, RolloutEvaluation
 from realjax.record.samples import Sample
@@ -44,7 +44,7 @@ def evaluate_rollouts(
 def read_samples(rollout: Batch, decode_fn: DecodeFn, variant: str) -> list[Sample]:
     """Returns the texts of a rollout's first prompts, in the order of their numbers."""
     keys = [key for key in ("tokens", "loss_mask", "rewards", "group", "segment_ids", "positions") if key in rollout]
-    sequences = sorted(sequences_of(rollout.select(keys)), key=lambda sequence: int(sequence["group"]))
+    sequences = sorted(unpack(rollout.select(keys)), key=lambda sequence: int(sequence["group"]))
     sequences = sequences[:MOST_SAMPLES]
     prompts, answers = (
         [sequence["tokens"][sequence["loss_mask"] == is_answer].tolist() for sequence in sequences]

@@ -18,7 +18,7 @@ from realjax.core.metrics import Metric
 from realjax.core.trees import Tree
 from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
 from realjax.dataflow.run import Evaluation, MovingAverage
-from realjax.engine.compiled import CompileLog, place_array, place_batch
+from realjax.engine.compiled import CompileLog, batch_shardings, place_array
 from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
@@ -278,9 +278,10 @@ class Executor:
 def put_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
     """Returns the batch on the layout's devices: host arrays are put there, other calls' results moved there."""
     results = {key: batch[key] for key in batch if isinstance(batch[key], Array)}
-    fresh = place_batch(batch.select(set(batch) - set(results)), rules, layout)
-    moved, _ = reshard(results, {key: layout.sharding("data") for key in results})
-    return fresh.with_arrays(**moved)
+    places = batch_shardings(batch, rules, layout)
+    moved, _ = reshard(results, {key: places[key] for key in results})
+    fresh = {key: place_array(batch[key], places[key]) for key in batch if key not in results}
+    return Batch(arrays=fresh | moved)
 
 
 def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:

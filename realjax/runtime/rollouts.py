@@ -6,7 +6,7 @@ import numpy as np
 
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
-from realjax.data.packing import bucket_rows, pack, pack_rows, sequences_of
+from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Minibatches, Sampling
 from realjax.engine.generate import Generation, Request
 
@@ -21,7 +21,7 @@ def make_requests(prompts: Batch, sampling: Sampling, step: int) -> list[Request
     """
     num_seen: dict[int, int] = {}
     requests = []
-    for prompt in sequences_of(prompts):
+    for prompt in unpack(prompts):
         row_id = int(prompt["prompt_id"])
         # A batch that straddles two epochs may hold a prompt twice.
         occurrence = num_seen.setdefault(row_id, 0)
@@ -83,7 +83,7 @@ def make_minibatches(
     there are fewer minibatches, or none.
     """
     # In an order of their own: how they are packed differs between layouts.
-    sequences = sorted(sequences_of(rollout), key=lambda sequence: sequence["tokens"].tobytes())
+    sequences = sorted(unpack(rollout), key=lambda sequence: sequence["tokens"].tobytes())
     if "train_mask" in rollout:
         sequences = [sequence for sequence in sequences if sequence["train_mask"].any()]
     if not sequences:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from realjax.core.batch import Batch
-from realjax.data.packing import PackPlan, unpack
-from tests.builders import pack_in_order
+from realjax.data.packing import PackPlan
+from tests.builders import pack_in_order, unpack_array
 
 Rollout = dict[str, np.ndarray]
 # Prompt and response lengths: single tokens, empty responses, and prompts of one token among them.
@@ -80,6 +80,6 @@ def run_host_call(fn, rollouts: list[Rollout], state=None, *, packing: str = "sh
     """Returns each output by sequence, the new state and the metrics; garbage stands wherever nothing may look."""
     batch, plan = PACKINGS[packing].pack(rollouts)
     result = fn(poisoned(host_arrays(batch), garbage), state or {})
-    outputs = {key: unpack(array, plan) for key, array in result.arrays.items()}
+    outputs = {key: unpack_array(array, plan) for key, array in result.arrays.items()}
     assert all(np.isfinite(array).all() for array in result.arrays.values())
     return outputs, result

@@ -10,10 +10,10 @@ from realjax.algorithms.policy import PolicyParameters, make_policy_loss, policy
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.metrics import finalize
-from realjax.data.packing import unpack
 from realjax.dataflow.graph import Minibatches
 from realjax.runtime.rollouts import make_minibatches
 from tests.algorithms.rollout_cases import CUT_OFF, LENGTHS, PACKINGS, Packing, host_arrays, make_rollouts
+from tests.builders import unpack_array
 
 VARIANTS = {
     "ReaL": PolicyParameters(),
@@ -23,6 +23,8 @@ VARIANTS = {
     "entropy": PolicyParameters(entropy_coef=0.02, kl_in="loss", kl_estimator="k1", recompute_logprobs=True),
     "reinforce": PolicyParameters(surrogate="reinforce", loss_aggregation="sequence"),
 }
+# What the actor says is packed as the batch is, under keys that the loss does not read.
+NEW, ENTROPY = "values", "scores"
 SKIPPED = 4  # a sequence that the train mask leaves out
 NUM_LEARNED = sum(response > 0 for _, response in LENGTHS) - 1
 
@@ -38,8 +40,8 @@ def make_cases(seed=0, change=0.35):
             "train_mask": mask,
             "advantages": normal(),
             "seq_share": np.float32(mask.any() * len(LENGTHS) / NUM_LEARNED),
-            "new": r["logprobs"] + change * normal(),
-            "entropy": np.abs(normal()),
+            NEW: r["logprobs"] + change * normal(),
+            ENTROPY: np.abs(normal()),
         }
     return rollouts
 
@@ -89,7 +91,7 @@ def mean_loss(p, batch):
 
 
 def outputs_of(batch):
-    return {"logprobs": jnp.asarray(batch["new"]), "entropy": jnp.asarray(batch["entropy"])}
+    return {"logprobs": jnp.asarray(batch[NEW]), "entropy": jnp.asarray(batch[ENTROPY])}
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -98,12 +100,12 @@ def test_loss_gradient_and_metrics_are_those_of_a_loop(packing, variant):
     p, rollouts = VARIANTS[variant], make_cases()
     batch, plan = PACKINGS[packing].pack(rollouts)
     (loss, sums), grads = jax.value_and_grad(mean_loss(p, batch), has_aux=True)(outputs_of(batch))
-    news = [r["new"].astype(np.float64) for r in rollouts]
-    entropies = [r["entropy"].astype(np.float64) for r in rollouts]
+    news = [r[NEW].astype(np.float64) for r in rollouts]
+    entropies = [r[ENTROPY].astype(np.float64) for r in rollouts]
     expected, means = plain_loss(rollouts, news, entropies, p)
     assert float(loss) == pytest.approx(expected, rel=2e-5)
 
-    for i, own in enumerate(unpack(grads["logprobs"], plan)):
+    for i, own in enumerate(unpack_array(grads["logprobs"], plan)):
         for t in range(len(own)):
             nudge = np.zeros(len(own))
             nudge[t] = 1e-6
@@ -173,7 +175,7 @@ def test_at_the_old_policy_the_clipped_gradient_is_the_plain_policy_gradient():
 
 
 def test_far_gone_ratios_stay_finite():
-    rollouts = [r | {"new": r["logprobs"] + np.float32(200)} for r in make_cases()]
+    rollouts = [r | {NEW: r["logprobs"] + np.float32(200)} for r in make_cases()]
     batch, _ = PACKINGS["short rows"].pack(rollouts)
     result = jax.value_and_grad(mean_loss(PolicyParameters(kl_in="loss", kl_estimator="k3"), batch), has_aux=True)(
         outputs_of(batch)
@@ -234,8 +236,10 @@ def test_leaving_sequences_out_changes_nothing_for_the_others(aggregation, num_u
     rollouts = [r for r in rollouts if r["loss_mask"].any()] + [rollouts[0] | {"group": np.int32(9)}]
     batch, plan = Packing(order=tuple(range(len(rollouts)))).pack(rollouts)
     result = make_advantages(p)(host_arrays(batch), {})
-    batch = batch.with_arrays(**result.arrays, place=np.arange(batch["tokens"].size).reshape(batch["tokens"].shape))
-    keys = (*p.actor_inputs, "segment_ids", "positions", "place")
+    # Where a token was before it was dealt to an update, in a key that the loss does not read.
+    places = np.arange(batch["tokens"].size).reshape(batch["tokens"].shape)
+    batch = batch.with_arrays(**result.arrays, returns=places)
+    keys = (*p.actor_inputs, "segment_ids", "positions", "returns")
     found = np.zeros(batch["tokens"].size)
     parts = make_minibatches(batch.select(keys), Minibatches(count=num_updates), row_multiple=1, seed=(0,))
     assert len(parts) == num_updates
@@ -243,10 +247,10 @@ def test_leaving_sequences_out_changes_nothing_for_the_others(aggregation, num_u
         logprobs = jnp.asarray(part["logprobs"])  # of an actor that has not moved: a ratio of 1, nothing clipped
         grads = jax.grad(lambda x, part=part: mean_loss(p, part)({"logprobs": x})[0])(logprobs)
         mask = np.asarray(part["train_mask"])
-        found[np.asarray(part["place"])[mask]] = np.asarray(grads)[mask]
+        found[np.asarray(part["returns"])[mask]] = np.asarray(grads)[mask]
 
     expected = np.zeros(found.size)
-    advantages, places = unpack(result.arrays["advantages"], plan), unpack(batch["place"], plan)
+    advantages, places = unpack_array(result.arrays["advantages"], plan), unpack_array(batch["returns"], plan)
     for i, r in enumerate(rollouts):
         if not r["has_eos"]:
             continue

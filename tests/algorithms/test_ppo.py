@@ -9,9 +9,9 @@ from realjax.algorithms.kl import KL_COEFFICIENT
 from realjax.algorithms.ppo import CRITIC_INPUTS, PPOParameters, critic_loss, make_advantages, make_critic_loss
 from realjax.core.batch import Batch
 from realjax.core.metrics import finalize, summarize
-from realjax.data.packing import unpack
 from tests.algorithms.rollout_cases import LENGTHS, PACKINGS, make_rollouts, run_host_call
 from tests.algorithms.test_returns import plain_gae
+from tests.builders import unpack_array
 
 VARIANTS = {
     "ReaL": PPOParameters(),
@@ -136,10 +136,10 @@ def critic_batch(packing, seed=0):
     for i, rollout in enumerate(rollouts):
         n = len(rollout["tokens"])
         rollout |= {name: found[name][i] for name in ("returns", "old_values", "train_mask")}
-        rollout["new"] = rollout["values"] + (0.3 * rng.standard_normal(n)).astype(np.float32)
+        rollout["scores"] = rollout["values"] + (0.3 * rng.standard_normal(n)).astype(np.float32)
     batch, plan = PACKINGS[packing].pack(rollouts)
     kept = batch.select((*CRITIC_INPUTS, "segment_ids"))
-    return kept, np.asarray(batch["new"]), plan, rollouts
+    return kept, np.asarray(batch["scores"]), plan, rollouts
 
 
 def plain_critic(rollouts, new, eps):
@@ -164,14 +164,14 @@ def test_critic_loss_and_gradient_are_those_of_a_loop(packing):
         return sums.loss.sum / sums.loss.weight, sums
 
     (loss, sums), grad = jax.value_and_grad(mean_loss, has_aux=True)(jnp.asarray(new))
-    values = [x.astype(np.float64) for x in unpack(new, plan)]
+    values = [x.astype(np.float64) for x in unpack_array(new, plan)]
     expected, clip_ratio = plain_critic(rollouts, values, 0.15)
     assert 0 < clip_ratio < 1
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     metrics = finalize(sums.metrics)
     assert float(metrics["value_loss"]) == pytest.approx(expected, rel=1e-5)
     assert float(metrics["value_clip_ratio"]) == pytest.approx(clip_ratio, rel=1e-5)
-    for i, own in enumerate(unpack(grad, plan)):
+    for i, own in enumerate(unpack_array(grad, plan)):
         for t in range(len(own)):
             nudge = np.zeros(len(own))
             nudge[t] = 1e-6

@@ -15,8 +15,8 @@ from realjax.algorithms.returns import (
     whiten,
 )
 from realjax.core.metrics import summarize
-from realjax.data.packing import unpack
 from tests.algorithms.rollout_cases import LENGTHS, PACKINGS, host_arrays, make_rollouts, poisoned
+from tests.builders import unpack_array
 
 ALL_PACKINGS = pytest.mark.parametrize("packing", PACKINGS)
 RESPONSE_LENS = np.array([response for _, response in LENGTHS])
@@ -54,7 +54,7 @@ def test_gae_is_the_sum_of_discounted_errors_of_each_response(packing, discount,
         discount=discount,
         gae_lambda=gae_lambda,
     )
-    per_sequence = [unpack(array, plan) for array in (rewards, *found)]
+    per_sequence = [unpack_array(array, plan) for array in (rewards, *found)]
     for (prompt_len, _), rollout, own_rewards, advantages, returns in zip(
         LENGTHS, rollouts, *per_sequence, strict=True
     ):
@@ -104,35 +104,35 @@ def test_tokens_between_parts_of_a_response_are_stepped_over():
 def test_a_sequences_number_reaches_its_tokens_and_only_them(packing):
     responses, arrays, plan = packed(packing)
     assert (responses.num_seqs, responses.num_tokens) == (len(LENGTHS), RESPONSE_LENS.sum())
-    numbers = np.array(unpack(arrays["rewards"], plan), np.float64)
+    numbers = np.array(unpack_array(arrays["rewards"], plan), np.float64)
     for i, (prompt_len, response_len) in enumerate(LENGTHS):
         n = prompt_len + response_len
-        spread = unpack(responses.spread(arrays["rewards"]), plan)[i]
+        spread = unpack_array(responses.spread(arrays["rewards"]), plan)[i]
         np.testing.assert_allclose(spread, np.full(n, numbers[i]))
         np.testing.assert_array_equal(
-            unpack(responses.tokens_left(), plan)[i], [0] * prompt_len + list(range(response_len))[::-1]
+            unpack_array(responses.tokens_left(), plan)[i], [0] * prompt_len + list(range(response_len))[::-1]
         )
-        placed = unpack(responses.place_last(arrays["rewards"]), plan)[i]
+        placed = unpack_array(responses.place_last(arrays["rewards"]), plan)[i]
         assert placed.sum() == pytest.approx(numbers[i] if response_len else 0)
         assert not placed[:-1].any()
     spread_RT, is_padding = responses.spread(arrays["rewards"]), arrays["segment_ids"] == 0
     assert not spread_RT[is_padding].any()
-    np.testing.assert_allclose(unpack(responses.sum(spread_RT), plan), numbers * RESPONSE_LENS, rtol=1e-6)
-    np.testing.assert_array_equal(unpack(responses.lens, plan), RESPONSE_LENS)
+    np.testing.assert_allclose(unpack_array(responses.sum(spread_RT), plan), numbers * RESPONSE_LENS, rtol=1e-6)
+    np.testing.assert_array_equal(unpack_array(responses.lens, plan), RESPONSE_LENS)
 
 
 def test_only_takes_other_sequences_out():
     responses, arrays, plan = packed()
     chosen = responses.only(arrays["has_eos"])
     ended = np.array([bool(rollout["has_eos"]) for rollout in make_rollouts()])
-    np.testing.assert_array_equal(unpack(chosen.lens, plan), np.where(ended, RESPONSE_LENS, 0))
+    np.testing.assert_array_equal(unpack_array(chosen.lens, plan), np.where(ended, RESPONSE_LENS, 0))
     assert (chosen.num_seqs, chosen.num_tokens) == (ended.sum(), RESPONSE_LENS[ended].sum())
 
 
 @ALL_PACKINGS
 def test_discounting_runs_back_from_the_last_token(packing):
     responses, arrays, plan = packed(packing)
-    found = unpack(discounted_to_tokens(responses, arrays["rewards"], 0.9), plan)
+    found = unpack_array(discounted_to_tokens(responses, arrays["rewards"], 0.9), plan)
     for (prompt_len, response_len), rollout, tokens in zip(LENGTHS, make_rollouts(), found, strict=True):
         expected = [rollout["rewards"] * 0.9 ** (response_len - 1 - t) for t in range(response_len)]
         np.testing.assert_allclose(tokens, [0.0] * prompt_len + expected, rtol=1e-6)
@@ -151,7 +151,7 @@ def test_whitening_has_mean_0_and_std_1_over_the_mask_whatever_stands_elsewhere(
 
 def test_scores_are_clipped_before_the_penalty_of_being_cut_off():
     _, arrays, plan = packed()
-    found = unpack(clipped_scores(arrays, PolicyParameters(max_reward_clip=1.5, missing_eos_penalty=4.0)), plan)
+    found = unpack_array(clipped_scores(arrays, PolicyParameters(max_reward_clip=1.5, missing_eos_penalty=4.0)), plan)
     for rollout, score in zip(make_rollouts(), found, strict=True):
         assert score == pytest.approx(np.clip(rollout["rewards"], -1.5, 1.5) - (0 if rollout["has_eos"] else 4))
 
@@ -163,7 +163,7 @@ def test_kl_penalty_and_its_controller(packing, estimator):
     parameters = PolicyParameters(kl_estimator=estimator, use_adaptive_kl_ctl=True, adaptive_kl_target=0.5)
     penalty = kl_penalty(poisoned(arrays), {KL_COEFFICIENT: 0.2}, responses, parameters)
     metrics, gaps, sums = summarize([penalty.metrics]), [], []
-    for rollout, rewards in zip(make_rollouts(), unpack(penalty.rewards, plan), strict=True):
+    for rollout, rewards in zip(make_rollouts(), unpack_array(penalty.rewards, plan), strict=True):
         mask = rollout["loss_mask"]
         d = rollout["logprobs"][mask].astype(np.float64) - rollout["ref_logprobs"][mask]
         expected = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}[estimator]

@@ -5,9 +5,8 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS, sft_loss
 from realjax.core.metrics import finalize
-from realjax.data.packing import unpack
 from realjax.engine.train import TrainOptions, make_gradients
-from tests.builders import make_examples, make_layout, make_model, pack_in_order, quick_jit, random_tree
+from tests.builders import make_examples, make_layout, make_model, pack_in_order, quick_jit, random_tree, unpack_array
 
 
 def make_case(seed):
@@ -25,7 +24,7 @@ def make_case(seed):
 def test_loss_and_metrics_are_those_of_plain_loops(seed):
     batch, examples, logprobs, plan = make_case(seed)
     nll, num_targets, ppls = 0.0, 0, []
-    for example, values in zip(examples, unpack(logprobs, plan)):
+    for example, values in zip(examples, unpack_array(logprobs, plan)):
         targets = values[example["loss_mask"]]
         nll -= targets.sum()
         num_targets += len(targets)

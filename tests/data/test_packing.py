@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from realjax.core.batch import is_per_token
 from realjax.data.packing import bucket_len, pack, pack_rows, unpack
 
 
@@ -17,7 +18,7 @@ def make_examples(lengths):
             "tokens": rng.integers(1, 1000, size=length, dtype=np.int32),
             "loss_mask": rng.random(length) < 0.5,
             "kept": rng.integers(0, 9, size=(length, 3), dtype=np.int32),
-            "reward": np.float32(rng.random()),
+            "rewards": np.float32(rng.random()),
         }
         for length in lengths
     ]
@@ -29,12 +30,11 @@ def test_unpack_is_the_inverse_of_pack(seed):
     plan = pack_rows(lengths, row_len, num_shards=1 + seed % 4)
     examples = make_examples(lengths)
     batch = pack(examples, plan, num_rows=len(plan.rows) + seed % 3)
-    for key in examples[0]:
-        unpacked = unpack(batch[key], plan)
-        assert len(unpacked) == len(examples)
-        for example, value in zip(examples, unpacked, strict=True):
-            np.testing.assert_array_equal(value, example[key])
-            assert value.dtype == example[key].dtype
+    for (index, *_), sequence in zip(plan.places(), unpack(batch), strict=True):
+        assert sequence.keys() == examples[index].keys()
+        for key, value in examples[index].items():
+            np.testing.assert_array_equal(sequence[key], value)
+            assert sequence[key].dtype == value.dtype
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -50,9 +50,8 @@ def test_every_sequence_has_its_own_slots_and_positions_restart(seed):
         expected = np.concatenate([np.arange(lengths[i]) for i in members])
         np.testing.assert_array_equal(positions[row, : len(expected)], expected)
         np.testing.assert_array_equal(segment_ids[row, : len(expected)], np.cumsum(expected == 0))
-    for array in batch.arrays.values():
-        if array.shape[1] == row_len:
-            assert not array[segment_ids == 0].any()
+    for key in filter(is_per_token, batch):
+        assert not batch[key][segment_ids == 0].any()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -77,13 +76,6 @@ def test_shards_hold_nearly_equal_tokens(num_shards):
         assert loads.max() - loads.min() <= 256
 
 
-def test_the_segments_of_a_row_never_number_its_tokens():
-    plan = pack_rows([1, 1, 1, 1], 4)
-    batch = pack(make_examples([1, 1, 1, 1]), plan)
-    assert plan.rows == ((0, 1, 2, 3),) and batch["reward"].shape == (1, 5)
-    assert [value.shape for value in unpack(batch["reward"], plan)] == [()] * 4
-
-
 def test_buckets_grow_with_the_length_and_waste_at_most_a_third():
     buckets = [bucket_len(n) for n in range(1, 5000)]
     assert buckets == sorted(buckets)
@@ -104,11 +96,12 @@ def test_what_does_not_fit_is_refused():
         (lambda: pack_rows([3, 2], 4, num_rows=3, num_shards=2), "3 rows do not divide over 2"),
         (lambda: pack(examples[:1], plan), "found 1 examples for a plan of 2"),
         (lambda: pack(examples, plan, num_rows=1), "found 1 rows"),
-        (lambda: pack(examples, plan, num_segments=4), "not 4 of them"),
+        (lambda: pack(examples, plan, num_segments=0), "2 rows of 0 segments; needed at least 2 rows of 1"),
+        (lambda: pack([example | {"other": 1} for example in examples], plan), "key 'other' have no names"),
+        (lambda: pack([example | {"rewards": np.zeros(2)} for example in examples], plan), "needed one for the"),
+        (lambda: pack([example | {"kept": example["tokens"]} for example in examples], plan), "'kept' of example 0"),
         (lambda: pack(examples[::-1], plan), "'tokens' of example 0 has shape"),
         (lambda: pack([examples[0], {"tokens": examples[1]["tokens"]}], plan), r"example 1 has keys \['tokens'\]"),
-        (lambda: unpack(np.zeros((1, 4)), plan), "at least 2 rows"),
-        (lambda: unpack(np.zeros((2, 0)), plan), "needed at least 2 rows, of 4 tokens or of 1"),
         (lambda: bucket_len(0), "at least 1"),
         (lambda: bucket_len(9, buckets=[4, 8]), "more than the largest bucket"),
     ]:

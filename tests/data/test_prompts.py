@@ -8,7 +8,7 @@ import pytest
 from tokenizers import normalizers
 
 from realjax.data.loader import Dataset, Loader
-from realjax.data.packing import sequences_of
+from realjax.data.packing import unpack
 from realjax.data.prompts import PromptDataset, load_prompts
 from tests.data.test_datasets import make_tokenizer
 
@@ -63,7 +63,7 @@ def test_a_batch_says_which_prompt_is_where(tmp_path):
     loader = Loader(dataset, batch_size=3, num_epochs=3, seed=1)
     seen = []
     for step in range(loader.total_steps):
-        for sequence in sequences_of(loader.batch(step)):
+        for sequence in unpack(loader.batch(step)):
             index = int(sequence["prompt_id"])
             assert sequence["tokens"].tolist() == dataset.example(index)["tokens"].tolist()
             seen.append(index)

@@ -12,7 +12,7 @@ from tests.builders import make_layout
 
 def make_batch(num_rows: int, row_len: int = 6) -> Batch:
     tokens = np.arange(num_rows * row_len).reshape(num_rows, row_len)
-    return Batch.of(tokens=tokens, mask=tokens % 2 == 0, rewards=np.ones((num_rows, 3)))
+    return Batch.of(tokens=tokens, loss_mask=tokens % 2 == 0, rewards=np.ones((num_rows, 3)))
 
 
 def test_each_shape_compiles_once_and_is_told(caplog):
@@ -68,6 +68,6 @@ def test_rows_are_split_over_data_and_nothing_is_lost(layout):
 
 def test_rows_that_do_not_divide_are_refused_by_key():
     layout = make_layout(dp=4)
-    message = r"batch key 'mask': dim 0 \('rows'\) of size 6 does not divide over mesh axis 'data' of size 4"
+    message = r"batch key 'loss_mask': dim 0 \('rows'\) of size 6 does not divide over mesh axis 'data' of size 4"
     with pytest.raises(ValueError, match=message):
         place_batch(make_batch(6), train_rules(layout.strategy), layout)

@@ -144,15 +144,15 @@ def test_a_packed_forward_pass_gives_the_log_probabilities_of_the_draw(options, 
     for request, generation in zip(requests, generations):
         width = ((len(request.tokens), 0), (0, 0))
         pad = lambda x, width=width: np.pad(x, width[: x.ndim])
-        example = {"tokens": np.concatenate([request.tokens, generation.tokens]), "sampled": pad(generation.logprobs)}
+        example = {"tokens": np.concatenate([request.tokens, generation.tokens]), "logprobs": pad(generation.logprobs)}
         examples.append(example | ({} if draw.kept is None else {"kept": pad(generation.kept)}))
     batch = pack_in_order(examples, 64, num_rows=8)[0]
     rules = inference_rules(layout.strategy)
     infer = quick_jit(make_inference(model, "logprobs", layout, ForwardOptions(), draw=draw))
     logprobs = infer(place_params(model, params, layout, rules), place_batch(batch, rules, layout))["logprobs"]
-    is_response = batch["sampled"] != 0
+    is_response = batch["logprobs"] != 0
     assert is_response.sum() > 50
-    np.testing.assert_allclose(np.asarray(logprobs)[is_response], batch["sampled"][is_response], atol=5e-5)
+    np.testing.assert_allclose(np.asarray(logprobs)[is_response], batch["logprobs"][is_response], atol=5e-5)
 
 
 @pytest.mark.parametrize("layout", [{"dp": 2}, {"pp": 2}], ids=str)

@@ -5,7 +5,6 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import inference_rules
 from realjax.core.metrics import finalize
-from realjax.data.packing import unpack
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.inference import make_evaluation, make_inference
@@ -19,6 +18,7 @@ from tests.builders import (
     place_params,
     quick_jit,
     random_tree,
+    unpack_array,
 )
 
 EXAMPLES = make_examples([9, 30, 17, 3, 22, 8, 14, 1])
@@ -37,11 +37,11 @@ def infer(model, head, layout, batch, params=None, **options):
 def test_outputs_of_a_sequence_depend_on_nothing_but_itself(layout, head):
     model = make_model(is_critic=head == "values")
     alone, alone_plan = one_per_row(EXAMPLES)
-    expected = unpack(infer(model, head, make_layout(), alone), alone_plan)
+    expected = unpack_array(infer(model, head, make_layout(), alone), alone_plan)
     packed, plan = pack_in_order(EXAMPLES, 96, order=[5, 1, 7, 0, 6, 2, 4, 3], num_rows=4)
     found = infer(model, head, make_layout(**layout), packed, max_segment_len=30, loss_chunk_tokens=64)
     assert found.dtype == np.float32 and found.shape == packed["tokens"].shape
-    for one, other in zip(unpack(found, plan), expected):
+    for one, other in zip(unpack_array(found, plan), expected):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 

@@ -33,7 +33,7 @@ MODEL = make_model()
 
 
 def weighted_sum(outputs: Mapping[str, Array], batch: Batch) -> LossSums:
-    total = jnp.sum((outputs["logprobs"] + 0.3 * outputs["entropy"]) * batch["weights"])
+    total = jnp.sum((outputs["logprobs"] + 0.3 * outputs["entropy"]) * batch["advantages"])
     return LossSums(Mean(total, jnp.ones(())), {})
 
 
@@ -46,7 +46,7 @@ def make_batch() -> Batch:
         kept = rng.integers(0, V + 1, (n, 12)) * (rng.random((n, 12)) < 0.8)
         kept[:, 5] = example["tokens"] + 1
         example["kept"] = np.where(rng.random((n, 1)) < 0.25, 0, kept).astype(np.int32)
-        example["weights"] = rng.standard_normal(n).astype(np.float32)
+        example["advantages"] = rng.standard_normal(n).astype(np.float32)
     return pack_in_order(examples, 32, num_rows=8)[0]
 
 

@@ -35,7 +35,7 @@ BATCH = pack_in_order(make_examples([9, 30, 17, 3, 22, 8, 14]), 32, num_rows=8)[
 def poisoned_loss(outputs, batch) -> LossSums:
     """The SFT loss with an offset that has no gradient, and a gradient with a factor that the value does not show."""
     weight = jnp.sum(batch["loss_mask"].astype(jnp.float32))
-    nll, (offset, factor) = outputs["nll"], batch["poison"][0]
+    nll, (offset, factor) = outputs["nll"], batch["rewards"][0]  # a key that no loss of its kind reads
     loss = nll + offset + factor * (nll - jax.lax.stop_gradient(nll))
     return LossSums(Mean(loss, weight), {"n_tokens": Total(weight)})
 
@@ -75,7 +75,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(layout):
     step, state = make_step(layout, Loss(head="nll", fn=poisoned_loss))
 
     def run(state, poison):
-        batch = BATCH.with_arrays(poison=np.tile(poison, (8, 1)))
+        batch = BATCH.with_arrays(rewards=np.tile(poison, (8, 1)))
         return step(state, place_batch(batch, train_rules(layout.strategy), layout))
 
     state, _ = run(state, (0.0, 0.0))
@@ -107,7 +107,7 @@ def test_every_update_learns_at_the_rate_that_is_reported(total):
     for number in range(total):
         offset = np.inf if number == 1 else 0
         before = np.array(state.params["layers"]["mlp"]["down"]["kernel"])
-        state, metrics = step(state, nothing.with_arrays(poison=np.tile([offset, 0.0], (8, 1))))
+        state, metrics = step(state, nothing.with_arrays(rewards=np.tile([offset, 0.0], (8, 1))))
         after = np.asarray(state.params["layers"]["mlp"]["down"]["kernel"])
         applied.append(float(np.sum(before * (before - after)) / np.sum(before * before)) / config.weight_decay)
         reported.append(summarize([metrics])["lr"])

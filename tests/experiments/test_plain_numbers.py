@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from realjax.data.packing import sequences_of
+from realjax.data.packing import unpack
 from realjax.hf.save import save_hf
 from tests.e2e.builders import VOCAB
 from tests.experiments.rl_runs import as_numbers, make_executor, make_rl_spec, quick_compiles, write_rl_inputs
@@ -52,7 +52,7 @@ def step(request, tmp_path_factory) -> Step:
         result = executor.step(spec.loader.batch(0))
     return Step(
         metrics={call: as_numbers(updates)[0] for call, updates in result.metrics.items()},
-        sequences=sequences_of(result.batch),
+        sequences=unpack(result.batch),
         models={name: load_model(saved / name, is_critic=name in ("rew", "critic")) for name in executor.roles},
         is_masked=request.param,
     )

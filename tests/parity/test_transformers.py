@@ -9,7 +9,6 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
-from realjax.data.packing import unpack
 from realjax.engine.attention.choose import make_attention
 from realjax.engine.attention.reference import dense_attention
 from realjax.engine.compiled import place_batch
@@ -27,6 +26,7 @@ from tests.builders import (
     pack_in_order,
     place_params,
     quick_jit,
+    unpack_array,
 )
 from tests.hf.tiny import KINDS, SIZES
 from tests.parity.theirs import make_ours, make_theirs, our_logits, randomize, their_gradients, their_logits, to_ours
@@ -44,7 +44,7 @@ def check_logits(theirs, model, params, kernels=PORTABLE_KERNELS) -> None:
     for batch, plan in (one_per_row(EXAMPLES), pack_in_order(EXAMPLES, 128, order=[3, 0, 1, 7, 2, 6, 5, 4])):
         for kernel in kernels:
             logits_fn = partial(our_logits, model, attention_fn=make_attention(kernel, CASE))
-            for logits, theirs_alone in zip(unpack(quick_jit(logits_fn)(params, batch=batch), plan), expected):
+            for logits, theirs_alone in zip(unpack_array(quick_jit(logits_fn)(params, batch=batch), plan), expected):
                 np.testing.assert_allclose(logits, theirs_alone, rtol=0, atol=1e-4)
 
 
@@ -110,7 +110,7 @@ def test_critic_values_are_the_scores_of_a_classifier_of_one_label():
     batch, plan = pack_in_order(EXAMPLES, 64, num_rows=4)
     inference = quick_jit(make_inference(model, "values", layout, ForwardOptions()))
     placed = place_batch(batch, train_rules(layout.strategy), layout)
-    values = unpack(inference(place_params(model, params, layout), placed)["values"], plan)
+    values = unpack_array(inference(place_params(model, params, layout), placed)["values"], plan)
     for example, value in zip(EXAMPLES, values):
         with torch.no_grad():
             hidden = theirs.model(torch.from_numpy(example["tokens"]).long()[None])[0]

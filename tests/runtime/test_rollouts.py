@@ -5,7 +5,7 @@ import pytest
 
 from realjax.core.batch import Batch
 from realjax.core.generation_config import GenerationConfig
-from realjax.data.packing import bucket_rows, pack, pack_rows, sequences_of
+from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Minibatches, Sampling
 from realjax.engine.generate import Generation
 from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
@@ -61,7 +61,7 @@ def test_a_rollout_holds_each_prompt_with_its_answer():
     rollout = pack_rollout(requests, answers, sampling, row_multiple=4)
     assert rollout.num_rows % 4 == 0
     assert rollout.row_len == 32
-    found = {(int(s["group"]), int(s["sample_id"])): s for s in sequences_of(rollout)}
+    found = {(int(s["group"]), int(s["sample_id"])): s for s in unpack(rollout)}
     assert len(found) == len(requests)
     for i, (request, generation) in enumerate(zip(requests, answers, strict=True)):
         sequence, start = found[i // 3, i % 3], len(request.tokens)
@@ -86,7 +86,7 @@ def test_minibatches_share_out_a_rollout(shuffle):
     minibatches = Minibatches(count=4, passes=2, shuffle=shuffle)
     parts = make_minibatches(rollout, minibatches, row_multiple=2, seed=(1, 2, 0))
     assert len({part["tokens"].shape for part in parts}) == 1
-    own = [[int(s["tokens"][0]) for s in sequences_of(part)] for part in parts]
+    own = [[int(s["tokens"][0]) for s in unpack(part)] for part in parts]
     assert sorted(i for part in own for i in part) == list(range(41))
     assert {len(part) for part in own} <= {10, 11}
     tokens = [sum(lengths[part]) for part in map(np.array, own)]
@@ -105,7 +105,7 @@ def test_minibatches_do_not_depend_on_how_sequences_were_packed():
     for row_len, num_shards in ((128, 1), (64, 2), (32, 4)):
         rollout = pack(examples, pack_rows(lengths, row_len, num_shards=num_shards))
         parts = make_minibatches(rollout, Minibatches(count=3), row_multiple=num_shards, seed=(1, 2, 0))
-        dealt.append([sorted(int(s["tokens"][0]) for s in sequences_of(part)) for part in parts])
+        dealt.append([sorted(int(s["tokens"][0]) for s in unpack(part)) for part in parts])
     assert dealt[0] == dealt[1] == dealt[2]
 
 
@@ -116,7 +116,7 @@ def test_sequences_without_a_trained_token_are_left_out():
     ]
     rollout = pack(examples, pack_rows(lengths, 32))
     parts = make_minibatches(rollout, Minibatches(count=3), row_multiple=1, seed=(0,))
-    assert sorted(int(s["tokens"][0]) for part in parts for s in sequences_of(part)) == [1, 3]
+    assert sorted(int(s["tokens"][0]) for part in parts for s in unpack(part)) == [1, 3]
     nothing = rollout.replace_arrays(train_mask=np.zeros_like(rollout["train_mask"]))
     assert make_minibatches(nothing, Minibatches(count=3), row_multiple=1, seed=(0,)) == []
 
