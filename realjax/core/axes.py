@@ -88,9 +88,7 @@ def resolve(names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, 
         if name not in rules:
             known = ", ".join(sorted(rules))
             raise ValueError(f"{subject}: dim {dim} has the unknown axis name '{name}'; known: {known}")
-        axes = rules[name]
-        if isinstance(axes, IfDivides):
-            axes = axes.axes if size % _num_shards(axes.axes, layout) == 0 else axes.otherwise
+        axes = _choose(rules[name], size, layout)
         if repeated := set(_as_tuple(axes)) & {axis for earlier in spec for axis in _as_tuple(earlier)}:
             raise ValueError(
                 f"{subject}: mesh axis '{repeated.pop()}' is used for two dims of {names}; change the rule of '{name}'"
@@ -111,6 +109,13 @@ def resolve_sharding(
 ) -> NamedSharding:
     """Returns the sharding in `layout` of an array `subject`; ValueError as for `resolve`."""
     return NamedSharding(layout.mesh, resolve(names, shape, rules, layout, subject), memory_kind=memory_kind)
+
+
+def _choose(rule: Axes | IfDivides, size: int, layout: Layout) -> Axes:
+    """Returns the axes over which a rule splits a dim of this size."""
+    if not isinstance(rule, IfDivides):
+        return rule
+    return rule.axes if size % _num_shards(rule.axes, layout) == 0 else rule.otherwise
 
 
 def _as_tuple(axes: Axes) -> tuple[str, ...]:
@@ -138,20 +143,23 @@ def tree_shardings(axes: Tree, abstract: Tree, rules: Rules, layout: Layout, mem
 
 
 def rows_per_device(num_rows: int, layout: Layout) -> int:
-    """Returns how many of an array's rows each device along `data` has; all, where `data` is split by hand already."""
-    is_local = "data" in jax.sharding.get_abstract_mesh().manual_axes
-    return num_rows if is_local else num_rows // layout.strategy.dp
+    """Returns how many of the rows that the code around sees are on each device."""
+    rule = left_to_split(train_rules(layout.strategy))["rows"]
+    return num_rows // _num_shards(_choose(rule, num_rows, layout), layout)
 
 
-def constrain_tree(tree: Tree, shardings: Tree) -> Tree:
-    """Tells XLA how the arrays of a tree are split, inside a `shard_map` too."""
-    return jax.tree.map(_constrain, tree, shardings)
+def left_to_split(rules: Rules) -> Rules:
+    """Returns the table without the mesh axes that a `shard_map` around has taken: its code sees a part already."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
 
+    def left(axes: Axes) -> Axes:
+        rest = tuple(axis for axis in _as_tuple(axes) if axis not in taken)
+        return rest if len(rest) > 1 else rest[0] if rest else None
 
-def _constrain(x: Array, sharding: NamedSharding) -> Array:
-    # Inside a pipeline stage, say, the mesh of the context is this one with its pipe axis taken by the stage.
-    inner = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(x, sharding if inner.empty else NamedSharding(inner, sharding.spec))
+    def one(rule: Axes | IfDivides) -> Axes | IfDivides:
+        return IfDivides(left(rule.axes), left(rule.otherwise)) if isinstance(rule, IfDivides) else left(rule)
+
+    return {name: one(rule) for name, rule in rules.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +172,15 @@ class Constrain:
     def __call__(self, x: Array, names: Names) -> Array:
         if self.rules is None or self.layout is None or self.layout.strategy.size == 1:
             return x
-        return _constrain(x, resolve_sharding(names, x.shape, self.rules, self.layout, f"activation {names}"))
+        spec = resolve(names, x.shape, left_to_split(self.rules), self.layout, f"activation {names}")
+        # Inside a pipeline stage, say, the mesh of the context is this one with its pipe axis taken by the stage.
+        inner = jax.sharding.get_abstract_mesh()
+        mesh = self.layout.mesh if inner.empty else inner
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def tree(self, tree: Tree, axes: Tree) -> Tree:
+        """Tells XLA how the arrays of a tree are split, whose dims have the names `axes`."""
+        return map_paths(lambda path, leaf, names: self(leaf, names), tree, axes)
 
     @property
     def splits_residuals(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from jax import Array
 from jax.sharding import NamedSharding
 
-from realjax.core.axes import Constrain, generate_rules, make_constrain, resolve
+from realjax.core.axes import Constrain, generate_rules, make_constrain, resolve_sharding
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
@@ -74,7 +74,7 @@ class OneStage:
         self.attention_fn = make_attention(options.attention, prompts, layout.strategy.tp)
         self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (layout.strategy.dp, config.num_kv_heads, 1, 1)
-        self.cache_sharding = NamedSharding(layout.mesh, resolve(CACHE_NAMES, shape, rules, layout, "cache"))
+        self.cache_sharding = resolve_sharding(CACHE_NAMES, shape, rules, layout, "cache")
 
     def prepare(self, params: Tree) -> Tree:
         return unstack_layers(self.compute_copy(params), self.model.config.num_layers)

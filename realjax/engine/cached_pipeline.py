@@ -5,23 +5,25 @@ gives out at tick t is of group (t + 1) mod P, which the first stage takes in at
 between, and no stage waits. Embedding, head and draw are outside the stages, with the vocabulary split over all.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
-from realjax.core.axes import generate_rules, make_constrain, resolve
+from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.forward import ForwardOptions, make_compute_copy
+from realjax.engine.manual_axes import data_index, hand_on, over_stages, stage_index
+from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.build import Model
 from realjax.models.cache import (
     CACHE_NAMES,
+    BlockCall,
     KVCache,
     decode_blocks,
     grow_cache,
@@ -33,6 +35,7 @@ from realjax.models.cache import (
 # One cache for each tick of a round: at tick k stage s finds its group, (k - s) mod P, in the k-th. Which cache a tick
 # works on is thus the same for all stages and known beforehand. Each stage holds its part of the leading dim, the pipe.
 StageCaches = tuple[KVCache, ...]
+T = TypeVar("T")
 
 
 class Stages:
@@ -49,9 +52,10 @@ class Stages:
         self.attention_fn = make_attention(options.attention, prompts, layout.strategy.tp)
         self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (self.num_groups, layout.strategy.dp, config.num_kv_heads, 1, 1)
-        self.cache_sharding = NamedSharding(
-            layout.mesh, resolve(("layers", *CACHE_NAMES), shape, rules, layout, "cache")
-        )
+        names = ("layers", *CACHE_NAMES)
+        self.cache_sharding = resolve_sharding(names, shape, rules, layout, "cache")
+        # Each device has all prompts and writes those of its own slots.
+        self.prompts_sharding = resolve_sharding(names, shape, {**rules, "rows": None}, layout, "prompts")
 
     def prepare(self, params: Tree) -> Tree:
         """Returns `layers` as a list of trees `[P, ...]`: the j-th holds layer j of every stage."""
@@ -87,15 +91,17 @@ class Stages:
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
         stage_lengths = jnp.stack([lengths[:, (group - stage) % num_stages] for stage in range(num_stages)])
 
-        def stage(layers: Any, cache: KVCache, received: Array, lengths: Array, new: Array) -> tuple[Array, KVCache]:
+        def stage(
+            layers: list[Tree], cache: KVCache, received: Array, lengths: Array, new: Array
+        ) -> tuple[Array, KVCache]:
             layers, cache, received, lengths = _own((layers, cache, received, lengths))
-            x = jnp.where(jax.lax.axis_index("pipe") == 0, new, received)
+            x = jnp.where(stage_index() == 0, new, received)
             blocks = self._own_blocks(graphdef, layers)
             x, cache = decode_blocks(config, blocks, cache, x, lengths, self.decoding_fn, self.constrain)
-            return jax.tree.map(lambda y: y[None], (self._hand_on(x), cache))
+            return jax.tree.map(lambda y: y[None], (hand_on(x, num_stages, is_ring=True), cache))
 
         new = transformer.embed(tokens[:, None])
-        run = self._by_stage(stage, num_split=4)
+        run = over_stages(stage, self.layout, num_split=4)
         flight, mine = run(params["layers"], cache[group], flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
         return transformer.norm(flight[0])[:, 0], (*cache[:group], mine, *cache[group + 1 :]), flight
@@ -107,12 +113,8 @@ class Stages:
         transformer, blocks = self.model.bind_layers(params)
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
 
-        def split(rows: Array) -> Array:
-            # Rows are dealt out in turn, so that each stays on its own device of the data axis.
-            return jnp.moveaxis(rows.reshape(-1, num_stages, *rows.shape[1:]), 1, 0)
-
-        def stage(layers: Any, inputs: Array, lengths: Array) -> tuple[Array, KVCache]:
-            index = jax.lax.axis_index("pipe")
+        def stage(layers: list[Tree], inputs: Array, lengths: Array) -> tuple[Array, KVCache]:
+            index = stage_index()
             blocks = self._own_blocks(graphdef, _own(layers))
 
             def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, KVCache]]:
@@ -120,44 +122,41 @@ class Stages:
                 x = jnp.where(index == 0, inputs[turn], received)
                 x, prompts = prefill_blocks(config, blocks, x, lengths[turn], self.attention_fn, self.constrain)
                 last = jnp.take_along_axis(x, (lengths[turn] - 1)[:, None, None], axis=1)
-                return self._hand_on(x), (last, prompts)
+                return hand_on(x, num_stages, is_ring=True), (last, prompts)
 
             _, outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0]), jnp.arange(2 * num_stages - 1))
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, num_stages)[None], outputs)
 
         x = self.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
-        outputs = self._by_stage(stage, num_split=1)(params["layers"], split(x), split(lengths))
+        run = over_stages(stage, self.layout, num_split=1)
         # Back from micro-batches to the order of the prompts: `[P, P, A/P, ...]` -> `[P, A, ...]`.
-        join = lambda x: jnp.moveaxis(x, 1, 2).reshape(num_stages, -1, *x.shape[3:])
-        last, prompts = jax.tree.map(join, outputs)
+        last, prompts = jax.vmap(join_rows)(run(params["layers"], *deal_rows((x, lengths), num_stages)))
         return transformer.norm(last[-1])[:, 0], self._write_prompts(cache, prompts, places)
 
     def _write_prompts(self, caches: StageCaches, prompts: KVCache, slots: Array) -> StageCaches:
         """Returns the caches with the prompts' rows at `slots`, see `StageCaches` for which holds what."""
-        num_stages, spec = self.num_groups, self.cache_sharding.spec
+        num_stages, spec, whole = self.num_groups, self.cache_sharding.spec, self.layout.replicated.spec
         group, row = slots % num_stages, slots // num_stages
 
         def write(caches: StageCaches, prompts: KVCache, group: Array, row: Array) -> StageCaches:
             caches, prompts = _own((caches, prompts))
             num_rows = caches[0].keys[0].shape[0]
-            row -= jax.lax.axis_index("data") * num_rows
-            tick = (group + jax.lax.axis_index("pipe")) % num_stages
+            row -= data_index() * num_rows
+            tick = (group + stage_index()) % num_stages
             is_own = (row >= 0) & (row < num_rows)
             places = [jnp.where((tick == i) & is_own, row, num_rows) for i in range(num_stages)]
             written = tuple(write_rows(cache, prompts, at) for cache, at in zip(caches, places))
             return jax.tree.map(lambda x: x[None], written)
 
-        # Each device has all prompts and writes those of its own slots.
-        of_prompts = PartitionSpec(*(None if axis == "data" else axis for axis in spec))
-        in_specs = (spec, of_prompts, PartitionSpec(), PartitionSpec())
+        in_specs = (spec, self.prompts_sharding.spec, whole, whole)
         run = jax.shard_map(write, mesh=self.layout.mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
         return run(caches, prompts, group, row)
 
-    def _own_blocks(self, graphdef: nnx.GraphDef, layers: Sequence[Any]) -> list[Callable[..., Array]]:
+    def _own_blocks(self, graphdef: nnx.GraphDef, layers: Sequence[Tree]) -> list[BlockCall]:
         """Returns a stage's blocks; where a stage has an empty layer, its block hands on what it gets."""
-        first = jax.lax.axis_index("pipe") * len(layers)
+        first = stage_index() * len(layers)
 
-        def make(number: int, layer: Any) -> Callable[..., Array]:
+        def make(number: int, layer: Tree) -> BlockCall:
             block = nnx.merge(graphdef, layer)
             if (self.num_groups - 1) * len(layers) + number < self.model.config.num_layers:
                 return block  # a layer of the model in every stage
@@ -166,28 +165,7 @@ class Stages:
 
         return [make(number, layer) for number, layer in enumerate(layers)]
 
-    def _by_stage(self, stage: Callable[..., Any], num_split: int) -> Callable[..., Any]:
-        """Returns `stage` over the pipe axis; the first `num_split` arguments are split on their leading dim."""
-        by_stage, whole = PartitionSpec("pipe"), PartitionSpec()
 
-        def run(*args: Any) -> Any:
-            specs = tuple(by_stage if i < num_split else whole for i in range(len(args)))
-            mapped = jax.shard_map(
-                stage,
-                mesh=self.layout.mesh,
-                in_specs=specs,
-                out_specs=by_stage,
-                axis_names={"pipe"},
-                check_vma=False,
-            )
-            return mapped(*args)
-
-        return run
-
-    def _hand_on(self, x: Array) -> Array:
-        return jax.lax.ppermute(x, "pipe", [(i, (i + 1) % self.num_groups) for i in range(self.num_groups)])
-
-
-def _own(tree: Any) -> Any:
+def _own(tree: T) -> T:
     """Returns a stage's own part of arrays split over the stages."""
     return jax.tree.map(lambda x: x[0], tree)

@@ -155,13 +155,3 @@ def _chunk_len(
         return heads.chunk_len(num_positions, rows * layout.strategy.dp, 1, 4 * options.loss_chunk_tokens)
     vocab_per_device = max(1, model.config.vocab_size // (layout.strategy.tp * layout.strategy.pp))
     return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes)
-
-
-def split_rows(batch: Batch, num_parts: int) -> Batch:
-    """Returns arrays `[num_parts, R/num_parts, ...]`. Rows are dealt out in turn: each stays on its own device."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0), batch)
-
-
-def join_rows(parts: Array) -> Array:
-    """Returns the array `[R, ...]` of `[num_parts, R/num_parts, ...]`; the inverse of `split_rows`."""
-    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])

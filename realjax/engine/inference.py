@@ -13,7 +13,8 @@ from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardOptions, join_rows, make_compute_copy, make_outputs, split_rows
+from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.build import Model
 
 
@@ -37,8 +38,8 @@ def make_inference(
         params = compute_copy(params)
         if num_mbs == 1:
             return outputs_fn(params, batch)
-        parts = jax.lax.map(lambda part: outputs_fn(params, part), split_rows(batch, num_mbs))
-        return jax.tree.map(join_rows, parts)
+        parts = jax.lax.map(lambda part: outputs_fn(params, part), deal_rows(batch, num_mbs))
+        return join_rows(parts)
 
     return inference
 
@@ -58,7 +59,7 @@ def make_evaluation(
         of_part = lambda part: loss.fn(outputs_fn(params, part), part)
         if num_mbs == 1:
             return of_part(batch)
-        sums = jax.lax.map(of_part, split_rows(batch, num_mbs))
+        sums = jax.lax.map(of_part, deal_rows(batch, num_mbs))
         return jax.tree.map(lambda parts: jnp.sum(parts, axis=0), sums)
 
     return evaluation

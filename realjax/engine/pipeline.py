@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 
 from realjax.core.axes import rows_per_device
 from realjax.core.layout import Layout
+from realjax.engine.manual_axes import hand_on, over_stages, stage_index
+from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.transformer import BlockFn, RunLayersFn, scan_layers
 
 
@@ -36,42 +37,29 @@ def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
     `run_stage_fn` runs the layers of one stage.
     """
     num_stages = layout.strategy.pp
-    by_stage, whole = PartitionSpec("pipe"), PartitionSpec()
 
     def run_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any) -> Array:
         num_batches = num_stage_batches(x.shape[0], layout)
 
-        def split(rows: Array) -> Array:
-            # Rows are dealt out in turn, so that each stays on its own device of the data axis.
-            return jnp.moveaxis(rows.reshape(-1, num_batches, *rows.shape[1:]), 1, 0)
-
         def stage(layers: Any, inputs: Array, per_row: Any) -> Array:
-            index = jax.lax.axis_index("pipe")
+            index = stage_index()
 
             def tick(received: Array, t: Array) -> tuple[Array, Array]:
                 turn = jnp.clip(t - index, 0, num_batches - 1)
                 x = jnp.where(index == 0, inputs[0, turn], received)
                 x = run_stage_fn(block_fn, layers, x, jax.tree.map(lambda rows: rows[turn], per_row))
-                return jax.lax.ppermute(x, "pipe", [(i, i + 1) for i in range(num_stages - 1)]), x
+                return hand_on(x, num_stages, is_ring=False), x
 
             ticks = jnp.arange(num_batches + num_stages - 1)
             outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0, 0]), ticks)[1]
             return outputs[None, num_stages - 1 :]
 
-        inner = jax.sharding.get_abstract_mesh()
-        pipeline = jax.shard_map(
-            stage,
-            mesh=layout.mesh if inner.empty else inner,
-            in_specs=(by_stage, by_stage, whole),
-            out_specs=by_stage,
-            axis_names={"pipe"},
-            check_vma=False,
-        )
         # Only the first stage's input and the last stage's output count. Stacking them over the stages, instead of
         # replicating, leaves no sum over `pipe` to the backward pass (in bf16 that sum aborts on CPU).
-        inputs = split(x)[None]
+        inputs = deal_rows(x, num_batches)[None]
         inputs = jnp.concatenate([inputs, jnp.zeros((num_stages - 1, *inputs.shape[1:]), x.dtype)])
-        outputs = pipeline(stacked, inputs, jax.lax.stop_gradient(jax.tree.map(split, per_row)))[-1]
-        return jnp.moveaxis(outputs, 0, 1).reshape(x.shape)
+        per_row = jax.lax.stop_gradient(deal_rows(per_row, num_batches))
+        outputs = over_stages(stage, layout, num_split=2)(stacked, inputs, per_row)
+        return join_rows(outputs[-1])
 
     return run_layers

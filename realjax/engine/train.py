@@ -2,22 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import PartitionSpec
 
-from realjax.core.axes import constrain_tree, optimizer_rules, resolve, train_rules, tree_shardings
+from realjax.core.axes import make_constrain, optimizer_rules, resolve, train_rules
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Metric, finalize
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs, split_rows
+from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.engine.manual_axes import sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
+from realjax.engine.rows import deal_rows
 from realjax.engine.state import TrainState
 from realjax.models.build import Model
 
@@ -40,11 +41,9 @@ def make_gradients(
     # (stage 3): a whole gradient on each device is what was to be avoided.
     is_local = layout.strategy.dp > 1 and layout.strategy.zero_stage < 3
     rules = train_rules(layout.strategy)
-    local_rules = {**rules, "rows": None} if is_local else rules
     compute_copy = make_compute_copy(model, rules, layout, options.forward.precision)
-    outputs_fn = make_outputs(model, loss.head, local_rules, layout, options.forward, loss.draw, loss.needs_entropy)
-    shardings = tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout)
-    local_shardings = tree_shardings(model.axes, model.abstract, rules, layout) if is_local else shardings
+    outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward, loss.draw, loss.needs_entropy)
+    constrain = make_constrain(optimizer_rules(layout.strategy), layout)
 
     def summed_loss(sinks: Tree, params: Tree, batch: Batch) -> tuple[Array, LossSums]:
         sums = loss.fn(outputs_fn(params, batch, sinks), batch)
@@ -53,12 +52,12 @@ def make_gradients(
     def of_micro_batch(params: Tree, batch: Batch) -> tuple[Tree, LossSums]:
         sinks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model.abstract)
         (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, params, batch)
-        return constrain_tree(grads, local_shardings), sums
+        return constrain.tree(grads, model.axes), sums
 
     def of_rows(params: Tree, batch: Batch) -> tuple[Tree, LossSums]:
         if options.num_mbs == 1:
             return of_micro_batch(params, batch)
-        micro_batches = split_rows(batch, options.num_mbs)
+        micro_batches = deal_rows(batch, options.num_mbs)
         first = jax.eval_shape(of_micro_batch, params, jax.tree.map(lambda x: x[0], micro_batches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         add = lambda total, mb: (jax.tree.map(jnp.add, total, of_micro_batch(params, mb)), None)
@@ -70,24 +69,10 @@ def make_gradients(
             return of_rows(params, batch)
         rows_of_part = (batch.num_rows // options.num_mbs,)
         resolve(("rows",), rows_of_part, rules, layout, "micro-batch")  # refuses devices without a row
-        grads, sums = _sum_over_data(of_rows, layout)(params, batch)
-        return constrain_tree(grads, shardings), sums
+        grads, sums = sum_over_data(of_rows, layout)(params, batch)
+        return constrain.tree(grads, model.axes), sums
 
     return gradients
-
-
-def _sum_over_data(fn: Callable[[Tree, Batch], Any], layout: Layout) -> Callable[[Tree, Batch], Any]:
-    """Returns `fn` of whole parameters and each device's own rows along `data`, its results summed over these."""
-    by_data = PartitionSpec("data")
-    of_each = jax.shard_map(
-        lambda *args: jax.tree.map(lambda x: x[None], fn(*args)),
-        mesh=layout.mesh,
-        in_specs=(PartitionSpec(), by_data),
-        out_specs=by_data,
-        axis_names={"data"},
-        check_vma=False,
-    )
-    return lambda *args: jax.tree.map(lambda x: x.sum(axis=0), of_each(*args))
 
 
 def make_train_step(

@@ -12,8 +12,9 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions
 from realjax.engine.optim import Optimizer
+from realjax.engine.rows import deal_rows
 from realjax.engine.state import init_train_state, train_state_shardings
-from realjax.engine.train import TrainOptions, make_gradients, make_train_step, split_rows
+from realjax.engine.train import TrainOptions, make_gradients, make_train_step
 from tests.builders import (
     assert_bitwise_equal,
     assert_close_in_norm,
@@ -137,7 +138,7 @@ def test_a_batch_without_targets_is_an_update_of_zero_gradient():
 
 
 def test_micro_batches_are_every_nth_row_and_all_of_them():
-    parts = split_rows(BATCH, 4)
+    parts = deal_rows(BATCH, 4)
     for key in BATCH:
         assert parts[key].shape == (4, 2, *BATCH[key].shape[1:])
         for i in range(4):
