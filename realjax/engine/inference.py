@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import inference_rules
-from realjax.core.batch import Batch
+from realjax.core.axes import inference_rules, make_constrain
+from realjax.core.batch import PER_TOKEN, Batch
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
@@ -28,18 +28,20 @@ def make_inference(
 ) -> Callable[[Tree, Batch], Mapping[str, Array]]:
     """Returns `fn(params, batch) -> outputs` of the head, computed in `num_mbs` parts; params of any dtype.
 
-    Log-probabilities are those of the distribution `draw`.
+    Outputs are spread as what the batch has of each token. Log-probabilities are those of the distribution `draw`.
     """
     rules, options = inference_rules(layout.strategy), replace(options, remat=False)
     compute_copy = make_compute_copy(model, rules, layout, options.precision)
     outputs_fn = make_outputs(model, head, rules, layout, options, draw)
+    constrain = make_constrain(rules, layout)
 
     def inference(params: Tree, batch: Batch) -> Mapping[str, Array]:
         params = compute_copy(params)
         if num_mbs == 1:
-            return outputs_fn(params, batch)
-        parts = jax.lax.map(lambda part: outputs_fn(params, part), deal_rows(batch, num_mbs))
-        return join_rows(parts)
+            outputs = outputs_fn(params, batch)
+        else:
+            outputs = join_rows(jax.lax.map(lambda part: outputs_fn(params, part), deal_rows(batch, num_mbs)))
+        return {name: constrain(output, PER_TOKEN) for name, output in outputs.items()}
 
     return inference
 

@@ -65,10 +65,10 @@ def _join(x: Array) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(R, C * size, *x.shape[3:])
 
 
-def _chunk_logits(hidden: Array, kernel: Array, constrain: Constrain) -> Array:
+def _chunk_logits(hidden: Array, kernel: Array, constrain: Constrain, dim: str = "time") -> Array:
     R, T, D = hidden.shape
     logits = matmul(hidden.reshape(R * T, D), kernel, 1, jnp.float32).reshape(R, T, -1)
-    return constrain(logits, ("rows", "time", "act_vocab"))
+    return constrain(logits, ("rows", dim, "act_vocab"))
 
 
 def _target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -107,17 +107,17 @@ def token_logprobs(
     if targets is not None:
         inputs = [_take(x, targets - 1) for x in inputs]
 
-    sink = kernel.astype(jnp.float32)
+    sink, dim = kernel.astype(jnp.float32), "time" if targets is None else "targets"
 
     def chunk(hidden_chunk: Array, targets: Array, *sets: Array) -> dict[str, Array]:
-        logits = _chunk_logits(hidden_chunk, collect(kernel, sink), constrain) / draw.temperature
+        logits = _chunk_logits(hidden_chunk, collect(kernel, sink), constrain, dim) / draw.temperature
         num_rows = logits.shape[-1]
         if draw.num_tokens is not None and draw.num_tokens < num_rows:
             is_token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < draw.num_tokens
             logits = jnp.where(is_token, logits, REMOVED)
         if draw.kept is not None:
             sets_of_all = jnp.pad(draw.kept.unpack(*sets), ((0, 0), (0, 0), (0, num_rows - draw.kept.vocab_size)))
-            mask = constrain(sets_of_all, ("rows", "time", "act_vocab"))
+            mask = constrain(sets_of_all, ("rows", dim, "act_vocab"))
             logits = jnp.where(mask, logits, REMOVED)
         logprobs, normaliser = _target_logprobs(logits, targets)
         if not needs_entropy:

@@ -4,10 +4,14 @@ import jax
 import numpy as np
 import pytest
 
+from realjax.algorithms.ppo import PPOParameters, make_advantages
 from realjax.core.axes import train_rules
-from realjax.core.batch import Batch
+from realjax.core.batch import BATCH_DIMS, Batch
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
-from tests.builders import make_layout
+from realjax.runtime.rollouts import target_indices
+from tests.algorithms.pair_cases import Spread, make_pairs
+from tests.algorithms.rollout_cases import Packing, Rollout, host_arrays, make_rollouts
+from tests.builders import make_examples, make_layout, pack_in_order
 
 
 def make_batch(num_rows: int, row_len: int = 6) -> Batch:
@@ -71,3 +75,56 @@ def test_rows_that_do_not_divide_are_refused_by_key():
     message = r"batch key 'loss_mask': dim 0 \('rows'\) of size 6 does not divide over mesh axis 'data' of size 4"
     with pytest.raises(ValueError, match=message):
         place_batch(make_batch(6), train_rules(layout.strategy), layout)
+
+
+# What the design says of a key's second dim; `kept` has a third.
+NOT_OF_TIME = {
+    "segments": {"rewards", "has_eos", "group", "is_baseline", "seq_share", "prompt_id", "sample_id"},
+    "pairs": {"pair_weight"},
+    "targets": {"targets"},
+}
+
+
+def learn(batch: Batch) -> Batch:
+    """Returns a batch of rollouts with what PPO's host call adds and the tokens that are asked for."""
+    batch = batch.with_arrays(**make_advantages(PPOParameters())(host_arrays(batch), {}).arrays)
+    targets = target_indices(batch["train_mask"], batch["positions"])
+    assert targets is not None
+    return batch.with_arrays(targets=targets)
+
+
+def full(rollout: Rollout, number: int) -> Rollout:
+    """Returns a rollout with every key that a generate call and a reward model add."""
+    kept = np.ones((len(rollout["tokens"]), 5), np.int32)
+    return rollout | {
+        "prompt_id": np.int32(number),
+        "sample_id": np.int32(0),
+        "kept": kept,
+        "scores": rollout["values"],
+    }
+
+
+def make_batches() -> dict[str, Batch]:
+    """Returns a batch of each experiment with all keys that it ever has."""
+    paired = Spread(row_len=72, num_rows=8).pack(make_pairs())
+    rollouts = [full(rollout, number) for number, rollout in enumerate(make_rollouts())]
+    return {
+        "sft": pack_in_order(make_examples([5, 9, 7, 4]), 10, num_rows=4)[0],
+        "rw": paired,
+        "dpo": paired.with_arrays(ref_logprobs=np.zeros(paired["tokens"].shape)),
+        "ppo": learn(Packing(row_len=40, num_rows=4).pack(rollouts)[0]),
+    }
+
+
+def test_time_split_over_a_mesh_axis_splits_what_is_of_time_and_nothing_else():
+    """A new axis is a line of the table, whatever the experiment: every key knows which of its dims are of time."""
+    layout = make_layout(dp=2, tp=2)
+    rules, seen = {**train_rules(layout.strategy), "time": "tensor"}, set()
+    for experiment, batch in make_batches().items():
+        for key, array in place_batch(batch, rules, layout).arrays.items():
+            is_of_time = not any(key in keys for keys in NOT_OF_TIME.values())
+            expected = layout.sharding("data", "tensor" if is_of_time else None)
+            assert array.sharding.is_equivalent_to(expected, array.ndim), (experiment, key)
+            np.testing.assert_array_equal(array, batch[key])
+        seen |= set(batch)
+    assert seen == set(BATCH_DIMS)  # a key that is added is to be added here

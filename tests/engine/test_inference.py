@@ -41,6 +41,7 @@ def test_outputs_of_a_sequence_depend_on_nothing_but_itself(layout, head):
     packed, plan = pack_in_order(EXAMPLES, 96, order=[5, 1, 7, 0, 6, 2, 4, 3], num_rows=4)
     found = infer(model, head, make_layout(**layout), packed, max_segment_len=30, loss_chunk_tokens=64)
     assert found.dtype == np.float32 and found.shape == packed["tokens"].shape
+    assert found.sharding.is_equivalent_to(make_layout(**layout).sharding("data"), 2)
     for one, other in zip(unpack_array(found, plan), expected):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
