@@ -25,7 +25,7 @@ from realjax.core.trees import Tree, flatten_paths, num_bytes, num_params
 from realjax.hf.families import find_family
 from realjax.hf.files import CheckpointFiles, resolve_model_path
 from realjax.hf.load import load_checkpoint_config, load_config, load_params
-from realjax.hf.rules import hf_tensors, leaf_rules
+from realjax.hf.pieces import find_pieces, list_tensors
 from realjax.hf.save import new_directory, refuse_existing, save_hf, write_config
 from realjax.models.build import build_model
 from realjax.models.config import ModelConfig
@@ -71,7 +71,7 @@ def orbax_to_hf(orbax: Path, hf: Path, like: str | None, dtype: str | None) -> t
 def report(done: str, config: ModelConfig, params: Tree, seconds: float) -> str:
     """Returns one line of what was converted and what it took."""
     shapes = {path: leaf.shape for path, leaf in flatten_paths(params).items()}
-    num_tensors = sum(1 for _ in hf_tensors(leaf_rules(find_family(config.family), config, shapes), shapes))
+    num_tensors = len(list_tensors(find_pieces(find_family(config.family), config, shapes)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (
         f"{done}: {config.family}, {num_tensors} tensors, {num_params(params):,} parameters, "

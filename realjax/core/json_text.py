@@ -4,6 +4,9 @@ import json
 import re
 from typing import Any
 
+# What stands behind a key is what the writer meant it to be: who reads it checks it first.
+JsonObject = dict[str, Any]
+
 # Python refuses to read longer integers, without saying where they stand.
 _LONGEST_INTEGER = 4300
 _HUGE_INTEGER = re.compile(rf"\d{{{_LONGEST_INTEGER + 1}}}")

@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from realjax.core.json_text import parse_json
+from realjax.core.json_text import JsonObject, parse_json
+from realjax.hf.dims import Shape, Window
 from realjax.hf.families import config_from_hf
-from realjax.hf.rules import ReadFn, Shape
+from realjax.hf.pieces import ReadFn
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "config.json"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -53,7 +57,7 @@ class TensorFile(Protocol):
 
     def __init__(self, path: Path) -> None: ...
     def infos(self) -> dict[str, tuple[Shape, str]]: ...
-    def read(self, name: str, window: tuple[slice, ...]) -> np.ndarray: ...
+    def read(self, name: str, window: Window) -> np.ndarray: ...
     def close(self) -> None: ...
 
 
@@ -72,7 +76,7 @@ class SafetensorsFile:
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a dict
         return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
-    def read(self, name: str, window: tuple[slice, ...]) -> np.ndarray:
+    def read(self, name: str, window: Window) -> np.ndarray:
         return self._file.get_slice(name)[window]
 
     def close(self) -> None:
@@ -100,7 +104,7 @@ class TorchFile:
             ) from error
         self._tensors = self._only_tensors(found, path)
 
-    def _only_tensors(self, found: Any, path: Path) -> dict[str, Any]:
+    def _only_tensors(self, found: object, path: Path) -> dict[str, "torch.Tensor"]:
         """Returns the tensors by name; like transformers it passes over what else stands beside them."""
         entries = found if isinstance(found, dict) else {}
         tensors = {str(name): x for name, x in entries.items() if isinstance(x, self._torch.Tensor)}
@@ -118,7 +122,7 @@ class TorchFile:
         names = {t.float64: "F64", t.float32: "F32", t.float16: "F16", t.bfloat16: "BF16"}
         return {n: (tuple(x.shape), names.get(x.dtype, str(x.dtype))) for n, x in self._tensors.items()}
 
-    def read(self, name: str, window: tuple[slice, ...]) -> np.ndarray:
+    def read(self, name: str, window: Window) -> np.ndarray:
         """Returns a copy of that window of the tensor."""
         part = self._tensors[name][window].contiguous()
         if part.dtype == self._torch.bfloat16:  # numpy does not know it: pass the bits
@@ -172,7 +176,7 @@ class CheckpointFiles:
         with ExitStack() as stack:
             opened: dict[Path, TensorFile] = {}
 
-            def read(name: str, window: tuple[slice, ...]) -> np.ndarray:
+            def read(name: str, window: Window) -> np.ndarray:
                 info = self.tensors[name]
                 if info.file not in opened:
                     opened[info.file] = FORMATS[info.file.suffix](info.file)
@@ -182,7 +186,7 @@ class CheckpointFiles:
             yield read
 
 
-def read_json(path: Path, subject: str) -> dict[str, Any]:
+def read_json(path: Path, subject: str) -> JsonObject:
     """Returns the object in a json file. Raises ValueError, naming `subject`, when it is missing or malformed."""
     try:
         value = parse_json(path.read_bytes())
@@ -241,15 +245,16 @@ def _refuse_adapter(directory: Path) -> None:
 
 def _shards(directory: Path, index: str) -> list[Path]:
     weight_map = read_json(directory / index, "checkpoint index").get("weight_map")
-    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    # A name with a folder in it could be a file from anywhere.
-    if odd := [name for name in names if not (isinstance(name, str) and Path(name).name == name)]:
-        raise ValueError(
-            f"checkpoint '{directory}': {index} gives {odd[0]!r} as a file of weights; its weight_map needs a name in "
-            "the same directory for each tensor"
-        )
+    names: set[str] = set()
+    for name in weight_map.values() if isinstance(weight_map, dict) else [None]:
+        if not isinstance(name, str) or Path(name).name != name:  # with a folder it could be a file from anywhere
+            raise ValueError(
+                f"checkpoint '{directory}': {index} gives {name!r} as a file of weights; its weight_map needs a name "
+                "in the same directory for each tensor"
+            )
+        names.add(name)
     suffix = Path(index.removesuffix(".index.json")).suffix
-    files = [directory / name for name in sorted(set(names))]
+    files = [directory / name for name in sorted(names)]
     if absent := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"checkpoint '{directory}': {index} names {', '.join(absent)}, not in the directory")
     if other := [file.name for file in files if file.suffix != suffix]:

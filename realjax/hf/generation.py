@@ -1,7 +1,7 @@
 """What a checkpoint says about generation: the tokens that end an answer."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from realjax.core.end_tokens import EndTokens
 from realjax.hf.files import CONFIG, read_json
@@ -25,7 +25,7 @@ def load_eos_ids(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int,
 
     Raises ValueError when there is none, or for anything but ids.
     """
-    own: Any = tokenizer.eos_token_id
+    own: object = tokenizer.eos_token_id
     named = None
     for file in (GENERATION_CONFIG, CONFIG):
         if named is None and (path / file).is_file():

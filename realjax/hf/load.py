@@ -1,6 +1,6 @@
 """From a checkpoint directory to a sharded parameter tree; a process reads only what its devices hold."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +11,25 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from realjax.core.trees import Tree, flatten_paths, unflatten_paths
+from realjax.hf.dims import Shape, Window
 from realjax.hf.families import config_from_hf, find_family
 from realjax.hf.files import CONFIG, DTYPES, CheckpointFiles, read_json
-from realjax.hf.rules import CRITIC_HEAD_NAME, HEAD, Rule, Shape, check_tensors, hf_tensors, leaf_rules, real_shapes
+from realjax.hf.pieces import (
+    CRITIC_HEAD_NAME,
+    Piece,
+    check_tensors,
+    find_pieces,
+    group_by_leaf,
+    list_tensors,
+    read_leaf,
+)
+from realjax.hf.rules import HEAD, TABLE
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
 
-FillFn = Callable[[tuple[slice, ...]], np.ndarray]  # the values of a slice of a leaf
-CastFn = Callable[[tuple[slice, ...], np.dtype], np.ndarray]  # the same in a dtype
-TABLE, TABLE_NAME, LM_HEAD_NAME = "embed/table", "model.embed_tokens.weight", "lm_head.weight"
+FillFn = Callable[[Window], np.ndarray]  # the values of a slice of a leaf
+CastFn = Callable[[Window, np.dtype], np.ndarray]  # the same in a dtype
+CRITIC_HEAD_NAMES = (CRITIC_HEAD_NAME, "lm_head.weight")  # transformers' and ReaL's
 COMPARED_AT_ONCE = 1 << 24  # numbers of a table
 
 
@@ -35,19 +45,23 @@ def load_checkpoint_config(path: str | Path) -> ModelConfig:
     That is what transformers loads then. Reads both tables where a file has them. Raises ValueError as `load_config`.
     """
     config = load_config(path)
-    return replace(config, tied=False) if config.tied and _has_own_head(CheckpointFiles.open(path)) else config
+    if not config.tied:
+        return config
+    family = find_family(config.family)
+    own = _differ(CheckpointFiles.open(path), family.name_tensor(TABLE), family.name_tensor(HEAD))
+    return replace(config, tied=False) if own else config
 
 
-def _has_own_head(files: CheckpointFiles) -> bool:
-    """Returns whether the files have a head of the shape of the embedding table, and other values."""
-    shapes = {files.shapes.get(name) for name in (TABLE_NAME, LM_HEAD_NAME)}
+def _differ(files: CheckpointFiles, table: str, head: str) -> bool:
+    """Returns whether the files have both tensors in one shape, and other values in the second."""
+    shapes = {files.shapes.get(name) for name in (table, head)}
     if len(shapes) > 1 or (shape := shapes.pop()) is None:
         return False
     rows = max(1, COMPARED_AT_ONCE // shape[1])
     for start in range(0, shape[0], rows):
         window = (slice(start, min(start + rows, shape[0])), slice(0, shape[1]))
         with files.reader() as read:
-            if not np.array_equal(read(TABLE_NAME, window), read(LM_HEAD_NAME, window)):
+            if not np.array_equal(read(table, window), read(head, window)):
                 return True
     return False
 
@@ -82,15 +96,12 @@ def load_params(
     """
     files = CheckpointFiles.open(path)
     shapes = {name: leaf.shape for name, leaf in flatten_paths(model.abstract).items()}
-    rules = _match(files, model.config, shapes, fresh or {})
+    pieces = _match(files, model.config, shapes, fresh or {})
     places = flatten_paths(shardings)
     leaves = {}
     for name, shape in shapes.items():
-        if name in rules:
-            fill = _make_fill(files, rules[name], shape, model.config.num_layers)
-        else:
-            fill = _without_files((fresh or {})[name])
-        leaves[name] = _place(fill, shape, places[name], jnp.dtype(dtype))
+        fill = make_fill(files, pieces[name]) if name in pieces else _without_files((fresh or {})[name])
+        leaves[name] = place_leaf(fill, shape, places[name], jnp.dtype(dtype))
     return unflatten_paths(leaves)
 
 
@@ -100,59 +111,52 @@ def has_critic_head(path: str | Path) -> bool:
 
 
 def _critic_head_name(files: CheckpointFiles) -> str | None:
-    for name in (CRITIC_HEAD_NAME, LM_HEAD_NAME):
-        if name in files.tensors and files.tensors[name].shape[0] == 1:
-            return name
-    return None
+    return next((name for name in CRITIC_HEAD_NAMES if name in files.tensors and files.shapes[name][0] == 1), None)
 
 
 def _match(
     files: CheckpointFiles, config: ModelConfig, shapes: Mapping[str, Shape], fresh: Container[str]
-) -> dict[str, Rule]:
-    """Returns the rule of every leaf to be read from `files`. Raises ValueError when tensors and model differ."""
-    rules = leaf_rules(find_family(config.family), config, shapes)
+) -> dict[str, list[Piece]]:
+    """Returns the pieces of every leaf to be read from `files`. Raises ValueError when tensors and model differ."""
+    family = find_family(config.family)
+    table, head = family.name_tensor(TABLE), family.name_tensor(HEAD)
+    names: dict[str, str] = {}
     optional: set[str] = set()
     if config.tied:
         # Some writers store the table twice, and some under the head's name.
-        if files.shapes.get(LM_HEAD_NAME) == files.shapes.get(TABLE_NAME):
-            optional.add(LM_HEAD_NAME)
-        elif TABLE_NAME not in files.tensors:
-            rules[TABLE] = replace(rules[TABLE], name=LM_HEAD_NAME)
+        if files.shapes.get(head) == files.shapes.get(table):
+            optional.add(head)
+        elif table not in files.tensors:
+            names[TABLE] = head
     if config.is_critic:
         if HEAD in fresh:
-            del rules[HEAD]
-            optional |= {LM_HEAD_NAME, CRITIC_HEAD_NAME}
+            optional |= {head, CRITIC_HEAD_NAME}
         elif (name := _critic_head_name(files)) is not None:
-            rules[HEAD] = Rule(HEAD, name, rules[HEAD].dims)
-    tensors = hf_tensors(rules, real_shapes(rules, shapes, config.num_layers))
-    expected = {tensor.name: tensor.shape for tensor in tensors}
+            names[HEAD] = name
+    pieces = find_pieces(family, config, {path: x for path, x in shapes.items() if path not in fresh}, names)
+    match_files(files, pieces, frozenset(optional))
+    return group_by_leaf(pieces)
+
+
+def match_files(files: CheckpointFiles, pieces: Iterable[Piece], optional: frozenset[str] = frozenset()) -> None:
+    """Raises ValueError when the files do not have all tensors of the pieces and no others (but `optional`)."""
     subject = f"checkpoint '{files.directory}'"
-    check_tensors(subject, expected, files.shapes, frozenset(optional))
-    for name in expected:
+    tensors = list_tensors(pieces)
+    check_tensors(subject, tensors, files.shapes, optional)
+    for name in (tensor.name for tensor in tensors):
         if (stored := files.tensors[name].dtype) not in DTYPES:
             raise ValueError(
                 f"{subject}: tensor '{name}' is stored as {stored}; needed one of {', '.join(DTYPES)}: "
                 "give the unquantised checkpoint"
             )
-    return rules
 
 
-def _make_fill(files: CheckpointFiles, rule: Rule, shape: Shape, num_layers: int) -> CastFn:
-    """Returns `fill(index, dtype)`, which reads that slice of the leaf, layer after layer into one array.
+def make_fill(files: CheckpointFiles, pieces: Iterable[Piece]) -> CastFn:
+    """Returns `fill(index, dtype)`, which reads that slice of the leaf of these pieces into one array."""
 
-    Of a stack, what follows the first `num_layers` is 0.
-    """
-
-    def fill(index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape)], dtype)
+    def fill(index: Window, dtype: np.dtype) -> np.ndarray:
         with files.reader() as read:
-            if not rule.stacked:
-                out[...] = rule.read(read, rule.name, shape, index)
-                return out
-            for i, layer in enumerate(range(*index[0].indices(shape[0]))):
-                is_real = layer < num_layers
-                out[i] = rule.read(read, rule.name.format(layer=layer), shape[1:], index[1:]) if is_real else 0
-        return out
+            return read_leaf(pieces, read, index, dtype)
 
     return fill
 
@@ -161,7 +165,7 @@ def _without_files(fill: FillFn) -> CastFn:
     return lambda index, dtype: fill(index).astype(dtype)
 
 
-def _place(fill: CastFn, shape: Shape, sharding: Sharding, dtype: np.dtype) -> jax.Array:
+def place_leaf(fill: CastFn, shape: Shape, sharding: Sharding, dtype: np.dtype) -> jax.Array:
     """Returns the array, filled one distinct slice at a time: replicas share a read, no two slices wait on the host."""
     by_slice: dict[tuple[tuple[int, int], ...], list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,15 @@ from jax.typing import DTypeLike
 
 from realjax.core.end_tokens import SCORED_END, EndTokens
 from realjax.core.faults import naming
+from realjax.core.json_text import JsonObject
 from realjax.core.trees import Tree, flatten_paths
 from realjax.hf.families import config_from_hf, config_to_hf, find_family
 from realjax.hf.files import CONFIG, DTYPES, EXTRAS, INDEXES, SINGLES, CheckpointFiles, read_json
 from realjax.hf.generation import GENERATION_CONFIG
-from realjax.hf.rules import HFTensor, hf_tensors, leaf_rules, real_shapes
+from realjax.hf.pieces import FetchFn, HFTensor, Piece, find_pieces, list_tensors, make_tensor
 from realjax.models.config import ModelConfig
 
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-FetchFn = Callable[[HFTensor], np.ndarray]
 # Other spellings of what `config_to_hf` writes: left in a changed config they would contradict it.
 STALE_KEYS = ("rope_parameters", "dtype", "layer_types", "num_labels")
 
@@ -67,24 +67,19 @@ def save_hf(
     refuse_existing(out_dir, overwrite)
     leaves = flatten_paths(params)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    rules = leaf_rules(find_family(config.family), config, shapes)
-    for path, rule in rules.items():
-        if rule.stacked and (found := shapes[path][0]) != config.num_stacked_layers:
-            raise ValueError(f"save: '{path}' has {found} layers, the model config {config.num_stacked_layers}")
+    tensors = list_tensors(find_pieces(find_family(config.family), config, shapes))
     config = replace(config, num_empty_layers=0)
-    tensors = list(hf_tensors(rules, real_shapes(rules, shapes, config.num_layers)))
     out = _choose_dtypes(tensors, leaves, source_dir, dtype)
-    shards = _group(out, max_shard_bytes)
-    fetch = _make_fetch(leaves)
+    fetch = make_fetch(leaves)
     devices = next(iter(leaves.values())).sharding.device_set
     _wait_for_all("save_hf: checked")  # nobody may see the new directory and refuse it
     if jax.process_index() == min(device.process_index for device in devices):
         with naming(out_dir), new_directory(out_dir, overwrite) as temp:
             write_config(config, temp, source_dir, widest(item.dtype for item in out), ends)
-            _write_shards(temp, shards, fetch)
+            write_tensors(temp, out, fetch, max_shard_bytes)
     else:
-        for item in out:
-            fetch(item.tensor)
+        for piece in (piece for tensor in tensors for piece in tensor.pieces):
+            fetch(piece)
     _wait_for_all("save_hf: written")
 
 
@@ -124,11 +119,11 @@ def write_config(
             shutil.copyfile(file, target)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: JsonObject) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _end_keys(hf: Mapping[str, Any], ends: EndTokens | None) -> dict[str, Any]:
+def _end_keys(hf: JsonObject, ends: EndTokens | None) -> JsonObject:
     """Returns the keys of a config that say what ends a text; none where it says the same already."""
     named = hf.get("eos_token_id")
     if ends is None or set(named if isinstance(named, list) else [named]) == set(ends.ids):
@@ -137,7 +132,7 @@ def _end_keys(hf: Mapping[str, Any], ends: EndTokens | None) -> dict[str, Any]:
     return {"eos_token_id": [first, *others] if others else first}
 
 
-def _classifier_pad(hf: Mapping[str, Any], ends: EndTokens | None) -> int | None:
+def _classifier_pad(hf: JsonObject, ends: EndTokens | None) -> int | None:
     """Returns the source's padding token (the tokenizer's, if that pads with another), or None where it ends a text.
 
     transformers scores a sequence at its last token that is not padding: with such a token that would be the one before
@@ -186,7 +181,7 @@ def _choose_dtypes(
 
         def choose(tensor: HFTensor) -> np.dtype:
             if files is None:
-                return np.dtype(leaves[tensor.rule.path].dtype)
+                return np.dtype(leaves[tensor.pieces[0].path].dtype)
             info = files.tensors.get(tensor.name)
             return np.dtype(DTYPES[info.dtype]) if info and info.dtype in DTYPES else files.dtype
     else:
@@ -216,8 +211,10 @@ def _wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _write_shards(out_dir: Path, shards: list[list[OutTensor]], fetch: FetchFn) -> None:
+def write_tensors(out_dir: Path, tensors: list[OutTensor], fetch_fn: FetchFn, max_shard_bytes: float) -> None:
+    """Writes the tensors in files of about that size, with their index; one of them at a time is in host memory."""
     stem, suffix = os.path.splitext(SINGLES[0])
+    shards = _group(tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = SINGLES[0] if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}{suffix}"
@@ -225,11 +222,10 @@ def _write_shards(out_dir: Path, shards: list[list[OutTensor]], fetch: FetchFn) 
         with open(out_dir / name, "wb") as file:
             _write_header(file, shard)
             for item in shard:
-                x = fetch(item.tensor)
-                file.write(np.ascontiguousarray(item.tensor.rule.to_hf(x).astype(item.dtype)).view(np.uint8).data)
+                file.write(make_tensor(item.tensor, fetch_fn, item.dtype).reshape(-1).view(np.uint8).data)
     if len(shards) > 1:
         total = sum(item.num_bytes for shard in shards for item in shard)
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index: JsonObject = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out_dir / INDEXES[0]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -238,7 +234,7 @@ def _write_header(file: BinaryIO, shard: list[OutTensor]) -> None:
 
     `safetensors.save_file` would need all tensors of the file in memory, twice; with the head first they stream.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     offset = 0
     for item in shard:
         end = offset + item.num_bytes
@@ -250,19 +246,18 @@ def _write_header(file: BinaryIO, shard: list[OutTensor]) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-def _make_fetch(leaves: Mapping[str, jax.Array]) -> FetchFn:
-    """Returns `fetch(tensor)`: our leaf, or its layer, whole on this host.
+def make_fetch(leaves: Mapping[str, jax.Array]) -> FetchFn:
+    """Returns `fetch(piece)`: the leaf of the piece, or the layer or expert of it, whole on this host.
 
-    What it returns is only right in processes that own devices of the leaf's mesh.
+    Every process that owns devices of the leaves' mesh calls it for the same pieces; in others the result is not right.
     """
     sharding = next(iter(leaves.values())).sharding
     if len({device.process_index for device in sharding.device_set}) == 1:
-        return lambda tensor: _assemble(leaves[tensor.rule.path], tensor.layer)
+        return lambda piece: _assemble(leaves[piece.path], piece.index)
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"save: parameters spread over processes by {sharding}; place them by a Layout's shardings")
-    whole = NamedSharding(sharding.mesh, PartitionSpec())
-    take_layer = jax.jit(_take_layer, out_shardings=whole)
-    take_all = jax.jit(lambda x: x, out_shardings=whole)
+    gather = jax.jit(_take, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+    take = jax.jit(_take)
 
     @lru_cache(maxsize=1)
     def on_devices(path: str) -> jax.Array:
@@ -271,32 +266,36 @@ def _make_fetch(leaves: Mapping[str, jax.Array]) -> FetchFn:
         is_there = leaf.sharding.memory_kind in (None, "device")
         return leaf if is_there else jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
-    def fetch(tensor: HFTensor) -> np.ndarray:
-        leaf = on_devices(tensor.rule.path)
-        x = take_all(leaf) if tensor.layer is None else take_layer(leaf, tensor.layer)
+    @lru_cache(maxsize=1)
+    def layer_on_devices(path: str, layer: int) -> jax.Array:
+        return take(on_devices(path), layer)
+
+    def fetch(piece: Piece) -> np.ndarray:
+        if len(piece.index) == 2:  # an expert: each would read the whole leaf without its layer in between
+            x = gather(layer_on_devices(piece.path, piece.index[0]), piece.index[1])
+        else:
+            x = gather(on_devices(piece.path), *piece.index)
         return np.asarray(x.addressable_data(0)) if x.addressable_shards else np.empty(x.shape, x.dtype)
 
     return fetch
 
 
-def _take_layer(x: jax.Array, layer: int) -> jax.Array:
-    """Returns `x[layer]`, bit for bit: a masked sum stays sharded, while indexing would first gather every layer."""
+def _take(x: jax.Array, i: int | None = None) -> jax.Array:
+    """Returns `x`, or `x[i]` bit for bit: a masked sum stays sharded, while indexing would first gather all of `x`."""
+    if i is None:
+        return x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    chosen = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == layer
+    chosen = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == i
     return jax.lax.bitcast_convert_type(jnp.where(chosen, bits, 0).sum(0, dtype=bits.dtype), x.dtype)
 
 
-def _assemble(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    """Returns the leaf, or one layer of it, put together from its shards without a replica on any device."""
-    stacked = layer is not None
-    out = np.empty(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
+def _assemble(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """Returns `leaf[index]`, put together from its shards without a replica on any device."""
+    depth = len(index)
+    out = np.empty(leaf.shape[depth:], leaf.dtype)
     for shard in leaf.addressable_shards:
-        if shard.replica_id != 0:
-            continue
-        if not stacked:
-            out[shard.index] = np.asarray(shard.data)
-            continue
-        start, stop, _ = shard.index[0].indices(leaf.shape[0])
-        if start <= layer < stop:
-            out[shard.index[1:]] = np.asarray(shard.data[layer - start])
+        bounds = [s.indices(size)[:2] for s, size in zip(shard.index, leaf.shape[:depth])]
+        if shard.replica_id == 0 and all(start <= i < stop for i, (start, stop) in zip(index, bounds)):
+            local = tuple(i - start for i, (start, _) in zip(index, bounds))
+            out[shard.index[depth:]] = np.asarray(shard.data[local] if index else shard.data)
     return out

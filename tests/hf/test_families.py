@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoConfig
 
 from realjax.hf.families import FAMILIES, config_from_hf, config_to_hf
-from realjax.hf.families.decoder import ACTIVATIONS, HF_ACTIVATIONS
+from realjax.hf.families.llama_like import ACTIVATIONS, HF_ACTIVATIONS
 from realjax.hf.load import load_config
 from realjax.models.config import RopeConfig
 from tests.hf.tiny import KINDS, LLAMA3_ROPE, SIZES, make_checkpoint

@@ -8,7 +8,7 @@ from jax import Array
 
 from realjax.core.trees import Tree, flatten_paths, unflatten_paths
 from realjax.hf.families import config_from_hf, find_family
-from realjax.hf.rules import hf_tensors, leaf_rules
+from realjax.hf.pieces import find_pieces, group_by_leaf, list_tensors, read_leaf
 from realjax.models.attention import AttentionFn
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
@@ -44,14 +44,16 @@ def make_ours(theirs: transformers.PreTrainedModel, config: ModelConfig | None =
 def to_ours(model: Model, named: dict[str, np.ndarray]) -> Tree:
     """Returns arrays under HuggingFace names (weights or gradients) as our tree."""
     shapes = {path: leaf.shape for path, leaf in flatten_paths(model.abstract).items()}
-    leaves: dict[str, np.ndarray] = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    tensors = list(hf_tensors(leaf_rules(find_family(model.config.family), model.config, shapes), shapes))
-    assert {tensor.name for tensor in tensors} == named.keys()
-    for tensor in tensors:
-        leaf = leaves[tensor.rule.path]
-        place = leaf if tensor.layer is None else leaf[tensor.layer]
-        place[...] = tensor.rule.from_hf(named[tensor.name], place.shape)
-    return unflatten_paths(leaves)
+    pieces = find_pieces(find_family(model.config.family), model.config, shapes)
+    assert {tensor.name for tensor in list_tensors(pieces)} == named.keys()
+    whole = lambda shape: tuple(slice(0, size) for size in shape)
+    read = lambda name, window: named[name][window]
+    return unflatten_paths(
+        {
+            path: read_leaf(parts, read, whole(shapes[path]), np.dtype(np.float32))
+            for path, parts in group_by_leaf(pieces).items()
+        }
+    )
 
 
 def our_logits(model: Model, params: Tree, batch, attention_fn: AttentionFn) -> Array:

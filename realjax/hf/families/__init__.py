@@ -1,8 +1,6 @@
 """The supported architectures. Adding one is one small file here and one line in `FAMILIES`."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from realjax.core.json_text import JsonObject
 from realjax.hf.families import llama, qwen2, qwen3
 from realjax.hf.families.values import check_values
 from realjax.hf.rules import Family
@@ -22,7 +20,7 @@ def find_family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def config_from_hf(hf: Mapping[str, Any], subject: str) -> ModelConfig:
+def config_from_hf(hf: JsonObject, subject: str) -> ModelConfig:
     """Returns the model that a config.json describes. Raises ValueError, naming `subject`, when it is not supported.
 
     A `*ForSequenceClassification` of one label is a critic (or reward model), a `*ForCausalLM` a language model.
@@ -51,13 +49,13 @@ def config_from_hf(hf: Mapping[str, Any], subject: str) -> ModelConfig:
         raise ValueError(f"{subject}: {error}") from error
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig) -> JsonObject:
     """Returns the config.json of a model, in spellings that transformers 4 and 5 both read.
 
     Raises ValueError when the family cannot say what `config` says (a sliding window in llama, a bias qwen2 has not).
     """
     family = find_family(config.family)
-    hf: dict[str, Any] = {"model_type": family.name, **family.config_to_hf(config)}
+    hf: JsonObject = {"model_type": family.name, **family.config_to_hf(config)}
     if config.is_critic:
         hf |= {"architectures": [family.critic_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     else:

@@ -1,14 +1,12 @@
 """Llama, and what is published in its form (CodeLlama, DeepSeek LLM, SmolLM2)."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from realjax.hf.families.decoder import RULES, read_sizes, write_sizes
+from realjax.core.json_text import JsonObject
+from realjax.hf.families.llama_like import RULES, read_sizes, write_sizes
 from realjax.hf.rules import Family
 from realjax.models.config import ModelConfig
 
 
-def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
+def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))  # one switch for q, k, v and o
     return ModelConfig(
         family="llama",
@@ -20,7 +18,7 @@ def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
     )
 
 
-def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def _config_to_hf(config: ModelConfig) -> JsonObject:
     return {**write_sizes(config), "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 

@@ -1,14 +1,12 @@
 """Qwen2 and Qwen2.5: always a bias on q, k and v, never on o; an optional sliding window."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from realjax.hf.families.decoder import RULES, read_sizes, read_window, write_sizes, write_window
+from realjax.core.json_text import JsonObject
+from realjax.hf.families.llama_like import RULES, read_sizes, read_window, write_sizes, write_window
 from realjax.hf.rules import Family
 from realjax.models.config import ModelConfig
 
 
-def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
+def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     return ModelConfig(
         family="qwen2",
         **read_sizes(hf, is_critic),
@@ -18,7 +16,7 @@ def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
     )
 
 
-def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def _config_to_hf(config: ModelConfig) -> JsonObject:
     return {**write_sizes(config), **write_window(config)}
 
 

@@ -1,14 +1,12 @@
 """Qwen3 (dense): a norm over each head of q and k, a head size of its own, an optional sliding window."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from realjax.hf.families.decoder import RULES, read_sizes, read_window, write_sizes, write_window
+from realjax.core.json_text import JsonObject
+from realjax.hf.families.llama_like import RULES, read_sizes, read_window, write_sizes, write_window
 from realjax.hf.rules import Family
 from realjax.models.config import ModelConfig
 
 
-def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
+def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
     if (head_dim := hf.get("head_dim", 128)) is None:  # not hidden_size over heads
         raise ValueError("head_dim is null; a Qwen3 config needs it (128 in the published ones)")
@@ -24,7 +22,7 @@ def _config_from_hf(hf: Mapping[str, Any], is_critic: bool) -> ModelConfig:
     )
 
 
-def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def _config_to_hf(config: ModelConfig) -> JsonObject:
     return {**write_sizes(config), **write_window(config), "attention_bias": config.qkv_bias}
 
 

@@ -1,7 +1,8 @@
 """What may stand behind the keys of a config.json, before anything computes with it."""
 
 from collections.abc import Mapping
-from typing import Any
+
+from realjax.core.json_text import JsonObject
 
 # XLA counts the entries of a dimension in 32 bits.
 MOST = 2**31 - 1
@@ -30,7 +31,7 @@ MAY_BE_NULL = frozenset(
 )
 
 
-def check_values(hf: Mapping[str, Any], subject: str) -> None:
+def check_values(hf: JsonObject, subject: str) -> None:
     """Raises ValueError, naming `subject`, for a value of the wrong type or range in a config.json that we read."""
     kinds = {
         **dict.fromkeys(SIZES, (_is_size, "a whole number from 1 to 2^31")),
@@ -56,18 +57,17 @@ def check_values(hf: Mapping[str, Any], subject: str) -> None:
             check_values(inner, f"{subject}: {key}")
 
 
-def _is_size(value: Any) -> bool:
-    return _is_count(value) and value > 0
+def _is_size(value: object) -> bool:
+    return _is_count(value) and value != 0
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < float("inf")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -1,8 +1,6 @@
 """What every Llama-like decoder shares: its tensors, and the config keys of sizes, activation, rotary and window."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from realjax.core.json_text import JsonObject
 from realjax.hf.rules import Rule
 from realjax.models.config import ModelConfig, RopeConfig
 
@@ -43,7 +41,7 @@ RULES = (
 )
 
 
-def read_sizes(hf: Mapping[str, Any], is_critic: bool) -> dict[str, Any]:
+def read_sizes(hf: JsonObject, is_critic: bool) -> JsonObject:
     """Returns the `ModelConfig` fields that all families spell alike, with transformers' defaults for absent keys.
 
     Raises KeyError for a size that has no default, ValueError for an activation or rotary scaling we do not compute.
@@ -67,7 +65,7 @@ def read_sizes(hf: Mapping[str, Any], is_critic: bool) -> dict[str, Any]:
     }
 
 
-def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
+def read_rope(hf: JsonObject) -> RopeConfig:
     """Returns the rotary embedding from transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
     params = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = params.get("rope_type", params.get("type", "default"))
@@ -93,7 +91,7 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     )
 
 
-def read_window(hf: Mapping[str, Any]) -> int | None:
+def read_window(hf: JsonObject) -> int | None:
     """Returns the attention window of all layers, or None without one. Raises ValueError when only some layers have it.
 
     transformers gives the window to layers from `max_window_layers` on, or to those that `layer_types` names.
@@ -116,7 +114,7 @@ def read_window(hf: Mapping[str, Any]) -> int | None:
     )
 
 
-def write_sizes(config: ModelConfig) -> dict[str, Any]:
+def write_sizes(config: ModelConfig) -> JsonObject:
     """Returns the config.json keys of `read_sizes`; its inverse."""
     return {
         "vocab_size": config.vocab_size,
@@ -135,14 +133,14 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_window(config: ModelConfig) -> dict[str, Any]:
+def write_window(config: ModelConfig) -> JsonObject:
     """Returns the config.json keys of `read_window`; its inverse."""
     if config.sliding_window is None:
         return {"use_sliding_window": False, "sliding_window": None}
     return {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": 0}
 
 
-def _write_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+def _write_scaling(rope: RopeConfig) -> JsonObject | None:
     if rope.scaling == "none":
         return None
     if rope.scaling == "linear":

@@ -1,0 +1,302 @@
+"""Tables of rules for public architectures that have no family yet, and how transformers makes a tiny one of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from realjax.hf.families.llama_like import RULES
+from realjax.hf.pieces import LayerNumbers
+from realjax.hf.rules import LAYERS, Rule
+
+LAYER = "model.layers.{layer}."
+# E experts of M hidden numbers each, S of an expert that takes every token, P positions.
+LETTERS = {"V": 64, "D": 32, "F": 48, "N": 4, "K": 2, "G": 2, "H": 8, "E": 3, "M": 24, "S": 40, "P": 64}
+ALIKE: LayerNumbers = {LAYERS: (0, 1, 2, 3)}
+ALTERNATING: LayerNumbers = {f"{LAYERS}/0": (0, 2), f"{LAYERS}/1": (1, 3)}
+LAST_APART: LayerNumbers = {f"{LAYERS}/0": (0, 1, 2), f"{LAYERS}/1": (3,)}
+FIRST_APART: LayerNumbers = {f"{LAYERS}/0": (0,), f"{LAYERS}/1": (1, 2, 3)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One architecture: transformers' config and class of a tiny model, and the rules of its tensors."""
+
+    name: str  # of transformers' classes
+    rules: tuple[Rule, ...] = RULES
+    config: Mapping[str, object] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)  # that are not in LETTERS
+    layer_numbers: LayerNumbers = field(default_factory=lambda: ALIKE)
+    class_names: tuple[str, str] | None = None
+
+    @property
+    def classes(self) -> tuple[str, str]:
+        """The names of transformers' config and model."""
+        return self.class_names or (f"{self.name}Config", f"{self.name}ForCausalLM")
+
+
+def change(*rules: Rule) -> tuple[Rule, ...]:
+    """Returns the rules of Llama's form with these, in the place of those that have one of their leaves or tensors."""
+    taken = {rule.path for rule in rules} | {rule.name for rule in rules}
+    kept = [rule for rule in RULES if not {rule.path, rule.name} & taken]
+    end = next(i for i, rule in enumerate(kept) if rule.path == "norm/scale")
+    return (*kept[:end], *rules, *kept[end:])
+
+
+def fuse(name: str, leaves: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Returns the rules of leaves that are parts of one tensor."""
+    return tuple(Rule(path, name, dims) for path, dims in leaves.items())
+
+
+def list_experts(moe: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Returns the rules of experts with a tensor each and of their router."""
+    expert = LAYER + moe + ".experts.{expert}."
+    return (
+        Rule("layers/mlp/router/kernel", f"{LAYER}{moe}.gate.weight", "E D -> D E"),
+        Rule("layers/mlp/experts/gate/kernel", f"{expert}{gate}.weight", "M D -> E D M"),
+        Rule("layers/mlp/experts/up/kernel", f"{expert}{up}.weight", "M D -> E D M"),
+        Rule("layers/mlp/experts/down/kernel", f"{expert}{down}.weight", "D M -> E M D"),
+    )
+
+
+def list_shared(name: str, ffn: str) -> tuple[Rule, ...]:
+    """Returns the rules of an expert that takes every token."""
+    return (
+        Rule("layers/mlp/shared/gate/kernel", f"{LAYER}{name}.gate_proj.weight", f"{ffn} D -> D {ffn}"),
+        Rule("layers/mlp/shared/up/kernel", f"{LAYER}{name}.up_proj.weight", f"{ffn} D -> D {ffn}"),
+        Rule("layers/mlp/shared/down/kernel", f"{LAYER}{name}.down_proj.weight", f"D {ffn} -> {ffn} D"),
+    )
+
+
+def list_norms(layer: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Returns the rules of layer norms, with scale and bias."""
+    kinds = {"scale": "weight", "bias": "bias"}
+    return tuple(
+        Rule(f"{path}/{ours}", f"{layer}{name}.{theirs}", "D -> D")
+        for path, name in names.items()
+        for ours, theirs in kinds.items()
+    )
+
+
+EXPERTS = list_experts("mlp", "gate_proj", "up_proj", "down_proj")
+MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+QK_NORMS = (
+    Rule("layers/attn/q_norm/scale", LAYER + "self_attn.q_norm.weight", "(N H) -> N H"),
+    Rule("layers/attn/k_norm/scale", LAYER + "self_attn.k_norm.weight", "(K H) -> K H"),
+)
+NORMS_AFTER = (
+    Rule("layers/attn_post_norm/scale", LAYER + "post_attention_layernorm.weight", "D -> D"),
+    Rule("layers/mlp_post_norm/scale", LAYER + "post_feedforward_layernorm.weight", "D -> D"),
+)
+# The scale is used as 1 + w. The leaf is w, and adding 1 is the model's part: in 16 bits (1 + w) - 1 is not w.
+GEMMA2_RULES = change(*NORMS_AFTER, Rule("layers/mlp_norm/scale", LAYER + "pre_feedforward_layernorm.weight", "D -> D"))
+PHI3_RULES = change(
+    *fuse(
+        LAYER + "self_attn.qkv_proj.weight",
+        {
+            "layers/attn/q/kernel": "(([N] + K + K) H) D -> D N H",
+            "layers/attn/k/kernel": "((N + [K] + K) H) D -> D K H",
+            "layers/attn/v/kernel": "((N + K + [K]) H) D -> D K H",
+        },
+    ),
+    *fuse(
+        LAYER + "mlp.gate_up_proj.weight",
+        {"layers/mlp/gate/kernel": "([F] + F) D -> D F", "layers/mlp/up/kernel": "(F + [F]) D -> D F"},
+    ),
+)
+GPT_OSS_RULES = change(
+    Rule("layers/attn/sinks", LAYER + "self_attn.sinks", "N -> N"),
+    Rule("layers/mlp/router/kernel", LAYER + "mlp.router.weight", "E D -> D E"),
+    Rule("layers/mlp/router/bias", LAYER + "mlp.router.bias", "E -> E"),
+    *fuse(
+        LAYER + "mlp.experts.gate_up_proj",
+        {
+            "layers/mlp/experts/gate/kernel": "E D (M ([1] + 1)) -> E D M",
+            "layers/mlp/experts/up/kernel": "E D (M (1 + [1])) -> E D M",
+        },
+    ),
+    *fuse(
+        LAYER + "mlp.experts.gate_up_proj_bias",
+        {
+            "layers/mlp/experts/gate/bias": "E (M ([1] + 1)) -> E M",
+            "layers/mlp/experts/up/bias": "E (M (1 + [1])) -> E M",
+        },
+    ),
+    Rule("layers/mlp/experts/down/kernel", LAYER + "mlp.experts.down_proj", "E M D -> E M D"),
+    Rule("layers/mlp/experts/down/bias", LAYER + "mlp.experts.down_proj_bias", "E D -> E D"),
+)
+GRANITE_MOE_RULES = change(
+    Rule("layers/mlp/router/kernel", LAYER + "block_sparse_moe.router.layer.weight", "E D -> D E"),
+    *fuse(
+        LAYER + "block_sparse_moe.input_linear.weight",
+        {
+            "layers/mlp/experts/gate/kernel": "E ([M] + M) D -> E D M",
+            "layers/mlp/experts/up/kernel": "E (M + [M]) D -> E D M",
+        },
+    ),
+    Rule("layers/mlp/experts/down/kernel", LAYER + "block_sparse_moe.output_linear.weight", "E D M -> E M D"),
+)
+GPT2_LAYER = "transformer.h.{layer}."
+GPT2_RULES = (
+    Rule("embed/table", "transformer.wte.weight", "V D -> V D"),
+    Rule("positions/table", "transformer.wpe.weight", "P D -> P D"),
+    *list_norms(GPT2_LAYER, {"layers/attn_norm": "ln_1", "layers/mlp_norm": "ln_2"}),
+    *fuse(
+        GPT2_LAYER + "attn.c_attn.weight",
+        {
+            "layers/attn/q/kernel": "D (([N] + N + N) H) -> D N H",
+            "layers/attn/k/kernel": "D ((N + [N] + N) H) -> D N H",
+            "layers/attn/v/kernel": "D ((N + N + [N]) H) -> D N H",
+        },
+    ),
+    *fuse(
+        GPT2_LAYER + "attn.c_attn.bias",
+        {
+            "layers/attn/q/bias": "(([N] + N + N) H) -> N H",
+            "layers/attn/k/bias": "((N + [N] + N) H) -> N H",
+            "layers/attn/v/bias": "((N + N + [N]) H) -> N H",
+        },
+    ),
+    Rule("layers/attn/o/kernel", GPT2_LAYER + "attn.c_proj.weight", "(N H) D -> N H D"),
+    Rule("layers/attn/o/bias", GPT2_LAYER + "attn.c_proj.bias", "D -> D"),
+    Rule("layers/mlp/up/kernel", GPT2_LAYER + "mlp.c_fc.weight", "D F -> D F"),
+    Rule("layers/mlp/up/bias", GPT2_LAYER + "mlp.c_fc.bias", "F -> F"),
+    Rule("layers/mlp/down/kernel", GPT2_LAYER + "mlp.c_proj.weight", "F D -> F D"),
+    Rule("layers/mlp/down/bias", GPT2_LAYER + "mlp.c_proj.bias", "D -> D"),
+    *list_norms("", {"norm": "transformer.ln_f"}),
+    Rule("head/kernel", "lm_head.weight", "V D -> D V"),
+)
+NEOX_LAYER = "gpt_neox.layers.{layer}."
+NEOX_RULES = (
+    Rule("embed/table", "gpt_neox.embed_in.weight", "V D -> V D"),
+    *list_norms(NEOX_LAYER, {"layers/attn_norm": "input_layernorm", "layers/mlp_norm": "post_attention_layernorm"}),
+    *fuse(
+        NEOX_LAYER + "attention.query_key_value.weight",
+        {
+            "layers/attn/q/kernel": "(N ([1] + 1 + 1) H) D -> D N H",
+            "layers/attn/k/kernel": "(N (1 + [1] + 1) H) D -> D N H",
+            "layers/attn/v/kernel": "(N (1 + 1 + [1]) H) D -> D N H",
+        },
+    ),
+    *fuse(
+        NEOX_LAYER + "attention.query_key_value.bias",
+        {
+            "layers/attn/q/bias": "(N ([1] + 1 + 1) H) -> N H",
+            "layers/attn/k/bias": "(N (1 + [1] + 1) H) -> N H",
+            "layers/attn/v/bias": "(N (1 + 1 + [1]) H) -> N H",
+        },
+    ),
+    Rule("layers/attn/o/kernel", NEOX_LAYER + "attention.dense.weight", "D (N H) -> N H D"),
+    Rule("layers/attn/o/bias", NEOX_LAYER + "attention.dense.bias", "D -> D"),
+    Rule("layers/mlp/up/kernel", NEOX_LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F"),
+    Rule("layers/mlp/up/bias", NEOX_LAYER + "mlp.dense_h_to_4h.bias", "F -> F"),
+    Rule("layers/mlp/down/kernel", NEOX_LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D"),
+    Rule("layers/mlp/down/bias", NEOX_LAYER + "mlp.dense_4h_to_h.bias", "D -> D"),
+    *list_norms("", {"norm": "gpt_neox.final_layer_norm"}),
+    Rule("head/kernel", "embed_out.weight", "V D -> D V"),
+)
+FALCON_LAYER = "transformer.h.{layer}."
+FALCON_RULES = (
+    Rule("embed/table", "transformer.word_embeddings.weight", "V D -> V D"),
+    *list_norms(FALCON_LAYER, {"layers/attn_norm": "ln_attn", "layers/mlp_norm": "ln_mlp"}),
+    *fuse(
+        FALCON_LAYER + "self_attention.query_key_value.weight",
+        {
+            "layers/attn/q/kernel": "(K ([G] + 1 + 1) H) D -> D (K G) H",
+            "layers/attn/k/kernel": "(K (G + [1] + 1) H) D -> D K H",
+            "layers/attn/v/kernel": "(K (G + 1 + [1]) H) D -> D K H",
+        },
+    ),
+    Rule("layers/attn/o/kernel", FALCON_LAYER + "self_attention.dense.weight", "D (N H) -> N H D"),
+    Rule("layers/mlp/up/kernel", FALCON_LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F"),
+    Rule("layers/mlp/down/kernel", FALCON_LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D"),
+    *list_norms("", {"norm": "transformer.ln_f"}),
+    Rule("head/kernel", "lm_head.weight", "V D -> D V"),
+)
+
+WIDE = {"head_dim": 16}  # the heads together are wider than the model
+PUBLISHED = {
+    "mistral": Published(name="Mistral", config=WIDE, sizes={"H": 16}),
+    "ministral3": Published(name="Ministral3", config=WIDE, sizes={"H": 16}),
+    "granite": Published(name="Granite"),
+    "smollm3": Published(
+        name="SmolLM3",
+        config={"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
+        layer_numbers=ALTERNATING,
+    ),
+    "gemma": Published(name="Gemma", config=WIDE, sizes={"H": 16}),
+    "gemma2": Published(name="Gemma2", rules=GEMMA2_RULES, config=WIDE, sizes={"H": 16}, layer_numbers=ALTERNATING),
+    "gemma3": Published(
+        name="Gemma3",
+        class_names=("Gemma3TextConfig", "Gemma3ForCausalLM"),
+        rules=GEMMA2_RULES,
+        config={**WIDE, "sliding_window_pattern": 2},
+        sizes={"H": 16},
+        layer_numbers=ALTERNATING,
+    ),
+    "olmo2": Published(name="Olmo2", rules=change(*NORMS_AFTER, *QK_NORMS)),
+    "olmo3": Published(name="Olmo3", rules=change(*NORMS_AFTER, *QK_NORMS), layer_numbers=LAST_APART),
+    "phi3": Published(name="Phi3", rules=PHI3_RULES),
+    "gpt2": Published(
+        name="GPT2",
+        class_names=("GPT2Config", "GPT2LMHeadModel"),
+        rules=GPT2_RULES,
+        config={"n_inner": 48},
+        sizes={"K": 4, "G": 1},
+    ),
+    "gpt_neox": Published(name="GPTNeoX", rules=NEOX_RULES),
+    "falcon": Published(
+        name="Falcon",
+        rules=FALCON_RULES,
+        config={"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 48},
+    ),
+    "mixtral": Published(
+        name="Mixtral",
+        rules=change(*list_experts("block_sparse_moe", "w1", "w3", "w2")),
+        config={"num_local_experts": 3},
+        sizes={"M": 48},
+    ),
+    "qwen2_moe": Published(
+        name="Qwen2Moe",
+        rules=change(
+            *EXPERTS,
+            *list_shared("mlp.shared_expert", "S"),
+            Rule("layers/mlp/shared/router/kernel", LAYER + "mlp.shared_expert_gate.weight", "1 D -> D 1"),
+        ),
+        config={**MOE, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3_moe": Published(name="Qwen3Moe", rules=change(*EXPERTS), config={**MOE, **WIDE}, sizes={"H": 16}),
+    "qwen3_moe-sparse": Published(
+        name="Qwen3Moe",
+        rules=change(*EXPERTS),
+        config={**MOE, "head_dim": 8, "decoder_sparse_step": 2},
+        layer_numbers=ALTERNATING,
+    ),
+    "olmoe": Published(
+        name="Olmoe",
+        rules=change(*EXPERTS, *QK_NORMS),
+        config={"num_experts": 3, "num_experts_per_tok": 2},
+        sizes={"M": 48},
+    ),
+    "glm4_moe": Published(
+        name="Glm4Moe",
+        rules=change(
+            *EXPERTS,
+            *list_shared("mlp.shared_experts", "M"),
+            Rule("layers/mlp/router/offset", LAYER + "mlp.gate.e_score_correction_bias", "E -> E"),
+        ),
+        config={**MOE, "n_routed_experts": 3, "first_k_dense_replace": 1, "use_qk_norm": True, "head_dim": 8},
+        layer_numbers=FIRST_APART,
+    ),
+    "granitemoe": Published(
+        name="GraniteMoe",
+        rules=GRANITE_MOE_RULES,
+        config={"num_local_experts": 3, "num_experts_per_tok": 2},
+        sizes={"M": 48},
+    ),
+    "gpt_oss": Published(
+        name="GptOss",
+        rules=GPT_OSS_RULES,
+        config={"num_local_experts": 3, **WIDE},
+        sizes={"H": 16, "M": 48},
+        layer_numbers=ALTERNATING,
+    ),
+}
