@@ -1,11 +1,16 @@
-"""From tokens to texts: an answer is read where it stands, after its prompt."""
+"""From tokens to texts: an answer is read where it stands, after its prompt, and up to a text that ends it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What a decoder writes for the bytes of a character that is not complete.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def decode_answers(
@@ -27,3 +32,36 @@ def _decode(tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[Sequence[i
     lists = [list(tokens) for tokens in sequences]
     texts: Any = tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return texts
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """Returns the text before the first place where one of `stop` begins."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def make_stop_fn(
+    tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]
+) -> Callable[[np.ndarray, np.ndarray, int], bool]:
+    """Returns `fn(prompt, answer, num_seen)`: whether `cut_at` of the answer's text is known, whatever tokens follow.
+
+    It is where one of `stop` stands in the text, and no other that begins before it can still become complete. The
+    first `num_seen` tokens of the answer do not suffice. Of them only what a text of `stop` can reach is decoded.
+    """
+    longest = max(map(len, stop))
+
+    def decode_tail(prompt: np.ndarray, answer: np.ndarray, num_seen: int) -> str:
+        num_back = longest
+        while (first := num_seen - num_back) > 0:
+            seen, new = decode_answers(tokenizer, [answer[first:num_seen].tolist()], [answer[num_seen:].tolist()])
+            if len(seen[0].lstrip(INCOMPLETE)) > longest:
+                return seen[0] + new[0]
+            num_back *= 2
+        return decode_answers(tokenizer, [prompt.tolist()], [answer.tolist()])[1][0]
+
+    def has_stopped(prompt: np.ndarray, answer: np.ndarray, num_seen: int) -> bool:
+        text = decode_tail(prompt, answer, num_seen).rstrip(INCOMPLETE)
+        end = len(cut_at(text, stop))
+        begins = lambda other: any(other.startswith(text[i:]) for i in range(max(0, len(text) - len(other) + 1), end))
+        return end < len(text) and not any(map(begins, stop))
+
+    return has_stopped

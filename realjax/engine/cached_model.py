@@ -1,6 +1,6 @@
 """A model with its key-value cache, on one stage: parameters made ready, prompts taken in, one token a row decoded."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax import Array
 from jax.sharding import NamedSharding
@@ -13,6 +13,11 @@ from realjax.engine.forward import ForwardOptions, make_compute_copy
 from realjax.models.build import Model, unstack_layers
 from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
 
+# One cache for each tick of a round.
+Cache = tuple[KVCache, ...]
+# What is between the stages: hidden states, or nothing where there is one stage.
+Flight = tuple[Array, ...]
+
 
 class CachedModel(Protocol):
     """What a layout decides about decoding. Slots form `num_groups` groups, slot b in group b mod num_groups: a tick
@@ -21,38 +26,39 @@ class CachedModel(Protocol):
 
     num_groups: int
     cache_sharding: NamedSharding
+    flight_sharding: NamedSharding
     constrain: Constrain
 
     def prepare(self, params: Tree) -> Tree:
         """Returns the parameters in the compute dtype and in the form that the other functions take."""
         ...
 
-    def init_cache(self, num_slots: int, length: int) -> Any:
+    def init_cache(self, num_slots: int, length: int) -> Cache:
         """Returns an empty cache."""
         ...
 
-    def cache_length(self, cache: Any) -> int:
+    def cache_length(self, cache: Cache) -> int:
         """Returns the tokens a slot has room for."""
         ...
 
-    def grow(self, cache: Any, length: int) -> Any:
+    def grow(self, cache: Cache, length: int) -> Cache:
         """Returns the cache with room for `length` tokens a slot."""
         ...
 
-    def admit(self, params: Tree, cache: Any, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Any]:
+    def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
         """Returns the last hidden states `[A, D]` of prompts `[A, T]`, and the cache with them in the slots `places`.
 
         A place beyond the last slot is dropped.
         """
         ...
 
-    def init_flight(self, num_slots: int) -> Any:
+    def init_flight(self, num_slots: int) -> Flight:
         """Returns the arrays between the stages before the first tick; their values are not used."""
         ...
 
     def tick(
-        self, params: Tree, cache: Any, flight: Any, group: int, tokens: Array, lengths: Array
-    ) -> tuple[Array, Any, Any]:
+        self, params: Tree, cache: Cache, flight: Flight, group: int, tokens: Array, lengths: Array
+    ) -> tuple[Array, Cache, Flight]:
         """Takes in `tokens` `[B/G]` of `group`, at index `lengths` `[B/G, G]` of their slots.
 
         Returns the hidden states `[B/G, D]` of group `(group + 1) % num_groups`, the cache and what is in flight.
@@ -75,35 +81,34 @@ class OneStage:
         self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = resolve_sharding(CACHE_NAMES, shape, rules, layout, "cache")
+        self.flight_sharding = layout.replicated  # of nothing
 
     def prepare(self, params: Tree) -> Tree:
         return unstack_layers(self.compute_copy(params), self.model.config.num_layers)
 
-    def init_cache(self, num_slots: int, length: int) -> KVCache:
+    def init_cache(self, num_slots: int, length: int) -> Cache:
         config = self.model.config
-        return init_cache(config, config.num_layers, (num_slots,), length, self.dtype)
+        return (init_cache(config, config.num_layers, (num_slots,), length, self.dtype),)
 
-    def cache_length(self, cache: KVCache) -> int:
-        return cache.length
+    def cache_length(self, cache: Cache) -> int:
+        return cache[0].length
 
-    def grow(self, cache: KVCache, length: int) -> KVCache:
-        return grow_cache(cache, length)
+    def grow(self, cache: Cache, length: int) -> Cache:
+        return (grow_cache(cache[0], length),)
 
-    def admit(
-        self, params: Tree, cache: KVCache, tokens: Array, lengths: Array, places: Array
-    ) -> tuple[Array, KVCache]:
+    def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
         """Whole prompts at once; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.attention_fn, self.constrain)
-        return hidden, write_rows(cache, prompts, places)
+        return hidden, (write_rows(cache[0], prompts, places),)
 
-    def init_flight(self, num_slots: int) -> tuple[()]:
+    def init_flight(self, num_slots: int) -> Flight:
         return ()
 
     def tick(
-        self, params: Tree, cache: KVCache, flight: tuple[()], group: int, tokens: Array, lengths: Array
-    ) -> tuple[Array, KVCache, tuple[()]]:
+        self, params: Tree, cache: Cache, flight: Flight, group: int, tokens: Array, lengths: Array
+    ) -> tuple[Array, Cache, Flight]:
         """The only group's tokens, in and out; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
-        hidden, cache = decode(transformer, blocks, cache, tokens, lengths[:, 0], self.decoding_fn, self.constrain)
-        return hidden, cache, flight
+        hidden, written = decode(transformer, blocks, cache[0], tokens, lengths[:, 0], self.decoding_fn, self.constrain)
+        return hidden, (written,), flight

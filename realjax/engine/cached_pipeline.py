@@ -17,6 +17,7 @@ from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
+from realjax.engine.cached_model import Cache, Flight
 from realjax.engine.forward import ForwardOptions, make_compute_copy
 from realjax.engine.manual_axes import data_index, hand_on, over_stages, stage_index
 from realjax.engine.rows import deal_rows, join_rows
@@ -32,14 +33,16 @@ from realjax.models.cache import (
     write_rows,
 )
 
-# One cache for each tick of a round: at tick k stage s finds its group, (k - s) mod P, in the k-th. Which cache a tick
-# works on is thus the same for all stages and known beforehand. Each stage holds its part of the leading dim, the pipe.
-StageCaches = tuple[KVCache, ...]
+FLIGHT_NAMES = ("layers", "rows", "time", "act_embed")
 T = TypeVar("T")
 
 
 class Stages:
-    """P stages over the mesh axis `pipe`, each with L / P layers; the last ones may be empty."""
+    """P stages over the mesh axis `pipe`, each with L / P layers; the last ones may be empty.
+
+    One cache for each tick of a round: at tick k stage s finds its group, (k - s) mod P, in the k-th. Which cache a
+    tick works on is thus the same for all stages and known beforehand. Each stage holds its part of the leading dim.
+    """
 
     def __init__(self, model: Model, layout: Layout, options: ForwardOptions) -> None:
         rules, config = generate_rules(layout.strategy), model.config
@@ -56,6 +59,8 @@ class Stages:
         self.cache_sharding = resolve_sharding(names, shape, rules, layout, "cache")
         # Each device has all prompts and writes those of its own slots.
         self.prompts_sharding = resolve_sharding(names, shape, {**rules, "rows": None}, layout, "prompts")
+        shape = (self.num_groups, layout.strategy.dp, 1, config.hidden_size)
+        self.flight_sharding = resolve_sharding(FLIGHT_NAMES, shape, rules, layout, "flight")
 
     def prepare(self, params: Tree) -> Tree:
         """Returns `layers` as a list of trees `[P, ...]`: the j-th holds layer j of every stage."""
@@ -64,28 +69,28 @@ class Stages:
         take = lambda layer: jax.tree.map(lambda x: x[:, layer], by_stage)
         return {**params, "layers": [take(layer) for layer in range(self.layers_per_stage)]}
 
-    def init_cache(self, num_slots: int, length: int) -> StageCaches:
+    def init_cache(self, num_slots: int, length: int) -> Cache:
         """Returns the empty caches of a round's ticks."""
         config, num_stages = self.model.config, self.num_groups
         rows = (num_stages, num_slots // num_stages)
         make = lambda: init_cache(config, self.layers_per_stage, rows, length, self.dtype)
         return tuple(make() for _ in range(num_stages))
 
-    def cache_length(self, cache: StageCaches) -> int:
+    def cache_length(self, cache: Cache) -> int:
         return cache[0].length
 
-    def grow(self, cache: StageCaches, length: int) -> StageCaches:
+    def grow(self, cache: Cache, length: int) -> Cache:
         return tuple(grow_cache(part, length) for part in cache)
 
-    def init_flight(self, num_slots: int) -> Array:
+    def init_flight(self, num_slots: int) -> Flight:
         """Returns hidden states `[P, B/P, 1, D]`, what each stage has received."""
         config, rows = self.model.config, num_slots // self.num_groups
         flight = jnp.zeros((self.num_groups, rows, 1, config.hidden_size), self.dtype)
-        return self.constrain(flight, ("layers", "rows", "time", "act_embed"))
+        return (self.constrain(flight, FLIGHT_NAMES),)
 
     def tick(
-        self, params: Tree, cache: StageCaches, flight: Array, group: int, tokens: Array, lengths: Array
-    ) -> tuple[Array, StageCaches, Array]:
+        self, params: Tree, cache: Cache, flight: Flight, group: int, tokens: Array, lengths: Array
+    ) -> tuple[Array, Cache, Flight]:
         """Each stage runs its layers on the group it has; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
@@ -102,13 +107,11 @@ class Stages:
 
         new = transformer.embed(tokens[:, None])
         run = over_stages(stage, self.layout, num_split=4)
-        flight, mine = run(params["layers"], cache[group], flight, stage_lengths, new)
+        handed_on, mine = run(params["layers"], cache[group], *flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
-        return transformer.norm(flight[0])[:, 0], (*cache[:group], mine, *cache[group + 1 :]), flight
+        return transformer.norm(handed_on[0])[:, 0], (*cache[:group], mine, *cache[group + 1 :]), (handed_on,)
 
-    def admit(
-        self, params: Tree, cache: StageCaches, tokens: Array, lengths: Array, places: Array
-    ) -> tuple[Array, StageCaches]:
+    def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
         """The prompts go through the stages in P micro-batches; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
@@ -133,12 +136,12 @@ class Stages:
         last, prompts = jax.vmap(join_rows)(run(params["layers"], *deal_rows((x, lengths), num_stages)))
         return transformer.norm(last[-1])[:, 0], self._write_prompts(cache, prompts, places)
 
-    def _write_prompts(self, caches: StageCaches, prompts: KVCache, slots: Array) -> StageCaches:
-        """Returns the caches with the prompts' rows at `slots`, see `StageCaches` for which holds what."""
+    def _write_prompts(self, caches: Cache, prompts: KVCache, slots: Array) -> Cache:
+        """Returns the caches with the prompts' rows at `slots`, see the class for which holds what."""
         num_stages, spec, whole = self.num_groups, self.cache_sharding.spec, self.layout.replicated.spec
         group, row = slots % num_stages, slots // num_stages
 
-        def write(caches: StageCaches, prompts: KVCache, group: Array, row: Array) -> StageCaches:
+        def write(caches: Cache, prompts: KVCache, group: Array, row: Array) -> Cache:
             caches, prompts = _own((caches, prompts))
             num_rows = caches[0].keys[0].shape[0]
             row -= data_index() * num_rows

@@ -6,9 +6,11 @@ no filter.
 """
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from realjax.core.draw import REMOVED, KeptTokens
@@ -16,43 +18,63 @@ from realjax.core.generation_config import GenerationConfig
 
 DRAW_BLOCK = 256
 
+A = TypeVar("A", Array, np.ndarray)  # on the devices, or on the host
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Drawn:
+class Drawn(Generic[A]):
     """Tokens `[...]` drawn, int32, with their log-probabilities `[...]`, float32.
 
     `kept` `[..., W]` are the sets they were drawn from, see `core.draw.KeptTokens`; None where sets are not recorded.
     """
 
-    tokens: Array
-    logprobs: Array
-    kept: Array | None
+    tokens: A
+    logprobs: A
+    kept: A | None
 
 
-def draw(
-    logits_BV: Array,
-    keys: Array,
-    num_generated: Array,
-    is_greedy: Array | None,
-    *,
-    eos_ids: tuple[int, ...],
-    config: GenerationConfig,
-    stored: KeptTokens | None,
-    num_tokens: int | None = None,
-) -> Drawn:
-    """Returns the next token of each row, one of the first `num_tokens` where that is given.
-
-    `is_greedy` `[B]` marks rows that take the likeliest, None: as `config` says.
-
-    A row's draw depends on its key and its number of generated tokens, never on its neighbours.
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How tokens are drawn. What is random follows from the seed, a row's numbers and how many tokens it has generated,
+    never from its neighbours.
     """
-    processed = process_logits(logits_BV[:, :num_tokens], num_generated, eos_ids, config, is_greedy)
-    tokens, logprobs = draw_tokens(processed, keys, num_generated, is_greedy=config.greedy or is_greedy)
-    if stored is None:
-        return Drawn(tokens, logprobs, None)
-    kept = stored.pack(processed, tokens)
-    return Drawn(tokens, logprobs, kept if is_greedy is None else jnp.where(is_greedy[:, None], 0, kept))
+
+    config: GenerationConfig
+    eos_ids: tuple[int, ...]
+    seed: int
+    num_tokens: int | None = None  # only the first so many of the vocabulary are drawn; None: any
+
+    def draw(self, logits_BV: Array, keys: Array, num_generated: Array, is_greedy: Array | None) -> Drawn[Array]:
+        """Returns the next token of each row; `is_greedy` `[B]` marks those that take the likeliest, None: as `config`
+        says.
+        """
+        logits_BV = logits_BV[:, : self.num_tokens]
+        processed = process_logits(logits_BV, num_generated, self.eos_ids, self.config, is_greedy)
+        tokens, logprobs = draw_tokens(processed, keys, num_generated, is_greedy=self.config.greedy or is_greedy)
+        if (stored := self.find_kept_form(logits_BV.shape[1])) is None:
+            return Drawn(tokens, logprobs, None)
+        kept = stored.pack(processed, tokens)
+        return Drawn(tokens, logprobs, kept if is_greedy is None else jnp.where(is_greedy[:, None], 0, kept))
+
+    def find_kept_form(self, vocab_size: int) -> KeptTokens | None:
+        """Returns how the sets are stored that tokens are drawn from; None where sets are not recorded."""
+        return KeptTokens.of(self.config, self.num_tokens or vocab_size, len(self.eos_ids))
+
+    def init_drawn(self, shape: tuple[int, ...], vocab_size: int) -> Drawn[Array]:
+        """Returns storage for `shape` draws."""
+        stored = self.find_kept_form(vocab_size)
+        kept = None if stored is None else stored.init(shape)
+        return Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), kept)
+
+    def make_keys(self, row_ids: Array, sample_ids: Array) -> Array:
+        """Returns the random keys of rows, see `row_keys`."""
+        return row_keys(self.seed, row_ids, sample_ids)
+
+    def has_ended(self, tokens: Array, num_generated: Array) -> Array:
+        """Returns whether rows end with these tokens, the last of `num_generated`."""
+        is_eos = jnp.isin(tokens, jnp.array(self.eos_ids, jnp.int32))
+        return is_eos | (num_generated >= self.config.max_new_tokens)
 
 
 def process_logits(

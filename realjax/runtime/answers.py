@@ -11,9 +11,9 @@ from typing import Any
 from realjax.core.faults import naming
 from realjax.core.json_text import parse_json
 from realjax.core.processes import from_first, is_first
-from realjax.core.texts import decode_answers
+from realjax.core.texts import cut_at, decode_answers
 from realjax.dataflow.generation_run import GenerationSpec
-from realjax.engine.generate import Generation, Request
+from realjax.engine.batching import Generation, Request
 from realjax.hf.files import read_json
 from realjax.record.metrics import replace_text
 from realjax.record.rundir import set_aside
@@ -40,11 +40,6 @@ def make_answers(
         line = {"prompt": row["prompt"], "answer": kept, "seq": start + kept, "id": row["id"]}
         lines.append(line | ({"sample": request.sample_id} if spec.num_samples > 1 else {}))
     return lines
-
-
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """Returns the text before the first place where one of `stop` begins."""
-    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
 class AnswerFile:

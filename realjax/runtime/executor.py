@@ -18,11 +18,12 @@ from realjax.core.metrics import Metric
 from realjax.core.trees import Tree
 from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
 from realjax.dataflow.run import Evaluation, MovingAverage
+from realjax.engine.batching import generate
 from realjax.engine.compiled import CompileLog, batch_shardings, place_array
 from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
-from realjax.reshard.fetch import fetch_arrays
+from realjax.reshard.fetch import fetch, fetch_arrays
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.memory import bytes_held_beside
 from realjax.runtime.programs import Programs, num_micro_batches, row_multiple
@@ -99,11 +100,11 @@ class Executor:
         start, layout = self.timeline.now(), self.layouts[mfc.name]
         requests = make_requests(prompts, sampling, step or 0)
         num_slots = choose_num_slots(sampling.num_slots, len(requests), layout)
-        generator = self.programs.generator(mfc, self.roles[mfc.role], layout, num_slots)
+        slots = self.programs.slots(mfc, self.roles[mfc.role], layout, num_slots)
         params, bytes_moved = self._params_for(mfc)
-        generations = generator(params, requests)
+        generations = generate(slots, params, requests, fetch_fn=fetch)
         refuse_nonfinite(generations, f"{mfc.name}: {self.roles[mfc.role].spec.title}")
-        peak_bytes = self._peak_bytes(mfc, params, generator.device_bytes)
+        peak_bytes = self._peak_bytes(mfc, params, slots.device_bytes)
         readers = [(other, self.layouts[other.name]) for other in self.graph.mfcs if other.call == "inference"]
         rollout = pack_rollout(requests, generations, sampling, row_multiple([(mfc, layout), *readers]))
         self._watch(

@@ -9,7 +9,7 @@ from jax import Array
 
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, flatten_paths
-from realjax.engine.generate import Generation
+from realjax.engine.batching import Generation
 from realjax.reshard.fetch import fetch
 from realjax.reshard.plan import memory_kind
 

@@ -9,10 +9,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from realjax.core.faults import explain_faults
 from realjax.core.processes import largest
+from realjax.core.texts import make_stop_fn
 from realjax.core.trees import Tree
 from realjax.dataflow.generation_run import GenerationSpec
+from realjax.engine.batching import Generation, Request, generate
 from realjax.engine.compiled import CompileLog
-from realjax.engine.generate import Generation, Generator, Request
+from realjax.engine.sampling import Sampler
+from realjax.engine.slots import SlotPrograms
 from realjax.engine.state import TrainState
 from realjax.record.console import format_seconds, make_console
 from realjax.record.rundir import write_log
@@ -34,7 +37,7 @@ def run(spec: GenerationSpec, console: Console | None = None) -> int:
     """
     role = build_role(spec.role, spec.layout, total_updates=0)
     log = CompileLog()
-    generator = _make_generator(spec, role, log)
+    slots = _make_slots(spec, role, log)
     with explain_faults(lambda: describe_answers(spec)), StopSignal() as stop, lock_run(spec.paths.logs):
         num_done = find_done(spec)
         num_left = len(spec.prompts) - (num_done or 0)
@@ -47,12 +50,12 @@ def run(spec: GenerationSpec, console: Console | None = None) -> int:
             else:
                 logger.info(
                     "%d prompts (up to %d tokens), %d answers each, starting after prompt %d; %d decoded at once",
-                    *(len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done or 0, generator.num_slots),
+                    *(len(spec.prompts), spec.prompts.longest, spec.num_samples, num_done or 0, slots.num_slots),
                 )
                 assert not isinstance(params, TrainState), "a role without an optimizer is parameters alone"
                 stop.defer()
                 with _progress_bar(console) as progress:
-                    session = Session(spec=spec, generator=generator, log=log, file=file, progress=progress, stop=stop)
+                    session = Session(spec=spec, slots=slots, log=log, file=file, progress=progress, stop=stop)
                     if code := session.answer(params, num_done or 0):
                         return code
             if file is not None:
@@ -66,7 +69,7 @@ class Session:
     """What the calls of a run share."""
 
     spec: GenerationSpec
-    generator: Generator
+    slots: SlotPrograms
     log: CompileLog
     file: AnswerFile | None
     progress: Progress
@@ -78,12 +81,13 @@ class Session:
         0: all are answered.
         """
         spec, log, num_prompts, tally = self.spec, self.log, len(self.spec.prompts), Tally()
+        stop_fn = make_stop_fn(spec.tokenizer, spec.stop) if spec.stop else None
         bar = self.progress.add_task("", total=num_prompts * spec.num_samples)
         for first in range(num_done, num_prompts, spec.prompts_per_call):
             requests = make_requests(spec, first)
             num_before, num_compiled, start = first * spec.num_samples, len(log.entries), time.perf_counter()
             show = lambda num_ended, before=num_before: self.progress.update(bar, completed=before + num_ended)
-            generations = self.generator(params, requests, progress_fn=show)
+            generations = generate(self.slots, params, requests, stop_fn=stop_fn, fetch_fn=fetch, progress_fn=show)
             refuse_nonfinite(generations, spec.role.title)
             tally = tally.add(generations, time.perf_counter() - start, is_timed=len(log.entries) == num_compiled)
             if self.file is not None:
@@ -134,7 +138,7 @@ class Tally:
         note = "calls that compiled left out" if self.timed_seconds else "compilation counted"
         return (
             f"{self.num_answers:,} answers, {self.num_tokens:,} tokens (mean {self.num_tokens / self.num_answers:.1f}, "
-            f"{self.num_ended / self.num_answers:.1%} ended by end-of-text) in {self.seconds:.1f} s: "
+            f"{self.num_ended / self.num_answers:.1%} ended by end-of-text or a stop text) in {self.seconds:.1f} s: "
             f"{self.tokens_per_second:,.0f} tokens/s ({note})"
         )
 
@@ -149,20 +153,13 @@ def make_requests(spec: GenerationSpec, first: int) -> list[Request]:
     ]
 
 
-def _make_generator(spec: GenerationSpec, role: Role, log: CompileLog) -> Generator:
+def _make_slots(spec: GenerationSpec, role: Role, log: CompileLog) -> SlotPrograms:
     per_call = min(spec.prompts_per_call, len(spec.prompts)) * spec.num_samples
-    return Generator(
-        role.model,
-        spec.layout,
-        # Nothing is trained on these answers: what they were drawn from need not be kept.
-        replace(spec.config, force_no_logits_mask=True),
-        eos_ids=spec.eos_ids,
-        num_slots=choose_num_slots(spec.num_slots, per_call, spec.layout),
-        seed=spec.seed,
-        options=role.forward_options,
-        log=log,
-        fetch_fn=fetch,
-    )
+    num_slots = choose_num_slots(spec.num_slots, per_call, spec.layout)
+    # Nothing is trained on these answers: what they were drawn from need not be kept.
+    config = replace(spec.config, force_no_logits_mask=True)
+    sampler = Sampler(config=config, eos_ids=spec.eos_ids, seed=spec.seed)
+    return SlotPrograms(role.model, spec.layout, sampler, num_slots, role.forward_options, log)
 
 
 def _progress_bar(console: Console | None) -> Progress:

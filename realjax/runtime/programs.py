@@ -10,11 +10,11 @@ from realjax.core.layout import Layout
 from realjax.dataflow.graph import MFC
 from realjax.dataflow.run import Evaluation
 from realjax.engine.compiled import Compiled, CompileLog
-from realjax.engine.generate import Generator
 from realjax.engine.inference import make_evaluation, make_inference
+from realjax.engine.sampling import Sampler
+from realjax.engine.slots import SlotPrograms
 from realjax.engine.state import train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
-from realjax.reshard.fetch import fetch
 from realjax.runtime.roles import Role
 
 
@@ -33,9 +33,9 @@ class Programs:
         """Returns `fn(params, batch) -> outputs` of the call's head."""
         return self._get((mfc.name, num_mbs), lambda: self._make_inference(mfc, role, layout, num_mbs))
 
-    def generator(self, mfc: MFC, role: Role, layout: Layout, num_slots: int) -> Generator:
-        """Returns the generator of a generate call; the number of slots is that of its first batch."""
-        return self._get(mfc.name, lambda: self._make_generator(mfc, role, layout, num_slots))
+    def slots(self, mfc: MFC, role: Role, layout: Layout, num_slots: int) -> SlotPrograms:
+        """Returns the programs of a generate call; the number of slots is that of its first batch."""
+        return self._get(mfc.name, lambda: self._make_slots(mfc, role, layout, num_slots))
 
     def evaluation(self, evaluation: Evaluation, role: Role, num_mbs: int) -> Compiled:
         """Returns `fn(params, batch) -> sums` of a held-out loss on the role's home layout."""
@@ -65,20 +65,12 @@ class Programs:
         fn = make_inference(role.model, mfc.head, layout, options, num_mbs, draw=mfc.draw)
         return Compiled(mfc.name, fn, self.log)
 
-    def _make_generator(self, mfc: MFC, role: Role, layout: Layout, num_slots: int) -> Generator:
+    def _make_slots(self, mfc: MFC, role: Role, layout: Layout, num_slots: int) -> SlotPrograms:
         assert (sampling := mfc.sampling) is not None, f"{mfc.name}: a generate call says how it samples"
-        return Generator(
-            role.model,
-            layout,
-            sampling.config,
-            eos_ids=sampling.eos_ids,
-            num_slots=num_slots,
-            seed=self.seed,
-            num_tokens=sampling.num_tokens,
-            options=role.forward_options,
-            log=self.log,
-            fetch_fn=fetch,
+        sampler = Sampler(
+            config=sampling.config, eos_ids=sampling.eos_ids, seed=self.seed, num_tokens=sampling.num_tokens
         )
+        return SlotPrograms(role.model, layout, sampler, num_slots, role.forward_options, self.log)
 
     def _make_evaluation(self, evaluation: Evaluation, role: Role, num_mbs: int) -> Compiled:
         options = replace(role.forward_options, max_segment_len=evaluation.loader.longest)

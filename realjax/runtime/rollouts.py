@@ -8,7 +8,7 @@ from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Minibatches, Sampling
-from realjax.engine.generate import Generation, Request
+from realjax.engine.batching import Generation, Request
 
 # Rows decoded at once where nothing else is asked for: enough to keep an accelerator's matrix units busy.
 MOST_SLOTS = 256

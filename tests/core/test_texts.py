@@ -2,7 +2,7 @@
 
 import pytest
 
-from realjax.core.texts import decode_answers
+from realjax.core.texts import cut_at, decode_answers
 from tests.data.test_datasets import make_tokenizer, words_tokenizer
 
 BYTES, WORDS = make_tokenizer("bos"), words_tokenizer()
@@ -26,3 +26,11 @@ def test_an_answer_keeps_the_space_that_its_tokenizer_drops_where_a_text_begins(
     """Llama 2's: the answer decoded by itself is `was good`, and joined with its prompt `the filmwas good`."""
     assert WORDS.decode([2, 3]) == "was good"
     assert decode_answers(WORDS, [[0, 1], []], [[2, 3, 4], [2, 3]]) == (["the film", ""], [" was good", "was good"])
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [((), "a\nb\n\nc"), (("\n\n",), "a\nb"), (("c", "b"), "a\n"), (("x",), "a\nb\n\nc"), (("a",), "")],
+)
+def test_cut_at_the_first_stop(stop, kept):
+    assert cut_at("a\nb\n\nc", stop) == kept

@@ -10,7 +10,10 @@ from realjax.core.axes import generate_rules, tree_shardings
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
-from realjax.engine.generate import Generation, Generator, Request
+from realjax.engine.batching import Generation, Request, generate
+from realjax.engine.forward import ForwardOptions
+from realjax.engine.sampling import Sampler
+from realjax.engine.slots import SlotPrograms
 from realjax.models.build import Model
 from realjax.reshard.fetch import fetch
 from tests.builders import make_model, random_tree
@@ -28,29 +31,28 @@ def place(model: Model, params: Tree, layout: Layout) -> Tree:
     return map_paths(one, params, shardings)
 
 
-def generate(model: Model, params: Tree, devices: list[jax.Device], num_slots: int, **sizes: int) -> list[Generation]:
+def run(model: Model, params: Tree, devices: list[jax.Device], num_slots: int, **sizes: int) -> list[Generation]:
     layout = Layout.of(ParallelStrategy(**sizes), devices)
-    generator = Generator(
-        model, layout, CONFIG, eos_ids=range(6, 14), num_slots=num_slots, seed=3, fetch_fn=fetch if sizes else None
-    )
+    sampler = Sampler(config=CONFIG, eos_ids=tuple(range(6, 14)), seed=3)
+    programs = SlotPrograms(model, layout, sampler, num_slots, ForwardOptions())
     rng = np.random.default_rng(0)
     requests = [
         Request(tokens=rng.integers(6, 96, n).astype(np.int32), row_id=i, is_greedy=i == 2)
         for i, n in enumerate([3, 17, 8, 1, 30])
     ]
-    return generator(place(model, params, layout), requests)
+    return generate(programs, place(model, params, layout), requests, fetch_fn=fetch if sizes else None)
 
 
 def main() -> None:
     model = make_model()
     params = random_tree(model, scale=0.4)
-    expected = generate(model, params, jax.local_devices()[:1], 2)
+    expected = run(model, params, jax.local_devices()[:1], 2)
     devices = jax.devices()
     of_second = [device for device in devices if device.process_index == 1]
     split_pairs = [devices[i] for i in (0, 4, 1, 5)]  # the pipe's stages and the data's rows in both processes
     for found in (
-        generate(model, params, split_pairs, 4, dp=2, pp=2),
-        generate(model, params, of_second, 4, dp=2, tp=2),
+        run(model, params, split_pairs, 4, dp=2, pp=2),
+        run(model, params, of_second, 4, dp=2, tp=2),
     ):
         for a, b in zip(expected, found, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)

@@ -9,8 +9,8 @@ import pytest
 
 from realjax.data.prompts import PromptDataset
 from realjax.dataflow.generation_run import GenerationSpec
-from realjax.engine.generate import Generation, Request
-from realjax.runtime.answers import PART, AnswerFile, cut_at, make_answers
+from realjax.engine.batching import Generation, Request
+from realjax.runtime.answers import PART, AnswerFile, make_answers
 from tests.data.test_datasets import make_tokenizer, words_tokenizer
 
 IDS = ("a", "b", "c")
@@ -68,14 +68,6 @@ def test_a_prompt_that_was_cut_inside_a_character_is_given_whole():
 def test_the_number_of_the_sample_is_told_where_there_are_several():
     spec = make_spec(words_tokenizer(), "the film", num_samples=2)
     assert answer(spec, [2])["sample"] == 3
-
-
-@pytest.mark.parametrize(
-    ("stop", "kept"),
-    [((), "a\nb\n\nc"), (("\n\n",), "a\nb"), (("c", "b"), "a\n"), (("x",), "a\nb\n\nc"), (("a",), "")],
-)
-def test_cut_at_the_first_stop(stop, kept):
-    assert cut_at("a\nb\n\nc", stop) == kept
 
 
 @pytest.mark.parametrize("num_lines", range(len(LINES) + 1))

@@ -12,7 +12,7 @@ from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.dataflow.run import RoleSpec
-from realjax.engine.generate import Generation
+from realjax.engine.batching import Generation
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
 from realjax.runtime.finite import nonfinite_leaves, refuse_nonfinite

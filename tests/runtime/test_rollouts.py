@@ -7,7 +7,7 @@ from realjax.core.batch import Batch
 from realjax.core.generation_config import GenerationConfig
 from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Minibatches, Sampling
-from realjax.engine.generate import Generation
+from realjax.engine.batching import Generation
 from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
 from tests.builders import make_layout  # noqa: F401 - eight devices before any array
 

@@ -32,8 +32,10 @@ from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.trees import num_params
+from realjax.engine.batching import Request, generate
 from realjax.engine.forward import ForwardOptions, Precision
-from realjax.engine.generate import Generator, Request
+from realjax.engine.sampling import Sampler
+from realjax.engine.slots import SlotPrograms
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model, init_params
 from realjax.models.config import ModelConfig
@@ -199,17 +201,15 @@ def make_realjax(size: str, args: argparse.Namespace) -> Run:
     else:
         params = init_params(model, shardings, 0, dtype)
     options = ForwardOptions(precision=Precision(compute=args.dtype))
-    generators: dict[tuple, Generator] = {}
+    programs: dict[tuple, SlotPrograms] = {}
 
     def run(job: Job) -> int:
         key = (job.batch, len(job.eos_ids), job.config)
-        if key not in generators:
-            eos_ids, num_slots = job.eos_ids, job.batch
-            generators[key] = Generator(
-                model, layout, job.config, eos_ids=eos_ids, num_slots=num_slots, seed=0, options=options
-            )
+        if key not in programs:
+            sampler = Sampler(config=job.config, eos_ids=tuple(job.eos_ids), seed=0)
+            programs[key] = SlotPrograms(model, layout, sampler, job.batch, options)
         requests = [Request(tokens=tokens, row_id=i) for i, tokens in enumerate(job.prompts)]
-        return sum(len(generation.tokens) for generation in generators[key](params, requests))
+        return sum(len(generation.tokens) for generation in generate(programs[key], params, requests))
 
     return run
 

@@ -11,13 +11,10 @@ import torch
 from realjax.core.axes import generate_rules, inference_rules
 from realjax.core.draw import Draw
 from realjax.core.generation_config import GenerationConfig
-from realjax.core.layout import Layout
-from realjax.core.trees import Tree
+from realjax.engine.batching import generate
 from realjax.engine.compiled import CompileLog, place_batch
 from realjax.engine.forward import ForwardOptions
-from realjax.engine.generate import Generation, Generator, Request
 from realjax.engine.inference import make_inference
-from realjax.models.build import Model
 from tests.builders import (
     FULL,
     fill_up,
@@ -29,32 +26,10 @@ from tests.builders import (
     random_tree,
     with_empty_layers,
 )
+from tests.engine.generation_cases import EOS, PROMPT_LENGTHS, make_programs, make_requests, run
 from tests.parity.theirs import make_ours, make_theirs
 
-EOS = 5
-PROMPT_LENGTHS = [3, 17, 8, 1, 30, 12, 5, 9, 21]
 PIPELINED = [{"pp": 4}, {"dp": 2, "tp": 2, "pp": 2}, {"dp": 4, "pp": 2}]
-
-
-def make_requests(vocab_size: int, lengths: list[int] = PROMPT_LENGTHS) -> list[Request]:
-    rng = np.random.default_rng(0)
-    return [Request(tokens=rng.integers(6, vocab_size, n).astype(np.int32), row_id=i) for i, n in enumerate(lengths)]
-
-
-def make_generator(
-    model: Model, config: GenerationConfig, layout: Layout, *, num_slots: int | None = None, eos=(EOS,), **options
-) -> Generator:
-    num_slots = num_slots or layout.strategy.dp * layout.strategy.pp * 2
-    return Generator(model, layout, config, eos_ids=eos, num_slots=num_slots, seed=3, **options)
-
-
-def generate(
-    model: Model, params: Tree, config: GenerationConfig, layout: Layout | None = None, **options
-) -> list[Generation]:
-    layout = layout or make_layout()
-    placed = place_params(model, params, layout, generate_rules(layout.strategy))
-    requests = options.pop("requests", None) or make_requests(model.config.vocab_size)
-    return make_generator(model, config, layout, **options)(placed, requests)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +43,7 @@ def test_greedy_tokens_are_those_of_transformers(layout, num_layers):
     model, params = make_ours(theirs)
     model, params = with_empty_layers(model, num_empty), fill_up(params, num_empty)
     config = GenerationConfig(max_new_tokens=20, min_new_tokens=0, greedy=True)
-    ours = generate(model, params, config, make_layout(**layout))
+    ours = run(model, params, config, make_layout(**layout))
     for request, generation in zip(make_requests(model.config.vocab_size), ours):
         prompt = torch.from_numpy(request.tokens).long()[None]
         options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": EOS, "pad_token_id": 0}
@@ -82,13 +57,13 @@ def test_tokens_do_not_depend_on_slots_neighbours_or_layout():
     params = random_tree(model, scale=0.4)
     config = GenerationConfig(max_new_tokens=24, min_new_tokens=2, top_k=20, top_p=0.9, temperature=0.8)
     requests = [replace(request, is_greedy=i % 3 == 1) for i, request in enumerate(make_requests(96))]
-    run = lambda slots, **layout: generate(
+    with_slots = lambda slots, **layout: run(
         model, params, config, make_layout(**layout), num_slots=slots, eos=range(6, 14), requests=requests
     )
-    expected = run(2)
+    expected = with_slots(2)
     lengths = {len(generation.tokens) for generation in expected}
     assert len(lengths) > 2 and min(lengths) >= 3  # rows end at different times, none at once
-    for found in (run(8, dp=2, tp=2), run(4, pp=2)):
+    for found in (with_slots(8, dp=2, tp=2), with_slots(4, pp=2)):
         for a, b in zip(expected, found, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
             np.testing.assert_array_equal(a.kept, b.kept)
@@ -99,8 +74,8 @@ def test_tokens_do_not_depend_on_slots_neighbours_or_layout():
 def test_empty_layers_change_no_token(layout):
     model = make_model(num_layers=3, **FULL)
     params, config = random_tree(model, scale=0.4), GenerationConfig(max_new_tokens=16, min_new_tokens=0, greedy=True)
-    expected = generate(model, params, config)
-    for a, b in zip(expected, generate(with_empty_layers(model, 1), fill_up(params, 1), config, make_layout(**layout))):
+    expected = run(model, params, config)
+    for a, b in zip(expected, run(with_empty_layers(model, 1), fill_up(params, 1), config, make_layout(**layout))):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
@@ -112,7 +87,7 @@ def test_greedy_rows_beside_sampled_ones_are_those_of_a_greedy_run():
     greedy = GenerationConfig(max_new_tokens=12, min_new_tokens=3, greedy=True)
     requests = [replace(request, is_greedy=i % 2 == 0) for i, request in enumerate(make_requests(96))]
     mixed, without, alone = (
-        generate(model, params, config, requests=of, eos=range(40, 60))
+        run(model, params, config, requests=of, eos=range(40, 60))
         for config, of in ((sampled, requests), (sampled, make_requests(96)), (greedy, make_requests(96)))
     )
     for i, generation in enumerate(mixed):
@@ -139,7 +114,7 @@ def test_a_packed_forward_pass_gives_the_log_probabilities_of_the_draw(options, 
     model, layout = make_model(), make_layout(**layout)
     config, eos = GenerationConfig(max_new_tokens=16, **options), (7, 40)
     params, requests = random_tree(model, scale=0.4), make_requests(96)
-    generations = generate(model, params, config, layout, eos=eos, num_slots=4)
+    generations = run(model, params, config, layout, eos=eos, num_slots=4)
     draw, examples = Draw.of(config, 96, len(eos)), []
     for request, generation in zip(requests, generations):
         width = ((len(request.tokens), 0), (0, 0))
@@ -160,13 +135,13 @@ def test_a_later_call_with_other_lengths_compiles_nothing(layout, caplog):
     model, layout, log = make_model(), make_layout(**layout), CompileLog()
     params = place_params(model, random_tree(model, scale=0.4), layout, generate_rules(layout.strategy))
     config = GenerationConfig(max_new_tokens=10, min_new_tokens=0, top_k=5)
-    generator = make_generator(model, config, layout, log=log)
+    programs = make_programs(model, config, layout, log=log)
     reports: list[int] = []
-    generator(params, make_requests(96), reports.append)
+    generate(programs, params, make_requests(96), progress_fn=reports.append)
     assert reports[-1] == len(PROMPT_LENGTHS) and reports == sorted(reports)
     num_programs = len(log.entries)
     with caplog.at_level(logging.DEBUG), jax.log_compiles():
-        generator(params, make_requests(96, [4, 31, 2, 2, 6]))
+        generate(programs, params, make_requests(96, [4, 31, 2, 2, 6]))
     assert num_programs == len(log.entries)
     assert not [record.getMessage() for record in caplog.records if "ompiling" in record.getMessage()]
 
@@ -175,10 +150,10 @@ def test_what_cannot_be_generated_is_refused():
     model = make_model(max_positions=32)
     config = GenerationConfig(max_new_tokens=8, min_new_tokens=0)
     with pytest.raises(ValueError, match="prompt 4 has 30 tokens; with max_new_tokens=8 and the model's 32 positions"):
-        generate(model, random_tree(model), config)
+        run(model, random_tree(model), config)
     with pytest.raises(ValueError, match="6 slots do not divide over dp=2 and pp=2; use a multiple of 4"):
-        make_generator(model, config, make_layout(dp=2, pp=2), num_slots=6)
+        make_programs(model, config, make_layout(dp=2, pp=2), num_slots=6)
     with pytest.raises(ValueError, match=r"layers/.*size 3 does not divide over mesh axis 'pipe' of size 2.*\[1, 3\]"):
-        make_generator(make_model(num_layers=3), config, make_layout(pp=2))
+        make_programs(make_model(num_layers=3), config, make_layout(pp=2))
     with pytest.raises(ValueError, match="scalar head"):
-        make_generator(make_model(is_critic=True), config, make_layout())
+        make_programs(make_model(is_critic=True), config, make_layout())

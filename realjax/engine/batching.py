@@ -1,0 +1,346 @@
+"""Generation that can be polled: rows are put in at any time, continued side by side, and come out as they end.
+
+A prompt that waits takes the slot of a row that has ended (continuous batching). Every process of a run takes the same
+decisions in the same order: they follow from what was submitted and from the tokens alone.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jax import Array
+
+from realjax.core.trees import Tree
+from realjax.engine.sampling import Drawn
+from realjax.engine.slots import CHUNK_LEN, Chunk, Prompts, SlotPrograms, Slots
+
+SHORTEST_CACHE, SHORTEST_PROMPTS = 128, 32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """The continuation of a prompt: tokens `[N]` with the end-of-text token, if it came, and their log-probabilities.
+
+    `kept` `[N, W]` says which tokens each was drawn from, see `core.draw.KeptTokens`; None where sets are not recorded.
+    `ended`: it ends with an end-of-text token or a stop text.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    ended: bool
+    kept: np.ndarray | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A prompt `[L]` int32 to be continued. Its randomness follows from the seed, `row_id` and `sample_id` alone.
+
+    `is_greedy` takes the likeliest tokens, whatever the options say of sampling. `begun` is what was generated before,
+    perhaps by other parameters: the continuation begins with it, and goes on as if it had not been interrupted.
+    """
+
+    tokens: np.ndarray
+    row_id: int
+    sample_id: int = 0
+    is_greedy: bool = False
+    begun: Generation | None = None
+
+    @property
+    def num_begun(self) -> int:
+        return 0 if self.begun is None else len(self.begun.tokens)
+
+
+# fetch_fn(chunk) -> the chunk's arrays, whole on each device of the layout, as numpy ones in every process.
+FetchFn = Callable[[Chunk[Array]], Chunk[np.ndarray]]
+# stop_fn(prompt, tokens, num_seen) -> whether the tokens generated so far hold a stop text, where the first `num_seen`
+# of them do not. Once True, it is True of more tokens.
+StopFn = Callable[[np.ndarray, np.ndarray, int], bool]
+
+
+class _Row:
+    """A request in a slot, and what the host has seen of its continuation."""
+
+    def __init__(self, number: int, request: Request, slot: int) -> None:
+        self.number, self.request, self.slot = number, request, slot
+        self.parts = [] if request.begun is None else [_to_drawn(request.begun)]
+        self.num_generated = request.num_begun
+        self.num_checked = 0  # of them, by the stop function
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.request.tokens) + max(0, self.num_generated - 1)
+
+    def add(self, drawn: Drawn[np.ndarray], count: int) -> None:
+        self.parts.append(jax.tree.map(lambda x: x[:count].copy(), drawn))
+        self.num_generated += count
+
+    def find_stop(self, stop_fn: StopFn) -> int | None:
+        """Returns how many tokens there are up to the end of the first stop text, None where there is none."""
+        tokens, seen = self.join().tokens, self.num_checked
+        if not stop_fn(self.request.tokens, tokens, seen):
+            self.num_checked = self.num_generated
+            return None
+        least, most = seen + 1, len(tokens)
+        while least < most:
+            middle = (least + most) // 2
+            found = stop_fn(self.request.tokens, tokens[:middle], seen)
+            least, most = (least, middle) if found else (middle + 1, most)
+        return most
+
+    def join(self) -> Drawn[np.ndarray]:
+        self.parts = [jax.tree.map(lambda *parts: np.concatenate(parts), *self.parts)]
+        return self.parts[0]
+
+    def finish(self, num_tokens: int, ended: bool) -> Generation:
+        drawn = jax.tree.map(lambda x: x[:num_tokens], self.join())
+        return Generation(tokens=drawn.tokens, logprobs=drawn.logprobs, ended=ended, kept=drawn.kept)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A program that was sent off, and the rows by their place in what it returns."""
+
+    chunk: Chunk[Array]
+    rows: Mapping[int, _Row]
+
+
+class Batcher:
+    """Continues rows under one set of parameters. Rows are known by the numbers that `submit` gives them."""
+
+    def __init__(
+        self,
+        programs: SlotPrograms,
+        params: Tree,
+        *,
+        stop_fn: StopFn | None = None,
+        fetch_fn: FetchFn | None = None,
+        chunk_len: int = CHUNK_LEN,
+    ) -> None:
+        """`fetch_fn` None: all of the layout's devices are this process's. `chunk_len` tokens a row are decoded between
+        two looks at them, at most CHUNK_LEN.
+        """
+        self.programs, self.stop_fn, self.chunk_len = programs, stop_fn, chunk_len
+        self.fetch_fn: FetchFn = fetch_fn or (lambda chunk: jax.tree.map(np.asarray, chunk))
+        self.num_rounds = 0  # decoded so far, as far as looked at: each is a token for every running row
+        self._params = programs.prepare(params)
+        self._slots: Slots | None = None
+        self._num_submitted = 0
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._places: list[int] = []  # free slots that waiting rows are being put into
+        self._active: dict[int, _Row] = {}  # by slot
+        self._sent: deque[_Sent] = deque()  # not looked at
+        self._results: dict[int, Generation] = {}
+
+    def submit(self, requests: Iterable[Request]) -> list[int]:
+        """Adds rows to those waiting; returns their numbers.
+
+        Raises ValueError for a prompt too long for the model, or a beginning that cannot be gone on from.
+        """
+        requests = list(requests)
+        for request in requests:
+            self._check(request)
+        numbers = [self._num_submitted + i for i in range(len(requests))]
+        self._num_submitted += len(requests)
+        self._waiting.extend(zip(numbers, requests))
+        return numbers
+
+    def poll(self) -> bool:
+        """Sends off one program at most, prompts put into slots or a chunk decoded, and looks at what the one before
+        it has drawn. Returns whether rows are left.
+
+        The host waits for the program before, never for the one it sent off: no longer than a chunk takes.
+        """
+        was_sent = self._send()
+        if len(self._sent) > was_sent:
+            self._look()
+        return bool(self._active or self._waiting)
+
+    def results(self) -> dict[int, Generation]:
+        """Returns what has ended since the last call, by the rows' numbers, in order of ending."""
+        results, self._results = self._results, {}
+        return results
+
+    def take_out(self, numbers: Iterable[int]) -> dict[int, Request]:
+        """Takes rows out of their slots, or of those waiting, once the programs sent off are done.
+
+        Returns, by number, requests that go on where the rows stand, here or under other parameters. Rows that ended
+        before they could be taken out are left out: they are among the results.
+        """
+        while self._sent:
+            self._look()
+        wanted = set(numbers)
+        rows = [row for row in self._active.values() if row.number in wanted]
+        self._free(rows)
+        taken = {number: request for number, request in self._waiting if number in wanted}
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] not in wanted)
+        return taken | {row.number: replace(row.request, begun=row.finish(row.num_generated, False)) for row in rows}
+
+    def _check(self, request: Request) -> None:
+        config, model = self.programs.sampler.config, self.programs.model.config
+        most, new = model.max_positions, config.max_new_tokens
+        if not 0 < len(request.tokens) <= most - new:
+            raise ValueError(
+                f"generate: prompt {request.row_id} has {len(request.tokens)} tokens; with max_new_tokens={new} and "
+                f"the model's {most} positions it needs 1 to {most - new}; shorten prompts or lower max_new_tokens"
+            )
+        if request.begun is None:
+            return
+        if request.begun.ended or request.num_begun >= new:
+            raise ValueError(
+                f"generate: what was generated for prompt {request.row_id} before, {request.num_begun} tokens, is "
+                f"complete or not below max_new_tokens={new}; only a row that has not ended can go on"
+            )
+        kept, stored = request.begun.kept, self.programs.sampler.find_kept_form(model.vocab_size)
+        if (None if kept is None else kept.shape[1]) != (None if stored is None else stored.width):
+            raise ValueError(
+                f"generate: what was generated for prompt {request.row_id} before records kept tokens in another form; "
+                "go on with the same sampling options"
+            )
+
+    def _send(self) -> bool:
+        """Sends off a program where there is something to do before the last one has been looked at."""
+        if not (self._waiting and self._places):
+            self._places = []
+            if self._is_due():
+                if self._sent:
+                    return False  # rows that ended in what has been sent free their slots too
+                self._make_room()
+                self._places = self._free_slots()
+        if self._waiting and self._places:
+            self._admit()
+        elif self._active:
+            self._decode()
+        else:
+            return False
+        return True
+
+    def _is_due(self) -> bool:
+        """Returns whether decoding has to be interrupted: for waiting rows, or for a cache that is full."""
+        num_free = self.programs.num_slots - len(self._active)
+        if self._waiting and (num_free >= self.programs.num_admitted or not self._active):
+            return True
+        return self._slots is not None and self._most_cached() >= self.programs.cache_length(self._slots)
+
+    def _most_cached(self) -> int:
+        return max((row.num_cached for row in self._active.values()), default=0)
+
+    def _free_slots(self) -> list[int]:
+        return [slot for slot in range(self.programs.num_slots) if slot not in self._active]
+
+    def _make_room(self) -> None:
+        """Starts with slots, or has them grow, that hold what is in them and what waits, and allow what it asks for."""
+        requests = [request for _, request in self._waiting]
+        longest = max([self._most_cached(), *(len(r.tokens) + r.num_begun for r in requests)])
+        length, has_greedy = cache_length(longest + 1), any(request.is_greedy for request in requests)
+        if self._slots is None:
+            self._slots = self.programs.start(length, has_greedy)
+            return
+        if length > self.programs.cache_length(self._slots):
+            self._slots = self.programs.grow(self._slots, length)
+        if has_greedy:
+            self._slots = self.programs.allow_greedy(self._slots)
+
+    def _admit(self) -> None:
+        assert self._slots is not None, "places are given after there is room"
+        num = min(len(self._places), len(self._waiting), self.programs.num_admitted)
+        rows = [_Row(*self._waiting.popleft(), slot) for slot in self._places[:num]]
+        self._places = self._places[num:]
+        self._active |= {row.slot: row for row in rows}
+        prompts = _pack(rows, self.programs.num_admitted, self.programs.num_slots)
+        self._slots, chunk = self.programs.admit(self._params, self._slots, prompts)
+        self._sent.append(_Sent(chunk, dict(enumerate(rows))))
+
+    def _decode(self) -> None:
+        assert self._slots is not None, "rows are in slots"
+        # Until enough slots are free for the next prompts, or all are.
+        stop_at = self.programs.num_slots - self.programs.num_admitted if self._waiting else 0
+        self._slots, chunk = self.programs.decode(self._params, self._slots, stop_at, self.chunk_len)
+        self._sent.append(_Sent(chunk, dict(self._active)))
+
+    def _look(self) -> None:
+        """Waits for the earliest program that has not been looked at, and takes over what its rows have drawn."""
+        sent = self._sent.popleft()
+        chunk = self.fetch_fn(sent.chunk)
+        self.num_rounds += int(chunk.num_rounds)
+        stopped = []
+        for place, row in sent.rows.items():
+            if self._active.get(row.slot) is not row:
+                continue  # it met its stop text before
+            if count := int(chunk.counts[place]):
+                row.add(jax.tree.map(lambda x, place=place: x[place], chunk.drawn), count)
+            num_tokens = None if self.stop_fn is None or not count else row.find_stop(self.stop_fn)
+            if num_tokens is not None:
+                self._results[row.number] = row.finish(num_tokens, ended=True)
+                stopped.append(row)
+            elif not chunk.is_running[place]:
+                is_eos = int(row.join().tokens[-1]) in self.programs.sampler.eos_ids
+                self._results[row.number] = row.finish(row.num_generated, ended=is_eos)
+                del self._active[row.slot]
+        self._free(stopped)
+
+    def _free(self, rows: Sequence[_Row]) -> None:
+        """Ends rows that may be running and frees their slots."""
+        if not rows:
+            return
+        assert self._slots is not None, "rows are in slots"
+        is_stopped = np.zeros(self.programs.num_slots, np.bool_)
+        for row in rows:
+            is_stopped[row.slot] = True
+            del self._active[row.slot]
+        self._slots = self.programs.stop(self._slots, is_stopped)
+
+
+def generate(
+    programs: SlotPrograms,
+    params: Tree,
+    requests: Sequence[Request],
+    *,
+    stop_fn: StopFn | None = None,
+    fetch_fn: FetchFn | None = None,
+    progress_fn: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """Returns the continuation of each request, in their order; `progress_fn` is told how many have ended."""
+    batcher = Batcher(programs, params, stop_fn=stop_fn, fetch_fn=fetch_fn)
+    numbers, found, is_left = batcher.submit(requests), {}, True
+    while is_left:
+        is_left = batcher.poll()
+        found |= batcher.results()
+        if progress_fn is not None:
+            progress_fn(len(found))
+    return [found[number] for number in numbers]
+
+
+def cache_length(num_tokens: int, shortest: int = SHORTEST_CACHE) -> int:
+    """Returns the bucket of a length: `shortest` times a power of two."""
+    length = shortest
+    while length < num_tokens:
+        length *= 2
+    return length
+
+
+def _pack(rows: Sequence[_Row], num_prompts: int, num_slots: int) -> Prompts[np.ndarray]:
+    texts = [np.concatenate([row.request.tokens, *(part.tokens for part in row.parts)]) for row in rows]
+    tokens = np.zeros((num_prompts, cache_length(max(map(len, texts)), shortest=SHORTEST_PROMPTS)), np.int32)
+    for i, text in enumerate(texts):
+        tokens[i, : len(text)] = text
+    requests = [row.request for row in rows]
+
+    def fill(values: Iterable[int], rest: int = 0) -> np.ndarray:
+        values = list(values)
+        return np.array(values + [rest] * (num_prompts - len(values)), np.int32)
+
+    return Prompts(
+        tokens=tokens,
+        lengths=fill(map(len, texts), rest=1),
+        num_generated=fill(row.num_generated for row in rows),
+        places=fill((row.slot for row in rows), rest=num_slots),
+        row_ids=fill(request.row_id for request in requests),
+        sample_ids=fill(request.sample_id for request in requests),
+        is_greedy=fill(request.is_greedy for request in requests).astype(np.bool_),
+    )
+
+
+def _to_drawn(generation: Generation) -> Drawn[np.ndarray]:
+    return Drawn(generation.tokens, generation.logprobs, generation.kept)

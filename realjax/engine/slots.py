@@ -1,0 +1,283 @@
+"""Decoding in static shapes: a fixed number of slots, each with a row that is being continued, or free.
+
+Two programs, each compiled once per bucket of lengths: `admit` runs a few prompts and writes them into slots, `decode`
+draws a chunk of tokens for all slots in one device loop. Which row is in which slot is the host's matter, see
+`batching`. The cached model says how the layers are spread over devices. A sequence-parallel flag has no effect: one
+token a row is no sequence to split.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from realjax.core.axes import generate_rules, resolve_sharding
+from realjax.core.layout import Layout
+from realjax.core.trees import Tree
+from realjax.engine.cached_model import Cache, CachedModel, Flight, OneStage
+from realjax.engine.cached_pipeline import Stages
+from realjax.engine.compiled import Compiled, CompileLog, place_array
+from realjax.engine.forward import ForwardOptions
+from realjax.engine.manual_axes import share_rows
+from realjax.engine.sampling import A, Drawn, Sampler
+from realjax.models.build import Model
+
+# Tokens a row draws in a chunk at most. Few, and the host soon knows which rows have ended; many, and starting a chunk
+# costs nothing beside it.
+CHUNK_LEN = 32
+
+T = TypeVar("T")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """What decoding carries from token to token, for B slots."""
+
+    cache: Cache
+    flight: Flight  # what is between the pipeline's stages
+    is_full: Array  # whether it is of use: nothing was put into slots since the last round
+    lengths: Array  # [B] tokens in the cache
+    last_tokens: Array  # [B] drawn last, not yet in the cache
+    num_generated: Array  # [B]
+    is_running: Array  # [B]
+    keys: Array  # [B] random keys
+    is_greedy: Array | None  # [B]; None: no row differs from the options
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Generic[A]):
+    """A prompts to be put into slots; unused rows have the number of slots for a place."""
+
+    tokens: A  # [A, T] the prompt, and what has been generated after it
+    lengths: A  # [A]
+    num_generated: A  # [A] how many of the tokens are generated ones
+    places: A  # [A]
+    row_ids: A  # [A]
+    sample_ids: A  # [A]
+    is_greedy: A  # [A]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunk(Generic[A]):
+    """What a program drew, whole on every device: A prompts' next tokens (K is 1), or up to K tokens of each slot."""
+
+    drawn: Drawn[A]  # [A or B, K]
+    counts: A  # [A or B] how many of K are drawn
+    is_running: A  # [A or B]
+    num_rounds: A  # how often all slots were decoded
+
+
+class SlotPrograms:
+    """The programs that continue rows in `num_slots` slots on one layout, compiled when they first run."""
+
+    def __init__(
+        self,
+        model: Model,
+        layout: Layout,
+        sampler: Sampler,
+        num_slots: int,
+        options: ForwardOptions,
+        log: CompileLog | None = None,
+    ) -> None:
+        """Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head."""
+        if model.config.is_critic:
+            raise ValueError("generate: the model has a scalar head; generation needs a language model's")
+        self.cached: CachedModel = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, options)
+        multiple = layout.strategy.row_multiple
+        if num_slots % multiple:
+            raise ValueError(
+                f"generate: {num_slots} slots do not divide over dp={layout.strategy.dp} and pp={layout.strategy.pp}; "
+                f"use a multiple of {multiple}"
+            )
+        self.model, self.layout, self.sampler, self.num_slots = model, layout, sampler, num_slots
+        # Prompts admitted at once: enough to keep the devices busy, few enough that free slots do not wait.
+        self.num_admitted = max(multiple, num_slots // 4 // multiple * multiple)
+        rules = generate_rules(layout.strategy)
+        self._rows = resolve_sharding(("rows",), (num_slots,), rules, layout, "slots")
+        self._make_programs(log or CompileLog())
+
+    def _make_programs(self, log: CompileLog) -> None:
+        whole = self.layout.replicated
+        places: dict[str, Any] = {field.name: self._rows for field in fields(Slots)}
+        places |= {"cache": self.cached.cache_sharding, "flight": self.cached.flight_sharding, "is_full": whole}
+        slots = Slots(**places)
+        self._prepare = jax.jit(self.cached.prepare)
+        self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
+        out = {"out_shardings": (slots, whole), "donate_argnums": 1}
+        self._admit = Compiled("generate: admit", self._admit_prompts, log, **out)
+        self._decode = Compiled("generate: decode", self._decode_slots, log, **out)
+        self._grow = jax.jit(self._grow_cache, static_argnums=1, out_shardings=slots)
+        self._stop = jax.jit(self._stop_rows, donate_argnums=0, out_shardings=slots)
+
+    @property
+    def device_bytes(self) -> int:
+        """What the larger of the two programs took of a device when it ran last."""
+        return max(self._admit.device_bytes, self._decode.device_bytes)
+
+    def prepare(self, params: Tree) -> Tree:
+        """Returns the parameters in the form that `admit` and `decode` take."""
+        return self._prepare(params)
+
+    def start(self, length: int, has_greedy: bool) -> Slots:
+        """Returns free slots with room for `length` tokens each; `has_greedy`: some rows may differ from the options in
+        being greedy.
+        """
+        return self._start(length, has_greedy and not self.sampler.config.greedy)
+
+    def cache_length(self, slots: Slots) -> int:
+        """Returns the tokens a slot has room for."""
+        return self.cached.cache_length(slots.cache)
+
+    def grow(self, slots: Slots, length: int) -> Slots:
+        """Returns the slots with room for `length` tokens each."""
+        return self._grow(slots, length)
+
+    def allow_greedy(self, slots: Slots) -> Slots:
+        """Returns the slots where rows may be greedy that are put in from now on."""
+        if slots.is_greedy is not None or self.sampler.config.greedy:
+            return slots
+        return replace(slots, is_greedy=place_array(np.zeros(self.num_slots, np.bool_), self._rows))
+
+    def admit(self, params: Tree, slots: Slots, prompts: Prompts[np.ndarray]) -> tuple[Slots, Chunk[Array]]:
+        """Returns the slots, which are donated, with the prompts put in, and the next token of each."""
+        return self._admit(params, slots, jax.tree.map(self._put, prompts))
+
+    def decode(self, params: Tree, slots: Slots, stop_at: int, num_rounds: int) -> tuple[Slots, Chunk[Array]]:
+        """Returns the slots, which are donated, after up to `num_rounds` tokens more, and the tokens.
+
+        It ends early when no more than `stop_at` rows are running, or one of them has no room left in its cache.
+        """
+        return self._decode(params, slots, self._put(np.array([stop_at, num_rounds], np.int32)))
+
+    def stop(self, slots: Slots, is_stopped: np.ndarray) -> Slots:
+        """Returns the slots, which are donated, with the rows `is_stopped` `[B]` ended."""
+        return self._stop(slots, self._put(is_stopped))
+
+    def _put(self, array: np.ndarray) -> Array:
+        return place_array(array, self.layout.replicated)
+
+    def _empty_slots(self, length: int, has_greedy: bool) -> Slots:
+        zeros = jnp.zeros(self.num_slots, jnp.int32)
+        return Slots(
+            cache=self.cached.init_cache(self.num_slots, length),
+            flight=self.cached.init_flight(self.num_slots),
+            is_full=jnp.array(False),
+            lengths=zeros,
+            last_tokens=zeros,
+            num_generated=zeros,
+            is_running=zeros > 0,
+            keys=self.sampler.make_keys(zeros, zeros),
+            is_greedy=zeros > 0 if has_greedy else None,
+        )
+
+    def _grow_cache(self, slots: Slots, length: int) -> Slots:
+        return replace(slots, cache=self.cached.grow(slots.cache, length), is_full=jnp.array(False))
+
+    def _stop_rows(self, slots: Slots, is_stopped: Array) -> Slots:
+        return replace(slots, is_running=slots.is_running & ~is_stopped)
+
+    def _admit_prompts(self, params: Tree, slots: Slots, prompts: Prompts[Array]) -> tuple[Slots, Chunk[Array]]:
+        places, num_before = prompts.places, prompts.num_generated
+        hidden, cache = self.cached.admit(params, slots.cache, prompts.tokens, prompts.lengths, places)
+        keys = self.sampler.make_keys(prompts.row_ids, prompts.sample_ids)
+        is_greedy = None if slots.is_greedy is None else prompts.is_greedy
+        drawn = self._draw(params, hidden, keys, num_before, is_greedy)
+        is_running = ~self.sampler.has_ended(drawn.tokens, num_before + 1)
+
+        def put(whole: T, part: T) -> T:
+            return jax.tree.map(lambda x, new: x.at[places].set(new, mode="drop"), whole, part)
+
+        slots = Slots(
+            cache=cache,
+            flight=slots.flight,
+            is_full=jnp.array(False),
+            lengths=put(slots.lengths, prompts.lengths),
+            last_tokens=put(slots.last_tokens, drawn.tokens),
+            num_generated=put(slots.num_generated, num_before + 1),
+            is_running=put(slots.is_running, is_running),
+            keys=put(slots.keys, keys),
+            is_greedy=put(slots.is_greedy, is_greedy),
+        )
+        drawn = jax.tree.map(lambda x: x[:, None], drawn)
+        return slots, Chunk(drawn, jnp.ones_like(num_before), is_running, jnp.array(0, jnp.int32))
+
+    def _decode_slots(self, params: Tree, slots: Slots, limits: Array) -> tuple[Slots, Chunk[Array]]:
+        stop_at, num_rounds = limits
+
+        def go_on(carry: tuple[Slots, Chunk[Array]]) -> Array:
+            slots, chunk = carry
+            has_room = jnp.all(~slots.is_running | (slots.lengths < self.cache_length(slots)))
+            return has_room & (jnp.sum(slots.is_running) > stop_at) & (chunk.num_rounds < num_rounds)
+
+        def go_round(carry: tuple[Slots, Chunk[Array]]) -> tuple[Slots, Chunk[Array]]:
+            slots, chunk = carry
+            for group in range(self.cached.num_groups):
+                hidden, slots = self._tick(params, slots, group)
+                slots, chunk = self._add_tokens(params, slots, chunk, hidden, (group + 1) % self.cached.num_groups)
+            return replace(slots, is_full=jnp.array(True)), replace(chunk, num_rounds=chunk.num_rounds + 1)
+
+        drawn = self.sampler.init_drawn((self.num_slots, CHUNK_LEN), self.model.config.vocab_size)
+        counts = jnp.zeros(self.num_slots, jnp.int32)
+        drawn, counts = jax.lax.with_sharding_constraint((drawn, counts), self._rows)
+        chunk = Chunk(drawn, counts, slots.is_running, jnp.array(0, jnp.int32))
+        slots, chunk = jax.lax.while_loop(go_on, go_round, (slots, chunk))
+        return slots, replace(chunk, is_running=slots.is_running)
+
+    def _tick(self, params: Tree, slots: Slots, group: int) -> tuple[Array, Slots]:
+        """Takes in the last tokens of a group; returns the hidden states of the group after it."""
+        tokens, lengths = self._take_group(slots.last_tokens, group), self._by_group(slots.lengths)
+        hidden, cache, flight = self.cached.tick(params, slots.cache, slots.flight, group, tokens, lengths)
+        return hidden, replace(slots, cache=cache, flight=flight)
+
+    def _add_tokens(
+        self, params: Tree, slots: Slots, chunk: Chunk[Array], hidden: Array, group: int
+    ) -> tuple[Slots, Chunk[Array]]:
+        """Draws the next token of a group's running rows, and ends those at end-of-text or max_new_tokens."""
+        take = lambda x: self._take_group(x, group)
+        index, is_running, counts = take(slots.num_generated), take(slots.is_running), take(chunk.counts)
+        # In the first round the stages fill: only the group that went in first comes out.
+        is_drawn = is_running & (slots.is_full | (group == 0))
+        drawn = self._draw(params, hidden, take(slots.keys), index, jax.tree.map(take, slots.is_greedy))
+        at = jnp.where(is_drawn, counts, CHUNK_LEN)
+
+        def put(whole: Array, part: Array) -> Array:
+            return self._by_group(whole).at[:, group].set(part).reshape(whole.shape)
+
+        def record(whole: Array, part: Array) -> Array:
+            # Mapped over rows, the scatter stays on the devices that hold them.
+            one = lambda row, i, x: row.at[group, i].set(x, mode="drop")
+            return jax.vmap(one)(self._by_group(whole), at, part).reshape(whole.shape)
+
+        slots = replace(
+            slots,
+            lengths=put(slots.lengths, take(slots.lengths) + is_drawn),
+            last_tokens=put(slots.last_tokens, jnp.where(is_drawn, drawn.tokens, take(slots.last_tokens))),
+            num_generated=put(slots.num_generated, index + is_drawn),
+            is_running=put(
+                slots.is_running, is_running & ~(is_drawn & self.sampler.has_ended(drawn.tokens, index + 1))
+            ),
+        )
+        counts = put(chunk.counts, counts + is_drawn)
+        return slots, replace(chunk, drawn=jax.tree.map(record, chunk.drawn, drawn), counts=counts)
+
+    def _by_group(self, x: Array) -> Array:
+        """Returns slots `[B, ...]` as `[B/G, G, ...]`: slot b is of group b mod G."""
+        return x.reshape(-1, self.cached.num_groups, *x.shape[1:])
+
+    def _take_group(self, x: Array, group: int) -> Array:
+        return self._by_group(x)[:, group]
+
+    def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn[Array]:
+        logits = self.model.bind_layers(params)[0].next_logits(hidden)
+        # Made with the vocabulary split; then a row's logits meet on one device, and all devices share the rows.
+        logits = self.cached.constrain(logits, ("rows", "act_vocab"))
+        run = share_rows(self.sampler.draw, self.layout, len(logits))
+        # Only the draw is spread like that: fixed on both sides, it does not spread to what comes before and after.
+        fix = lambda tree: jax.lax.with_sharding_constraint(tree, self._rows)
+        return fix(run(logits, *fix((keys, index, is_greedy))))
