@@ -94,6 +94,7 @@ class Dims:
     def write(self, leaf: np.ndarray, out: np.ndarray) -> None:
         """Fills in what the leaf has of `out`, the tensor."""
         x = leaf[tuple(slice(dim[0].start * _block(dim), dim[0].stop * _block(dim)) for dim in self.ours)]
+        x = x.astype(out.dtype, copy=False)  # before it is transposed: numpy casts fast what lies in order
         x = x.reshape([factor.len for factor in _letters(self.ours)]).transpose(self._orders[1])
         place = out.reshape([factor.size for factor in chain(*self.theirs)])
         place = place[tuple(slice(factor.start, factor.stop) for factor in chain(*self.theirs))]

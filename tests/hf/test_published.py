@@ -1,85 +1,98 @@
 """The tensors of public architectures, each described by a table of rules: from their files to leaves and back."""
 
-import re
+import tracemalloc
 from math import prod
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
-from realjax.hf.dims import Shape, parse_dims
-from realjax.hf.files import DTYPES, CheckpointFiles
-from realjax.hf.load import make_fill, match_files, place_leaf
-from realjax.hf.pieces import Piece, group_by_leaf, list_pieces, list_tensors
-from realjax.hf.rules import LAYERS
+from realjax.hf.files import SafetensorsFile, TorchFile
+from realjax.hf.load import match_files
+from realjax.hf.pieces import list_pieces, list_tensors
 from realjax.hf.save import OutTensor, make_fetch, write_tensors
-from tests.hf.published import LETTERS, PUBLISHED, Published
-from tests.hf.tiny import SIZES, tensors_of
+from tests.hf.published import PUBLISHED, change, list_experts
+from tests.hf.published_files import find_all, list_outputs, load_published, make_published
+from tests.hf.tiny import make_bin, tensors_of
+from tests.workers import run_workers
+
+ONE = jax.make_mesh((1, 1), ("a", "b"), devices=jax.devices()[:1])
+FOUR = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
 
 
-def make_published(out_dir: Path, published: Published, dtype: str) -> Path:
-    """Writes a random checkpoint with transformers, of which every tensor is random."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    config_class, model_class = published.classes
-    config = getattr(transformers, config_class)(**SIZES, pad_token_id=0, **published.config)
-    torch.manual_seed(1)
-    model = getattr(transformers, model_class)(config)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.normal_()
-    model.to(getattr(torch, dtype)).save_pretrained(out_dir)
-    return out_dir
-
-
-def measure_dim(factors: tuple[str, ...], sizes: dict[str, int]) -> int:
-    size = lambda text: sum(int(x) if x.isdigit() else sizes[x] for x in re.findall(r"\w+", text))
-    return prod(map(size, factors))
-
-
-def find_shapes(published: Published, names: set[str]) -> dict[str, Shape]:
-    """Returns the leaves of a model that has a leaf wherever a rule finds its tensor."""
-    sizes = {**LETTERS, **published.sizes}
-    shapes: dict[str, Shape] = {}
-    for rule in published.rules:
-        ours = tuple(measure_dim(dim, sizes) for dim in parse_dims(rule.dims_of_one)[1])
-        ours = (sizes["E"], *ours) if rule.per_expert else ours
-        if not rule.stacked:
-            shapes |= {rule.path: ours} if rule.name in names else {}
-            continue
-        for stack, numbers in published.layer_numbers.items():
-            if rule.name.format(layer=numbers[0], expert=0) in names:
-                shapes[stack + rule.path.removeprefix(LAYERS)] = (len(numbers), *ours)
-    return shapes
-
-
-def find_all(source: Path, published: Published) -> tuple[CheckpointFiles, dict[str, Shape], list[Piece]]:
-    files = CheckpointFiles.open(source)
-    shapes = find_shapes(published, set(files.tensors))
-    sizes = {**LETTERS, **published.sizes}
-    return files, shapes, list_pieces(published.rules, shapes, published.layer_numbers, sizes)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "mesh"), [("float32", ONE), ("bfloat16", FOUR)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_tensor_is_in_a_leaf_once_and_the_way_back_is_bitwise(name, dtype, tmp_path):
+def test_every_tensor_is_in_a_leaf_once_and_the_way_back_is_bitwise(name, dtype, mesh, tmp_path, monkeypatch):
     published = PUBLISHED[name]
     source = make_published(tmp_path / "hf", published, dtype)
     files, shapes, pieces = find_all(source, published)
     match_files(files, pieces)  # none is missing, left over or of another shape
-    place = SingleDeviceSharding(jax.devices()[0])
-    leaves = {
-        path: place_leaf(make_fill(files, parts), shapes[path], place, np.dtype(np.float32))
-        for path, parts in group_by_leaf(pieces).items()
-    }
-    assert sum(leaf.size for leaf in leaves.values()) == sum(prod(shape) for shape in files.shapes.values())
-    out = [
-        OutTensor(tensor=tensor, dtype=np.dtype(DTYPES[files.tensors[tensor.name].dtype]))
-        for tensor in list_tensors(pieces)
-    ]
+    num_numbers = sum(prod(shape) for shape in files.shapes.values())
+    assert sum(prod(shape) for shape in shapes.values()) == num_numbers
+    num_read, read = [], SafetensorsFile.read
+
+    def counted(file, name, window):
+        part = read(file, name, window)
+        num_read.append(part.size)
+        return part
+
+    monkeypatch.setattr(SafetensorsFile, "read", counted)
+    leaves = load_published(files, shapes, pieces, mesh)
+    # Replicas share what is read. Gate and up of gpt-oss, number by number in one tensor, are read for each of both.
+    twice = sum(prod(shape) for name, shape in files.shapes.items() if published.name == "GptOss" and "gate_up" in name)
+    assert sum(num_read) == num_numbers + twice
     (tmp_path / "back").mkdir()
-    write_tensors(tmp_path / "back", out, make_fetch(leaves), max_shard_bytes=30_000)
+    write_tensors(tmp_path / "back", list_outputs(files, pieces), make_fetch(leaves), max_shard_bytes=30_000)
     assert tensors_of(tmp_path / "back") == tensors_of(source)
+
+
+def test_a_part_of_a_tensor_is_a_part_of_a_bin_file_too(tmp_path, monkeypatch):
+    published = PUBLISHED["phi3"]
+    source = make_published(tmp_path / "hf", published, "bfloat16")
+    make_bin(source, tmp_path / "bin", num_files=2)
+    files, shapes, pieces = find_all(tmp_path / "bin", published)
+    num_read, read = [], TorchFile.read
+
+    def counted(file, name, window):
+        part = read(file, name, window)
+        num_read.append(part.size)
+        return part
+
+    monkeypatch.setattr(TorchFile, "read", counted)
+    leaves = load_published(files, shapes, pieces, FOUR)
+    assert sum(num_read) == sum(prod(shape) for shape in files.shapes.values())
+    (tmp_path / "back").mkdir()
+    write_tensors(tmp_path / "back", list_outputs(files, pieces), make_fetch(leaves), max_shard_bytes=5e9)
+    assert tensors_of(tmp_path / "back") == tensors_of(source)
+
+
+def test_experts_are_written_one_at_a_time(tmp_path):
+    """Not layer by layer: of a large model the experts of one are gigabytes."""
+    num_layers, E, D, M = 4, 32, 128, 96
+    rules = [rule for rule in change(*list_experts("mlp", "gate", "up", "down")) if "experts" in rule.path]
+    shapes = {rule.path: (num_layers, E, *((M, D) if "down" in rule.path else (D, M))) for rule in rules}
+    tensors = list_tensors(list_pieces(rules, shapes, {"layers": tuple(range(num_layers))}, {}))
+    leaves = {path: jax.block_until_ready(jnp.ones(shape)) for path, shape in shapes.items()}
+    out = [OutTensor(tensor=tensor, dtype=np.dtype(np.float32)) for tensor in tensors]
+    tracemalloc.start()
+    try:
+        write_tensors(tmp_path, out, make_fetch(leaves), max_shard_bytes=5e9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    of_layer = 4 * E * D * M
+    assert (tmp_path / "model.safetensors").stat().st_size > 3 * num_layers * of_layer
+    assert peak < of_layer / 2
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_two_processes_read_parts_and_experts_and_write_them_again(tmp_path):
+    names = ("qwen3_moe-sparse", "gpt_oss", "falcon")
+    for name in names:
+        make_published(tmp_path / name, PUBLISHED[name], "bfloat16")
+    run_workers(Path(__file__).with_name("published_worker.py"), 2, tmp_path, str(tmp_path), *names)
+    for name in names:
+        assert tensors_of(tmp_path / f"{name}-back") == tensors_of(tmp_path / name)
