@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from realjax.apps.quickstart import report_errors
+from realjax.apps.errors import report_errors
 from realjax.core.trees import Tree, flatten_paths, num_bytes, num_params
 from realjax.hf.families import find_family
 from realjax.hf.files import CheckpointFiles, resolve_model_path
@@ -101,10 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the command line says; returns the exit status."""
     args = parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # host memory is what a conversion needs
-    return report_errors(lambda: convert(args), "convert_hf")
+    with report_errors("convert_hf") as end:
+        convert(args)
+    return end.code
 
 
-def convert(args: argparse.Namespace) -> int:
+def convert(args: argparse.Namespace) -> None:
     """Converts and prints what it took."""
     start = time.monotonic()
     if args.command == "to-orbax":
@@ -113,7 +115,6 @@ def convert(args: argparse.Namespace) -> int:
         done = f"{args.orbax} -> {args.hf}"
         config, params = orbax_to_hf(args.orbax, args.hf, args.like, args.dtype)
     print(report(done, config, params, time.monotonic() - start))
-    return 0
 
 
 if __name__ == "__main__":

@@ -177,19 +177,34 @@ def sequence_shares(responses: Responses, trained: Responses) -> np.ndarray:
 
 
 def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyParameters) -> dict[str, Metric]:
-    """Returns what is to be known of the sequences: their scores before clipping, lengths, and how they end.
+    """Returns what is to be known of the sequences: their scores before clipping, and `answer_metrics`.
 
-    `entropy_estimate` is the mean of -log-probability of the tokens drawn. `sampler_error`, with recomputed
-    log-probabilities, is the mean of exp(|recomputed - sampler's|): 1 where sampler and trainer agree.
+    `sampler_error`, with recomputed log-probabilities, is the mean of exp(|recomputed - sampler's|): 1 where sampler
+    and trainer agree.
     """
     exists, rewards = responses.exists, arrays["rewards"].astype(np.float64)
+    metrics: dict[str, Metric] = {
+        "task_reward": mean_of(rewards, exists),
+        "task_reward_std": std_of(rewards, exists),
+        **answer_metrics(arrays, responses),
+    }
+    if parameters.recompute_logprobs:
+        gap = np.abs(responses.select(arrays["old_logprobs"]) - responses.select(arrays["logprobs"]))
+        metrics["sampler_error"] = mean_of(np.exp(np.minimum(gap, MAX_EXPONENT)), responses.mask)
+    return metrics
+
+
+def answer_metrics(arrays: Arrays, responses: Responses) -> dict[str, Metric]:
+    """Returns how long the sequences are and how they end.
+
+    `entropy_estimate` is the mean of -log-probability of the tokens drawn.
+    """
+    exists = responses.exists
     is_token = responses.segment_ids > 0
     seq_lens = _sum_at(is_token, is_token, responses.segment_ids, exists.shape)
     lens = responses.lens[exists]
     sampled = responses.select(arrays["logprobs"])
-    metrics: dict[str, Metric] = {
-        "task_reward": mean_of(rewards, exists),
-        "task_reward_std": std_of(rewards, exists),
+    return {
         "avg_seq_len": mean_of(seq_lens, exists),
         "avg_prompt_len": mean_of(seq_lens - responses.lens, exists),
         "avg_response_len": mean_of(responses.lens, exists),
@@ -200,10 +215,6 @@ def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyPara
         "n_tokens": Total(float(responses.num_tokens)),
         "n_seqs": Total(float(responses.num_seqs)),
     }
-    if parameters.recompute_logprobs:
-        gap = np.abs(responses.select(arrays["old_logprobs"]) - sampled)
-        metrics["sampler_error"] = mean_of(np.exp(np.minimum(gap, MAX_EXPONENT)), responses.mask)
-    return metrics
 
 
 def _sum_at(values_RT: np.ndarray, mask: np.ndarray, segment_ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

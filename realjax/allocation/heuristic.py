@@ -6,22 +6,15 @@ heads, ffn, vocabulary or (in training) the hidden size do not divide as a rule 
 are taken, data parallelism takes the rest, and devices that then still cannot share the work stay idle.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from realjax.core.layout import ParallelStrategy
+from realjax.dataflow.run import RoleSpec
 from realjax.models.config import ModelConfig
 
 # Rows are a multiple of this many tokens long, so they split over its divisors.
 ROW_UNIT = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class SizedModel:
-    """A model as the rules see it: its billions of parameters as `type.size` gives them, and its config."""
-
-    size: int
-    config: ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +34,21 @@ class _Wish:
     pp: int
     tp: int
     sequence_parallel: bool = True
+    is_train: bool = False
 
 
-def place_ppo(models: Mapping[str, SizedModel], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
+def has_rules(calls: Container[str]) -> bool:
+    """Returns whether there are rules for an experiment with these calls."""
+    return "actor_gen" in calls and "actor_train" in calls
+
+
+def place(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
+    """Returns where each call of reinforcement learning runs, for models by role. Raises ValueError as the rules do."""
+    rules = place_ppo if "critic" in models else place_grpo
+    return rules(models, n_nodes=n_nodes, n_gpus_per_node=n_gpus_per_node)
+
+
+def place_ppo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
     """Returns where each call of PPO runs, for models by role: actor and critic, and ref and rew where there are any.
 
     Raises ValueError for models too large for one node.
@@ -56,11 +61,11 @@ def place_ppo(models: Mapping[str, SizedModel], *, n_nodes: int, n_gpus_per_node
         first, second = every[: -(-g // 2)], every[-(-g // 2) :] or every
         wishes = {
             "actor_gen": _Wish("actor", every, pp=2 if g >= 4 else 1, tp=1),
-            "actor_train": _Wish("actor", first, pp=1, tp=2 if a <= 7 else 4),
+            "actor_train": _Wish("actor", first, pp=1, tp=2 if a <= 7 else 4, is_train=True),
             "ref_inf": _Wish("ref", every, pp=1, tp=min(4, g // 2)),
             "rew_inf": _Wish("rew", first, pp=1, tp=min(2, len(first) // 2)),
             "critic_inf": _Wish("critic", second, pp=1, tp=min(2, len(second) // 2)),
-            "critic_train": _Wish("critic", second, pp=1, tp=2 if c <= 7 else 4),
+            "critic_train": _Wish("critic", second, pp=1, tp=2 if c <= 7 else 4, is_train=True),
         }
     else:
         # Whole nodes, shared in proportion to the sizes; without sizes, equally.
@@ -70,16 +75,16 @@ def place_ppo(models: Mapping[str, SizedModel], *, n_nodes: int, n_gpus_per_node
         tp = min(4, g // 2)
         wishes = {
             "actor_gen": _Wish("actor", every, pp=n, tp=1),
-            "actor_train": _Wish("actor", every[: train * g], pp=train, tp=tp),
+            "actor_train": _Wish("actor", every[: train * g], pp=train, tp=tp, is_train=True),
             "ref_inf": _Wish("ref", every, pp=n, tp=tp),
             "rew_inf": _Wish("rew", every[: score * g], pp=score, tp=tp),
             "critic_inf": _Wish("critic", every[score * g :], pp=n - score, tp=tp),
-            "critic_train": _Wish("critic", every[train * g :], pp=n - train, tp=tp),
+            "critic_train": _Wish("critic", every[train * g :], pp=n - train, tp=tp, is_train=True),
         }
     return _place(wishes, models)
 
 
-def place_grpo(models: Mapping[str, SizedModel], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
+def place_grpo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
     """Returns where each call of an algorithm without critic runs: all on every device, each split its own way.
 
     Models by role: actor, and ref and rew where there are any.
@@ -90,7 +95,7 @@ def place_grpo(models: Mapping[str, SizedModel], *, n_nodes: int, n_gpus_per_nod
         "actor_gen": _Wish("actor", every, pp=max(2, n), tp=1),
         "ref_inf": _Wish("ref", every, pp=max(2, n), tp=tp),
         "rew_inf": _Wish("rew", every, pp=max(2, n), tp=tp),
-        "actor_train": _Wish("actor", every, pp=n, tp=min(4, g), sequence_parallel=False),
+        "actor_train": _Wish("actor", every, pp=n, tp=min(4, g), sequence_parallel=False, is_train=True),
     }
     return _place(wishes, models)
 
@@ -105,21 +110,21 @@ def _check_fits_one_node(sizes: Mapping[str, int], n_gpus_per_node: int) -> None
             )
 
 
-def _place(wishes: Mapping[str, _Wish], models: Mapping[str, SizedModel]) -> dict[str, Placement]:
+def _place(wishes: Mapping[str, _Wish], models: Mapping[str, RoleSpec]) -> dict[str, Placement]:
     placements = {}
     for call, wish in wishes.items():
         if wish.role in models:
-            strategy = _fit(wish, models[wish.role].config, is_train=call.endswith("_train"))
+            strategy = _fit(wish, models[wish.role].config)
             placements[call] = Placement(strategy=strategy, devices=tuple(wish.devices[: strategy.size]))
     return placements
 
 
-def _fit(wish: _Wish, config: ModelConfig, *, is_train: bool) -> ParallelStrategy:
+def _fit(wish: _Wish, config: ModelConfig) -> ParallelStrategy:
     """Returns the strategy nearest to a wish that divides the model: most devices first, then most pp, then most tp."""
     for size in range(len(wish.devices), 1, -1):
         for pp in range(wish.pp, 0, -1):
             for tp in range(max(1, wish.tp), 0, -1):
-                if size % (pp * tp) == 0 and _divides(config, size // (pp * tp), pp, tp, is_train):
+                if size % (pp * tp) == 0 and _divides(config, size // (pp * tp), pp, tp, wish.is_train):
                     sequence_parallel = wish.sequence_parallel and tp > 1 and ROW_UNIT % tp == 0
                     return ParallelStrategy(dp=size // (pp * tp), pp=pp, tp=tp, sequence_parallel=sequence_parallel)
     return ParallelStrategy()

@@ -1,58 +1,53 @@
-"""The plan of a run: where each call runs, where each role lives, and which roles wait in host memory."""
+"""The plan of a run: where each call runs, where each role lives, and the shapes that follow."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from realjax.core.layout import Layout
-from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.data.loader import Loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutShape:
+    """Of a generate call: the rows that its answers are packed in, and how many answers are decoded at once."""
+
+    row_len: int
+    row_multiple: int  # what the number of rows is a multiple of
+    num_slots: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationPlan:
-    """Layouts by call, home layouts by role, and the roles whose parameters are in host memory between their calls."""
+    """Layouts and row multiples by call, homes by role, and what of the run's shapes depends on them."""
 
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, Layout]  # by call, those of evaluations too
     roles: Mapping[str, str]  # by call
-    homes: Mapping[str, Layout]
-    offloaded: frozenset[str]
+    homes: Mapping[str, Layout]  # by role
+    offloaded: frozenset[str]  # roles whose parameters are in host memory between their calls
+    empty_layers: Mapping[str, int]  # by role: behind the model's own, so that pipeline stages are equal
+    row_multiples: Mapping[str, int]  # by call: of its rows, so that devices and micro-batches divide them
+    rollouts: Mapping[str, RolloutShape]  # by generate call
+    loader: Loader  # of batches that divide over the calls that read them
+    held_out: Loader | None
+    idle: str  # numbers of the devices that no call uses, as '6,7'
 
     def describe(self) -> str:
-        """Returns a line per call: its layout, and how its role's parameters get there."""
+        """Returns a line per call, its layout and how its role's parameters get there; then the shapes of batches."""
         width = max(map(len, self.roles))
-        return "\n".join(f"{call:<{width}}  {self.layouts[call]}  {self._source(call)}" for call in self.roles)
+        lines = [f"{call:<{width}}  {self.layouts[call]}  {self._source(call)}" for call in self.roles]
+        lines += [
+            f"{call}: {shape.num_slots} answers decoded at once; rows of {shape.row_len} tokens, in multiples of "
+            f"{shape.row_multiple}"
+            for call, shape in self.rollouts.items()
+        ]
+        if not self.rollouts:
+            lines.append(f"batches: {self.loader.shapes} rows x tokens")
+        lines += [f"{role}: {n} empty layers, so that stages are equal" for role, n in self.empty_layers.items() if n]
+        return "\n".join([*lines, f"idle devices: {self.idle}"] if self.idle else lines)
 
     def _source(self, call: str) -> str:
         role, home = self.roles[call], self.homes[self.roles[call]]
         if role in self.offloaded:
             return f"{role} from host memory"
-        return f"{role} at home" if home == self.layouts[call] else f"{role} from its home {home}"
-
-
-def make_plan(
-    graph: DataflowGraph, layouts: Mapping[str, Layout], offload: Mapping[str, bool | None] | None = None
-) -> AllocationPlan:
-    """Returns the plan for these layouts by call.
-
-    A trained role lives where it is trained, another where its first call runs. A role that is never trained and
-    shares a device with a call of another role is offloaded; `offload` by role decides otherwise where it is not None.
-    Raises ValueError for a call without a layout, or a trained role that is to be offloaded.
-    """
-    if missing := [mfc.name for mfc in graph.mfcs if mfc.name not in layouts]:
-        raise ValueError(f"allocation: no layout for {', '.join(missing)}; give each call one")
-    homes, offloaded = {}, set()
-    for role in graph.roles:
-        own = [mfc for mfc in graph.mfcs if mfc.role == role]
-        train = graph.train_call(role)
-        homes[role] = layouts[(train or own[0]).name]
-        devices = {device for mfc in own for device in layouts[mfc.name].devices}
-        others = {device for mfc in graph.mfcs if mfc.role != role for device in layouts[mfc.name].devices}
-        wanted = (offload or {}).get(role)
-        if train is not None and wanted:
-            raise ValueError(
-                f"{role}.offload: a role that is trained stays on its devices, where its masters and moments are "
-                "updated; set it to False or null"
-            )
-        if train is None and (bool(devices & others) if wanted is None else wanted):
-            offloaded.add(role)
-    roles = {call.name: call.role for call in graph.order if isinstance(call, MFC)}
-    return AllocationPlan(layouts=layouts, roles=roles, homes=homes, offloaded=frozenset(offloaded))
+        zero = f", zero stage {home.strategy.zero_stage}" if home.strategy.zero_stage else ""
+        return f"{role} at home{zero}" if home == self.layouts[call] else f"{role} from its home {home}"

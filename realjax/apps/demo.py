@@ -19,7 +19,8 @@ import jax
 
 from realjax.apps.demo_data import DemoFiles, write_demo_files
 from realjax.apps.demo_page import Finding, StageResult, write_page
-from realjax.apps.quickstart import find_experiment, report_errors, run_experiment
+from realjax.apps.errors import report_errors
+from realjax.apps.quickstart import find_experiment, run_experiment
 from realjax.options.checks import resolve_names
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.parsing import parse_overrides
@@ -147,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m realjax.apps.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_run"), help="directory for everything that it writes")
     args = parser.parse_args(argv)
-    return report_errors(lambda: run_demo(args.out.absolute()))
+    with report_errors() as end:
+        end.code = run_demo(args.out.absolute())
+    return end.code
 
 
 def run_demo(out: Path, stages: Sequence[Stage] = STAGES, *, num_train: int = 4096, num_valid: int = 128) -> int:

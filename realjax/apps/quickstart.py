@@ -6,60 +6,56 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, has nothing to tell
 
 import dataclasses
-import gc
 import importlib
 import logging
 import os
 import shutil
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from realjax.core.faults import RunFault, system_reason
+from realjax.allocation import modes
+from realjax.allocation.modes import check_options
+from realjax.apps.errors import report_errors
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.processes import is_first, text_from_first
-from realjax.dataflow.generation_run import GenerationSpec
-from realjax.launch.environment import ProcessGroup, end_with_launcher, find_process_group, join, leave, lost_process
+from realjax.dataflow.run import RunPaths, RunSpec
+from realjax.launch.environment import ProcessGroup, end_with_launcher, find_process_group, join
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
 from realjax.options.generation import GenConfig
+from realjax.options.parallel import allocation_options
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
 from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
 from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
-from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console, quiet_libraries
-from realjax.runtime.stop import Stopped, StopSignal
+from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
 
 logger = logging.getLogger("realjax.quickstart")
 MOST_DEVICES = 1024
-HELP_FLAGS = ("--help", "-h", "help")
+HELP_FLAGS, PLAN_FLAG = ("--help", "-h", "help"), "--plan"
 # The program that shows whether a launcher exists on this machine, and the variable it sets inside an allocation.
 LAUNCHERS = {"slurm": ("squeue", "SLURM_JOB_ID"), "ray": ("ray", "RAY_ADDRESS")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An experiment's options, and the module whose `build(config, devices)` makes its run."""
+    """An experiment's options, and the module whose `build(config)` describes its run."""
 
     config_cls: type[CommonExperimentConfig]
     module: str
     summary: str
 
-    def build(self, config: CommonExperimentConfig, devices: Sequence[jax.Device]) -> Any:
-        """Returns the run, which was checked as every experiment's is; nothing is on a device.
-
-        Raises ValueError for data, models or layouts that cannot work.
-        """
-        # Imported here: help and bad options should not wait for everything that a run needs.
+    def build(self, config: CommonExperimentConfig) -> RunSpec:
+        """Returns the run, which was checked as every experiment's is. Raises ValueError for what cannot work."""
         from realjax.experiments.checks import check_run
 
-        spec = importlib.import_module(self.module).build(config, devices)
+        spec: RunSpec = importlib.import_module(self.module).build(config)
         check_run(spec)
         return spec
 
@@ -93,48 +89,29 @@ EXPERIMENTS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    return report_errors(lambda: _run_command(args))
+    with report_errors() as end:
+        if (command := read_command(args)) is not None:
+            end.code = run_experiment(*command, plan_only=PLAN_FLAG in args)
+        elif not args:
+            end.code = 2
+    return end.code
 
 
-def report_errors(command: Callable[[], int], program: str = "realjax") -> int:
-    """Returns the command's exit code.
+def read_command(args: list[str]) -> tuple[str, CommonExperimentConfig] | None:
+    """Returns the experiment's name and its options; None where help was asked for, which is printed then.
 
-    What is no bug becomes one line on stderr: a ValueError with the code 2, a fault of the machine with 1, a signal
-    with its own, such as 130. Of several processes, one with an error ends at once, so that the others do not wait.
+    Raises ValueError for an unknown experiment or option, or a wrong value.
     """
-    with quiet_libraries():
-        code = _run_and_report(command, program)
-        gc.collect()  # futures of a save that failed, which would tell of it as the process ends
-    return code
-
-
-def _run_and_report(command: Callable[[], int], program: str) -> int:
-    try:
-        with StopSignal():
-            return command()
-    except Stopped as stop:
-        line, code = f"stopped by {stop} before there was anything to save", stop.code
-    except Exception as error:
-        line, code = describe_error(error), 2 if isinstance(error, ValueError) else 1
-        if line is None or os.environ.get("REALJAX_TRACEBACK") == "1":
-            if not jax.distributed.is_initialized():
-                raise
-            traceback.print_exc()
-            leave(code)
-        line = f"error: {line}"
-    print(f"{program}: {line}", file=sys.stderr)
-    if jax.distributed.is_initialized():
-        leave(code)
-    return code
-
-
-def describe_error(error: Exception) -> str | None:
-    """Returns an error in a line, or None where it is a bug, whose traceback is what helps."""
-    if isinstance(error, ValueError | RunFault):
-        return str(error)
-    if jax.distributed.is_initialized() and (reason := lost_process(error)) is not None:
-        return f"another process of the run is lost ({reason}); its own last lines say why"
-    return system_reason(error)
+    if not args or args[0] in HELP_FLAGS:
+        print(_usage())
+        return None
+    name, *words = args
+    experiment = find_experiment(name)
+    if any(word in HELP_FLAGS for word in words):
+        print(describe_options(experiment.config_cls, name), end="")
+        return None
+    configure_logging()
+    return name, parse_overrides(experiment.config_cls, [word for word in words if word != PLAN_FLAG])
 
 
 def find_experiment(name: str) -> Experiment:
@@ -146,8 +123,8 @@ def find_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def run_experiment(name: str, config: CommonExperimentConfig) -> int:
-    """Checks `config`, prepares the devices and runs the experiment; returns the exit code.
+def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool = False) -> int:
+    """Checks `config`, prepares the devices and runs the experiment, or prints its plan; returns the exit code.
 
     ValueError, before any device work, for whatever the user can mend.
     """
@@ -155,28 +132,37 @@ def run_experiment(name: str, config: CommonExperimentConfig) -> int:
     console = configure_logging()
     config = resolve_names(config, name)
     validate(config)
+    check_options(allocation_options(config))
     end_with_launcher()
     group = find_process_group(os.environ)
     if group is not None:
         config = join_processes(config, group)
+    if not plan_only:
+        announce(name, config)
+    check_mode(config.mode)
+    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, run_paths(config))
+    # Imported here: help and bad options should not wait for everything that a run needs.
+    from realjax.allocation.allocate import allocate
+    from realjax.runtime import loop
+
+    spec = experiment.build(config)
+    plan = allocate(spec, devices)
+    if plan_only:
+        print(plan.describe())
+        return 0
+    return loop.run(spec, plan, console)
+
+
+def announce(name: str, config: CommonExperimentConfig) -> None:
+    """Says where the run writes, and which options do not what they say. ValueError where nothing can be written."""
     paths = run_paths(config)
     check_writable(paths)
     logger.info("Running %s experiment.", name)
     logger.info("Logs will be dumped to %s", paths.logs)
     if name != "gen":
         logger.info("Model checkpoints will be saved to %s", paths.checkpoints)
-    for notice in list_notices(config):
+    for notice in (*list_notices(config), *modes.list_notices(allocation_options(config))):
         logger.info(notice)
-    check_mode(config.mode)
-    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, str(paths.compilation_cache))
-    spec = experiment.build(config, devices)
-    if isinstance(spec, GenerationSpec):
-        from realjax.runtime import generation
-
-        return generation.run(spec, console)
-    from realjax.runtime import loop
-
-    return loop.run(spec, console)
 
 
 def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> CommonExperimentConfig:
@@ -249,15 +235,15 @@ def check_num_devices(num_devices: int) -> None:
         )
 
 
-def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) -> tuple[jax.Device, ...]:
+def prepare_devices(n_nodes: int, n_gpus_per_node: int, paths: RunPaths) -> tuple[jax.Device, ...]:
     """Returns the first n_nodes*n_gpus_per_node devices, virtual ones where there is no accelerator.
 
-    ValueError when there are accelerators, but too few. Programs compiled earlier come from `compilation_cache`.
+    ValueError when there are accelerators, but too few. Programs compiled earlier come from the cache of `paths`.
     """
     needed = n_nodes * n_gpus_per_node
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", str(paths.compilation_cache))
     if settings.jax_num_cpu_devices < needed and not jax.distributed.is_initialized():
         check_num_devices(needed)
         # Only possible before the first use of a device.
@@ -275,19 +261,6 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, compilation_cache: str) 
     return tuple(devices[:needed])
 
 
-def _run_command(args: list[str]) -> int:
-    if not args or args[0] in HELP_FLAGS:
-        print(_usage())
-        return 0 if args else 2
-    name, *overrides = args
-    experiment = find_experiment(name)
-    if any(override in HELP_FLAGS for override in overrides):
-        print(describe_options(experiment.config_cls, name), end="")
-        return 0
-    configure_logging()
-    return run_experiment(name, parse_overrides(experiment.config_cls, overrides))
-
-
 def _usage() -> str:
     lines = [f"  {name:8} {experiment.summary}" for name, experiment in EXPERIMENTS.items()]
     return "\n".join(
@@ -297,7 +270,8 @@ def _usage() -> str:
             "Experiments:",
             *lines,
             "",
-            "realjax <experiment> --help lists every option. REALJAX_TRACEBACK=1 shows the traceback of an error.",
+            "realjax <experiment> --help lists every option. With --plan, a command prints where calls would run, and "
+            "stops. REALJAX_TRACEBACK=1 shows the traceback of an error.",
         ]
     )
 

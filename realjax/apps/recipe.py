@@ -8,7 +8,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from realjax.apps.quickstart import configure_logging, find_experiment, report_errors, run_experiment
+from realjax.apps.errors import report_errors
+from realjax.apps.quickstart import PLAN_FLAG, configure_logging, find_experiment, run_experiment
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
 from realjax.options.parsing import locate
 
@@ -16,9 +17,21 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the recipe that `--config` names, with `--config.<option>=value` applied, and returns the exit code."""
+    """Runs the recipe that `--config` names, with `--config.<option>=value` applied, and returns the exit code.
+
+    With `--plan` it prints where each call would run, and stops.
+    """
     args = list(sys.argv if argv is None else argv)
-    return report_errors(lambda: _run_recipe(args))
+    if any(arg in ("--help", "-h") for arg in args):
+        print(f"{__doc__}\n\nThe recipe says what to expect, and realjax <experiment> --help lists the options.")
+        return 0
+    with report_errors() as end:
+        config = read_config([arg for arg in args if arg != PLAN_FLAG])
+        name = str(config[EXPERIMENT_KEY])
+        configure_logging()
+        options = from_config_dict(find_experiment(name).config_cls, config)
+        end.code = run_experiment(name, options, plan_only=PLAN_FLAG in args)
+    return end.code
 
 
 def read_config(argv: Sequence[str]) -> ConfigDict:
@@ -53,13 +66,3 @@ def _parse_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
     except (Exception, SystemExit) as error:  # a recipe is Python, so anything can go wrong in it
         raise ValueError(f"--config: the recipe raised {type(error).__name__}: {error}; mend it") from error
     return flag_values["config"].value, unused
-
-
-def _run_recipe(argv: list[str]) -> int:
-    if any(arg in ("--help", "-h") for arg in argv):
-        print(f"{__doc__}\n\nThe recipe says what to expect, and realjax <experiment> --help lists the options.")
-        return 0
-    config = read_config(argv)
-    name = str(config[EXPERIMENT_KEY])
-    configure_logging()
-    return run_experiment(name, from_config_dict(find_experiment(name).config_cls, config))

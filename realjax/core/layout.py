@@ -93,13 +93,13 @@ class Layout:
     @property
     def device_names(self) -> str:
         """The devices' numbers, as '0-3,6'."""
-        return _ranges([device.id for device in self.devices])
+        return number_ranges([device.id for device in self.devices])
 
     def __str__(self) -> str:
         return f"{self.strategy} on {self.device_names}"
 
 
-def _ranges(ids: Sequence[int]) -> str:
+def number_ranges(ids: Sequence[int]) -> str:
     """Returns '0-3,6' for [0, 1, 2, 3, 6]."""
     parts: list[list[int]] = []
     for i in ids:

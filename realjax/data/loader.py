@@ -1,8 +1,10 @@
 """Packed batches of a dataset, as a pure function of the step."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -77,6 +79,15 @@ class Shapes:
         return f"{' or '.join(map(str, self.row_counts))} x {self.row_len}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What rows are: a multiple of a number, in equal blocks for `num_shards`, of `row_len` tokens (None: chosen)."""
+
+    multiple: int
+    num_shards: int
+    row_len: int | None
+
+
 class Loader:
     """Batches of few static shapes; `batch(step)` depends on the arguments and the step only, so a resume repeats it.
 
@@ -104,14 +115,13 @@ class Loader:
 
         Batches have at most `max_shapes` shapes. `allow_partial` lets the batch exceed the dataset, for evaluation.
         Raises ValueError, naming `name` (the option with the batch size), for sizes below 1, a batch larger than the
-        dataset, or rows shorter than an example.
+        dataset, or rows shorter than an example; `shapes` raises for too large batches.
         """
         counts = {"epochs": num_epochs, "row_multiple": row_multiple, "num_shards": num_shards}
         _check_sizes({name: batch_size, **counts, "max_shapes": max_shapes}, seed)
         self._dataset = dataset
         self._lengths = dataset.lengths
-        self._batch_size = batch_size
-        self._num_shards = num_shards
+        self.batch_size, self._name = batch_size, name
         first = dataset.order(seed, 0, shuffle)
         self._epoch_len = len(first)
         if (num_samples := num_epochs * self._epoch_len) > MOST_SAMPLES:
@@ -127,23 +137,39 @@ class Loader:
                 f"{name}: a batch of {batch_size} is more than the dataset's {self._epoch_len} examples; "
                 f"set it to {self._epoch_len} or less, or add data"
             )
-        longest_example = int(self._lengths.max())
-        if row_len is not None and row_len < longest_example:
+        self.longest_example = int(self._lengths.max())
+        self._rows = _Rows(multiple=math.lcm(row_multiple, num_shards), num_shards=num_shards, row_len=row_len)
+        self._max_shapes = max_shapes
+        if row_len is not None and row_len < self.longest_example:
             raise ValueError(
-                f"loader: rows of {row_len} tokens, but the longest example has {longest_example}; use that or more"
+                f"loader: rows of {row_len} tokens, but the longest example has {self.longest_example}; use that or "
+                "more"
             )
+
+    def split(self, *, row_multiple: int, num_shards: int, row_len: int | None = None) -> "Loader":
+        """Returns the loader of the same sequences, step by step, in other rows. Raises ValueError as `shapes`."""
+        loader = copy.copy(self)
+        loader._rows = _Rows(multiple=math.lcm(row_multiple, num_shards), num_shards=num_shards, row_len=row_len)
+        loader.__dict__.pop("shapes", None)
+        _ = loader.shapes
+        return loader
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of all batches. Raises ValueError for more tokens in a batch than XLA can count."""
         batches = [self._lengths[self._indices(step)] for step in range(self.total_steps)]
-        multiple = math.lcm(row_multiple, num_shards)
+        multiple, row_len = self._rows.multiple, self._rows.row_len
         if row_len is None:
-            self.shapes = plan_shapes(batches, multiple, max_shapes)
+            shapes = plan_shapes(batches, multiple, self._max_shapes)
         else:
-            self.shapes = shapes_of(batches, row_len, multiple, max_shapes)
-        num_rows = self.shapes.row_counts[-1]
-        if num_rows * self.shapes.row_len > MOST_TOKENS:
+            shapes = shapes_of(batches, row_len, multiple, self._max_shapes)
+        num_rows, name = shapes.row_counts[-1], self._name
+        if num_rows * shapes.row_len > MOST_TOKENS:
             raise ValueError(
-                f"{name}: a batch would be {num_rows} rows of {self.shapes.row_len} tokens, rows being a multiple of "
+                f"{name}: a batch would be {num_rows} rows of {shapes.row_len} tokens, rows being a multiple of "
                 f"{multiple} (devices times n_mbs), but it has at most {MOST_TOKENS} tokens; lower {name} or n_mbs"
             )
+        return shapes
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -153,12 +179,12 @@ class Loader:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run: epochs * examples / batch size, rounded up."""
-        return math.ceil(len(self._stream) / self._batch_size)
+        return math.ceil(len(self._stream) / self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
         """Examples / batch size, rounded up; one less where the epoch before ended inside a batch."""
-        return math.ceil(self._epoch_len / self._batch_size)
+        return math.ceil(self._epoch_len / self.batch_size)
 
     @property
     def padding_share(self) -> float:
@@ -168,17 +194,17 @@ class Loader:
     @property
     def fingerprint(self) -> str:
         """A text that changes with the batch size, the examples' content, or their first epoch's order."""
-        return digest(str(self._batch_size), self._stream[: self._epoch_len], self._dataset.fingerprint)
+        return digest(str(self.batch_size), self._stream[: self._epoch_len], self._dataset.fingerprint)
 
     def steps_in(self, num_epochs: int) -> int:
         """Steps that a run of so many epochs of this data takes."""
-        return math.ceil(self._epoch_len * num_epochs / self._batch_size)
+        return math.ceil(self._epoch_len * num_epochs / self.batch_size)
 
     def batch(self, step: int) -> Batch:
         """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps)."""
         indices = self._indices(step)
         num_rows, row_len = int(self.shapes.of_step[step]), self.shapes.row_len
-        plan = pack_rows(self._lengths[indices], row_len, num_rows=num_rows, num_shards=self._num_shards)
+        plan = pack_rows(self._lengths[indices], row_len, num_rows=num_rows, num_shards=self._rows.num_shards)
         return pack([self._dataset.example(i) for i in indices], plan, num_segments=self.shapes.num_segments)
 
     def ids(self, step: int) -> list[str | int]:
@@ -190,22 +216,22 @@ class Loader:
         start = self._start(step)
         num_examples = self._epoch_len
         epoch = start // num_examples
-        first_step = -(-epoch * num_examples // self._batch_size)
+        first_step = -(-epoch * num_examples // self.batch_size)
         return Position(
             epoch=epoch + 1,
             epoch_step=step - first_step + 1,
             global_step=step + 1,
-            ends_epoch=start + self._batch_size >= (epoch + 1) * num_examples,
+            ends_epoch=start + self.batch_size >= (epoch + 1) * num_examples,
         )
 
     def _start(self, step: int) -> int:
         if not 0 <= step < self.total_steps:
             raise ValueError(f"loader: step {step} is outside this run's {self.total_steps} steps, counted from 0")
-        return step * self._batch_size
+        return step * self.batch_size
 
     def _indices(self, step: int) -> np.ndarray:
         start = self._start(step)
-        return self._stream[start : start + self._batch_size]
+        return self._stream[start : start + self.batch_size]
 
 
 def plan_shapes(batches: Sequence[np.ndarray], row_multiple: int, max_shapes: int = 1) -> Shapes:

@@ -1,31 +1,24 @@
-"""Model function calls (MFCs), the host calls between them, and the graph that follows from the keys they pass on."""
+"""The calls of a step, by kind, and the graph that follows from the keys they pass on. Nothing here knows a device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import networkx as nx
+import numpy as np
 
 from realjax.core.draw import Draw
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.host_call import HostFn
 from realjax.core.loss import Loss
 
-Call = Literal["generate", "inference", "train_step"]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a generate call continues its prompts."""
+class MicroBatches:
+    """The parts in which a call computes its batch: `count`, or the fewest of at most `max_tokens`. Neither: one."""
 
-    config: GenerationConfig
-    eos_ids: tuple[int, ...]
-    row_len: int  # T of the batch that is made
-    num_samples: int = 1  # of each prompt
-    num_slots: int | None = None  # rows decoded at once; None: as many as the first batch has, within bounds
-    has_baseline: bool = False  # one greedy sample of each prompt besides
-    num_tokens: int | None = None  # only the first so many are drawn, see `core.draw.Draw`; None: any
+    count: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,57 +31,108 @@ class Minibatches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MFC:
-    """One call on one role: it reads `inputs` of the batch and adds `outputs` to it.
-
-    A generate call reads prompts and makes a batch of its own, of whole sequences, that the calls after it read.
-    """
+class ModelCall:
+    """A call on a role's model: it reads `inputs` of the batch and adds `outputs` to it."""
 
     name: str
     role: str
-    call: Call
     inputs: tuple[str, ...]
     outputs: tuple[str, ...] = ()
-    sampling: Sampling | None = None  # generate
-    loss: Loss | None = None  # train_step: what is minimised
-    minibatches: Minibatches | None = None  # train_step: None is one update of the whole batch, as it is packed
-    head: str | None = None  # inference: which output of the model, see `core.loss.Loss`
-    # Head `logprobs`: the key of a mask, known on the host, of the tokens that anyone asks about; None: all are.
-    mask: str | None = None
-    draw: Draw = Draw()  # inference, head `logprobs`: the distribution that the tokens were drawn from
-    num_mbs: int | None = None  # micro-batches; None: one, or as many as `max_tokens_per_mb` asks for
-    max_tokens_per_mb: int | None = None
+    # Of inputs that come from an earlier step: how many steps before.
+    delays: Mapping[str, int] = field(default_factory=dict)
     # The longest sequence that the call can meet or make; attention then looks no further back.
     max_seqlen: int | None = None
+    placed_as: str | None = None  # the options that say where it runs; None: those of its own name
+
+    @property
+    def placement(self) -> str:
+        """The name of the options that say where it runs."""
+        return self.placed_as or self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelCall):
+    """Continues prompts. It makes a batch of its own, of whole sequences, that the calls after it read."""
+
+    config: GenerationConfig
+    eos_ids: tuple[int, ...]
+    num_prompts: int = 1  # the most of a step
+    num_samples: int = 1  # of each prompt
+    has_baseline: bool = False  # one greedy sample of each prompt besides
+    num_slots: int | None = None  # rows decoded at once; None: as many as a step has, within bounds
+    num_tokens: int | None = None  # only the first so many are drawn, see `core.draw.Draw`; None: any
+    repeats: bool = False  # a prompt's samples are the same in every step
+    # fn(prompt, tokens, num_seen) -> whether the tokens hold a text that ends an answer, see `core.texts.make_stop_fn`.
+    stop_fn: Callable[[np.ndarray, np.ndarray, int], bool] | None = None
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """Samples of each prompt, the baseline counted."""
+        return self.num_samples + self.has_baseline
+
+    @property
+    def num_answers(self) -> int:
+        """The most of a step."""
+        return self.num_prompts * self.answers_per_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference(ModelCall):
+    """Computes one output of the model for every token."""
+
+    head: str  # which, see `core.loss.Loss`
+    # Head `logprobs`: the key of a mask, known on the host, of the tokens that anyone asks about; None: all are.
+    mask: str | None = None
+    draw: Draw = Draw()  # head `logprobs`: the distribution that the tokens were drawn from
+    micro_batches: MicroBatches = MicroBatches()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(ModelCall):
+    """Updates the role's parameters."""
+
+    loss: Loss
+    mask: str | None = None  # as for `Inference`
+    minibatches: Minibatches | None = None  # None is one update of the whole batch, as it is packed
+    micro_batches: MicroBatches = MicroBatches()
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that a step makes."""
+        return self.minibatches.count * self.minibatches.passes if self.minibatches else 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HostCall:
+class Host:
     """A step on the host between model calls. Its state, a few numbers, goes from step to step and into the saves."""
 
     name: str
     fn: HostFn
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    delays: Mapping[str, int] = field(default_factory=dict)
     state: Mapping[str, float] = field(default_factory=dict)  # before the first step
     metrics: tuple[str, ...] = ()  # that it reports in an evaluation
 
 
+Call = Generate | Inference | Train | Host
+
+
 @dataclass(frozen=True)
 class DataflowGraph:
-    """The calls of one step. An edge u -> v exists for every key that u writes and v reads.
+    """The calls of one step. An edge u -> v exists for every key that u writes and v reads in the same step.
 
-    Keys that no call writes come from the dataset (`dataset_keys`). Raises ValueError for a name or key made twice,
-    a key that nobody makes, a cycle, or two training calls of one role.
+    Keys that no call writes come from the dataset (`dataset_keys`). Raises ValueError for a name or key made twice, a
+    key that nobody makes, a key of an earlier step that no call makes, a cycle, or two training calls of one role.
     """
 
-    calls: tuple[MFC | HostCall, ...]
+    calls: tuple[Call, ...]
     dataset_keys: frozenset[str]
 
     def __post_init__(self) -> None:
         _refuse_repeats("call name", [call.name for call in self.calls])
         _refuse_repeats("key", [*(key for call in self.calls for key in call.outputs), *self.dataset_keys])
-        _refuse_repeats("training call of role", [mfc.role for mfc in self.mfcs if mfc.call == "train_step"])
+        _refuse_repeats("training call of role", [mfc.role for mfc in self.mfcs if isinstance(mfc, Train)])
         for call in self.calls:
             if orphans := set(call.inputs) - set(self.producers) - self.dataset_keys:
                 raise ValueError(
@@ -96,14 +140,23 @@ class DataflowGraph:
                     f"does not hold (it holds {sorted(self.dataset_keys)}); add a call with that output, or the "
                     "dataset key"
                 )
+            self._check_delays(call)
         if not nx.is_directed_acyclic_graph(self.edges):
             cycle = " -> ".join(u for u, _ in nx.find_cycle(self.edges))
             raise ValueError(f"dataflow graph: {cycle} wait for each other; remove one of their inputs")
 
+    def _check_delays(self, call: Call) -> None:
+        for key, delay in call.delays.items():
+            if key not in call.inputs or key not in self.producers or delay != 1:
+                raise ValueError(
+                    f"dataflow graph: call '{call.name}' takes '{key}' of {delay} steps before; that can be an input "
+                    "that a call writes, and 1"
+                )
+
     @cached_property
-    def mfcs(self) -> tuple[MFC, ...]:
+    def mfcs(self) -> tuple[Generate | Inference | Train, ...]:
         """The calls on models, as they were listed."""
-        return tuple(call for call in self.calls if isinstance(call, MFC))
+        return tuple(call for call in self.calls if not isinstance(call, Host))
 
     @cached_property
     def producers(self) -> dict[str, str]:
@@ -112,19 +165,19 @@ class DataflowGraph:
 
     @cached_property
     def edges(self) -> nx.DiGraph:
-        """The graph over call names; each edge has the keys that travel along it."""
+        """The graph over call names; each edge has the keys that travel along it within a step."""
         graph = nx.DiGraph()
         graph.add_nodes_from(call.name for call in self.calls)
         for call in self.calls:
             for key in call.inputs:
-                if key in self.producers:
+                if key in self.producers and key not in call.delays:
                     source = self.producers[key]
                     keys = graph.get_edge_data(source, call.name, {"keys": ()})["keys"]
                     graph.add_edge(source, call.name, keys=(*keys, key))
         return graph
 
     @cached_property
-    def order(self) -> tuple[MFC | HostCall, ...]:
+    def order(self) -> tuple[Call, ...]:
         """The calls in an order in which every input exists; ties as they were listed."""
         rank = {call.name: i for i, call in enumerate(self.calls)}
         by_name = {call.name: call for call in self.calls}
@@ -136,14 +189,13 @@ class DataflowGraph:
         return tuple(dict.fromkeys(mfc.role for mfc in self.mfcs))
 
     def num_updates(self, role: str) -> int:
-        """Returns the updates that a step makes to a trained role."""
+        """Returns the updates that a step makes to a role."""
         call = self.train_call(role)
-        minibatches = call.minibatches if call else None
-        return minibatches.count * minibatches.passes if minibatches else 1
+        return call.num_updates if call else 1
 
-    def train_call(self, role: str) -> MFC | None:
+    def train_call(self, role: str) -> Train | None:
         """Returns the call that trains `role`, None for a role that is never trained."""
-        return next((mfc for mfc in self.mfcs if mfc.role == role and mfc.call == "train_step"), None)
+        return next((mfc for mfc in self.mfcs if isinstance(mfc, Train) and mfc.role == role), None)
 
 
 def _refuse_repeats(what: str, names: Sequence[str]) -> None:

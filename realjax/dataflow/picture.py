@@ -5,27 +5,28 @@ from pathlib import Path
 import networkx as nx
 from matplotlib.figure import Figure
 
-from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
+from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Train
 
-COLORS = {"generate": "#dbeafe", "inference": "#dcfce7", "train_step": "#ffedd5", "host": "#f1f5f9"}
+KINDS = {Generate: "generate", Inference: "inference", Train: "train_step", Host: "host"}
+COLORS = {Generate: "#dbeafe", Inference: "#dcfce7", Train: "#ffedd5", Host: "#f1f5f9"}
 
 
 def describe_graph(graph: DataflowGraph) -> str:
     """Returns a line per call: its role, what it reads and what it writes."""
     lines = []
     for call in graph.order:
-        reads = ", ".join(f"{key} from {graph.producers.get(key, 'dataset')}" for key in call.inputs)
+        reads = ", ".join(f"{key} from {_source(graph, call, key)}" for key in call.inputs)
         writes = ", ".join(call.outputs) or "metrics"
-        lines.append(f"{call.name} ({_kind(call)} on {_place(call)}): {reads} -> {writes}")
+        lines.append(f"{call.name} ({KINDS[type(call)]} on {_place(call)}): {reads} -> {writes}")
     return "\n".join(lines)
 
 
-def _kind(call: MFC | HostCall) -> str:
-    return call.call if isinstance(call, MFC) else "host"
+def _source(graph: DataflowGraph, call: Call, key: str) -> str:
+    return graph.producers.get(key, "dataset") + (" of the step before" if key in call.delays else "")
 
 
-def _place(call: MFC | HostCall) -> str:
-    return call.role if isinstance(call, MFC) else "the host"
+def _place(call: Call) -> str:
+    return "the host" if isinstance(call, Host) else call.role
 
 
 def draw_graph(graph: DataflowGraph, path: Path) -> None:
@@ -40,7 +41,7 @@ def draw_graph(graph: DataflowGraph, path: Path) -> None:
     axes = figure.subplots()
     calls = {call.name: call for call in graph.calls}
     for name, (x, y) in places.items():
-        box = {"boxstyle": "round,pad=0.5", "facecolor": COLORS[_kind(calls[name])], "edgecolor": "#475569"}
+        box = {"boxstyle": "round,pad=0.5", "facecolor": COLORS[type(calls[name])], "edgecolor": "#475569"}
         axes.text(x, y, f"{name}\n{_place(calls[name])}", ha="center", va="center", bbox=box, zorder=2)
     for source, target, data in graph.edges.edges(data=True):
         (x0, y0), (x1, y1) = places[source], places[target]

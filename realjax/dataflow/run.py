@@ -1,16 +1,18 @@
 """The description of a whole run: what an experiment makes of its options and the runtime carries out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from realjax.core.compute import Compute
 from realjax.core.end_tokens import EndTokens
 from realjax.core.identity import Identity
-from realjax.core.layout import Layout
+from realjax.core.layout import ParallelStrategy
 from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.data.loader import Loader
-from realjax.dataflow.graph import MFC, DataflowGraph, HostCall
+from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, MicroBatches, Train
+from realjax.models.config import ModelConfig
 
 Tokens = Sequence[Sequence[int]]
 # fn(prompts, answers) -> the texts of both, as `core.texts.decode_answers` gives them.
@@ -19,23 +21,20 @@ DecodeFn = Callable[[Tokens, Tokens], tuple[list[str], list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class RoleSpec:
-    """One model of a run: where it comes from and how it computes."""
+    """One model of a run: what it is, where it comes from and how it computes."""
 
     name: str
     path: Path  # local directory with config and tokenizer, and weights unless from scratch
-    is_critic: bool = False
+    config: ModelConfig  # of the model that is run, which for a critic is not the directory's
+    size: int = 0  # billions of parameters that it was declared with; allocation by rule goes by them
     init_from_scratch: bool = False
     init_critic_from_actor: bool = False
-    compute_dtype: str = "float32"
-    attention: str = "auto"
-    remat: bool = True
-    unroll: bool | None = None  # every layer compiled by itself; None: where it pays
-    loss_chunk_tokens: int | None = None
+    compute: Compute = Compute()
     optimizer: OptimizerConfig | None = None
+    zero_stage: int = 0  # where it is trained, see `core.layout.ParallelStrategy`
     is_averaged: bool = False  # follows another role (`MovingAverage`): kept in float32, or small steps would be lost
     offload: bool | None = None  # parameters in host memory between calls; None: where roles share devices
     ends: EndTokens | None = None  # of the texts that it is trained on; its checkpoints name them
-    num_empty_layers: int = 0  # behind the model's own, so that the pipeline stages of its calls are equal
 
     @property
     def title(self) -> str:
@@ -50,10 +49,9 @@ class Evaluation:
     role: str
     loss: Loss
     loader: Loader
-    calls: tuple[MFC, ...] = ()
+    calls: tuple[Inference, ...] = ()
     name: str = "evaluation"  # whose options the micro-batches are, in errors
-    num_mbs: int | None = None  # as those of the call that trains the role
-    max_tokens_per_mb: int | None = None
+    micro_batches: MicroBatches = MicroBatches()  # as those of the call that trains the role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +63,14 @@ class RolloutEvaluation:
     """
 
     role: str
-    variants: Mapping[str, tuple[MFC | HostCall, ...]]
+    variants: Mapping[str, tuple[Call, ...]]
     loader: Loader
     best_metric: str | None = None
+
+    @property
+    def calls(self) -> Iterable[Call]:
+        """Those of all variants."""
+        return (call for calls in self.variants.values() for call in calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,16 @@ class MovingAverage:
     role: str
     source: str
     eta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFile:
+    """The answers of a step's generate call, written to a file of JSON lines in the order of the prompts."""
+
+    name: str  # in the log directory
+    rows: Sequence[Mapping[str, object]]  # the data's, by prompt_id
+    num_samples: int  # of each prompt
+    stop: tuple[str, ...]  # an answer's text ends before the first of these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +116,31 @@ class RunPaths:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CallPlacement:
+    """Where the user wants a call, for the modes of allocation that ask: how it is split, and on which devices."""
+
+    strategy: ParallelStrategy
+    device_mesh: str | None = None  # such as NODE01:0,1; None: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationOptions:
+    """The machines, and how calls are to be laid out on them; `allocation.allocate` reads it."""
+
+    mode: str
+    n_nodes: int
+    n_gpus_per_node: int
+    nodelist: str | None = None
+    calls: Mapping[str, CallPlacement]  # by the name of the call's options
+
+    @property
+    def num_devices(self) -> int:
+        return self.n_nodes * self.n_gpus_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """Everything the runtime needs to know of a run. Frozen: the run changes none of it."""
+    """Everything there is to know of a run but where its calls run. Frozen: the run changes none of it."""
 
     experiment: str
     title: str
@@ -112,7 +148,7 @@ class RunSpec:
     identity: Identity
     paths: RunPaths
     graph: DataflowGraph
-    layouts: Mapping[str, Layout]  # by call name
+    allocation: AllocationOptions
     roles: Mapping[str, RoleSpec]
     loader: Loader
     num_epochs: int
@@ -122,7 +158,8 @@ class RunSpec:
     evaluate: Frequency
     seed: int
     averages: tuple[MovingAverage, ...] = ()
-    decode_fn: DecodeFn | None = None  # where a run shows samples
+    answers: AnswerFile | None = None
+    decode_fn: DecodeFn | None = None  # where a run shows texts
     benchmark_steps: int | None = None
     recover_mode: str = "disabled"
     max_recover_saves: int = 2
@@ -134,3 +171,10 @@ class RunSpec:
     def schedule_steps(self) -> int:
         """Steps over which learning rates decay."""
         return self.loader.steps_in(self.schedule_epochs or self.num_epochs)
+
+    @property
+    def mfcs(self) -> tuple[Generate | Inference | Train, ...]:
+        """The calls on models: the graph's, then the evaluation's own."""
+        evaluated = self.evaluation.calls if self.evaluation else ()
+        calls = {call.name: call for call in (*self.graph.calls, *evaluated) if not isinstance(call, Host)}
+        return tuple(calls.values())

@@ -79,19 +79,18 @@ def make_train_step(
     model: Model,
     loss: Loss,
     optimizer: Optimizer,
-    max_grad_norm: float,
     layout: Layout,
     options: TrainOptions,
 ) -> TrainStep:
     """Returns `step(state, batch) -> (state, metrics)`; an update that is not finite is skipped and counted, one that
     the loss's `skip_fn` refuses is skipped. Metrics are still sums, which merge with those of other updates.
     """
-    gradients = make_gradients(model, loss, layout, options)
+    gradients, max_norm = make_gradients(model, loss, layout, options), optimizer.config.gradient_clipping
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Metric]]:
         grads, sums = gradients(state.params, batch)
         weight = jnp.maximum(sums.loss.weight, 1e-8)
-        grads, grad_norm = clip_by_norm(jax.tree.map(lambda g: g / weight, grads), max_grad_norm)
+        grads, grad_norm = clip_by_norm(jax.tree.map(lambda g: g / weight, grads), max_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, state.num_updates)
         updated = TrainState(
             cast(Tree, optax.apply_updates(state.params, updates)),

@@ -1,16 +1,14 @@
 """What has to hold of every run, whatever its experiment: models fit their roles, their tokens and their sequences."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from realjax.data.packing import MOST_TOKENS
-from realjax.dataflow.generation_run import GenerationSpec
-from realjax.dataflow.graph import MFC, HostCall
+from realjax.dataflow.graph import Generate, Host
 from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec
-from realjax.experiments.common import load_tokenizer, option_of
-from realjax.hf.load import check_weights, count_params, has_critic_head, load_checkpoint_config, load_config
+from realjax.experiments.common import load_tokenizer, name_option
+from realjax.hf.load import check_weights, count_params, has_critic_head
 from realjax.options.parsing import nearest_names
 
 logger = logging.getLogger("realjax.checks")
@@ -29,88 +27,46 @@ class Need:
     generates: bool
 
 
-def check_run(spec: RunSpec | GenerationSpec) -> None:
-    """Raises ValueError for a model that does not fit its role, the run's tokens or its longest sequence.
+def check_run(spec: RunSpec) -> None:
+    """Raises ValueError for a model that does not fit the run's tokens or its longest sequence, or whose files are not
+    whole; and for updates, averages and metrics that cannot be.
 
-    Reads configs, tokenizers and the heads of weight files; nothing is put on a device.
+    Reads tokenizers and the heads of weight files; nothing is put on a device.
     """
-    need = _need_of_generation(spec) if isinstance(spec, GenerationSpec) else _need_of_run(spec)
+    need = _find_need(spec)
     for role in need.roles:
-        _check_kind(role)
         _check_weights(role)
     _check_tokens(need)
     for role in need.roles:
         _check_positions(role, need)
-    if isinstance(spec, GenerationSpec):
-        _check_answers(spec, need)
-    else:
-        _check_updates(spec)
-        _check_averages(spec)
-        if isinstance(spec.evaluation, RolloutEvaluation):
-            _check_best_metric(spec.evaluation)
+    _check_updates(spec)
+    _check_averages(spec)
+    if isinstance(spec.evaluation, RolloutEvaluation):
+        _check_best_metric(spec.evaluation)
 
 
-def _need_of_generation(spec: GenerationSpec) -> Need:
-    longest = {spec.role.name: spec.prompts.longest + spec.config.max_new_tokens}
-    return Need(roles=(spec.role,), longest=longest, eos_ids=frozenset(spec.eos_ids), generates=True)
-
-
-def _need_of_run(spec: RunSpec) -> Need:
-    calls = [*spec.graph.mfcs, *_calls_of(spec.evaluation)]
+def _find_need(spec: RunSpec) -> Need:
     longest: dict[str, int] = {}
-    for call in calls:
+    for call in spec.mfcs:
         assert call.max_seqlen, f"{call.name}: a call says how long the sequences are that it can meet"
         longest[call.role] = max(call.max_seqlen, longest.get(call.role, 0))
     if isinstance(spec.evaluation, Evaluation):
         role = spec.evaluation.role
         longest[role] = max(spec.evaluation.loader.longest, longest[role])
-    drawn = [call.sampling for call in calls if call.sampling]
-    eos_ids = frozenset(token for sampling in drawn for token in sampling.eos_ids)
+    drawn = [call for call in spec.mfcs if isinstance(call, Generate)]
+    eos_ids = frozenset(token for call in drawn for token in call.eos_ids)
     return Need(roles=tuple(spec.roles.values()), longest=longest, eos_ids=eos_ids, generates=bool(drawn))
 
 
-def _calls_of(evaluation: Evaluation | RolloutEvaluation | None) -> Iterable[MFC]:
-    if isinstance(evaluation, Evaluation):
-        return evaluation.calls
-    variants = evaluation.variants.values() if evaluation else ()
-    return (call for calls in variants for call in calls if isinstance(call, MFC))
-
-
-def _check_kind(role: RoleSpec) -> None:
-    """Raises ValueError for a model with a scalar head where a language model belongs, or the reverse."""
-    subject = f"{option_of(role.name)}.path: '{role.path}'"
-    has_scalar_head = not role.init_from_scratch and has_critic_head(role.path)
-    if not role.is_critic and (has_scalar_head or load_config(role.path).is_critic):
-        raise ValueError(
-            f"{subject} is a reward model or critic, it ends in a scalar head; give a language model here, such as "
-            "the one that it was made from"
-        )
-    if role.is_critic and role.optimizer is None and not role.init_from_scratch:
-        if not has_scalar_head:
-            raise ValueError(
-                f"{subject} has no scalar head, so it cannot score answers; give a reward model, such as those that rw "
-                "saves"
-            )
-        if role.init_critic_from_actor:
-            raise ValueError(
-                f"{option_of(role.name)}.init_critic_from_actor: found True, but this model is not trained, and a new "
-                "head would score at random; leave it out"
-            )
-
-
 def _check_weights(role: RoleSpec) -> None:
-    if role.init_from_scratch:
-        if (num_params := count_params(load_config(role.path))) > MOST_PARAMS:
-            raise ValueError(
-                f"{option_of(role.name)}.path: '{role.path}' describes a model of {num_params} parameters, more than "
-                f"{MOST_PARAMS}; correct the sizes in its config.json"
-            )
-        return
-    if role.is_critic:
-        has_new_head = role.init_critic_from_actor or not has_critic_head(role.path)
-        check_weights(role.path, load_config(role.path).as_critic(), has_new_head=has_new_head)
-    else:
-        check_weights(role.path, load_checkpoint_config(role.path))
+    if not role.init_from_scratch:
+        has_head = not role.config.is_critic or (not role.init_critic_from_actor and has_critic_head(role.path))
+        check_weights(role.path, role.config, has_new_head=not has_head)
+    elif (num_params := count_params(role.config)) > MOST_PARAMS:
+        raise ValueError(
+            f"{name_option(role.name)}.path: '{role.path}' describes a model of {num_params} parameters, more than "
+            f"{MOST_PARAMS}; correct the sizes in its config.json"
+        )
 
 
 def _check_tokens(need: Need) -> None:
@@ -121,7 +77,7 @@ def _check_tokens(need: Need) -> None:
         _check_same_tokens(role, first, tokens)
     num_ids = 1 + max(tokens.values())
     for role in need.roles:
-        option, num_rows = option_of(role.name), load_config(role.path).vocab_size
+        option, num_rows = name_option(role.name), role.config.vocab_size
         if num_rows < num_ids:
             without = sorted(tokens, key=lambda token: tokens[token])[-1]
             raise ValueError(
@@ -137,7 +93,7 @@ def _check_tokens(need: Need) -> None:
 
 
 def _check_same_tokens(role: RoleSpec, first: RoleSpec, tokens: Mapping[str, int]) -> None:
-    option = option_of(role.name)
+    option = name_option(role.name)
     if not _has_tokenizer(role.path):
         logger.info("%s.path has no tokenizer: its tokens are taken to be those of %s", option, first.path)
         return
@@ -155,24 +111,15 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _check_positions(role: RoleSpec, need: Need) -> None:
-    longest, positions = need.longest.get(role.name, 0), load_config(role.path).max_positions
+    longest, positions = need.longest.get(role.name, 0), role.config.max_positions
     if longest <= positions:
         return
     made = "prompt and gen.max_new_tokens make" if need.generates else "row has"
     options = "dataset.max_prompt_len or gen.max_new_tokens by" if need.generates else "dataset.max_seqlen to"
     raise ValueError(
-        f"{option_of(role.name)}.path: the longest {made} {longest} tokens, but the model has {positions} positions; "
+        f"{name_option(role.name)}.path: the longest {made} {longest} tokens, but the model has {positions} positions; "
         f"lower {options} {longest - positions if need.generates else positions}"
     )
-
-
-def _check_answers(spec: GenerationSpec, need: Need) -> None:
-    num_answers = min(spec.prompts_per_call, len(spec.prompts)) * spec.num_samples
-    if (num_tokens := num_answers * need.longest[spec.role.name]) > MOST_TOKENS:
-        raise ValueError(
-            f"num_samples: {num_answers} answers handed out at once may have {num_tokens} tokens, but at most "
-            f"{MOST_TOKENS} fit; lower it or dataset.train_bs_n_seqs"
-        )
 
 
 def _check_updates(spec: RunSpec) -> None:
@@ -187,9 +134,7 @@ def _check_updates(spec: RunSpec) -> None:
 
 def _check_averages(spec: RunSpec) -> None:
     for average in spec.averages:
-        configs = [
-            replace(load_config(spec.roles[name].path), max_positions=1) for name in (average.role, average.source)
-        ]
+        configs = [replace(spec.roles[name].config, max_positions=1) for name in (average.role, average.source)]
         differing = [name for name in vars(configs[0]) if getattr(configs[0], name) != getattr(configs[1], name)]
         if differing:
             raise ValueError(
@@ -204,7 +149,7 @@ def _check_best_metric(evaluation: RolloutEvaluation) -> None:
         f"{variant}/{name}"
         for variant, calls in evaluation.variants.items()
         for call in calls
-        if isinstance(call, HostCall)
+        if isinstance(call, Host)
         for name in call.metrics
     ]
     if evaluation.best_metric is not None and evaluation.best_metric not in known:

@@ -1,65 +1,78 @@
 """Parts of a run that experiments share."""
 
-import math
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_device_mesh
 from realjax.core.identity import Identity
-from realjax.core.layout import Layout
 from realjax.data.loader import Dataset, Loader
 from realjax.data.paired import PairedDataset, load_paired
-from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import Evaluation, Frequency, MovingAverage, RoleSpec, RunSpec
+from realjax.dataflow.graph import Inference, Train
+from realjax.dataflow.run import Evaluation, Frequency, RoleSpec, RunSpec
 from realjax.hf.families import find_family
 from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_end_tokens
-from realjax.hf.load import load_config
+from realjax.hf.load import has_critic_head, load_checkpoint_config, load_config
+from realjax.models.config import ModelConfig
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
 from realjax.options.datasets import PairedComparisonDatasetConfig
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
-from realjax.options.parallel import MFCConfig, resolve_parallelism
+from realjax.options.parallel import allocation_options
 from realjax.options.paths import run_paths
 from realjax.options.resume import sort_options
 from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
 
+logger = logging.getLogger("realjax.experiments")
 
-def role_spec(name: str, model: ModelTrainEvalConfig, devices: Sequence[jax.Device], *, is_trained: bool) -> RoleSpec:
-    """Returns the role that the options of one model describe."""
-    dtype = model.dtype
-    if dtype == "auto":
-        dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
-    option = option_of(name)
+
+def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -> RoleSpec:
+    """Returns the role that one model's options describe. Raises ValueError for a checkpoint that is not theirs."""
+    option = name_option(name)
     otherwise = f", or {option}.init_from_scratch=True for random ones"
     path = resolve_model_path(model.path, need_weights=not model.init_from_scratch, otherwise=otherwise)
     check_declared(model.type, path, option)
+    check_head(model, path, option, is_trained=is_trained)
     return RoleSpec(
         name=name,
         path=path,
-        is_critic=model.is_critic,
+        config=find_config(name, model, path),
+        size=model.type.size,
         init_from_scratch=model.init_from_scratch,
         init_critic_from_actor=model.init_critic_from_actor,
-        compute_dtype=dtype,
-        attention=model.attention,
-        remat=model.gradient_checkpointing,
-        unroll=model.unroll_layers,
-        loss_chunk_tokens=model.loss_chunk_tokens,
+        compute=model.compute,
         optimizer=model.optimizer if is_trained else None,
+        zero_stage=model.zero_stage if is_trained else 0,
         offload=model.offload,
     )
 
 
-def option_of(role: str) -> str:
+def name_option(role: str) -> str:
     """Returns the option that describes a role: an experiment of one model calls it `model`."""
     return "model" if role == "default" else role
+
+
+def find_config(role: str, model: ModelTrainEvalConfig, path: Path) -> ModelConfig:
+    """Returns the model that a role runs: the checkpoint's, or a critic on its trunk."""
+    config = load_config(path)
+    if model.is_critic:
+        return config.as_critic()
+    if model.init_from_scratch:
+        return config
+    of_weights = load_checkpoint_config(path)
+    if of_weights.tied != config.tied:
+        logger.info(
+            "role %s: config.json says that the head is the embedding table, but the weights hold another head, which "
+            "is kept, as in transformers; checkpoints will say so (tie_word_embeddings=false)",
+            role,
+        )
+    return of_weights
 
 
 def check_declared(declared: ModelFamily, path: Path, option: str) -> None:
@@ -72,128 +85,65 @@ def check_declared(declared: ModelFamily, path: Path, option: str) -> None:
         )
 
 
-def call_layout(
-    name: str,
-    config: CommonExperimentConfig,
-    call: MFCConfig,
-    model: ModelTrainEvalConfig,
-    devices: Sequence[jax.Device],
-    *,
-    is_train: bool,
-) -> Layout:
-    """Returns where the call `name` runs. ValueError when its mesh and its strategy differ in size."""
-    machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
-    sizes = resolve_parallelism(config.allocation_mode, call.parallel, **machine, is_train=is_train)
-    chosen = tuple(devices)
-    if config.allocation_mode == "manual" and call.device_mesh is not None:
-        subject = f"{name}.device_mesh"
-        nodes = expand_nodes(config.nodelist, "nodelist") if config.nodelist else default_nodes(config.n_nodes)
-        if len(nodes) != config.n_nodes:
-            raise ValueError(
-                f"nodelist: '{config.nodelist}' names {len(nodes)} nodes, but n_nodes={config.n_nodes}; make them equal"
-            )
-        per_node = config.n_gpus_per_node
-        mesh = parse_device_mesh(call.device_mesh, nodes=nodes, num_devices_per_node=per_node, subject=subject)
-        if len(mesh) != sizes.num_devices:
-            raise ValueError(
-                f"{subject}: '{call.device_mesh}' has {len(mesh)} devices, but {name}.parallel needs "
-                f"{sizes.num_devices}; "
-                "make the product of its sizes the number of devices"
-            )
-        chosen = tuple(devices[i] for i in mesh)
-    return Layout(sizes.strategy(model.zero_stage if is_train else 0), chosen)
-
-
-def with_equal_stages(role: RoleSpec, layouts: Mapping[str, Layout]) -> RoleSpec:
-    """Returns the role with the empty layers that make its pipeline stages equal in each of these layouts of calls.
-
-    It has one number for all of them: its parameters go from layout to layout as they are. Raises ValueError for more
-    stages than layers.
-    """
-    num_layers = load_config(role.path).num_layers
-    for call, layout in layouts.items():
-        if (pp := layout.strategy.pp) > num_layers:
-            raise ValueError(
-                f"{call}: {pp} pipeline stages, but {role.name}'s model has {num_layers} layers; use a "
-                f"pipeline_parallel_size of at most {num_layers}"
-            )
-    num_stages = math.lcm(*(layout.strategy.pp for layout in layouts.values()))
-    return replace(role, num_empty_layers=-num_layers % num_stages)
-
-
-def check_slots(num_slots: int | None, layout: Layout, option: str) -> None:
-    """Raises ValueError for a number of answers generated at once that the layout cannot share out."""
-    multiple = layout.strategy.row_multiple
-    if num_slots is not None and num_slots % multiple:
+def check_head(model: ModelTrainEvalConfig, path: Path, option: str, *, is_trained: bool) -> None:
+    """Raises ValueError for a checkpoint with a scalar head where a language model belongs, or the reverse."""
+    subject = f"{option}.path: '{path}'"
+    has_scalar_head = not model.init_from_scratch and has_critic_head(path)
+    if not model.is_critic and (has_scalar_head or load_config(path).is_critic):
         raise ValueError(
-            f"{option}: {num_slots} answers at once cannot be divided over data x pipeline = {multiple} devices; "
-            "use a multiple of it, or null"
+            f"{subject} is a reward model or critic, it ends in a scalar head; give a language model here, such as "
+            "the one that it was made from"
         )
+    if model.is_critic and not is_trained and not model.init_from_scratch:
+        if not has_scalar_head:
+            raise ValueError(
+                f"{subject} has no scalar head, so it cannot score answers; give a reward model, such as those that rw "
+                "saves"
+            )
+        if model.init_critic_from_actor:
+            raise ValueError(
+                f"{option}.init_critic_from_actor: found True, but this model is not trained, and a new head would "
+                "score at random; leave it out"
+            )
 
 
 def num_common_tokens(roles: Iterable[RoleSpec]) -> int:
     """Returns how many tokens all of the models have rows for: of one tokenizer some have more rows than others."""
-    return min(load_config(role.path).vocab_size for role in roles)
+    return min(role.config.vocab_size for role in roles)
 
 
-def row_multiple(call: MFCConfig, layout: Layout) -> int:
-    """Returns what the number of rows must be a multiple of, so that they divide over a call's micro-batches and
-    devices.
-    """
-    return layout.strategy.row_multiple * (call.n_mbs or 1)
-
-
-def micro_batches(call: MFCConfig) -> dict[str, Any]:
-    """Returns the fields of an MFC that say how its options split a batch."""
-    return {"num_mbs": call.n_mbs, "max_tokens_per_mb": call.max_tokens_per_mb}
-
-
-def evaluation_of(call: MFC, held_out: Loader, before: tuple[MFC, ...] = ()) -> Evaluation:
+def measure_loss(call: Train, held_out: Loader, before: tuple[Inference, ...] = ()) -> Evaluation:
     """Returns the measure of a training call's loss on held-out batches, in micro-batches as that call's."""
-    assert call.loss is not None, f"{call.name}: a training call has a loss"
     return Evaluation(
         name=f"evaluation in the micro-batches of {call.name}",
         role=call.role,
         loss=call.loss,
         loader=held_out,
         calls=before,
-        num_mbs=call.num_mbs,
-        max_tokens_per_mb=call.max_tokens_per_mb,
+        micro_batches=call.micro_batches,
     )
 
 
 def make_loaders(
-    config: SFTConfig | RWConfig | DPOConfig,
-    train: Dataset,
-    valid: Dataset | None,
-    *,
-    num_shards: int,
-    row_multiple: int,
+    config: SFTConfig | RWConfig | DPOConfig, train: Dataset, valid: Dataset | None
 ) -> tuple[Loader, Loader | None]:
     """Returns the loaders of the training set, and of the held-out set when there is one."""
     loader = Loader(
         train,
         batch_size=config.dataset.train_bs_n_seqs,
         num_epochs=config.exp_ctrl.total_train_epochs,
-        row_multiple=row_multiple,
         seed=config.seed,
-        num_shards=num_shards,
     )
     if valid is None:
         return loader, None
-    # As long as training's where they can be: a bound on tokens that holds one row there holds one here.
-    row_len = loader.shapes.row_len
     held_out = Loader(
         valid,
-        row_len=row_len if valid.lengths.max() <= row_len else None,
         batch_size=config.dataset.valid_bs_n_seqs,
         num_epochs=1,
-        row_multiple=row_multiple,
         shuffle=False,
         allow_partial=True,
         name="dataset.valid_bs_n_seqs",
         seed=config.seed,
-        num_shards=num_shards,
     )
     return loader, held_out
 
@@ -232,12 +182,9 @@ def run_spec(
     config: CommonExperimentConfig,
     *,
     experiment: str,
-    graph: DataflowGraph,
-    layouts: Mapping[str, Layout],
     roles: Mapping[str, RoleSpec],
     tokenizer: PreTrainedTokenizerBase,
     loader: Loader,
-    averages: tuple[MovingAverage, ...] = (),
     contents: Mapping[str, str] | None = None,
     **parts: Any,
 ) -> RunSpec:
@@ -246,15 +193,8 @@ def run_spec(
     `contents` are digests of what decides about the result beside the models and the training data.
     """
     control = config.exp_ctrl
-    paths = run_paths(config)
-
-    def layouts_of(name: str) -> dict[str, Layout]:
-        # A role and the one that it follows are averaged leaf by leaf, so they have equal trees.
-        alike = {name}.union(*({a.role, a.source} for a in averages if name in (a.role, a.source)))
-        return {mfc.name: layouts[mfc.name] for mfc in graph.mfcs if mfc.role in alike}
 
     def finished(role: RoleSpec) -> RoleSpec:
-        role = with_equal_stages(role, layouts_of(role.name))
         is_saved = role.optimizer is not None or role.is_averaged
         return replace(role, ends=load_end_tokens(role.path, tokenizer)) if is_saved else role
 
@@ -265,7 +205,8 @@ def run_spec(
         identity=make_identity(
             config, experiment, roles, {"set of training data": loader.fingerprint, **(contents or {})}
         ),
-        paths=paths,
+        paths=run_paths(config),
+        allocation=allocation_options(config),
         loader=loader,
         num_epochs=control.total_train_epochs,
         schedule_epochs=control.lr_schedule_epochs,
@@ -278,10 +219,7 @@ def run_spec(
         max_nonfinite_steps=config.max_nonfinite_steps,
         wandb_mode=config.wandb_mode,
         max_shard_bytes=max_shard_bytes(),
-        graph=graph,
-        layouts=layouts,
         roles={name: finished(role) for name, role in roles.items()},
-        averages=averages,
         **parts,
     )
 

@@ -1,46 +1,65 @@
-"""Generation: one model answers a file of prompts."""
+"""Generation: one model answers a file of prompts, each once."""
 
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
-import jax
-
+from realjax.algorithms.returns import Responses, answer_metrics
+from realjax.core.host_call import Arrays, HostResult, State
+from realjax.core.texts import decode_answers, make_stop_fn
+from realjax.data.loader import Loader
 from realjax.data.prompts import load_prompts
-from realjax.dataflow.generation_run import GenerationSpec
+from realjax.dataflow.graph import DataflowGraph, Generate, Host
+from realjax.dataflow.run import AnswerFile, Frequency, RunSpec
 from realjax.experiments import common
 from realjax.hf.generation import load_eos_ids
-from realjax.options.config_dict import to_json
 from realjax.options.generation import GenConfig
-from realjax.options.paths import run_paths
 
 
-def build(config: GenConfig, devices: Sequence[jax.Device]) -> GenerationSpec:
-    """Returns the run. Raises ValueError for data, model or layout that cannot work, before anything is allocated."""
-    role = common.role_spec("default", config.model, devices, is_trained=False)
-    layout = common.call_layout("allocation", config, config.allocation, config.model, devices, is_train=False)
-    role = common.with_equal_stages(role, {"allocation": layout})
-    common.check_slots(config.gen.num_slots, layout, "gen.num_slots")
-    tokenizer = common.load_tokenizer(role.path)
-    data = config.dataset
+def build(config: GenConfig) -> RunSpec:
+    """Returns the run. Raises ValueError for data or a model that cannot work."""
+    role = common.describe_role("default", config.model, is_trained=False)
+    tokenizer, data = common.load_tokenizer(role.path), config.dataset
     prompts = load_prompts(
         data.path, tokenizer, max_prompt_len=data.max_prompt_len, use_chat_template=data.use_chat_template
     )
-    return GenerationSpec(
-        title=f"{config.experiment_name} / {config.trial_name}",
-        config_json=to_json(config),
-        # The answers themselves say which prompts they belong to.
-        identity=common.make_identity(config, "gen", {role.name: role}, {}),
-        paths=run_paths(config),
-        role=role,
-        layout=layout,
-        prompts=prompts,
-        tokenizer=tokenizer,
-        config=config.gen,
-        eos_ids=load_eos_ids(role.path, tokenizer),
-        num_samples=config.num_samples,
-        prompts_per_call=data.train_bs_n_seqs,
-        num_slots=config.gen.num_slots,
-        stop=config.stop,
-        output_file=config.output_file,
-        seed=config.seed,
-        recover_mode=config.recover_mode,
+    loader = Loader(
+        prompts, batch_size=data.train_bs_n_seqs, num_epochs=1, seed=config.seed, shuffle=False, allow_partial=True
     )
+    answer = Generate(
+        name="generate",
+        role=role.name,
+        inputs=("prompts",),
+        outputs=("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id"),
+        # Nothing is trained on these answers: what they were drawn from need not be kept.
+        config=replace(config.gen, force_no_logits_mask=True),
+        eos_ids=load_eos_ids(role.path, tokenizer),
+        num_prompts=min(data.train_bs_n_seqs, len(prompts)),
+        num_samples=config.num_samples,
+        num_slots=config.gen.num_slots,
+        repeats=True,
+        stop_fn=make_stop_fn(tokenizer, config.stop) if config.stop else None,
+        max_seqlen=prompts.longest + config.gen.max_new_tokens,
+        placed_as="allocation",
+    )
+    measures = Host(name="measures", fn=measure, inputs=("loss_mask", "logprobs", "has_eos"), outputs=())
+    file = AnswerFile(
+        name=config.output_file, rows=prompts.rows, num_samples=config.num_samples, stop=config.stop
+    ) if config.output_file else None  # fmt: skip
+    spec = common.run_spec(
+        config,
+        experiment="gen",
+        graph=DataflowGraph((answer, measures), frozenset({"prompts"})),
+        roles={role.name: role},
+        tokenizer=tokenizer,
+        loader=loader,
+        evaluation=None,
+        answers=file,
+        decode_fn=partial(decode_answers, tokenizer),
+    )
+    # Answers are kept as soon as they are there.
+    return replace(spec, num_epochs=1, save=Frequency(steps=1))
+
+
+def measure(arrays: Arrays, state: State) -> HostResult:
+    """Returns how long answers are and how they end."""
+    return HostResult(arrays={}, metrics=answer_metrics(arrays, Responses.of(arrays)))

@@ -1,32 +1,29 @@
 """What the algorithms share that learn from rewards of their own answers: prompts -> answers -> rewards -> update."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss
 from realjax.algorithms.returns import Responses, rollout_metrics
-from realjax.allocation.heuristic import Placement, SizedModel, place_grpo
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.layout import Layout
+from realjax.core.loss import Loss
 from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
-from realjax.data.packing import MOST_TOKENS, rollout_row_len
 from realjax.data.prompts import PromptDataset, load_prompts
-from realjax.dataflow.graph import MFC, DataflowGraph, HostCall, Minibatches, Sampling
+from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Minibatches, Train
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments import common
 from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_eos_ids
-from realjax.hf.load import load_config
+from realjax.options.fields import instances_of
+from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
 from realjax.rewards.classifier import load_classifier
@@ -43,28 +40,18 @@ from realjax.rewards.text import TEXT_REWARD_INPUTS, TextFn, check_row, load_fun
 logger = logging.getLogger("realjax.rl")
 ROLLOUT_KEYS = ("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id")
 
-# place(models by role, n_nodes=, n_gpus_per_node=) -> placements by call: the rules of allocation_mode=heuristic.
-PlaceFn = Callable[..., dict[str, Placement]]
+TRAINED = ("actor", "critic")
 
 
 class Setup:
-    """An RL experiment's models, data and layouts, checked; and the calls that all of them make."""
+    """An RL experiment's models and data, checked; and the calls that all of them make."""
 
-    def __init__(
-        self, config: RLConfig, devices: Sequence[jax.Device], roles_by_call: Mapping[str, str], place_fn: PlaceFn
-    ) -> None:
-        """Raises ValueError for data, models or layouts that cannot work; nothing is allocated."""
+    def __init__(self, config: RLConfig) -> None:
+        """Raises ValueError for data or models that cannot work; nothing is allocated."""
         self.config, self.options = config, config.algorithm.resolved()
-        self.roles_by_call = {call: role for call, role in roles_by_call.items() if role not in config.unused}
-        trained = {role for call, role in self.roles_by_call.items() if call.endswith("_train")}
-        self.roles = {
-            name: self._role(name, devices, is_trained=name in trained)
-            for name in dict.fromkeys(self.roles_by_call.values())
-        }
-        self.models = {name: load_config(role.path) for name, role in self.roles.items()}
+        models = instances_of(config, ModelTrainEvalConfig)
+        self.roles = {name: self._role(name, model) for name, model in models.items() if name not in config.unused}
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
-        self.layouts = self._layouts(devices, place_fn)
-        common.check_slots(self.options.gen.num_slots, self.layouts["actor_gen"], "gen.num_slots")
         self.prompts, self.held_out = self._load_prompts()
         self.longest = (
             max(one.longest for one in (self.prompts, self.held_out) if one) + self.options.gen.max_new_tokens
@@ -87,35 +74,9 @@ class Setup:
             )
         return draw
 
-    def _role(self, name: str, devices: Sequence[jax.Device], *, is_trained: bool) -> RoleSpec:
-        role = common.role_spec(name, getattr(self.config, name), devices, is_trained=is_trained)
+    def _role(self, name: str, model: ModelTrainEvalConfig) -> RoleSpec:
+        role = common.describe_role(name, model, is_trained=name in TRAINED)
         return replace(role, is_averaged=name == "ref" and self.options.ref_ema_eta is not None)
-
-    def _layouts(self, devices: Sequence[jax.Device], place_fn: PlaceFn) -> dict[str, Layout]:
-        config = self.config
-        if config.allocation_mode == "heuristic":
-            sized = {
-                name: SizedModel(size=getattr(config, name).type.size, config=model)
-                for name, model in self.models.items()
-            }
-            places = place_fn(sized, n_nodes=config.n_nodes, n_gpus_per_node=config.n_gpus_per_node)
-            return {call: self._placed(call, places[call], devices) for call in self.roles_by_call}
-        return {
-            call: common.call_layout(
-                call,
-                config,
-                getattr(config, call),
-                getattr(config, role),
-                devices,
-                is_train=call.endswith("_train"),
-            )
-            for call, role in self.roles_by_call.items()
-        }
-
-    def _placed(self, call: str, place: Placement, devices: Sequence[jax.Device]) -> Layout:
-        is_train = call.endswith("_train")
-        zero_stage = getattr(self.config, self.roles_by_call[call]).zero_stage if is_train else 0
-        return Layout(replace(place.strategy, zero_stage=zero_stage), tuple(devices[i] for i in place.devices))
 
     def _load_prompts(self) -> tuple[PromptDataset, PromptDataset | None]:
         data = self.config.dataset
@@ -149,66 +110,51 @@ class Setup:
             self.prompts, batch_size=data.train_bs_n_seqs, num_epochs=control.total_train_epochs, seed=self.config.seed
         )
 
-    def generate(self, *, has_baseline: bool = False) -> MFC:
+    def generate(self, *, has_baseline: bool = False) -> Generate:
         """Returns the call by which the actor answers a step's prompts."""
         own = (*(("kept",) if self.draw.kept else ()), *(("is_baseline",) if has_baseline else ()))
-        sampling = Sampling(
-            config=self.options.gen,
-            eos_ids=self.eos_ids,
-            row_len=self._row_len(self.config.num_samples + has_baseline),
-            num_samples=self.config.num_samples,
-            num_slots=self.options.gen.num_slots,
-            has_baseline=has_baseline,
-            num_tokens=self.num_tokens,
-        )
-        return MFC(
+        return Generate(
             name="actor_gen",
             role="actor",
-            call="generate",
             inputs=("prompts",),
             outputs=(*ROLLOUT_KEYS, *own),
-            sampling=sampling,
+            config=self.options.gen,
+            eos_ids=self.eos_ids,
+            num_prompts=self.config.dataset.train_bs_n_seqs,
+            num_samples=self.config.num_samples,
+            has_baseline=has_baseline,
+            num_slots=self.options.gen.num_slots,
+            num_tokens=self.num_tokens,
             max_seqlen=self.longest,
         )
 
-    def _row_len(self, answers_per_prompt: int) -> int:
-        multiples = [common.row_multiple(self._call_options(call), layout) for call, layout in self.layouts.items()]
-        multiple, num_answers = math.lcm(*multiples), self.config.dataset.train_bs_n_seqs * answers_per_prompt
-        if (num_tokens := max(num_answers, multiple) * self.longest) > MOST_TOKENS:
-            raise ValueError(
-                f"dataset.train_bs_n_seqs: {num_answers} answers a step, in rows that are a multiple of {multiple} "
-                f"(devices times n_mbs), of up to {self.longest} tokens are {num_tokens} tokens, but a step has at "
-                f"most {MOST_TOKENS}; lower it, the answers to each prompt, n_mbs or gen.max_new_tokens"
-            )
-        return rollout_row_len(self.longest, num_answers // self.options.ppo_n_minibatches, multiple)
-
-    def _call_options(self, call: str) -> MFCConfig:
-        return getattr(self.config, call)
-
-    def infer(self, call: str, key: str, head: str, *, options: str | None = None) -> MFC:
+    def infer(self, call: str, role: str, key: str, head: str, *, options: str | None = None) -> Inference:
         """Returns an inference call whose head's output becomes `key`; `options` is the call whose options it has."""
         draw, mask = (self.draw, "loss_mask") if head == "logprobs" else (Draw(), None)
-        return MFC(
+        return Inference(
             name=call,
-            role=self.roles_by_call.get(call, "actor"),
-            call="inference",
+            role=role,
             inputs=("tokens", *((mask,) if mask else ()), *(("kept",) if draw.kept else ())),
             outputs=(key,),
             head=head,
             mask=mask,
             draw=draw,
             max_seqlen=self.longest,
-            **common.micro_batches(self._call_options(options or call)),
+            micro_batches=self._call_options(options or call).micro_batches,
+            placed_as=options,
         )
 
-    def references(self) -> tuple[MFC, ...]:
+    def _call_options(self, call: str) -> MFCConfig:
+        return getattr(self.config, call)
+
+    def references(self) -> tuple[Inference, ...]:
         """Returns the calls that compute log-probabilities anew: the reference's, and the actor's own if asked for."""
-        ref = (self.infer("ref_inf", "ref_logprobs", "logprobs"),) if "ref" in self.roles else ()
+        ref = (self.infer("ref_inf", "ref", "ref_logprobs", "logprobs"),) if "ref" in self.roles else ()
         if not self.options.recompute_logprobs:
             return ref
-        return (*ref, self.infer("actor_inf", "old_logprobs", "logprobs", options="actor_train"))
+        return (*ref, self.infer("actor_inf", "actor", "old_logprobs", "logprobs", options="actor_train"))
 
-    def rewards(self, prompts: PromptDataset | None = None) -> tuple[MFC | HostCall, ...]:
+    def rewards(self, prompts: PromptDataset | None = None) -> tuple[Inference | Host, ...]:
         """Returns the calls that give every answer a reward; `prompts` are the training prompts or others."""
         config, options = self.config.reward, self.options
         rows = (prompts or self.prompts).rows
@@ -222,12 +168,10 @@ class Setup:
             title = f"reward.{name} {getattr(config, name)}"
             parts = {"inputs": TEXT_REWARD_INPUTS, "weight": getattr(config, f"{name}_weight"), "title": title}
             sources.append(RewardSource(name=name, fn=text(fn, name=title), **parts))
-        scores = (self.infer("rew_inf", "scores", "values"),) if "rew" in self.roles else ()
+        scores = (self.infer("rew_inf", "rew", "scores", "values"),) if "rew" in self.roles else ()
         inputs = mixed_inputs(sources)
         metrics = tuple(f"reward/{source.name}" for source in sources)
-        mixed = HostCall(
-            name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS, metrics=metrics
-        )
+        mixed = Host(name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS, metrics=metrics)
         return (*scores, mixed)
 
     @cached_property
@@ -241,49 +185,40 @@ class Setup:
             functions["classifier"] = load_classifier(config.classifier, **options)
         return functions
 
-    def advantages(self, fn: HostFn) -> HostCall:
+    def advantages(self, fn: HostFn) -> Host:
         """Returns the host call that turns rewards into advantages."""
-        return HostCall(
+        return Host(
             name="advantages", fn=fn, inputs=self.options.advantage_inputs, outputs=self.options.ADVANTAGE_OUTPUTS
         )
 
-    def train(self, call: str, loss: Any, inputs: tuple[str, ...]) -> MFC:
-        """Returns a training call, in the minibatches that the options ask for."""
-        kept = ("kept",) if loss.draw.kept else ()
-        options = self.options
+    def train(self, role: str, loss: Loss, inputs: tuple[str, ...]) -> Train:
+        """Returns the training call of a role, in the minibatches that the options ask for."""
+        kept, options, name = ("kept",) if loss.draw.kept else (), self.options, f"{role}_train"
         minibatches = Minibatches(
             count=options.ppo_n_minibatches, passes=options.ppo_epochs, shuffle=options.shuffle_minibatches
         )
-        return MFC(
-            name=call,
-            role=self.roles_by_call[call],
-            call="train_step",
+        return Train(
+            name=name,
+            role=role,
             inputs=(*inputs, *kept),
             loss=loss,
             mask="train_mask" if loss.head == "logprobs" else None,
             minibatches=minibatches,
             max_seqlen=self.longest,
-            **common.micro_batches(self._call_options(call)),
+            micro_batches=self._call_options(name).micro_batches,
         )
 
-    def train_actor(self) -> MFC:
+    def train_actor(self) -> Train:
         """Returns the actor's training call."""
-        return self.train("actor_train", make_policy_loss(self.options, self.draw), self.options.actor_inputs)
+        return self.train("actor", make_policy_loss(self.options, self.draw), self.options.actor_inputs)
 
-    def run_spec(self, experiment: str, calls: Sequence[MFC | HostCall]) -> RunSpec:
+    def run_spec(self, experiment: str, calls: Sequence[Call]) -> RunSpec:
         """Returns the run of these calls."""
-        layouts = dict(self.layouts)
-        if self.options.recompute_logprobs:
-            layouts["actor_inf"] = layouts["actor_train"]
-        evaluation = self._evaluation()
-        if evaluation:
-            layouts |= {f"{variant}_gen": layouts["actor_gen"] for variant in evaluation.variants}
-        eta = self.options.ref_ema_eta
+        eta, evaluation = self.options.ref_ema_eta, self._evaluation()
         return common.run_spec(
             self.config,
             experiment=experiment,
             graph=DataflowGraph(tuple(calls), frozenset({"prompts"})),
-            layouts=layouts,
             roles=self.roles,
             tokenizer=self.tokenizer,
             loader=self.loader(),
@@ -308,19 +243,18 @@ class Setup:
         options, gen = self.config.eval, self.options.gen
         scored = self.rewards(self.held_out)
         ways = {"greedy": replace(gen, greedy=True), "sampled": gen}
-        base = self.generate()
-        assert base.sampling is not None
+        num_prompts = min(self.config.dataset.train_bs_n_seqs, len(self.held_out))
+        base = replace(self.generate(), placed_as="actor_gen", num_prompts=num_prompts, num_samples=1)
         variants = {}
         for variant in options.draws:
-            sampling = replace(base.sampling, config=ways[variant], num_samples=1)
-            answer = replace(base, name=f"{variant}_gen", sampling=sampling)
+            answer = replace(base, name=f"{variant}_gen", config=ways[variant])
             parameters = replace(self.options, recompute_logprobs=False)
             measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
             inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
             variants[variant] = (
                 answer,
                 *scored,
-                HostCall(name="measures", fn=measure, inputs=inputs, outputs=(), metrics=names),
+                Host(name="measures", fn=measure, inputs=inputs, outputs=(), metrics=names),
             )
         loader = Loader(
             self.held_out,
@@ -336,14 +270,12 @@ class Setup:
 def build_without_critic(
     experiment: str,
     config: RLConfig,
-    devices: Sequence[jax.Device],
-    make_advantages: Callable[[Any], HostFn],
+    make_advantages: Callable[..., HostFn],
     *,
     has_baseline: bool = False,
 ) -> RunSpec:
     """Returns the run of an algorithm that judges answers without a value model; ValueError as for `Setup`."""
-    roles = {"actor_gen": "actor", "rew_inf": "rew", "ref_inf": "ref", "actor_train": "actor"}
-    setup = Setup(config, devices, roles, place_grpo)
+    setup = Setup(config)
     answers, advantages = setup.generate(has_baseline=has_baseline), setup.advantages(make_advantages(setup.options))
     calls = (answers, *setup.rewards(), *setup.references(), advantages, setup.train_actor())
     return setup.run_spec(experiment, calls)

@@ -9,7 +9,6 @@ from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswerDatasetConfig, PromptOnlyDatasetConfig
 from realjax.options.fields import instances_of
 from realjax.options.model import ModelTrainEvalConfig
-from realjax.options.parallel import MFCConfig, ParallelismConfig, resolve_parallelism
 from realjax.options.paths import check_directory_name, find_fileroot
 from realjax.options.void import list_void
 
@@ -32,8 +31,6 @@ def validate(config: CommonExperimentConfig) -> None:
     for name in ("experiment_name", "trial_name"):
         check_directory_name(name, getattr(config, name))
     config.check()
-    for name, call in _used(config, MFCConfig).items():
-        _check_devices(config, name, call)
     for name, model in _used(config, ModelTrainEvalConfig).items():
         if not model.path:
             raise ValueError(
@@ -54,49 +51,12 @@ def list_notices(config: CommonExperimentConfig) -> list[str]:
         # ReaL's commands hold this; a run that passed over it in silence would surprise by its memory.
         if model.optimizer.offload:
             notices.append(f"{name}.optimizer.offload has no effect: the training state stays on the devices.")
-    if config.allocation_mode != "manual":
-        for name, call in _used(config, MFCConfig).items():
-            if call.parallel != ParallelismConfig():
-                notices.append(f"{name}.parallel is not used: allocation_mode={config.allocation_mode} sets the sizes.")
-    meshes = [call.device_mesh for call in _used(config, MFCConfig).values()]
-    if config.nodelist is not None and (config.allocation_mode != "manual" or not any(meshes)):
-        notices.append("nodelist has no effect: no call has a device_mesh that names nodes.")
     return notices
 
 
 def _used(config: CommonExperimentConfig, kind: Any) -> dict[str, Any]:
     """Returns the models or calls of `config` that its run has, by name."""
     return {name: value for name, value in instances_of(config, kind).items() if name not in config.unused}
-
-
-def _check_devices(config: CommonExperimentConfig, name: str, call: MFCConfig) -> None:
-    mode = config.allocation_mode
-    if mode == "heuristic" and config.HAS_HEURISTIC:
-        return
-    if mode in ("heuristic", "search"):
-        lacking = "has no rules for this experiment" if mode == "heuristic" else "is not available"
-        raise ValueError(
-            f"allocation_mode: {mode} {lacking}; use manual with {name}.parallel.*, pipe_model, pipe_data, "
-            "or sizes such as d2p1m4"
-        )
-    if call.device_mesh is not None:
-        if mode == "manual":
-            return  # the mesh is read, and its size compared, where the call gets its layout
-        raise ValueError(
-            f"{name}.device_mesh: found '{call.device_mesh}', but allocation_mode={mode} uses all devices; set "
-            "allocation_mode=manual, or leave it null"
-        )
-    machine = {"n_nodes": config.n_nodes, "n_gpus_per_node": config.n_gpus_per_node}
-    sizes = resolve_parallelism(mode, call.parallel, **machine, is_train=True)
-    needed, present = sizes.num_devices, config.n_nodes * config.n_gpus_per_node
-    if needed != present:
-        product = f"{sizes.data_parallel_size}*{sizes.pipeline_parallel_size}*{sizes.model_parallel_size}"
-        subject = f"{name}.parallel" if mode == "manual" else f"allocation_mode: {mode}"
-        remedy = f"set n_gpus_per_node={needed} or " if config.n_nodes == 1 else ""
-        raise ValueError(
-            f"{subject}: data*pipeline*model = {product} = {needed} devices, but n_nodes*n_gpus_per_node = {present}; "
-            f"{remedy}choose sizes whose product is {present}"
-        )
 
 
 def _check_data_files(config: CommonExperimentConfig, name: str, dataset: Any) -> None:

@@ -105,7 +105,6 @@ class CommonExperimentConfig:
     }
     # What an experiment class can do; the checks read it.
     EVALUATES: ClassVar[bool] = False
-    HAS_HEURISTIC: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -113,7 +112,7 @@ class CommonExperimentConfig:
     @property
     def places_by_size(self) -> bool:
         """True when the sizes that models are declared with decide where calls run."""
-        return self.HAS_HEURISTIC and self.allocation_mode == "heuristic"
+        return self.allocation_mode == "heuristic"
 
     @property
     def unused(self) -> frozenset[str]:

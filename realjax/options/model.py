@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+from realjax.core.compute import Compute
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.options.fields import check_bounds, group, option
 
@@ -89,6 +90,17 @@ class ModelTrainEvalConfig:
         if self.enable_bf16 or self.enable_fp16:
             return "bfloat16"
         return "float32" if self.enable_bf16 is False else "auto"
+
+    @property
+    def compute(self) -> Compute:
+        """How the model's programs compute."""
+        return Compute(
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.gradient_checkpointing,
+            unroll=self.unroll_layers,
+            loss_chunk_tokens=self.loss_chunk_tokens,
+        )
 
     @property
     def is_critic(self) -> bool:

@@ -1,15 +1,12 @@
-"""Options of one model function call: parallel sizes, micro-batches, devices; and what `allocation_mode` sets."""
+"""Options of one model function call: parallel sizes, micro-batches, devices."""
 
-import re
 from dataclasses import dataclass
 
 from realjax.core.layout import ParallelStrategy
-from realjax.options.fields import check_bounds, group, option
-
-SIZES_PATTERN = re.compile(
-    r"(?:([dpm])([1-9]\d{0,8}))(?:(?!\1)([dpm])([1-9]\d{0,8}))(?:(?!\1|\3)([dpm])([1-9]\d{0,8}))"
-)
-NAMED_MODES = ("manual", "pipe_model", "pipe_data", "heuristic", "search")
+from realjax.dataflow.graph import MicroBatches
+from realjax.dataflow.run import AllocationOptions, CallPlacement
+from realjax.options.common import CommonExperimentConfig
+from realjax.options.fields import check_bounds, group, instances_of, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +27,13 @@ class ParallelismConfig:
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    @property
-    def num_devices(self) -> int:
-        return self.data_parallel_size * self.pipeline_parallel_size * self.model_parallel_size
-
-    def strategy(self, zero_stage: int = 0) -> ParallelStrategy:
+    def strategy(self) -> ParallelStrategy:
         """Returns the strategy of these sizes."""
         return ParallelStrategy(
             dp=self.data_parallel_size,
             pp=self.pipeline_parallel_size,
             tp=self.model_parallel_size,
             sequence_parallel=self.use_sequence_parallel,
-            zero_stage=zero_stage,
         )
 
 
@@ -67,35 +59,22 @@ class MFCConfig:
                 f"max_tokens_per_mb: found {self.max_tokens_per_mb} together with n_mbs={self.n_mbs}; give one of them"
             )
 
+    @property
+    def micro_batches(self) -> MicroBatches:
+        """How the call splits its batch."""
+        return MicroBatches(count=self.n_mbs, max_tokens=self.max_tokens_per_mb)
 
-def resolve_parallelism(
-    allocation_mode: str, manual: ParallelismConfig, *, n_nodes: int, n_gpus_per_node: int, is_train: bool
-) -> ParallelismConfig:
-    """Returns the sizes of a call under `allocation_mode`; `manual` holds those it was given itself.
 
-    Symmetric modes use all devices. As in ReaL they switch sequence parallelism on for training with more than one
-    model shard. ValueError for an unknown mode, or one that is not a rule about sizes (heuristic, search).
-    """
-    if allocation_mode == "manual":
-        return manual
-    sizes = {
-        "pipe_model": {"d": 1, "p": n_nodes, "m": n_gpus_per_node},
-        "pipe_data": {"d": n_gpus_per_node, "p": n_nodes, "m": 1},
-    }.get(allocation_mode) or _read_sizes(allocation_mode)
-    return ParallelismConfig(
-        data_parallel_size=sizes["d"],
-        pipeline_parallel_size=sizes["p"],
-        model_parallel_size=sizes["m"],
-        use_sequence_parallel=is_train and sizes["m"] > 1,
+def allocation_options(config: CommonExperimentConfig) -> AllocationOptions:
+    """Returns what `config` says of its machines and of where its calls run."""
+    calls = {name: call for name, call in instances_of(config, MFCConfig).items() if name not in config.unused}
+    return AllocationOptions(
+        mode=config.allocation_mode,
+        n_nodes=config.n_nodes,
+        n_gpus_per_node=config.n_gpus_per_node,
+        nodelist=config.nodelist,
+        calls={
+            name: CallPlacement(strategy=call.parallel.strategy(), device_mesh=call.device_mesh)
+            for name, call in calls.items()
+        },
     )
-
-
-def _read_sizes(allocation_mode: str) -> dict[str, int]:
-    match = SIZES_PATTERN.fullmatch(allocation_mode)
-    if match is None:
-        raise ValueError(
-            f"allocation_mode: found {allocation_mode!r}; it needs {', '.join(NAMED_MODES)}, or the sizes of all three "
-            "kinds of parallelism in any order, such as d2p1m4 (data 2, pipeline 1, model 4)"
-        )
-    letters_and_sizes = match.groups()
-    return {letter: int(size) for letter, size in zip(letters_and_sizes[::2], letters_and_sizes[1::2], strict=True)}

@@ -158,7 +158,6 @@ class RLConfig(CommonExperimentConfig):
     eval: EvaluationOptions = group(EvaluationOptions)
 
     EVALUATES: ClassVar[bool] = True
-    HAS_HEURISTIC: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,6 +58,10 @@ def _of_generation(call: str) -> Void:
     return Void(options=tuple(f"{call}.{option}" for option in options), reason=reason)
 
 
+_WITHOUT_TRAINING = (
+    *("total_train_epochs", "lr_schedule_epochs"),
+    *(f"{what}_freq_{unit}" for what in ("save", "eval") for unit in ("epochs", "steps", "secs")),
+)
 _MOMENTS = ("value_norm_beta", "value_norm_eps")
 _LENGTH = Void(when={"loss_aggregation": ("token", "sequence")}, options=("max_response_len",))
 
@@ -129,8 +133,8 @@ VOID: dict[type, tuple[Void, ...]] = {
         Void(options=("model.loss_chunk_tokens", "gen.force_no_logits_mask"), reason="gen computes no loss"),
         Void(options=("dataset.pad_to_max_length",), reason="gen takes prompts as they are"),
         Void(
-            options=("exp_ctrl", "max_nonfinite_steps", "max_recover_saves_to_keep", "wandb_mode"),
-            reason="gen answers each prompt once: it trains, saves and evaluates nothing",
+            options=(*(f"exp_ctrl.{name}" for name in _WITHOUT_TRAINING), "max_nonfinite_steps"),
+            reason="gen answers each prompt once, and keeps each step's answers: it trains and evaluates nothing",
         ),
     ),
 }

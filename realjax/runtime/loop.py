@@ -1,64 +1,40 @@
-"""The run: restore or load, step, log, evaluate, save, report."""
+"""The run: restore or load, then step after step."""
 
 import logging
-import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 
-import jax
-import numpy as np
 from rich.console import Console
 
-from realjax.allocation.plan import make_plan
+from realjax.allocation.plan import AllocationPlan
 from realjax.core.faults import explain_faults
-from realjax.core.metrics import summarize
-from realjax.core.processes import is_first, largest
-from realjax.data.loader import Position
-from realjax.dataflow.picture import describe_graph, draw_graph
-from realjax.dataflow.run import RolloutEvaluation, RunSpec
-from realjax.engine.state import TrainState
-from realjax.record.console import ProgressDisplay, StepLine, format_seconds
+from realjax.core.processes import is_first
+from realjax.dataflow.picture import describe_graph
+from realjax.dataflow.run import RunSpec
+from realjax.record.answers import AnswerWriter
 from realjax.record.metrics import MetricsWriter, import_wandb
-from realjax.record.report import MAIN_METRICS, REPORT_FILE, Section, write_report
+from realjax.record.report import REPORT_FILE
 from realjax.record.rundir import write_log
-from realjax.record.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
-from realjax.reshard.fetch import fetch
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
-from realjax.runtime.evaluation import evaluate_loss, evaluate_rollouts
-from realjax.runtime.executor import Executor, Metrics
-from realjax.runtime.exports import Exports, checkpoint_name
-from realjax.runtime.finite import nonfinite_leaves
+from realjax.runtime.executor import Executor
 from realjax.runtime.lock import lock_run
-from realjax.runtime.memory import measured_peak_bytes
-from realjax.runtime.places import Places, describe_saved
-from realjax.runtime.resume import empty_layers, find_start, first_state, is_finished, open_run_directory
-from realjax.runtime.roles import Role, build_role
-from realjax.runtime.stop import FAILED, StopSignal, signal_name
-from realjax.runtime.triggers import Trigger
+from realjax.runtime.places import describe_saved
+from realjax.runtime.resume import find_start, first_state, is_finished, open_run_directory
+from realjax.runtime.roles import build_roles
+from realjax.runtime.session import Outputs, Session, tell_stalled
+from realjax.runtime.stop import StopSignal
 
 logger = logging.getLogger("realjax.loop")
-MOST_SHOWN = 12  # metrics in a line; of more, the main ones, and all of them are in the record
 
 
-def run(spec: RunSpec, console: Console | None = None) -> int:
+def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> int:
     """Carries out a run; returns its exit code: 0 when it finished, 130 or 143 when a signal stopped it after a save.
 
     Raises RunFault when the machine, such as a full disk, did not let it go on.
     """
-    plan = make_plan(spec.graph, spec.layouts, {name: role.offload for name, role in spec.roles.items()})
     logger.info("calls:\n%s", describe_graph(spec.graph))
     logger.info("allocation:\n%s", plan.describe())
-    roles = {
-        name: build_role(
-            role,
-            plan.homes[name],
-            spec.schedule_steps * spec.graph.num_updates(name),
-            is_offloaded=name in plan.offloaded,
-        )
-        for name, role in spec.roles.items()
-    }
+    roles = build_roles(spec, plan)
     import_wandb(spec.wandb_mode)
     rest = lambda: describe_saved(spec.paths.recover)
     with explain_faults(rest), StopSignal() as stop, lock_run(spec.paths.logs):
@@ -68,32 +44,30 @@ def run(spec: RunSpec, console: Console | None = None) -> int:
         # What may refuse the run comes first: it then leaves an earlier one's files where they are.
         state = first_state(spec, roles, save)
         open_run_directory(spec, continues_after=None if save is None else save.step)
-        with write_log(spec.paths.logs), RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer:
-            controls = state.counters.get("controls", {})
-            executor = Executor(
-                spec.graph, spec.layouts, roles, dict(state.roles),
-                seed=spec.seed, controls=controls, averages=spec.averages,
-            )  # fmt: skip
-            with _open_metrics(spec, state.step) as metrics:
-                session = Session(spec, roles, executor, checkpointer, metrics, state, console)
-                return session.run(stop)
+        with (
+            write_log(spec.paths.logs),
+            RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer,
+            _open_metrics(spec, state.step) as metrics,
+        ):
+            executor = Executor(spec, plan, roles, dict(state.roles), state.counters.get("controls"))
+            answers = _open_answers(spec, state.step)
+            outputs = Outputs(checkpointer=checkpointer, metrics=metrics, answers=answers, console=console)
+            session = Session(spec, plan, executor, state, outputs)
+            session.begin()
+            stop.defer()
+            with session.display:
+                for step in range(session.first_step, session.last_step):
+                    result = executor.step(session.begin_step(step), step)
+                    if (code := session.finish_step(step, result, stop)) is not None:
+                        return code
+            return session.finish()
 
 
 def _answer_finished(spec: RunSpec, save: RunState) -> int:
     """Returns the exit code of a run that was finished before: the same again."""
     logger.info("all %d steps were done before, see %s", save.step, spec.paths.logs / REPORT_FILE)
-    return _tell_stalled(save.counters.get("stalled", {}))
-
-
-def _tell_stalled(stalled: Mapping[str, int]) -> int:
-    """Returns the exit code of a run at its end: 1, with a line, when roles took no update in the last step."""
-    for name, num_skipped in stalled.items():
-        logger.error(
-            "%s: the last %d updates were skipped, as their gradients were not finite, so the run did not end as it "
-            "should; look at the data, or lower the learning rate",
-            name, num_skipped,
-        )  # fmt: skip
-    return 1 if stalled else 0
+    stalled: Mapping[str, int] = save.counters.get("stalled", {})
+    return tell_stalled(stalled)
 
 
 def _open_metrics(spec: RunSpec, step: int) -> AbstractContextManager[MetricsWriter | None]:
@@ -101,277 +75,9 @@ def _open_metrics(spec: RunSpec, step: int) -> AbstractContextManager[MetricsWri
     return MetricsWriter(spec.paths.logs, spec.wandb_mode, resume_step=step) if is_first() else nullcontext()
 
 
-class Session:
-    """One process's part of a run, from its first step to its last."""
-
-    def __init__(
-        self,
-        spec: RunSpec,
-        roles: dict[str, Role],
-        executor: Executor,
-        checkpointer: RunCheckpointer,
-        metrics: MetricsWriter | None,
-        state: RunState,
-        console: Console | None,
-    ) -> None:
-        self.spec, self.roles, self.executor = spec, roles, executor
-        self.checkpointer, self.metrics = checkpointer, metrics
-        first_step = state.step
-        self.first_step, self.started = first_step, time.monotonic()
-        self.exports = Exports(spec, roles, state.counters.get("best"))
-        # By the step after which they were taken; the record is the first process's.
-        self.samples = load_samples(spec.paths.logs / SAMPLES_FILE, first_step) if is_first() else {}
-        self.rates: dict[str, float] = state.counters.get("rates", {})
-        self.saves = spec.benchmark_steps is None
-        self.last_step = min(spec.loader.total_steps, first_step + (spec.benchmark_steps or spec.loader.total_steps))
-        self.step_seconds: list[float] = []
-        self.num_tokens = 0
-        self.fault: OSError | None = None  # what this process cannot go on with
-        self.places = Places()
-        for directory in (spec.paths.checkpoints, spec.paths.recover):
-            self.places.keep(directory)
-        self.display = ProgressDisplay(self.last_step, console, done_steps=first_step)
-
-    def run(self, stop: StopSignal) -> int:
-        """Takes the remaining steps, then saves and reports."""
-        spec, save, evaluate = self.spec, Trigger(self.spec.save), Trigger(self.spec.evaluate)
-        _log_start(spec, self.first_step)
-        if not self.saves:
-            logger.info("benchmark_steps: neither checkpoints nor training states are written")
-        if spec.evaluation and spec.evaluate.is_set and self.first_step == 0:
-            self.evaluate(0)
-        stop.defer()
-        with self.display:
-            for step in range(self.first_step, self.last_step):
-                position = self.train(step)
-                self.checkpointer.settle()
-                if spec.evaluation and evaluate.fires(position):
-                    self.evaluate(step + 1)
-                is_last = step + 1 == self.last_step
-                is_due = save.fires(position) or is_last
-                # Asked once: a signal that comes later waits for the next step.
-                code = largest(FAILED if self.fault else stop.code)
-                if self.saves and (is_due or code):
-                    self.save(position, export=is_due)
-                if self.fault is not None:
-                    raise self.fault
-                if code == FAILED:
-                    return 1  # the process that cannot go on says why
-                if code and not is_last:
-                    name, where = signal_name(code), "from here" if self.saves else "from the last save"
-                    logger.warning("stopped by %s after step %d; recover_mode=auto continues %s", name, step + 1, where)
-                    return code
-        self.finish()
-        return _tell_stalled(self._stalled())
-
-    def train(self, step: int) -> Position:
-        """Takes one step and logs it."""
-        start = time.perf_counter()
-        batch, position = self.spec.loader.batch(step), self.spec.loader.position(step)
-        num_compiled = len(self.executor.compile_log.entries)
-        result = self.executor.step(batch, step)
-        values = _merge({call: _numbers(updates) for call, updates in result.metrics.items()})
-        num_tokens = result.batch.num_tokens
-        seconds = time.perf_counter() - start
-        self._refuse_nonfinite(values, step)
-        self._watch_rates(step, values)
-        values |= self._call_metrics(step)
-        values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
-        values = {name: values[name] for name in sorted(values, key=_rank)}
-        if len(self.executor.compile_log.entries) == num_compiled:
-            self.step_seconds.append(seconds)
-            self.num_tokens += num_tokens
-        self._record(step + 1, {**values, "epoch": position.epoch}, kind="train")
-        if self.metrics is not None:
-            self.display.finish_step(self._step_line(position, values))
-        return position
-
-    def _record(self, step: int, values: Mapping[str, float], kind: str) -> None:
-        """Writes metrics; where that fails the run ends too, but after the state of the step is saved."""
-        try:
-            if self.metrics is not None:
-                self.metrics.write(step, values, kind)
-        except OSError as error:
-            self.fault = error
-
-    def _call_metrics(self, step: int) -> dict[str, float]:
-        """Returns what each call of the step took (`CallRecord.metrics`), and what the devices measured."""
-        records = self.executor.timeline.of_step(step)
-        values = {f"{name}/{record.name}": value for record in records for name, value in record.metrics().items()}
-        measured = measured_peak_bytes(jax.local_devices())
-        return values if measured is None else values | {"device_peak_mib": measured / 2**20}
-
-    def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
-        hidden = ("seconds", "num_skipped")
-        shown = {name: value for name, value in values.items() if name not in hidden and "/" not in name}
-        if len(shown) > MOST_SHOWN:
-            shown = {name: value for name, value in shown.items() if name in MAIN_METRICS}
-        return StepLine(
-            epoch=position.epoch,
-            num_epochs=self.spec.num_epochs,
-            epoch_step=position.epoch_step,
-            steps_per_epoch=self.spec.loader.steps_per_epoch,
-            global_step=position.global_step,
-            seconds=values["seconds"],
-            metrics=shown,
-        )
-
-    def evaluate(self, step: int) -> None:
-        """Measures the held-out loss, or held-out answers, after `step` steps; the best actor so far is kept."""
-        assert (evaluation := self.spec.evaluation) is not None
-        start = time.perf_counter()
-        if isinstance(evaluation, RolloutEvaluation):
-            values, self.samples[step] = evaluate_rollouts(self.executor, evaluation, self.spec.decode_fn)
-            if is_first():
-                append_samples(self.spec.paths.logs / SAMPLES_FILE, step, self.samples[step])
-        else:
-            values = evaluate_loss(self.executor, evaluation)
-        self._record(step, values, kind="eval")
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
-        if isinstance(evaluation, RolloutEvaluation) and evaluation.best_metric is not None and step > 0 and self.saves:
-            self._refuse_nonfinite_state(evaluation.role, step)
-            self.exports.keep_best(self.executor.params(evaluation.role), values[evaluation.best_metric], step)
-
-    def save(self, position: Position, *, export: bool) -> None:
-        """Saves every role that changes as a HuggingFace checkpoint, when `export`, then the state to continue from.
-
-        A run continues after the step of that state, so whatever else belongs to the step has to be there before it.
-        """
-        self.places.check()
-        changed = {average.role for average in self.spec.averages}
-        states = {
-            name: state
-            for name, state in self.executor.states.items()
-            if isinstance(state, TrainState) or name in changed
-        }
-        for name in states:
-            self._refuse_nonfinite_state(name, position.global_step)
-        for name in states if export else ():
-            self.exports.write(name, self.executor.params(name), checkpoint_name(position))
-            self.places.keep(self.spec.paths.checkpoints / name)
-        counters = {
-            "identity": asdict(self.spec.identity),
-            "controls": self.executor.controls,
-            "best": self.exports.best,
-            "rates": self.rates,
-            "stalled": self._stalled(),
-        }
-        state = RunState(
-            step=position.global_step,
-            roles=states,
-            counters=counters,
-            empty_layers=empty_layers(self.roles, states),
-        )
-        self.checkpointer.save(state, self.exports.hold_best())
-
-    def _stalled(self) -> dict[str, int]:
-        """Returns how many updates in a row were skipped, of the roles whose last step brought no other."""
-        states = {name: state for name, state in self.executor.states.items() if isinstance(state, TrainState)}
-        skipped = {name: int(fetch(state.num_skipped)) for name, state in states.items()}
-        return {name: n for name, n in skipped.items() if n >= self.spec.graph.num_updates(name)}
-
-    def finish(self) -> None:
-        """Writes the report and says where everything is; when the last save is complete, for it says so."""
-        self.checkpointer.wait()
-        self.places.check()
-        log = self.executor.compile_log
-        logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
-        if self.step_seconds:
-            mean = float(np.mean(self.step_seconds))
-            logger.info(
-                "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
-            )
-        if is_first():
-            self.executor.timeline.draw(self.spec.paths.logs / "timeline.png")
-            self.executor.timeline.write_trace(self.spec.paths.logs / "trace.json")
-            draw_graph(self.spec.graph, self.spec.paths.logs / "graph.png")
-            report = write_report(
-                self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections()
-            )
-            logger.info("report: %s", report)
-
-    def _summary(self) -> dict[str, str]:
-        spec, log = self.spec, self.executor.compile_log
-        tokens_per_second = self.num_tokens / sum(self.step_seconds) if self.step_seconds else math.nan
-        return {
-            "steps": f"{self.first_step} to {self.last_step} of {spec.loader.total_steps}",
-            "parameters": ", ".join(f"{name} {role.model.num_params:,}" for name, role in self.roles.items()),
-            "layouts": ", ".join(f"{name} {layout}" for name, layout in spec.layouts.items()),
-            "rows x tokens of a batch": str(spec.loader.shapes),
-            "padding": f"{spec.loader.padding_share:.1%} of the tokens computed",
-            "tokens per second": f"{tokens_per_second:,.0f}",
-            "programs compiled": f"{len(log.entries)} in {log.seconds:.1f} s",
-            "time of this process": format_seconds(time.monotonic() - self.started),
-            "checkpoints": str(spec.paths.checkpoints),
-        }
-
-    def _sections(self) -> list[Section]:
-        rows = tuple((name, shapes, f"{seconds:.1f}") for name, shapes, seconds in self.executor.compile_log.entries)
-        compiled = Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)
-        return [*sample_sections(self.samples), compiled]
-
-    def _watch_rates(self, step: int, values: Mapping[str, float]) -> None:
-        """Says with which learning rates a run goes on, beside those that it left off with."""
-        before, self.rates = self.rates, {n: v for n, v in values.items() if n.rsplit("/", 1)[-1] == "lr"}
-        if step == self.first_step > 0:
-            texts = (f"{name} {before[name]:.3g} -> {rate:.3g}" for name, rate in self.rates.items() if name in before)
-            logger.info("learning rate of the last step before and of the first one now: %s", ", ".join(texts))
-
-    def _refuse_nonfinite(self, values: dict[str, float], step: int) -> None:
-        """Raises RuntimeError when too many updates in a row had gradients that were not finite."""
-        for name, value in values.items():
-            if name.rsplit("/", 1)[-1] != "num_skipped" or value == 0:
-                continue
-            logger.warning(
-                "step %d: gradients are not finite, the update was skipped (%d in a row)", step + 1, int(value)
-            )
-            if value >= self.spec.max_nonfinite_steps:
-                raise RuntimeError(
-                    f"step {step + 1}: gradients were not finite {int(value)} times in a row (max_nonfinite_steps); "
-                    f"{self._kept()}; lower the learning rate or look at the data"
-                )
-
-    def _refuse_nonfinite_state(self, name: str, step: int) -> None:
-        """Raises RuntimeError rather than have numbers saved or exported that are not finite."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.executor.states[name])
-        named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-        if broken := nonfinite_leaves(named, self.roles[name].home):
-            raise RuntimeError(
-                f"step {step}: {name} holds numbers that are not finite, in {broken[0]}, so it is not saved; "
-                f"{self._kept()}; lower the learning rate or look at the data"
-            )
-
-    def _kept(self) -> str:
-        self.checkpointer.wait()  # what is still being written counts
-        saved = self.checkpointer.latest_step
-        return "nothing was saved before" if saved is None else f"step {saved} is in {self.checkpointer.directory}"
-
-
-def _numbers(updates: Sequence[Metrics]) -> dict[str, float]:
-    """Returns a call's metrics, of all its updates together."""
-    on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(updates))
-    return summarize(fetch(dict(update)) if on_devices else update for update in updates)
-
-
-def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:
-    """Returns one dict of metrics; a name that several calls have starts with its call's."""
-    names = [name for metrics in by_call.values() for name in metrics]
-    return {
-        f"{call}/{name}" if names.count(name) > 1 else name: value
-        for call, metrics in by_call.items()
-        for name, value in metrics.items()
-    }
-
-
-def _rank(name: str) -> tuple[int, str]:
-    """Orders metrics as a person looks for them: the main ones first, counts last."""
-    last = name.rsplit("/", 1)[-1]
-    return (MAIN_METRICS.index(last) if last in MAIN_METRICS else len(MAIN_METRICS), name)
-
-
-def _log_start(spec: RunSpec, first_step: int) -> None:
-    logger.info(
-        "%d steps of %s rows x tokens (%.1f%% padding), starting after step %d",
-        spec.loader.total_steps, spec.loader.shapes, 100 * spec.loader.padding_share, first_step,
-    )  # fmt: skip
+def _open_answers(spec: RunSpec, step: int) -> AnswerWriter | None:
+    """Returns the writer of the answers after those of `step` steps; None in the other processes, or without a file."""
+    if spec.answers is None or not is_first():
+        return None
+    num_prompts = min(step * spec.loader.batch_size, len(spec.answers.rows))
+    return AnswerWriter(spec.paths.logs / spec.answers.name, num_prompts * spec.answers.num_samples)

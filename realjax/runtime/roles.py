@@ -8,17 +8,17 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from realjax.allocation.plan import AllocationPlan
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, map_paths
-from realjax.dataflow.run import RoleSpec
+from realjax.dataflow.run import RoleSpec, RunSpec
 from realjax.engine.attention.choose import Case, choose
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
-from realjax.hf.load import has_critic_head, load_checkpoint_config, load_config, load_params
+from realjax.hf.load import has_critic_head, load_params
 from realjax.models.build import Model, build_model, init_params, make_fill
-from realjax.models.config import ModelConfig
 from realjax.runtime.finite import nonfinite_leaves
 
 logger = logging.getLogger("realjax.roles")
@@ -36,12 +36,13 @@ class Role:
 
     @property
     def forward_options(self) -> ForwardOptions:
+        compute = self.spec.compute.on(self.home.devices[0].platform)
         return ForwardOptions(
-            precision=Precision(compute=self.spec.compute_dtype),
-            attention=self.spec.attention,
-            remat=self.spec.remat,
-            unroll=self.spec.unroll,
-            loss_chunk_tokens=self.spec.loss_chunk_tokens,
+            precision=Precision(compute=compute.dtype),
+            attention=compute.attention,
+            remat=compute.remat,
+            unroll=compute.unroll,
+            loss_chunk_tokens=compute.loss_chunk_tokens,
         )
 
     @property
@@ -67,38 +68,33 @@ class Role:
         return map_paths(one, self.model.abstract, self.param_shardings)
 
 
-def role_config(spec: RoleSpec) -> ModelConfig:
-    """Returns the model config of a role. Raises ValueError when the checkpoint's is missing or not supported."""
-    config = load_config(spec.path)
-    if spec.is_critic:
-        config = config.as_critic()
-    elif not spec.init_from_scratch:
-        config = load_checkpoint_config(spec.path)
-    return replace(config, num_empty_layers=spec.num_empty_layers)
+def build_roles(spec: RunSpec, plan: AllocationPlan) -> dict[str, Role]:
+    """Returns the run's roles by name, nothing allocated. ValueError for a model that does not fit its layout."""
+    return {name: build_role(role, plan, _count_updates(spec, name)) for name, role in spec.roles.items()}
 
 
-def build_role(spec: RoleSpec, home: Layout, total_updates: int, *, is_offloaded: bool = False) -> Role:
-    """Returns the role, nothing allocated. ValueError for a broken file, or a model that does not fit its layout."""
-    model = build_model(role_config(spec))
-    if not spec.is_critic and load_config(spec.path).tied != model.config.tied:
-        logger.info(
-            "role %s: config.json says that the head is the embedding table, but the weights hold another head, which "
-            "is kept, as in transformers; checkpoints will say so (tie_word_embeddings=false)",
-            spec.name,
-        )  # fmt: skip
+def build_role(spec: RoleSpec, plan: AllocationPlan, total_updates: int) -> Role:
+    """Returns one role, see `build_roles`; its learning rate decays over `total_updates`."""
+    home, num_empty = plan.homes[spec.name], plan.empty_layers[spec.name]
+    model = build_model(replace(spec.config, num_empty_layers=num_empty))
     tree_shardings(model.axes, model.abstract, inference_rules(home.strategy), home)
-    try:
-        choose(spec.attention, Case.of("rows", model.config, home, Precision(compute=spec.compute_dtype).dtype))
-    except ValueError as error:
-        raise ValueError(f"{spec.title}: {error}") from None
     optimizer = None if spec.optimizer is None else Optimizer(config=spec.optimizer, total_updates=total_updates)
     logger.info("role %s: %s, %s parameters, %s", spec.name, model.config.family, f"{model.num_params:,}", home)
-    if spec.num_empty_layers:
+    if num_empty:
         logger.info(
             "role %s: %d layers and %d empty ones, so that pipeline stages are equal",
-            spec.name, model.config.num_layers, spec.num_empty_layers,
+            spec.name, model.config.num_layers, num_empty,
         )  # fmt: skip
-    return Role(spec=spec, model=model, home=home, optimizer=optimizer, is_offloaded=is_offloaded)
+    role = Role(spec=spec, model=model, home=home, optimizer=optimizer, is_offloaded=spec.name in plan.offloaded)
+    try:
+        choose(spec.compute.attention, Case.of("rows", model.config, home, role.forward_options.precision.dtype))
+    except ValueError as error:
+        raise ValueError(f"{spec.title}: {error}") from None
+    return role
+
+
+def _count_updates(spec: RunSpec, role: str) -> int:
+    return spec.schedule_steps * spec.graph.num_updates(role)
 
 
 def load_role(role: Role, seed: int) -> TrainState | Tree:
@@ -131,7 +127,7 @@ def _load_params(role: Role, shardings: Tree, seed: int, dtype: np.dtype | type)
 def _fresh_head(role: Role, seed: int) -> dict | None:
     """Returns values for a critic's head that its checkpoint lacks, or that is to be started anew."""
     spec, model = role.spec, role.model
-    if not spec.is_critic:
+    if not spec.config.is_critic:
         return None
     if not spec.init_critic_from_actor and has_critic_head(spec.path):
         return None

@@ -4,20 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from realjax.allocation.plan import RolloutShape
 from realjax.core.batch import Batch
-from realjax.core.layout import Layout
 from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
-from realjax.dataflow.graph import Minibatches, Sampling
+from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation, Request
 
-# Rows decoded at once where nothing else is asked for: enough to keep an accelerator's matrix units busy.
-MOST_SLOTS = 256
 
-
-def make_requests(prompts: Batch, sampling: Sampling, step: int) -> list[Request]:
+def make_requests(prompts: Batch, mfc: Generate, step: int) -> list[Request]:
     """Returns the requests of a packed batch of prompts: each prompt's samples one after the other, its baseline last.
 
-    Their randomness follows from the prompt's `prompt_id` and the number of its sample, which no other step has.
+    Their randomness follows from the prompt's `prompt_id` and the number of its sample, which no other step
+    has, unless the call repeats itself.
     """
     num_seen: dict[int, int] = {}
     requests = []
@@ -26,31 +24,22 @@ def make_requests(prompts: Batch, sampling: Sampling, step: int) -> list[Request
         # A batch that straddles two epochs may hold a prompt twice.
         occurrence = num_seen.setdefault(row_id, 0)
         num_seen[row_id] += 1
-        first = (2 * step + occurrence) * sampling.num_samples
+        first = 0 if mfc.repeats else (2 * step + occurrence) * mfc.num_samples
         tokens = np.asarray(prompt["tokens"])
-        for sample in range(sampling.num_samples):
+        for sample in range(mfc.num_samples):
             requests.append(Request(tokens=tokens, row_id=row_id, sample_id=first + sample))
-        if sampling.has_baseline:
+        if mfc.has_baseline:
             requests.append(Request(tokens=tokens, row_id=row_id, is_greedy=True))
     return requests
 
 
-def choose_num_slots(wanted: int | None, num_requests: int, layout: Layout) -> int:
-    """Returns the rows to decode at once: a multiple of what the layout asks for, and no more than there are requests.
-
-    `wanted` None is as many as there are, up to MOST_SLOTS.
-    """
-    multiple = layout.strategy.row_multiple
-    return -(-min(num_requests, wanted or MOST_SLOTS) // multiple) * multiple
-
-
 def pack_rollout(
-    requests: Sequence[Request], generations: Sequence[Generation], sampling: Sampling, row_multiple: int
+    requests: Sequence[Request], generations: Sequence[Generation], mfc: Generate, shape: RolloutShape
 ) -> Batch:
     """Returns the packed batch of whole sequences: a response's tokens, log-probabilities and kept sets after its
     prompt, and what each sequence is. `group` numbers the prompts of the batch.
     """
-    num_samples = sampling.num_samples + sampling.has_baseline
+    num_samples = mfc.answers_per_prompt
     examples = []
     for i, (request, generation) in enumerate(zip(requests, generations, strict=True)):
         num_prompt, num_new = len(request.tokens), len(generation.tokens)
@@ -64,13 +53,13 @@ def pack_rollout(
             "group": np.array(i // num_samples, np.int32),
             "sample_id": np.array(i % num_samples, np.int32),
         }
-        if sampling.has_baseline:
+        if mfc.has_baseline:
             example["is_baseline"] = np.array(request.is_greedy)
         if generation.kept is not None:
             example["kept"] = after_prompt(generation.kept)
         examples.append(example)
-    num_rows = _num_rows(examples, sampling.row_len)
-    return _pack(examples, sampling.row_len, bucket_rows(num_rows, row_multiple), row_multiple)
+    num_rows = bucket_rows(_num_rows(examples, shape.row_len), shape.row_multiple)
+    return _pack(examples, shape.row_len, num_rows, shape.row_multiple)
 
 
 def make_minibatches(

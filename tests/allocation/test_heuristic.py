@@ -1,10 +1,12 @@
 """ReaL's rules on machines of 8 devices, value by value; on all others, layouts that the models divide over."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from realjax.allocation.heuristic import SizedModel, place_grpo, place_ppo
+from realjax.allocation.heuristic import place_grpo, place_ppo
+from realjax.dataflow.run import RoleSpec
 from realjax.models.config import ModelConfig
 
 LLAMA_7B = ModelConfig(
@@ -31,7 +33,10 @@ ODD_VOCABULARY = dataclasses.replace(LLAMA_7B, vocab_size=50257)
 
 def models_of(actor=7, critic=7, config=LLAMA_7B, **configs):
     sizes = {"actor": actor, "ref": actor, "critic": critic, "rew": critic}
-    return {role: SizedModel(size=size, config=configs.get(role, config)) for role, size in sizes.items()}
+    return {
+        role: RoleSpec(name=role, path=Path("nowhere"), size=size, config=configs.get(role, config))
+        for role, size in sizes.items()
+    }
 
 
 def described(placements):

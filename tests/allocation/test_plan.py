@@ -1,37 +1,57 @@
-"""Where roles live, and which wait in host memory."""
+"""Where roles live, which wait in host memory, and what is left idle."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
 
-from realjax.allocation.plan import make_plan
+from realjax.allocation.allocate import make_plan
 from realjax.core.layout import Layout, ParallelStrategy
-from realjax.dataflow.graph import MFC, Call, DataflowGraph
+from realjax.dataflow.graph import DataflowGraph, Inference, Train
+from realjax.dataflow.run import MovingAverage, RunSpec
+from tests.runtime.specs import TRAIN, make_loader, make_paths, make_role_spec, make_spec
 
 
-def call(name: str, role: str, kind: Call = "inference") -> MFC:
-    return MFC(name=name, role=role, call=kind, inputs=("tokens",))
+def infer(name: str, role: str) -> Inference:
+    return Inference(name=name, role=role, inputs=("tokens",), head="logprobs")
 
 
-def graph_of(*calls):
-    return DataflowGraph(calls, frozenset({"tokens"}))
+def train(name: str, role: str) -> Train:
+    return replace(TRAIN, name=name, role=role)
+
+
+def plan_run(*calls: Inference | Train, **changes) -> RunSpec:
+    """Returns a run of these calls; `changes` are fields of it."""
+    graph = DataflowGraph(calls, frozenset({"tokens", "loss_mask"}))
+    roles = {name: make_role_spec(name, Path("nowhere")) for name in graph.roles}
+    spec = make_spec(make_paths(Path("nowhere")), graph=graph, roles=roles, loader=make_loader(batch_size=12))
+    return replace(spec, **changes)
+
+
+def plan(spec: RunSpec, layouts: dict[str, Layout]):
+    return make_plan(spec, layouts, jax.devices())
 
 
 def on(first, stop, **sizes):
     return Layout(ParallelStrategy(**sizes or {"dp": stop - first}), tuple(jax.devices()[first:stop]))
 
 
-DPO = graph_of(call("ref_inf", "ref"), call("actor_train", "actor", "train_step"))
+DPO = plan_run(infer("ref_inf", "ref"), train("actor_train", "actor"))
 LAYOUTS = {"ref_inf": on(0, 8, dp=4, tp=2), "actor_train": on(0, 8, dp=2, tp=4)}
 
 
+def with_offload(spec: RunSpec, **offload: bool | None) -> RunSpec:
+    return replace(spec, roles={name: replace(role, offload=offload.get(name)) for name, role in spec.roles.items()})
+
+
 def test_a_trained_role_lives_where_it_is_trained_another_where_it_is_first_called():
-    graph = graph_of(
-        call("gen", "actor"), call("first", "ref"), call("second", "ref"), call("train", "actor", "train_step")
-    )
+    spec = plan_run(infer("gen", "actor"), infer("first", "ref"), infer("second", "ref"), train("train", "actor"))
     layouts = {"gen": on(0, 2), "first": on(2, 4), "second": on(4, 6), "train": on(0, 2, tp=2)}
-    plan = make_plan(graph, layouts)
-    assert plan.homes == {"actor": layouts["train"], "ref": layouts["first"]}
-    assert plan.layouts == layouts
+    found = plan(spec, layouts)
+    assert found.homes == {"actor": layouts["train"], "ref": layouts["first"]}
+    assert found.layouts == layouts
+    assert found.idle == "6-7"
 
 
 @pytest.mark.parametrize(
@@ -40,31 +60,43 @@ def test_a_trained_role_lives_where_it_is_trained_another_where_it_is_first_call
 )
 def test_a_role_that_shares_a_device_with_another_waits_in_host_memory(ref_layout, offloaded):
     layouts = {"ref_inf": ref_layout, "actor_train": on(0, 4, tp=4)}
-    assert make_plan(DPO, layouts).offloaded == offloaded
-    assert make_plan(DPO, layouts, {"ref": None, "actor": None}).offloaded == offloaded
-    assert make_plan(DPO, layouts, {"ref": True}).offloaded == {"ref"}
-    assert make_plan(DPO, layouts, {"ref": False}).offloaded == set()
+    assert plan(DPO, layouts).offloaded == offloaded
+    assert plan(with_offload(DPO, ref=True), layouts).offloaded == {"ref"}
+    assert plan(with_offload(DPO, ref=False), layouts).offloaded == set()
 
 
 def test_a_role_alone_or_trained_stays():
-    alone = graph_of(call("one", "ref"), call("two", "ref"))
-    assert make_plan(alone, {"one": on(0, 4), "two": on(0, 8)}).offloaded == set()
-    both = graph_of(call("a", "actor", "train_step"), call("b", "critic", "train_step"), call("v", "critic"))
-    assert make_plan(both, {"a": on(0, 8), "b": on(0, 8), "v": on(0, 4)}).offloaded == set()
-
-
-def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(ValueError, match="^allocation: no layout for ref_inf; give each call one"):
-        make_plan(DPO, {"actor_train": on(0, 8)})
+    alone = plan_run(infer("one", "ref"), infer("two", "ref"))
+    assert plan(alone, {"one": on(0, 4), "two": on(0, 8)}).offloaded == set()
+    both = plan_run(train("a", "actor"), train("b", "critic"), infer("v", "critic"))
+    assert plan(both, {"a": on(0, 8), "b": on(0, 8), "v": on(0, 4)}).offloaded == set()
     with pytest.raises(ValueError, match="^actor.offload: a role that is trained stays on its devices"):
-        make_plan(DPO, LAYOUTS, {"actor": True})
+        plan(with_offload(DPO, actor=True), LAYOUTS)
+
+
+def test_stages_are_made_equal_in_all_layouts_of_a_role_and_of_the_one_that_follows_it():
+    layouts = {"ref_inf": on(0, 1), "actor_train": on(0, 2, pp=2)}
+    config = replace(DPO.roles["actor"].config, num_layers=3)
+    deep = replace(DPO, roles={name: replace(role, config=config) for name, role in DPO.roles.items()})
+    assert plan(deep, layouts).empty_layers == {"ref": 0, "actor": 1}
+    followed = replace(deep, averages=(MovingAverage(role="ref", source="actor", eta=0.5),))
+    assert plan(followed, layouts).empty_layers == {"ref": 1, "actor": 1}
+    with pytest.raises(ValueError, match="^actor_train: 4 pipeline stages, but actor's model has 3 layers"):
+        plan(deep, {**layouts, "actor_train": on(0, 4, pp=4)})
+
+
+def test_a_batch_must_share_out_over_devices_and_micro_batches():
+    spec = replace(DPO, loader=make_loader(batch_size=4))
+    with pytest.raises(ValueError, match="^dataset.train_bs_n_seqs: 4 sequences cannot be divided over 8 data-para"):
+        plan(spec, {"ref_inf": on(0, 1), "actor_train": on(0, 8)})
 
 
 def test_the_description_says_where_each_call_runs_and_how_its_parameters_get_there():
-    ref, actor = make_plan(DPO, LAYOUTS).describe().splitlines()
+    ref, actor, batches = plan(DPO, LAYOUTS).describe().splitlines()
     assert ref == "ref_inf      d4p1t2 on 0-7  ref from host memory"
     assert actor == "actor_train  d2p1t4 on 0-7  actor at home"
-    graph = graph_of(call("gen", "actor"), call("train", "actor", "train_step"))
-    gen, train = make_plan(graph, {"gen": on(0, 4), "train": on(0, 8)}).describe().splitlines()
-    assert gen == "gen    d4p1t1 on 0-3  actor from its home d8p1t1 on 0-7"
-    assert train.endswith("actor at home")
+    assert batches == "batches: 4 x 32 rows x tokens"
+    spec = plan_run(infer("gen", "actor"), train("train", "actor"))
+    gen, home, _, idle = plan(spec, {"gen": on(0, 4), "train": on(0, 6, dp=6)}).describe().splitlines()
+    assert gen == "gen    d4p1t1 on 0-3  actor from its home d6p1t1 on 0-5"
+    assert home.endswith("actor at home") and idle == "idle devices: 6-7"

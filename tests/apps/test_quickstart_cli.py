@@ -8,9 +8,11 @@ import jax
 import pytest
 
 from realjax.apps import quickstart, recipe
+from realjax.apps.errors import report_errors
 from realjax.options.fields import list_options
 from tests.options.test_config_dict import RECIPE
 from tests.options.test_parsing import QUICKSTART_SFT
+from tests.runtime.specs import make_paths
 
 # ml_collections 1.1 loads recipes by a method that Python is giving up.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -33,11 +35,13 @@ def runs(monkeypatch):
     monkeypatch.setitem(
         sys.modules,
         "realjax.experiments.sft",
-        SimpleNamespace(build=lambda config, devices: SimpleNamespace(config=config, devices=devices)),
+        SimpleNamespace(build=lambda config: SimpleNamespace(config=config)),
     )
     monkeypatch.setitem(
-        sys.modules, "realjax.runtime.loop", SimpleNamespace(run=lambda spec, console: started.append(spec) or 0)
+        sys.modules, "realjax.runtime.loop", SimpleNamespace(run=lambda spec, plan, console: started.append(plan) or 0)
     )
+    plans = SimpleNamespace(allocate=lambda spec, devices: SimpleNamespace(config=spec.config, devices=devices))
+    monkeypatch.setitem(sys.modules, "realjax.allocation.allocate", plans)
     nothing_to_check = SimpleNamespace(check_run=lambda spec: None)
     monkeypatch.setitem(sys.modules, "realjax.experiments.checks", nothing_to_check)
     # `from realjax.runtime import loop` reads the package's attribute when an earlier test imported the real one.
@@ -111,14 +115,11 @@ def test_errors_are_one_line_and_exit_code_2(args, message, runs, capsys, tmp_pa
 
 
 def test_tracebacks_on_request_and_other_exceptions_always(monkeypatch):
-    def fail(error):
-        raise error
-
-    with pytest.raises(KeyError):
-        quickstart.report_errors(lambda: fail(KeyError("bug")))
+    with pytest.raises(KeyError), report_errors():
+        raise KeyError("bug")
     monkeypatch.setenv("REALJAX_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="shown"):
-        quickstart.report_errors(lambda: fail(ValueError("shown")))
+    with pytest.raises(ValueError, match="shown"), report_errors():
+        raise ValueError("shown")
 
 
 def test_an_unwritable_fileroot_stops_before_the_run(runs, command, tmp_path, capsys):
@@ -168,18 +169,18 @@ def jax_settings():
 
 def test_virtual_cpu_devices_stand_in(jax_settings, tmp_path, capsys):
     quickstart.configure_logging()
-    devices = quickstart.prepare_devices(2, 4, str(tmp_path))
+    devices = quickstart.prepare_devices(2, 4, make_paths(tmp_path))
     assert len(set(devices)) == 8
     assert devices[0].platform == "cpu"
     assert "No accelerator found: 8 virtual CPU devices stand in." in capsys.readouterr().out
-    assert quickstart.prepare_devices(1, 2, str(tmp_path)) == devices[:2]
+    assert quickstart.prepare_devices(1, 2, make_paths(tmp_path)) == devices[:2]
 
 
 def test_too_few_accelerators_are_refused(jax_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.jax, "devices", lambda: ["gpu0"])
     monkeypatch.setattr(quickstart.jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match=r"^n_nodes\*n_gpus_per_node: 1\*8 = 8 devices wanted, but .* has 1 \(gpu\)"):
-        quickstart.prepare_devices(1, 8, str(tmp_path))
+        quickstart.prepare_devices(1, 8, make_paths(tmp_path))
 
 
 def test_more_devices_than_a_process_can_have_are_refused_before_there_are_any():

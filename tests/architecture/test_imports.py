@@ -16,19 +16,19 @@ ALLOWED: dict[str, frozenset[str]] = {
     "algorithms": frozenset({"core"}),
     "rewards": frozenset({"core"}),
     "data": frozenset({"core"}),
-    "dataflow": frozenset({"core", "data"}),
+    "dataflow": frozenset({"core", "data", "models.config"}),
     "reshard": frozenset({"core"}),
     "launch": frozenset({"core"}),
     "engine": frozenset({"core", "models"}),
     "hf": frozenset({"core", "models"}),
-    "allocation": frozenset({"core", "dataflow", "models.config"}),
+    "allocation": frozenset({"core", "data", "dataflow", "models.config"}),
     "options": frozenset({"core", "engine", "algorithms", "rewards", "data", "dataflow"}),
     "experiments": frozenset(
         {"core", "options", "dataflow", "algorithms", "rewards", "data", "hf", "allocation", "models.config"}
     ),
     # No options and no experiments: the runtime carries out any run that is described to it. The models are for
     # building a role before its engine.
-    "record": frozenset({"core"}),
+    "record": frozenset({"core", "data", "dataflow"}),
     "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data", "record"}),
     "apps": frozenset(
         {"core", "models", "algorithms", "data", "dataflow", "reshard", "engine", "hf", "allocation", "options"}

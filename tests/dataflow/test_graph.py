@@ -4,28 +4,41 @@ import itertools
 
 import pytest
 
-from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.generation_config import GenerationConfig
+from realjax.dataflow.graph import DataflowGraph, Generate, Inference, Train
 
 # PPO's calls, listed in the order in which they depend on each other least.
 CALLS = (
-    MFC(
+    Train(
         name="actorTrain",
         role="actor",
-        call="train_step",
         inputs=("tokens", "logprobs", "ref_logprobs", "rewards", "values"),
+        loss=SFT_LOSS,
     ),
-    MFC(name="criticTrain", role="critic", call="train_step", inputs=("tokens", "rewards", "values")),
-    MFC(name="criticInf", role="critic", call="inference", inputs=("tokens",), outputs=("values",)),
-    MFC(name="rewInf", role="reward", call="inference", inputs=("tokens",), outputs=("rewards",)),
-    MFC(name="refInf", role="ref", call="inference", inputs=("tokens",), outputs=("ref_logprobs",)),
-    MFC(name="actorGen", role="actor", call="generate", inputs=("prompts",), outputs=("tokens", "logprobs")),
+    Train(name="criticTrain", role="critic", inputs=("tokens", "rewards", "values"), loss=SFT_LOSS),
+    Inference(name="criticInf", role="critic", inputs=("tokens",), outputs=("values",), head="values"),
+    Inference(name="rewInf", role="reward", inputs=("tokens",), outputs=("rewards",), head="values"),
+    Inference(name="refInf", role="ref", inputs=("tokens",), outputs=("ref_logprobs",), head="logprobs"),
+    Generate(
+        name="actorGen",
+        role="actor",
+        inputs=("prompts",),
+        outputs=("tokens", "logprobs"),
+        config=GenerationConfig(),
+        eos_ids=(0,),
+    ),
 )
 PPO = DataflowGraph(CALLS, frozenset({"prompts"}))
 
 
-def call(name: str, inputs: str = "", outputs: str = "", **changes) -> MFC:
-    defaults = {"role": name, "call": "inference", "inputs": tuple(inputs.split()), "outputs": tuple(outputs.split())}
-    return MFC(name=name, **defaults | changes)
+def call(name: str, inputs: str = "", outputs: str = "", **changes) -> Inference:
+    keys = {"inputs": tuple(inputs.split()), "outputs": tuple(outputs.split())}
+    return Inference(**{"name": name, "role": name, "head": "values", **keys, **changes})
+
+
+def train(name: str, inputs: str, role: str) -> Train:
+    return Train(name=name, role=role, inputs=tuple(inputs.split()), loss=SFT_LOSS)
 
 
 @pytest.mark.parametrize("calls", list(itertools.permutations(CALLS))[::97], ids=lambda calls: calls[0].name)
@@ -70,12 +83,23 @@ def test_roles_and_their_training_calls():
         ([call("a", "x"), call("a", "x")], r"call name a appears twice"),
         ([call("a", outputs="y"), call("b", outputs="y")], r"key y appears twice"),
         ([call("a", outputs="x")], r"key x appears twice"),
-        ([call(n, "x", role="r", call="train_step") for n in "ab"], r"training call of role r appears twice"),
+        ([train(n, "x", role="r") for n in "ab"], r"training call of role r appears twice"),
         ([call("a", "x z w")], r"call 'a' reads \['w', 'z'\], which no call writes .* \(it holds \['x'\]\)"),
         ([call("a", "z", "y"), call("b", "y", "z")], r"(a -> b|b -> a) wait for each other"),
         ([call("a", "y", "y")], r"a wait for each other"),
+        ([call("a", "x", delays={"x": 1})], r"call 'a' takes 'x' of 1 steps before; that can be an input that a call"),
+        ([call("a", "x", "y", delays={"y": 1})], r"call 'a' takes 'y' of 1 steps before"),
+        ([call("a", "y", "z", delays={"y": 2}), call("b", "x", "y")], r"call 'a' takes 'y' of 2 steps before"),
     ],
 )
 def test_a_graph_that_cannot_run_is_refused(calls, message):
     with pytest.raises(ValueError, match=rf"^dataflow graph: .*{message}"):
         DataflowGraph(tuple(calls), frozenset({"x"}))
+
+
+def test_a_key_of_the_step_before_makes_no_edge_and_no_cycle():
+    """Generation for the next step beside training: it reads what the last step's training left."""
+    calls = (call("gen", "x weights", "answers", delays={"weights": 1}), call("train", "answers", "weights"))
+    graph = DataflowGraph(calls, frozenset({"x"}))
+    assert [one.name for one in graph.order] == ["gen", "train"]
+    assert list(graph.edges.edges) == [("gen", "train")]

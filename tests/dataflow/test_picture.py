@@ -5,11 +5,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Annotation
 
-from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.dataflow.graph import DataflowGraph, Train
 from realjax.dataflow.picture import describe_graph, draw_graph
 from tests.dataflow.test_graph import PPO
 
-TRAIN = MFC(name="train", role="default", call="train_step", inputs=("tokens", "loss_mask"))
+TRAIN = Train(name="train", role="default", inputs=("tokens", "loss_mask"), loss=SFT_LOSS)
 ALONE = DataflowGraph((TRAIN,), frozenset({"tokens", "loss_mask"}))
 GRAPHS = {"one call": ALONE, "ppo": PPO}
 

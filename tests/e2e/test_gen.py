@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from realjax.apps import quickstart
-from realjax.runtime import generation
-from realjax.runtime.answers import AnswerFile
+from realjax.record.answers import AnswerWriter
+from realjax.record.metrics import read_metrics
+from realjax.runtime import resume
 from tests.e2e.builders import write_llama
 
 PROMPTS = ("the film was", "a plot", "its music is", "never", "the cast and the end was very long but", "dull", "warm")
@@ -97,10 +98,11 @@ def test_greedy_answers_are_those_of_transformers(trial, capsys):
     assert [line["prompt"] for line in lines] == list(PROMPTS)
     assert [line["answer"] for line in lines] == their_answers(trial.model)
     assert all(line["seq"] == line["prompt"] + line["answer"] for line in lines)
-    assert {path.name for path in trial.logs.iterdir()} == {"config.json", "identity.json", "output.jsonl", "run.log"}
+    assert {path.name for path in trial.logs.iterdir()} >= {"config.json", "output.jsonl", "run.log", "report.html"}
+    shares = [(record["n_seqs"], record["eos_share"]) for record in read_metrics(trial.logs / "metrics.jsonl")]
+    assert sum(n * share for n, share in shares) / len(PROMPTS) == pytest.approx(2 / 7)
     output = capsys.readouterr().out
-    assert "28.6% ended by end-of-text" in output
-    assert "7 of 7 prompts answered" in output and "tokens/s" in output and str(trial.logs / "output.jsonl") in output
+    assert "step 3/3" in output and "tokens/s" in output and str(trial.logs / "output.jsonl") in output
 
 
 def test_samples_and_stop_texts(trial):
@@ -122,7 +124,7 @@ def test_samples_and_stop_texts(trial):
 
 def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeypatch, capsys):
     assert GenTrial(model=trial.model, root=trial.root, name="whole").run(num_samples=2) == 0
-    append = AnswerFile.append
+    append = AnswerWriter.append
 
     def append_part(self, lines):
         if lines[0]["id"] == "p3":  # the second call
@@ -131,42 +133,42 @@ def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeyp
         append(self, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerFile, "append", append_part)
+        patch.setattr(AnswerWriter, "append", append_part)
         assert trial.run(num_samples=2) == 1
     part = trial.logs / "output.jsonl.part"
-    line = f"realjax: error: {part}: {os.strerror(errno.ENOSPC)}; the answers so far are in {part}; once that is mended"
+    line = f"realjax: error: {part}: {os.strerror(errno.ENOSPC)}; step 1 is saved in "
     assert capsys.readouterr().err.startswith(line)
     assert not (trial.logs / "output.jsonl").exists()
     assert len(trial.answers("output.jsonl.part")) == 6 + 3
     assert trial.run(num_samples=2, recover_mode="auto") == 0
-    assert "starting after prompt 4" in capsys.readouterr().out
+    assert "starting after step 1" in capsys.readouterr().out
     whole = (trial.logs.with_name("whole") / "output.jsonl").read_bytes()
     assert (trial.logs / "output.jsonl").read_bytes() == whole
     assert not (trial.logs / "output.jsonl.part").exists()
     assert trial.run(num_samples=2, recover_mode="auto") == 0
-    assert "all 7 prompts were answered before" in capsys.readouterr().out
+    assert "all 3 steps were done before" in capsys.readouterr().out
     assert (trial.logs / "output.jsonl").read_bytes() == whole
 
 
 def test_a_signal_while_loading_ends_the_run_at_once(trial, monkeypatch, capsys):
-    monkeypatch.setattr(generation, "load_role", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(resume, "load_role", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert trial.run() == 130
     assert capsys.readouterr().err == "realjax: stopped by SIGINT before there was anything to save\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_a_call(number, trial, monkeypatch, capsys):
-    append = AnswerFile.append
+    append = AnswerWriter.append
 
     def append_and_stop(self, lines):
         append(self, lines)
         os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerFile, "append", append_and_stop)
+        patch.setattr(AnswerWriter, "append", append_and_stop)
         assert trial.run() == 128 + number
     assert len(trial.answers("output.jsonl.part")) == 3
-    assert "recover_mode=auto continues after prompt 3" in capsys.readouterr().out
+    assert "after step 1; recover_mode=auto continues from here" in capsys.readouterr().out
     assert trial.run(recover_mode="resume") == 0
     assert len(trial.answers()) == len(PROMPTS)
 
@@ -181,10 +183,19 @@ def test_other_options_do_not_go_on_from_the_answers(trial, capsys):
     assert len(trial.answers()) == len(PROMPTS)
 
 
+def test_other_prompts_and_lost_answers_do_not_go_on(trial, capsys):
+    assert trial.run(gen__max_new_tokens=2) == 0
+    with (trial.root / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "p7", "prompt": "one more"}) + "\n")
+    assert trial.run(gen__max_new_tokens=2, recover_mode="auto") == 2
+    assert "was made with another set of training data" in capsys.readouterr().err
+    assert len(trial.answers()) == len(PROMPTS)
+
+
 def test_nothing_to_write_and_nothing_to_go_on_from(trial, capsys):
     assert trial.run(output_file="null", gen__max_new_tokens=2) == 0
-    assert {path.name for path in trial.logs.iterdir()} == {"config.json", "run.log"}
-    assert trial.run(recover_mode="resume") == 2
+    assert not list(trial.logs.glob("*.jsonl.part")) and not (trial.logs / "output.jsonl").exists()
+    assert GenTrial(model=trial.model, root=trial.root, name="new").run(recover_mode="resume") == 2
     assert "recover_mode: resume, but " in capsys.readouterr().err
 
 

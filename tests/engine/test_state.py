@@ -49,7 +49,7 @@ def test_the_abstract_state_describes_the_real_one(layout):
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]], ids=str)
 def test_a_step_keeps_the_state_where_it_was_and_compiles_once(layout):
     layout, log = make_layout(**layout), CompileLog()
-    step = make_train_step(MODEL, SFT_LOSS, OPTIMIZER, 1.0, layout, TrainOptions())
+    step = make_train_step(MODEL, SFT_LOSS, OPTIMIZER, layout, TrainOptions())
     out = (train_state_shardings(MODEL, OPTIMIZER, layout), layout.replicated)
     fast = {"xla_backend_optimization_level": 0}
     step = Compiled("train", step, log, donate_argnums=0, out_shardings=out, compiler_options=fast)

@@ -44,7 +44,7 @@ def poisoned_loss(outputs, batch) -> LossSums:
 def make_step(layout, loss=SFT_LOSS):
     shardings = train_state_shardings(MODEL, OPTIMIZER, layout)
     state = init_train_state(place_params(MODEL, random_tree(MODEL), layout), OPTIMIZER, shardings)
-    step = make_train_step(MODEL, loss, OPTIMIZER, CONFIG.gradient_clipping, layout, TrainOptions())
+    step = make_train_step(MODEL, loss, OPTIMIZER, layout, TrainOptions())
     return quick_jit(step, out_shardings=(shardings, layout.replicated)), state
 
 
@@ -101,7 +101,7 @@ def test_every_update_learns_at_the_rate_that_is_reported(total):
     optimizer, layout = Optimizer(config=config, total_updates=total), make_layout()
     shardings = train_state_shardings(MODEL, optimizer, layout)
     state = init_train_state(place_params(MODEL, random_tree(MODEL), layout), optimizer, shardings)
-    step = make_train_step(MODEL, Loss(head="nll", fn=poisoned_loss), optimizer, 1.0, layout, TrainOptions())
+    step = make_train_step(MODEL, Loss(head="nll", fn=poisoned_loss), optimizer, layout, TrainOptions())
     step = quick_jit(step, out_shardings=(shardings, layout.replicated))
     nothing = BATCH.replace_arrays(loss_mask=np.zeros(BATCH["tokens"].shape, bool))
     applied, reported = [], []

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from realjax.allocation.allocate import allocate
+from realjax.allocation.modes import check_options
 from realjax.apps.quickstart import EXPERIMENTS
-from realjax.dataflow.generation_run import GenerationSpec
 from realjax.dataflow.run import RunSpec
 from realjax.options.checks import resolve_names, validate
 from realjax.options.datasets import (
@@ -21,6 +22,7 @@ from realjax.options.datasets import (
 )
 from realjax.options.fields import instances_of
 from realjax.options.model import ModelTrainEvalConfig
+from realjax.options.parallel import allocation_options
 from realjax.options.parsing import parse_overrides
 from tests.e2e.builders import write_llama
 
@@ -105,12 +107,15 @@ def options_of(experiment: str, given: Given, root: Path, **changes: Any) -> dic
     return options | {name.replace("__", "."): value for name, value in changes.items()}
 
 
-def make_spec(experiment: str, options: Mapping[str, Any]) -> RunSpec | GenerationSpec:
+def make_spec(experiment: str, options: Mapping[str, Any]) -> RunSpec:
     """Returns the run that the options describe, checked as the command line checks it."""
     words = [f"{name}={value}" for name, value in options.items()]
     config = resolve_names(parse_overrides(EXPERIMENTS[experiment].config_cls, words), experiment)
     validate(config)
-    return EXPERIMENTS[experiment].build(config, jax.devices()[: config.n_gpus_per_node])
+    check_options(allocation_options(config))
+    spec = EXPERIMENTS[experiment].build(config)
+    allocate(spec, jax.devices()[: config.n_gpus_per_node])
+    return spec
 
 
 def used_models(experiment: str) -> dict[str, bool]:

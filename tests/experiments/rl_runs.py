@@ -11,14 +11,17 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from realjax.allocation.plan import make_plan
+from realjax.allocation.allocate import allocate
+from realjax.allocation.modes import check_options
+from realjax.allocation.plan import AllocationPlan
 from realjax.apps.quickstart import EXPERIMENTS
 from realjax.core.metrics import summarize
 from realjax.dataflow.run import RunSpec
 from realjax.options.checks import resolve_names, validate
+from realjax.options.parallel import allocation_options
 from realjax.options.parsing import parse_overrides
 from realjax.runtime.executor import Executor
-from realjax.runtime.roles import build_role, load_role
+from realjax.runtime.roles import build_roles, load_role
 from tests.e2e.builders import write_llama, write_rows
 
 NEW = 8
@@ -122,27 +125,26 @@ def rl_options(inputs: RLInputs, root: Path, experiment: str = "ppo", **changes:
 
 
 def make_rl_spec(inputs: RLInputs, root: Path, experiment: str = "ppo", **changes: Any) -> RunSpec:
-    """Returns the run that the options describe, checked as the command line does it."""
+    """Returns the run that the options describe, checked as the command line does it, its layouts too."""
     words = [f"{name}={value}" for name, value in rl_options(inputs, root, experiment, **changes).items()]
     config = resolve_names(parse_overrides(EXPERIMENTS[experiment].config_cls, words), experiment)
     validate(config)
-    return EXPERIMENTS[experiment].build(config, jax.devices()[: config.n_gpus_per_node])
+    check_options(allocation_options(config))
+    spec = EXPERIMENTS[experiment].build(config)
+    make_rl_plan(spec)
+    return spec
+
+
+def make_rl_plan(spec: RunSpec) -> AllocationPlan:
+    """Returns the plan of a run on the first of its devices."""
+    return allocate(spec, jax.devices()[: spec.allocation.num_devices])
 
 
 def make_executor(spec: RunSpec) -> Executor:
     """Returns the executor of a run before its first step."""
-    plan = make_plan(spec.graph, spec.layouts, {name: role.offload for name, role in spec.roles.items()})
-    roles = {
-        name: build_role(
-            role,
-            plan.homes[name],
-            spec.loader.total_steps * spec.graph.num_updates(name),
-            is_offloaded=name in plan.offloaded,
-        )
-        for name, role in spec.roles.items()
-    }
-    states = {name: load_role(role, spec.seed) for name, role in roles.items()}
-    return Executor(spec.graph, spec.layouts, roles, states, seed=spec.seed, averages=spec.averages)
+    plan = make_rl_plan(spec)
+    roles = build_roles(spec, plan)
+    return Executor(spec, plan, roles, {name: load_role(role, spec.seed) for name, role in roles.items()})
 
 
 def as_numbers(updates: list[Mapping[str, Any]]) -> list[dict[str, float]]:

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from realjax.dataflow.run import RunSpec
 from tests.e2e.builders import write_llama
-from tests.experiments.rl_runs import RLInputs, make_rl_spec, write_rl_inputs
+from tests.experiments.rl_runs import RLInputs, make_rl_plan, make_rl_spec, write_rl_inputs
 
 LAYERS = 3
 STAGES: dict[str, Any] = {
@@ -29,24 +28,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> RLInputs:
     return replace(write_rl_inputs(folder), actor=model, ref=model)
 
 
-def empty_layers(spec: RunSpec) -> dict[str, int]:
-    """Returns the empty layers of the roles that have any."""
-    return {name: role.num_empty_layers for name, role in spec.roles.items() if role.num_empty_layers}
+def empty_layers(*args, **changes) -> dict[str, int]:
+    """Returns the empty layers of the roles that have any, in the plan of a run with these options."""
+    plan = make_rl_plan(make_rl_spec(*args, **changes))
+    return {name: number for name, number in plan.empty_layers.items() if number}
 
 
 def test_a_model_has_the_empty_layers_that_its_own_calls_need(inputs, tmp_path):
-    assert not empty_layers(make_rl_spec(inputs, tmp_path))
-    assert empty_layers(make_rl_spec(inputs, tmp_path, **STAGES)) == {"actor": 1}
+    assert not empty_layers(inputs, tmp_path)
+    assert empty_layers(inputs, tmp_path, **STAGES) == {"actor": 1}
     critic: dict[str, Any] = {
         "critic_inf__parallel__data_parallel_size": 1,
         "critic_inf__parallel__pipeline_parallel_size": 2,
     }
-    assert empty_layers(make_rl_spec(inputs, tmp_path, **STAGES | critic)) == {"actor": 1, "critic": 1}
+    assert empty_layers(inputs, tmp_path, **STAGES | critic) == {"actor": 1, "critic": 1}
 
 
 def test_a_role_that_follows_another_has_the_same_stack(inputs, tmp_path):
-    spec = make_rl_spec(inputs, tmp_path, **STAGES, algo__ref_ema_eta=0.5)
-    assert empty_layers(spec) == {"actor": 1, "ref": 1}
+    assert empty_layers(inputs, tmp_path, **STAGES, algo__ref_ema_eta=0.5) == {"actor": 1, "ref": 1}
 
 
 def test_more_stages_than_layers_are_refused(inputs, tmp_path):

@@ -40,7 +40,7 @@ def values_of(tmp_path_factory):
             answers = {}
             for variant, calls in evaluation.variants.items():
                 batches = [
-                    executor.run_calls(calls, evaluation.loader.batch(i), step=None).batch
+                    executor.step(evaluation.loader.batch(i), None, calls).batch
                     for i in range(evaluation.loader.total_steps)
                 ]
                 exist = [np.asarray(b["segment_ids"]).max(axis=1, keepdims=True) for b in batches]

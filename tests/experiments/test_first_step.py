@@ -88,7 +88,7 @@ def test_ratios_are_1_without_a_learning_rate(case, inputs, tmp_path):
     experiment, changes = RESTRICTED[case]
     still = {"actor__optimizer__lr": 0, "algo__surrogate": "clip", "algo__ppo_n_minibatches": 2}
     spec = make_rl_spec(inputs, tmp_path, experiment, **still, **changes)
-    result = make_executor(spec).step(spec.loader.batch(0))
+    result = make_executor(spec).step(spec.loader.batch(0), 0)
     updates = as_numbers(result.metrics["actor_train"])
     assert len(updates) == 2
     for update in updates:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
+from realjax.allocation.allocate import allocate
 from realjax.apps.quickstart import EXPERIMENTS
-from realjax.dataflow.graph import MFC
+from realjax.dataflow.graph import Inference, MicroBatches
 from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec
 from realjax.options.fields import instances_of
 from realjax.options.parallel import MFCConfig
@@ -29,17 +31,17 @@ def test_an_evaluation_is_split_as_training_is(experiment: str, option: str, giv
     options["dataset.valid_path"] = options.get("dataset.train_path") or options["dataset.path"]
     spec = make_spec(experiment, options)
     assert isinstance(spec, RunSpec)
-    wanted = {"num_mbs": None, "max_tokens_per_mb": None} | {"num_mbs" if name == "n_mbs" else name: int(value)}
-    split = lambda call: {"num_mbs": call.num_mbs, "max_tokens_per_mb": call.max_tokens_per_mb}
+    wanted = MicroBatches(**{{"n_mbs": "count", "max_tokens_per_mb": "max_tokens"}[name]: int(value)})
     evaluation = spec.evaluation
     if isinstance(evaluation, Evaluation):
         # One row there is one row here, and rows divide alike.
-        assert evaluation.loader.shapes.row_len == spec.loader.shapes.row_len
-        assert evaluation.loader.shape[0] % (evaluation.num_mbs or 1) == 0
-        assert split(evaluation) == wanted
+        plan = allocate(spec, jax.devices()[:1])
+        assert plan.held_out is not None
+        assert plan.held_out.shapes.row_len == plan.loader.shapes.row_len
+        assert plan.held_out.shape[0] % (evaluation.micro_batches.count or 1) == 0
+        assert evaluation.micro_batches == wanted
     else:
         assert isinstance(evaluation, RolloutEvaluation)
-    variants = evaluation.variants.values() if isinstance(evaluation, RolloutEvaluation) else [evaluation.calls]
-    inferences = [c for calls in variants for c in calls if isinstance(c, MFC) and c.call == "inference"]
-    assert all(split(call) == wanted for call in inferences)
+    inferences = [call for call in evaluation.calls if isinstance(call, Inference)]
+    assert all(call.micro_batches == wanted for call in inferences)
     assert inferences or experiment in ("sft", "rw")

@@ -49,7 +49,7 @@ def step(request, tmp_path_factory) -> Step:
         executor = make_executor(spec)
         for name, role in executor.roles.items():
             save_hf(executor.params(name), role.model.config, saved / name, source_dir=inputs.actor, dtype="float32")
-        result = executor.step(spec.loader.batch(0))
+        result = executor.step(spec.loader.batch(0), 0)
     return Step(
         metrics={call: as_numbers(updates)[0] for call, updates in result.metrics.items()},
         sequences=unpack(result.batch),

@@ -138,4 +138,4 @@ def test_what_is_given_here_is_right_but_for_that(inputs, tmp_path):
     """So that each case above is refused for its own reason."""
     spec = make_rl_spec(inputs, tmp_path)
     assert spec.loader.total_steps == 4
-    assert list(spec.roles) == ["actor", "rew", "ref", "critic"]
+    assert list(spec.roles) == ["actor", "ref", "rew", "critic"]

@@ -8,7 +8,6 @@ from transformers import AutoTokenizer
 
 from realjax.apps.quickstart import EXPERIMENTS
 from realjax.core.end_tokens import EndTokens
-from realjax.dataflow.generation_run import GenerationSpec
 from tests.experiments.any_experiment import LONGEST, PAIR, ROW, Given, make_spec, options_of, write_given
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} and{% endif %}"
@@ -28,8 +27,8 @@ def given(tmp_path: Path) -> Given:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_what_is_saved_names_the_end_of_its_training(experiment, given, tmp_path):
     spec = make_spec(experiment, options_of(experiment, given, tmp_path))
-    if isinstance(spec, GenerationSpec):
-        assert spec.eos_ids == (0, 5, 7)
+    if spec.answers is not None:
+        assert spec.graph.mfcs[0].eos_ids == (0, 5, 7)
         return
     saved = {role.name for role in spec.roles.values() if role.optimizer is not None}
     assert saved and all(spec.roles[role].ends == EndTokens(ids=(0, 5, 7), pad=1) for role in saved)
@@ -48,6 +47,5 @@ def test_chats_are_read_by_all(experiment, given, tmp_path):
         rows = [row | {"id": i, "prompt": chat} for i in range(8)]
         (given.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = make_spec(experiment, options)
-    is_gen = isinstance(spec, GenerationSpec)
-    tokens = spec.prompts.example(0)["tokens"] if is_gen else spec.loader.batch(0)["tokens"][0]
+    tokens = spec.loader.batch(0)["tokens"][0]
     assert AutoTokenizer.from_pretrained(given.language_model).decode(tokens[:LONGEST]).startswith("the film and")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from realjax.allocation.modes import check_options
 from realjax.options.checks import list_notices, resolve_names, validate
+from realjax.options.parallel import allocation_options
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import check_writable, find_fileroot, run_paths
 from realjax.options.supervised import SFTConfig
@@ -34,7 +36,9 @@ def test_a_sound_config_passes(data):
         ["dataset.valid_path=null", "eval_freq_epochs=null"],
         ["experiment_name=with_underscore-and.dot"],
     ):
-        validate(parse(data, *overrides))
+        config = parse(data, *overrides)
+        validate(config)
+        check_options(allocation_options(config))
 
 
 @pytest.mark.parametrize(
@@ -44,22 +48,6 @@ def test_a_sound_config_passes(data):
         (["trial_name="], "^trial_name: found ''"),
         (["trial_name=a b"], "^trial_name: found 'a b'"),
         (["trial_name=.."], r"^trial_name: found '\.\.'"),
-        (["allocation_mode=heuristic"], "^allocation_mode: heuristic has no rules for this experiment"),
-        (["allocation_mode=search"], "^allocation_mode: search is not available"),
-        (["allocation_mode=d2p2m2x"], "^allocation_mode: found 'd2p2m2x'"),
-        (
-            ["allocation_mode=d2p1m2"],
-            r"^allocation_mode: d2p1m2: .* = 2\*1\*2 = 4 devices, .* = 8; set n_gpus_per_node=4",
-        ),
-        (
-            [
-                "allocation_mode=manual",
-                "allocation.parallel.data_parallel_size=2",
-                "allocation.parallel.model_parallel_size=2",
-            ],
-            r"^allocation.parallel: .* = 2\*1\*2 = 4 devices, but n_nodes\*n_gpus_per_node = 8; .*choose sizes",
-        ),
-        (["allocation.device_mesh=NODE01:0,1"], "^allocation.device_mesh: found 'NODE01:0,1'"),
         (["model.path="], "^model.path: nothing given"),
         (["dataset.train_path="], "^dataset.train_path: nothing given"),
         (["dataset.train_path=/no/such.jsonl"], "^dataset.train_path: '/no/such.jsonl' is no such file"),
@@ -130,6 +118,5 @@ def test_notices_name_what_is_done_otherwise(data):
     assert list_notices(parse(data)) == []
     (offload,) = list_notices(parse(data, "model.offload=True", "model.optimizer.offload=True"))
     assert offload.startswith("model.optimizer.offload has no effect")
-    fp16, unused = list_notices(parse(data, "model.enable_fp16=True", "allocation.parallel.model_parallel_size=2"))
+    (fp16,) = list_notices(parse(data, "model.enable_fp16=True"))
     assert fp16.startswith("model.enable_fp16: computing in bfloat16")
-    assert unused.startswith("allocation.parallel is not used")

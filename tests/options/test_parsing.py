@@ -79,7 +79,7 @@ def test_quickstart_command_word_for_word():
     assert config.model.path == "/path/or/HF-identifier/of/llama-7b"
     assert config.model.gradient_checkpointing is True
     assert config.model.optimizer.type == "adam"
-    strategy = config.allocation.parallel.strategy(zero_stage=config.model.zero_stage)
+    strategy = config.allocation.parallel.strategy()
     assert (strategy.pp, strategy.tp, strategy.dp, strategy.sequence_parallel) == (1, 2, 4, True)
     assert config.dataset.train_path == "/path/to/train/dataset.jsonl"
     assert config.dataset.valid_path == "/path/to/valid/dataset.jsonl"

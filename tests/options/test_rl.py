@@ -8,14 +8,15 @@ from pathlib import Path
 import jax
 import pytest
 
+from realjax.allocation.modes import choose_devices, choose_strategy
 from realjax.apps.recipe import read_config
-from realjax.core.layout import ParallelStrategy
-from realjax.experiments.common import call_layout
+from realjax.core.layout import Layout, ParallelStrategy
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.config_dict import from_config_dict, to_config_dict, to_json
 from realjax.options.describe import describe_options
 from realjax.options.fields import list_options
 from realjax.options.generation import GenConfig
+from realjax.options.parallel import allocation_options
 from realjax.options.parsing import build, parse_overrides
 from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
 
@@ -127,30 +128,27 @@ def test_both_places_of_the_options_of_generation_are_the_same_option():
         parse_overrides(PPOConfig, ["ppo.top_k=4", "ppo.gen.top_k=5"])
 
 
-def layouts_of(config):
-    return {
-        name: call_layout(
-            name,
-            config,
-            getattr(config, name),
-            getattr(config, name.partition("_")[0]),
-            jax.devices()[:8],
-            is_train=name.endswith("_train"),
-        )
-        for name in MANUAL_LAYOUTS
-    }
+def lay_out(config):
+    options, layouts = allocation_options(config), {}
+    for name in MANUAL_LAYOUTS:
+        role, _, kind = name.partition("_")
+        strategy = choose_strategy(options, name, is_train=kind == "train")
+        zero_stage = getattr(config, role).zero_stage if kind == "train" else 0
+        devices = [jax.devices()[i] for i in choose_devices(options, name, strategy)]
+        layouts[name] = Layout(dataclasses.replace(strategy, zero_stage=zero_stage), tuple(devices))
+    return layouts
 
 
 def test_the_manual_script_gives_each_call_its_mesh(sources):
     config = parse([*MANUAL, *sources])
     validate(config)
-    assert {name: str(layout) for name, layout in layouts_of(config).items()} == MANUAL_LAYOUTS
+    assert {name: str(layout) for name, layout in lay_out(config).items()} == MANUAL_LAYOUTS
 
 
 def test_the_symmetric_script_gives_all_calls_one_mesh(sources):
     config = parse([*SYMMETRIC, *sources])
     validate(config)
-    for name, layout in layouts_of(config).items():
+    for name, layout in lay_out(config).items():
         assert layout.device_names == "0-7"
         assert dataclasses.replace(layout.strategy, zero_stage=0) == ParallelStrategy(
             dp=2, pp=2, tp=2, sequence_parallel=name.endswith("_train")

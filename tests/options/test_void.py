@@ -80,7 +80,6 @@ SAID = [
     ("sft", "model.optimizer.lr_scheduler_type=constant", "model.optimizer.min_lr_ratio=0.1"),
     ("sft", "allocation_mode=manual", "allocation.parallel.use_sequence_parallel=True"),
     ("sft", "seed=1", "dataset.valid_path=rows.jsonl"),
-    ("sft", "seed=1", "nodelist=NODE01"),
     ("rw", "seed=1", "model.loss_chunk_tokens=8"),
     ("dpo", "reference_free=True", "ref.path=somewhere"),
     ("dpo", "seed=1", "ref.optimizer.lr=0.1"),

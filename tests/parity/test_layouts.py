@@ -146,7 +146,7 @@ def test_the_whole_update_does_not_depend_on_the_layout_either(layout, num_mbs):
     def two_updates(layout: Layout, options: TrainOptions) -> tuple[Tree, dict[str, float]]:
         shardings = train_state_shardings(model, optimizer, layout)
         state = init_train_state(place_params(model, random_tree(model), layout), optimizer, shardings)
-        step = make_train_step(model, SFT_LOSS, optimizer, config.gradient_clipping, layout, options)
+        step = make_train_step(model, SFT_LOSS, optimizer, layout, options)
         step = quick_jit(step, out_shardings=(shardings, layout.replicated))
         batch = place_batch(wide(), train_rules(layout.strategy), layout)
         for _ in range(2):

@@ -11,11 +11,11 @@ import jax
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.processes import is_first
-from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.graph import DataflowGraph, Train
 from realjax.reshard.fetch import fetch
 from realjax.runtime.executor import Executor
 from tests.builders import make_examples, make_model, pack_in_order
-from tests.runtime.specs import make_role, make_state
+from tests.runtime.specs import make_executor, make_role, make_state
 from tests.workers import work
 
 STEPS = 3
@@ -26,20 +26,18 @@ SIZES = {
 }
 
 
-def make_executor() -> Executor:
+def make_overlap() -> Executor:
     layouts, roles = {}, {}
     for i, (name, sizes) in enumerate(SIZES.items()):
         layouts[name] = Layout(ParallelStrategy(), (jax.devices()[i],))
         roles[name] = make_role(make_model(**sizes), layouts[name], name)
-    calls = tuple(
-        MFC(name=name, role=name, call="train_step", inputs=("tokens", "loss_mask"), loss=SFT_LOSS) for name in SIZES
-    )
+    calls = tuple(Train(name=name, role=name, inputs=("tokens", "loss_mask"), loss=SFT_LOSS) for name in SIZES)
     graph = DataflowGraph(calls, frozenset({"tokens", "loss_mask"}))
-    return Executor(graph, layouts, roles, {name: make_state(role) for name, role in roles.items()})
+    return make_executor(graph, layouts, roles, {name: make_state(role) for name, role in roles.items()})
 
 
 def main() -> None:
-    executor, lines = make_executor(), []
+    executor, lines = make_overlap(), []
     for step in range(STEPS):
         batch, _ = pack_in_order(make_examples([64] * 16, seed=step), 64, num_rows=16)
         metrics = executor.step(batch, step).metrics

@@ -1,27 +1,45 @@
 """Small runs to carry out: descriptions, roles and batches on a few devices."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from realjax.algorithms.sft import SFT_LOSS
+from realjax.allocation.allocate import allocate, make_plan
+from realjax.core.compute import Compute
 from realjax.core.identity import Identity
-from realjax.core.layout import Layout
+from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.optimizer_config import OptimizerConfig
+from realjax.core.trees import Tree
 from realjax.data.datasets import PromptAnswerDataset
 from realjax.data.loader import Loader
-from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import Frequency, RoleSpec, RunPaths, RunSpec
+from realjax.dataflow.graph import DataflowGraph, Train
+from realjax.dataflow.run import AllocationOptions, CallPlacement, Frequency, RoleSpec, RunPaths, RunSpec
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import TrainState, init_train_state, train_state_shardings
+from realjax.hf.families import config_from_hf
 from realjax.models.build import Model
+from realjax.runtime import loop
+from realjax.runtime.executor import Executor
 from realjax.runtime.roles import Role
-from tests.builders import make_examples, make_layout, place_params, random_tree
+from tests.builders import make_examples, place_params, random_tree
+from tests.e2e.builders import CONFIG
 
-TRAIN = MFC(name="train", role="default", call="train_step", inputs=("tokens", "loss_mask"), loss=SFT_LOSS)
+TRAIN = Train(name="train", role="default", inputs=("tokens", "loss_mask"), loss=SFT_LOSS)
 NO_IDENTITY = Identity(fixed={}, contents={}, steering={}, harmless={})
 GRAPH = DataflowGraph((TRAIN,), frozenset({"tokens", "loss_mask"}))
+# For calls of any name.
+ONE_DEVICE = AllocationOptions(
+    mode="manual",
+    n_nodes=1,
+    n_gpus_per_node=1,
+    calls=defaultdict(lambda: CallPlacement(strategy=ParallelStrategy())),
+)
 
 
 def make_dataset(lengths: list[int], seed: int = 0) -> PromptAnswerDataset:
@@ -49,9 +67,7 @@ def make_paths(root: Path) -> RunPaths:
 
 def make_spec(paths: RunPaths, **changes) -> RunSpec:
     """Returns an SFT run on one device of a model in `model`, a directory beside the outputs."""
-    role = RoleSpec(
-        name="default", path=paths.logs.parents[1] / "model", optimizer=OptimizerConfig(lr=0.01), remat=False
-    )
+    role = make_role_spec("default", paths.logs.parents[1] / "model", optimizer=OptimizerConfig(lr=0.01))
     spec = RunSpec(
         experiment="sft",
         title="a test",
@@ -59,7 +75,7 @@ def make_spec(paths: RunPaths, **changes) -> RunSpec:
         identity=NO_IDENTITY,
         paths=paths,
         graph=GRAPH,
-        layouts={"train": make_layout()},
+        allocation=ONE_DEVICE,
         roles={"default": role},
         loader=make_loader(),
         num_epochs=1,
@@ -71,10 +87,39 @@ def make_spec(paths: RunPaths, **changes) -> RunSpec:
     return replace(spec, **changes)
 
 
+def make_role_spec(name: str, path: Path, **changes: Any) -> RoleSpec:
+    """Returns a role of the Llama that `write_llama` writes, in `path` or still to be written there."""
+    config = config_from_hf(CONFIG, "CONFIG")
+    return RoleSpec(**{"name": name, "path": path, "config": config, "compute": Compute(remat=False), **changes})
+
+
+def run_here(spec: RunSpec) -> int:
+    """Carries out a run on the first of its devices; returns its exit code."""
+    return loop.run(spec, allocate(spec, jax.devices()[: spec.allocation.num_devices]))
+
+
+def make_executor(
+    graph: DataflowGraph,
+    layouts: Mapping[str, Layout],
+    roles: Mapping[str, Role],
+    states: Mapping[str, TrainState | Tree],
+    **changes: Any,
+) -> Executor:
+    """Returns the executor of these calls in these layouts; `changes` are fields of its RunSpec."""
+    specs = {name: role.spec for name, role in roles.items()}
+    specs |= {name: make_role_spec(name, Path("nowhere")) for name in graph.roles if name not in specs}
+    spec = make_spec(
+        make_paths(Path("nowhere")), graph=graph, roles=specs, loader=make_loader(batch_size=12), **changes
+    )
+    return Executor(spec, make_plan(spec, layouts, jax.devices()), roles, dict(states))
+
+
 def make_role(model: Model, layout: Layout, name: str = "default", *, is_trained: bool = True) -> Role:
     """Returns a role without files behind it."""
     config = OptimizerConfig(lr=0.01) if is_trained else None
-    spec = RoleSpec(name=name, path=Path("nowhere"), optimizer=config, remat=False)
+    spec = RoleSpec(
+        name=name, path=Path("nowhere"), config=model.config, optimizer=config, compute=Compute(remat=False)
+    )
     return Role(
         spec=spec, model=model, home=layout, optimizer=Optimizer(config=config, total_updates=10) if config else None
     )

@@ -16,9 +16,10 @@ def test_samples_are_read_where_they_stand_in_the_order_of_their_prompts():
         {
             "tokens": np.array(tokens, np.int32),
             "loss_mask": np.arange(len(tokens)) >= 2,
-            "group": np.array(group, np.int32),
+            "prompt_id": np.array(prompt, np.int32),
+            "sample_id": np.array(0, np.int32),
         }
-        for group, tokens in ((1, [0, 1, 3, 4]), (0, [0, 1, 2, 3, 4]))
+        for prompt, tokens in ((1, [0, 1, 3, 4]), (0, [0, 1, 2, 3, 4]))
     ]
     batch, _ = pack_in_order(examples, 16, num_rows=1)
     batch = batch.with_arrays(rewards=np.array([[0.5, 2.0]], np.float32))

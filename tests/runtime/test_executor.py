@@ -13,11 +13,11 @@ from realjax.core.host_call import HostResult
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Total
-from realjax.dataflow.graph import MFC, DataflowGraph, HostCall, Minibatches
+from realjax.dataflow.graph import DataflowGraph, Host, Inference, MicroBatches, Minibatches, Train
 from realjax.dataflow.run import Evaluation
 from realjax.engine.compiled import place_batch
 from realjax.engine.inference import make_inference
-from realjax.runtime.executor import Executor, refuse_longer
+from realjax.runtime.calls import refuse_longer
 from realjax.runtime.programs import num_micro_batches
 from tests.builders import (
     assert_bitwise_equal,
@@ -28,7 +28,7 @@ from tests.builders import (
     place_params,
     random_tree,
 )
-from tests.runtime.specs import GRAPH, TRAIN, make_loader, make_role, make_state
+from tests.runtime.specs import GRAPH, TRAIN, make_executor, make_loader, make_role, make_state
 
 MODEL = make_model()
 BATCH, _ = pack_in_order(make_examples([9, 12, 5, 14, 7, 3]), 16, num_rows=8)
@@ -42,13 +42,10 @@ def test_keys_travel_from_call_to_call():
         sums = SFT_LOSS.fn(outputs, batch)
         return LossSums(sums.loss, {"reference": Total(batch["logprobs"].sum())})
 
-    inference = MFC(
-        name="refInf", role="ref", call="inference", inputs=("tokens",), outputs=("logprobs",), head="logprobs"
-    )
-    train = MFC(
+    inference = Inference(name="refInf", role="ref", inputs=("tokens",), outputs=("logprobs",), head="logprobs")
+    train = Train(
         name="train",
         role="default",
-        call="train_step",
         inputs=("tokens", "loss_mask", "logprobs"),
         loss=Loss("nll", loss),
     )
@@ -60,10 +57,10 @@ def test_keys_travel_from_call_to_call():
     }
     reference = random_tree(MODEL, seed=5)
     states = {"default": make_state(roles["default"]), "ref": place_params(MODEL, reference, layouts["refInf"])}
-    executor = Executor(graph, layouts, roles, dict(states))
+    executor = make_executor(graph, layouts, roles, dict(states))
     before = jax.tree.map(np.asarray, executor.params("default"))
 
-    metrics = executor.step(BATCH).metrics
+    metrics = executor.step(BATCH, 0).metrics
     assert list(metrics) == ["train"]
     layout = layouts["refInf"]
     alone = make_inference(MODEL, "logprobs", layout, roles["ref"].forward_options)
@@ -77,14 +74,14 @@ def test_keys_travel_from_call_to_call():
         np.any(np.asarray(new) != old)
         for new, old in zip(jax.tree.leaves(executor.params("default")), jax.tree.leaves(before), strict=True)
     )
-    executor.step(BATCH)
+    executor.step(BATCH, 0)
     assert [name for name, _, _ in executor.compile_log.entries] == ["refInf", "train"]
 
 
 def test_an_evaluation_changes_nothing_and_compiles_once():
     layout = make_layout(dp=2)
     role = make_role(MODEL, layout)
-    executor = Executor(GRAPH, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    executor = make_executor(GRAPH, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
     evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(num_shards=2, shuffle=False))
     before = jax.tree.map(np.asarray, executor.states["default"])
     sums = [executor.evaluate(evaluation, evaluation.loader.batch(i)) for i in range(evaluation.loader.total_steps)]
@@ -103,7 +100,7 @@ def test_updates_that_fall_away_count_for_the_schedule():
     role = make_role(MODEL, layout)
     train = replace(TRAIN, minibatches=Minibatches(count=3))
     graph = DataflowGraph((train,), frozenset({"tokens", "loss_mask"}))
-    executor = Executor(graph, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    executor = make_executor(graph, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
     one_sequence, _ = pack_in_order(make_examples([9]), 16)
     rates = []
     for step, batch in enumerate([one_sequence, BATCH]):
@@ -121,28 +118,28 @@ def test_an_evaluation_leaves_the_state_of_host_calls_as_it_is():
         seen = state.get("seen", 0.0) + 1
         return HostResult(arrays={}, state={"seen": seen}, metrics={"seen": Last(seen)})
 
-    call = HostCall(name="rewards", fn=count, inputs=("loss_mask",), outputs=())
+    call = Host(name="rewards", fn=count, inputs=("loss_mask",), outputs=())
     layout, role = make_layout(), make_role(MODEL, make_layout())
     graph = DataflowGraph((TRAIN, call), frozenset({"tokens", "loss_mask"}))
-    executor = Executor(graph, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
-    executor.run_calls([call], BATCH, step=0)
+    executor = make_executor(graph, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    executor.step(BATCH, 0, [call])
     for _ in range(2):
-        assert executor.run_calls([call], BATCH, step=None).metrics["rewards"] == [{"seen": Last(2.0)}]
+        assert executor.step(BATCH, None, [call]).metrics["rewards"] == [{"seen": Last(2.0)}]
     assert executor.controls == {"rewards": {"seen": 1.0}}
 
 
-@pytest.mark.parametrize("options", [{"num_mbs": 4}, {"max_tokens_per_mb": 256}], ids=str)
-def test_an_evaluation_in_micro_batches_has_the_same_sums_in_less_memory(options):
+@pytest.mark.parametrize("parts", [MicroBatches(count=4), MicroBatches(max_tokens=256)], ids=str)
+def test_an_evaluation_in_micro_batches_has_the_same_sums_in_less_memory(parts):
     layout = make_layout(dp=2)
     role = make_role(MODEL, layout)
-    executor = Executor(GRAPH, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
+    executor = make_executor(GRAPH, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
     whole = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader())
     batch, _ = pack_in_order(make_examples([16] * 64), 16)
     sums, scratch = [], []
-    for evaluation in (whole, replace(whole, **options)):
+    for evaluation in (whole, replace(whole, micro_batches=parts)):
         sums.append(jax.tree.map(float, executor.evaluate(evaluation, batch)))
-        parts = num_micro_batches(evaluation, batch, layout)
-        (program,) = executor.programs.evaluation(evaluation, role, parts).programs.values()
+        num_mbs = num_micro_batches(evaluation, batch, layout)
+        (program,) = executor.programs.evaluation(evaluation, num_mbs).programs.values()
         scratch.append(program.memory_analysis().temp_size_in_bytes)
     assert jax.tree.leaves(sums[1]) == pytest.approx(jax.tree.leaves(sums[0]), rel=1e-6)
     assert scratch[1] < 0.6 * scratch[0]
@@ -152,7 +149,7 @@ def test_an_evaluation_in_micro_batches_has_the_same_sums_in_less_memory(options
 @pytest.mark.parametrize("budget", [64, 65, 96, 127, 128, 1000])
 def test_a_token_budget_gives_the_fewest_micro_batches_that_keep_it(dp, budget):
     batch, layout = Batch.of(**{key: np.tile(array, (3, 1)) for key, array in HOST.items()}), make_layout(dp=dp)
-    mfc = MFC(name="train", role="r", call="train_step", inputs=(), max_tokens_per_mb=budget)
+    mfc = replace(TRAIN, micro_batches=MicroBatches(max_tokens=budget))
     found = num_micro_batches(mfc, batch, layout)
     rows_per_device, tokens = batch.num_rows // dp, batch.num_rows * batch.row_len
     fitting = [n for n in range(1, rows_per_device + 1) if rows_per_device % n == 0 and tokens / n <= budget]
@@ -162,18 +159,18 @@ def test_a_token_budget_gives_the_fewest_micro_batches_that_keep_it(dp, budget):
 def test_micro_batches_that_cannot_be_are_refused():
     batch, layout = Batch.of(**HOST), make_layout(dp=2)
 
-    def mfc(**options) -> MFC:
-        return MFC(name="train", role="r", call="train_step", inputs=(), **options)
+    def mfc(**parts) -> Train:
+        return replace(TRAIN, micro_batches=MicroBatches(**parts))
 
     assert num_micro_batches(mfc(), batch, layout) == 1
-    assert num_micro_batches(mfc(num_mbs=4), batch, layout) == 4
+    assert num_micro_batches(mfc(count=4), batch, layout) == 4
     with pytest.raises(ValueError, match=r"^train: 8 rows over dp=2 leave 4 a device, which n_mbs=3 does not divide"):
-        num_micro_batches(mfc(num_mbs=3), batch, layout)
-    assert num_micro_batches(mfc(max_tokens_per_mb=32), batch, layout) == 4
+        num_micro_batches(mfc(count=3), batch, layout)
+    assert num_micro_batches(mfc(max_tokens=32), batch, layout) == 4
     with pytest.raises(
         ValueError, match=r"^train: max_tokens_per_mb=31 is less than one row of 16 tokens .* at least 32"
     ):
-        num_micro_batches(mfc(max_tokens_per_mb=31), batch, layout)
+        num_micro_batches(mfc(max_tokens=31), batch, layout)
 
 
 def test_sequences_longer_than_a_call_was_told_are_refused():
@@ -189,7 +186,7 @@ def test_a_call_waits_for_those_it_reads_from_and_those_on_its_devices():
     on = lambda *numbers: Layout(ParallelStrategy(dp=len(numbers)), tuple(devices[i] for i in numbers))
     layouts = {"gen": on(0, 1), "ref": on(2, 3), "rew": on(1, 2), "train": on(4, 5)}
     calls = tuple(
-        MFC(name=name, role=name, call="inference", inputs=inputs, outputs=outputs)
+        Inference(name=name, role=name, inputs=inputs, outputs=outputs, head="logprobs")
         for name, inputs, outputs in (
             ("gen", ("tokens",), ("logprobs",)),
             ("ref", ("tokens",), ("ref_logprobs",)),
@@ -197,6 +194,15 @@ def test_a_call_waits_for_those_it_reads_from_and_those_on_its_devices():
             ("train", ("logprobs", "rewards"), ()),
         )
     )
-    executor = Executor(DataflowGraph(calls, frozenset({"tokens"})), layouts, {}, {})
+    executor = make_executor(DataflowGraph(calls, frozenset({"tokens"})), layouts, {}, {})
     found = {mfc.name: set(executor._waits_for(mfc)) for mfc in calls}
     assert found == {"gen": set(), "ref": set(), "rew": {"gen", "ref"}, "train": {"gen", "rew"}}
+
+
+def test_a_key_of_the_step_before_is_not_taken_from_this_one():
+    count = Host(name="count", fn=lambda arrays, state: HostResult(arrays={}), inputs=(), outputs=("seen",))
+    train = replace(TRAIN, inputs=(*TRAIN.inputs, "seen"), delays={"seen": 1})
+    graph = DataflowGraph((train, count), GRAPH.dataset_keys)
+    layout, role = make_layout(), make_role(MODEL, make_layout())
+    with pytest.raises(ValueError, match="^executor: train reads seen of the step before, which is not kept"):
+        make_executor(graph, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})

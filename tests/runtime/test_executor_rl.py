@@ -38,7 +38,7 @@ def test_memory_returns_to_its_level_after_each_step(tmp_path):
             executor.step(spec.loader.batch(step), step)
             records = {record.name: record for record in executor.timeline.of_step(step)}
             assert {name: record.devices for name, record in records.items()} == {
-                name: layout.device_names for name, layout in spec.layouts.items()
+                name: layout.device_names for name, layout in executor.plan.layouts.items()
             }
             levels.append(live_bytes())
     # The first step compiles: what its programs hold on to is there from the second on.

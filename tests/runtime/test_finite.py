@@ -13,10 +13,11 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.dataflow.run import RoleSpec
 from realjax.engine.batching import Generation
+from realjax.engine.optim import Optimizer
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
 from realjax.runtime.finite import nonfinite_leaves, refuse_nonfinite
-from realjax.runtime.roles import build_role, load_role
+from realjax.runtime.roles import Role, load_role
 from tests.e2e.builders import write_llama
 
 
@@ -52,19 +53,27 @@ def test_one_number_among_all_is_found_wherever_it_lies(model_dir, tmp_path, str
     assert nonfinite_leaves(load_params(directory, model, shardings), home) == found
 
 
+def role_at_home(spec: RoleSpec, *, is_offloaded: bool) -> Role:
+    """Returns the role, built for one device."""
+    optimizer = None if spec.optimizer is None else Optimizer(config=spec.optimizer, total_updates=1)
+    home = Layout.of(ParallelStrategy())
+    return Role(spec=spec, model=build_model(spec.config), home=home, optimizer=optimizer, is_offloaded=is_offloaded)
+
+
 @pytest.mark.parametrize("kind", ["trained", "fixed", "offloaded", "critic"])
 def test_no_role_is_loaded_with_one(model_dir, tmp_path, kind):
     directory = poison(model_dir, tmp_path / "bad", "model.embed_tokens.weight", np.nan)
-    spec = RoleSpec(name="rew", path=directory, is_critic=kind == "critic")
+    config = load_config(model_dir)
+    spec = RoleSpec(name="rew", path=directory, config=config.as_critic() if kind == "critic" else config)
     if kind == "trained":
         spec = replace(spec, optimizer=OptimizerConfig())
-    role = build_role(spec, Layout.of(ParallelStrategy()), 1, is_offloaded=kind == "offloaded")
+    role = role_at_home(spec, is_offloaded=kind == "offloaded")
     with pytest.raises(
         ValueError, match=r"^role rew \('.*bad'\) holds numbers that are not finite as float32, in embed"
     ):
         load_role(role, seed=1)
     good = replace(spec, path=model_dir)
-    state = load_role(build_role(good, Layout.of(ParallelStrategy()), 1, is_offloaded=kind == "offloaded"), seed=1)
+    state = load_role(role_at_home(good, is_offloaded=kind == "offloaded"), seed=1)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from realjax.dataflow.run import Frequency, RolloutEvaluation, RunPaths, RunSpec
 from realjax.record.samples import Sample
-from realjax.runtime import loop
+from realjax.runtime import session
 from tests.e2e.builders import without_clocks, write_llama
 from tests.runtime.kills import Killed, watching
-from tests.runtime.specs import make_loader, make_paths, make_spec
+from tests.runtime.specs import make_loader, make_paths, make_spec, run_here
 
 VALUES = (0.0, 0.1, 0.3, 0.2, 0.5, 0.4, 0.45)  # of the evaluation after each step: the best is that of step 4
 NUM_KILLS = 5
@@ -30,7 +30,7 @@ def evaluate(executor, evaluation, decode_fn) -> tuple[Mapping[str, float], list
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
     write_llama(tmp_path / "model")
-    monkeypatch.setattr(loop, "evaluate_rollouts", evaluate)
+    monkeypatch.setattr(session, "evaluate_rollouts", evaluate)
     held_out = RolloutEvaluation(
         role="default", variants={}, loader=make_loader(shuffle=False), best_metric="greedy/worth"
     )
@@ -71,7 +71,7 @@ def test_a_run_killed_before_any_effect_on_files_ends_like_one_that_was_not(spec
     roles = {"default": replace(spec.roles["default"], path=tmp_path / "model")}
     whole, killed = (replace(spec, paths=one, roles=roles) for one in paths)
     with watching(tmp_path / "whole") as watch:
-        assert loop.run(whole) == 0
+        assert run_here(whole) == 0
     expected = read(whole.paths)
     assert [name for name in expected if "best" in name and name.count("/") == 2] == [
         "checkpoints/default/best-globalstep4"
@@ -86,9 +86,9 @@ def test_a_run_killed_before_any_effect_on_files_ends_like_one_that_was_not(spec
         print(f"seed {seed}: killed before effect {number}, about {watch.seen[number]}")
         # Threads take turns as they like: a run that makes an effect fewer is not killed before the last.
         with suppress(Killed), watching(tmp_path / f"killed-{number}", last=number) as stopped:
-            loop.run(one)
+            run_here(one)
         num_killed += len(stopped.seen) == number
-        assert loop.run(one) == 0
+        assert run_here(one) == 0
         found = read(one.paths)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []

@@ -8,17 +8,16 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.data.loader import Position
-from realjax.dataflow.graph import MFC, DataflowGraph
-from realjax.dataflow.run import Evaluation, Frequency, RoleSpec, RunSpec
+from realjax.dataflow.graph import DataflowGraph, Inference
+from realjax.dataflow.run import Evaluation, Frequency, RunSpec
 from realjax.hf.files import CheckpointFiles
 from realjax.record.metrics import read_metrics
-from realjax.runtime import loop
-from tests.builders import make_layout
+from realjax.runtime.exports import checkpoint_name
 from tests.e2e.builders import write_llama
-from tests.runtime.specs import TRAIN, make_loader, make_paths, make_spec
+from tests.runtime.specs import TRAIN, make_loader, make_paths, make_role_spec, make_spec, run_here
 from tests.stops import stopped_after
 
-REFERENCE = MFC(name="ref", role="ref", call="inference", inputs=("tokens",), outputs=("logprobs",), head="logprobs")
+REFERENCE = Inference(name="ref", role="ref", inputs=("tokens",), outputs=("logprobs",), head="logprobs")
 
 
 @pytest.fixture
@@ -29,8 +28,7 @@ def spec(tmp_path: Path) -> RunSpec:
     return make_spec(
         paths,
         graph=DataflowGraph((TRAIN, REFERENCE), frozenset({"tokens", "loss_mask"})),
-        layouts={"train": make_layout(), "ref": make_layout()},
-        roles=make_spec(paths).roles | {"ref": RoleSpec(name="ref", path=tmp_path / "model", remat=False)},
+        roles=make_spec(paths).roles | {"ref": make_role_spec("ref", tmp_path / "model")},
         evaluation=held_out,
         evaluate=Frequency(steps=2),
         save=Frequency(steps=2),
@@ -40,13 +38,13 @@ def spec(tmp_path: Path) -> RunSpec:
 
 def test_only_trained_roles_are_saved_and_a_run_goes_on_where_it_stopped(spec):
     with stopped_after(2):
-        assert loop.run(spec) == 143
+        assert run_here(spec) == 143
     exports = spec.paths.checkpoints
     assert [path.name for path in exports.iterdir()] == ["default"]
     assert [path.name for path in (exports / "default").iterdir()] == ["epoch1epochstep2globalstep2"]
     assert {path.name for path in (spec.paths.recover / "2").iterdir()} >= {"run", "role_default"}
     assert not (spec.paths.recover / "2" / "role_ref").exists()
-    assert loop.run(spec) == 0
+    assert run_here(spec) == 0
     records = [(record["kind"], record["step"]) for record in read_metrics(spec.paths.logs / "metrics.jsonl")]
     assert records == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
     exported = exports / "default" / "epoch1epochstep3globalstep3"
@@ -60,7 +58,7 @@ def test_a_model_from_scratch_needs_no_weights_and_depends_on_the_seed(spec, tmp
     for seed in (1, 1, 2):
         paths = make_paths(tmp_path / str(len(losses)))
         changed = replace(spec, paths=paths, roles=scratch, seed=seed, benchmark_steps=1)
-        assert loop.run(changed) == 0
+        assert run_here(changed) == 0
         losses.append(read_metrics(paths.logs / "metrics.jsonl")[0]["loss"])
     assert losses[0] == losses[1] != losses[2]
     assert np.isfinite(losses).all()
@@ -68,4 +66,4 @@ def test_a_model_from_scratch_needs_no_weights_and_depends_on_the_seed(spec, tmp
 
 def test_a_checkpoint_has_reals_name():
     position = Position(epoch=3, epoch_step=4, global_step=20, ends_epoch=False)
-    assert loop.checkpoint_name(position) == "epoch3epochstep4globalstep20"
+    assert checkpoint_name(position) == "epoch3epochstep4globalstep20"

@@ -11,17 +11,17 @@ import orbax.checkpoint as ocp
 import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
-from realjax.apps.quickstart import report_errors
+from realjax.apps.errors import report_errors
 from realjax.dataflow.run import Evaluation, Frequency, RunSpec
 from realjax.hf import save as hf_save
 from realjax.record import rundir
 from realjax.record.metrics import MetricsWriter, TensorBoardFile, read_metrics
 from realjax.record.timeline import Timeline
-from realjax.runtime import exports, loop, resume
+from realjax.runtime import exports, loop, resume, session
 from realjax.runtime.checkpoint import RunCheckpointer
 from realjax.runtime.places import Places
 from tests.e2e.builders import write_llama
-from tests.runtime.specs import make_loader, make_paths, make_spec
+from tests.runtime.specs import make_loader, make_paths, make_spec, run_here
 
 STEPS = 3
 FULL = os.strerror(errno.ENOSPC)
@@ -37,8 +37,10 @@ def spec(tmp_path: Path) -> Iterator[RunSpec]:
     )
 
 
-def end(spec: RunSpec) -> int:
-    return report_errors(lambda: loop.run(spec))
+def run_to_end(spec: RunSpec) -> int:
+    with report_errors() as end:
+        end.code = run_here(spec)
+    return end.code
 
 
 def before(patch: pytest.MonkeyPatch, owner: object, name: str, action: Callable[[], None], call: int = 1) -> None:
@@ -62,12 +64,12 @@ def saved_steps(spec: RunSpec) -> list[int]:
 PHASES = {
     "making the directories": (resume, "replace_text", 1, None),
     "loading": (resume, "load_role", 1, None),
-    "evaluating before the first step": (loop, "evaluate_loss", 1, None),
-    "compiling": (loop.Executor, "step", 1, 1),
-    "evaluating": (loop, "evaluate_loss", 2, 1),
+    "evaluating before the first step": (session, "evaluate_loss", 1, None),
+    "compiling": (session.Session, "begin_step", 1, 1),
+    "evaluating": (session, "evaluate_loss", 2, 1),
     "exporting": (exports, "save_hf", 1, 2),
     "saving": (RunCheckpointer, "save", 2, 3),
-    "writing the report": (loop, "write_report", 1, STEPS),
+    "writing the report": (session, "write_report", 1, STEPS),
     "closing": (RunCheckpointer, "__exit__", 1, STEPS),
 }
 
@@ -78,7 +80,7 @@ def test_a_signal_in_any_phase(phase, number, spec, monkeypatch, capsys, caplog)
     owner, name, call, step = PHASES[phase]
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "realjax"):
         before(patch, owner, name, lambda: os.kill(os.getpid(), number), call)
-        code = end(spec)
+        code = run_to_end(spec)
     error = capsys.readouterr().err
     if step is None:
         assert code == 128 + number
@@ -90,7 +92,7 @@ def test_a_signal_in_any_phase(phase, number, spec, monkeypatch, capsys, caplog)
         assert f"stopped by {number.name} after step {step}; recover_mode=auto continues from here" in caplog.text
         assert f"{number.name}: the run ends after what is under way, saved; once more ends it at once" in caplog.text
     assert step is None or saved_steps(spec)[-1] == step
-    assert end(spec) == 0
+    assert run_to_end(spec) == 0
     records = [
         record["step"] for record in read_metrics(spec.paths.logs / "metrics.jsonl") if record["kind"] == "train"
     ]
@@ -111,9 +113,9 @@ WRITES = {
     "a directory": (Places, "check", 2, 1),
     "the state": (RunCheckpointer, "save", 2, 1),
     "the state, on its thread": (ocp.StandardCheckpointHandler, "finalize", 2, 1),
-    "the graph": (loop, "draw_graph", 1, STEPS),
+    "the graph": (session, "draw_graph", 1, STEPS),
     "the timeline": (Timeline, "draw", 1, STEPS),
-    "the report": (loop, "write_report", 1, STEPS),
+    "the report": (session, "write_report", 1, STEPS),
 }
 
 
@@ -122,18 +124,18 @@ def test_a_full_disk_at_any_write(what, spec, monkeypatch, capsys):
     owner, name, call, step = WRITES[what]
     with monkeypatch.context() as patch:
         before(patch, owner, name, fill, call)
-        assert end(spec) == 1
+        assert run_to_end(spec) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("realjax: error: ") and FULL in error
     assert f"step {step} is saved in {spec.paths.recover}; once that is mended, the same command" in error
-    assert end(spec) == 0  # once it is
+    assert run_to_end(spec) == 0  # once it is
 
 
 def test_a_full_disk_before_the_first_save(spec, monkeypatch, capsys):
     for owner, name in ((resume, "replace_text"), (loop, "MetricsWriter"), (hf_save, "_write_shards")):
         with monkeypatch.context() as patch:
             before(patch, owner, name, fill)
-            assert end(spec) == 1
+            assert run_to_end(spec) == 1
         assert capsys.readouterr().err.endswith(
             "; nothing was saved before; give the command again once that is mended\n"
         )
@@ -143,8 +145,8 @@ def test_a_full_disk_before_the_first_save(spec, monkeypatch, capsys):
 def test_a_directory_that_is_removed_while_the_run_goes_on(kind, spec, monkeypatch, capsys):
     directory = getattr(spec.paths, kind)
     with monkeypatch.context() as patch:
-        before(patch, loop.Executor, "step", lambda: directory.rename(directory.with_name("elsewhere")), 3)
-        assert end(spec) == 1
+        before(patch, session.Session, "begin_step", lambda: directory.rename(directory.with_name("elsewhere")), 3)
+        assert run_to_end(spec) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(directory) in error
     assert "was removed while the run went on" in error or os.strerror(errno.ENOENT) in error

@@ -16,11 +16,11 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.run import Frequency, RunSpec
 from realjax.record.metrics import read_metrics
-from realjax.runtime import loop
+from realjax.runtime.executor import StepResult
 from realjax.runtime.lock import lock_run
-from realjax.runtime.loop import Session
+from realjax.runtime.session import Session
 from tests.e2e.builders import write_llama
-from tests.runtime.specs import NO_IDENTITY, TRAIN, make_loader, make_paths, make_spec
+from tests.runtime.specs import NO_IDENTITY, TRAIN, make_loader, make_paths, make_spec, run_here
 from tests.stops import stopped_after
 
 SAME = replace(NO_IDENTITY, fixed={"seed": 1}, steering={"model.optimizer.lr": 0.01})
@@ -39,21 +39,21 @@ def contents(spec: RunSpec) -> dict[str, bytes]:
 
 
 def test_a_finished_run_answers_itself_alone(spec, caplog):
-    assert loop.run(spec) == 0
+    assert run_here(spec) == 0
     before = contents(spec)
     with caplog.at_level(logging.INFO, "realjax"):
-        assert loop.run(replace(spec, identity=replace(SAME, harmless={"n_gpus_per_node": 1}))) == 0
+        assert run_here(replace(spec, identity=replace(SAME, harmless={"n_gpus_per_node": 1}))) == 0
     assert "all 3 steps were done before" in caplog.text
     with pytest.raises(ValueError, match=r"was made with another seed \(1 there, 2 here\); continue with the same"):
-        loop.run(replace(spec, identity=replace(SAME, fixed={"seed": 2})))
+        run_here(replace(spec, identity=replace(SAME, fixed={"seed": 2})))
     with pytest.raises(ValueError, match=r"model.optimizer.lr 0.01 -> 0.5 would have no effect; raise total_train_epo"):
-        loop.run(replace(spec, identity=replace(SAME, steering={"model.optimizer.lr": 0.5})))
+        run_here(replace(spec, identity=replace(SAME, steering={"model.optimizer.lr": 0.5})))
     assert contents(spec) == before
 
 
 def test_a_benchmark_saves_nothing_and_says_so(spec, caplog):
     with caplog.at_level(logging.INFO, "realjax"):
-        assert loop.run(replace(spec, benchmark_steps=2)) == 0
+        assert run_here(replace(spec, benchmark_steps=2)) == 0
     assert "benchmark_steps: neither checkpoints nor training states are written" in caplog.text
     assert len(read_metrics(spec.paths.logs / "metrics.jsonl")) == 2
     assert not list(spec.paths.checkpoints.iterdir()) and not list(spec.paths.recover.iterdir())
@@ -61,7 +61,7 @@ def test_a_benchmark_saves_nothing_and_says_so(spec, caplog):
 
 def test_what_is_found_while_loading_leaves_the_earlier_run_where_it_is(spec, tmp_path):
     anew = replace(spec, recover_mode="disabled")
-    assert loop.run(anew) == 0
+    assert run_here(anew) == 0
     before = contents(spec)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -71,38 +71,38 @@ def test_what_is_found_while_loading_leaves_the_earlier_run_where_it_is(spec, tm
     save_file(tensors, tmp_path / "broken" / "model.safetensors")
     broken = replace(spec.roles["default"], path=tmp_path / "broken")
     with pytest.raises(ValueError, match="model.norm.weight"):
-        loop.run(replace(anew, roles={"default": broken}))
+        run_here(replace(anew, roles={"default": broken}))
     (tmp_path / "broken").rename(tmp_path / "model" / "aside")
     found = {name: content for name, content in contents(spec).items() if "aside" not in name and "broken" not in name}
     assert found == before
 
 
 def test_a_second_run_of_a_name_is_refused_before_it_moves_anything(spec):
-    assert loop.run(spec) == 0
+    assert run_here(spec) == 0
     before = contents(spec)
     with lock_run(spec.paths.logs), pytest.raises(ValueError, match="another run of this name is going on"):
-        loop.run(replace(spec, recover_mode="disabled"))
+        run_here(replace(spec, recover_mode="disabled"))
     assert contents(spec) == before
 
 
 def test_numbers_that_are_not_finite_are_neither_saved_nor_exported(spec, monkeypatch):
-    train = Session.train
+    record = Session.record
 
-    def train_and_spoil(session: Session, step: int):
-        position = train(session, step)
+    def record_and_spoil(session: Session, step: int, result: StepResult):
+        position = record(session, step, result)
         if step == 1:
             state = session.executor.states["default"]
             spoiled = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
             session.executor.states["default"] = state.replace(params=spoiled)
         return position
 
-    monkeypatch.setattr(Session, "train", train_and_spoil)
+    monkeypatch.setattr(Session, "record", record_and_spoil)
     with pytest.raises(RuntimeError, match=r"step 2: default holds numbers that are not finite, .*; step 1 is in "):
-        loop.run(spec)
+        run_here(spec)
     assert [path.name for path in spec.paths.recover.iterdir()] == ["1"]
     assert [path.name for path in (spec.paths.checkpoints / "default").iterdir()] == ["epoch1epochstep1globalstep1"]
-    monkeypatch.setattr(Session, "train", train)
-    assert loop.run(spec) == 0
+    monkeypatch.setattr(Session, "record", record)
+    assert run_here(spec) == 0
 
 
 def test_a_run_whose_last_updates_were_skipped_does_not_end_well(spec, tmp_path, caplog):
@@ -114,7 +114,7 @@ def test_a_run_whose_last_updates_were_skipped_does_not_end_well(spec, tmp_path,
     stalled = replace(spec, graph=DataflowGraph((train,), frozenset({"tokens", "loss_mask"})))
     for _ in range(2):  # and says the same when it is asked again
         caplog.clear()
-        assert loop.run(stalled) == 1
+        assert run_here(stalled) == 1
         assert "default: the last 3 updates were skipped, as their gradients were not finite" in caplog.text
     (saved,) = (spec.paths.checkpoints / "default").glob("*globalstep3")
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", saved))
@@ -125,7 +125,7 @@ def test_a_run_whose_last_updates_were_skipped_does_not_end_well(spec, tmp_path,
 def test_more_epochs_say_what_the_learning_rate_does_and_may_keep_the_old_schedule(schedule_epochs, spec, caplog):
     optimizer = OptimizerConfig(lr=0.01, lr_scheduler_type="linear", warmup_steps_proportion=0, min_lr_ratio=0.1)
     first = replace(spec, roles={"default": replace(spec.roles["default"], optimizer=optimizer)})
-    assert loop.run(replace(first, identity=replace(SAME, steering={"exp_ctrl.total_train_epochs": 1}))) == 0
+    assert run_here(replace(first, identity=replace(SAME, steering={"exp_ctrl.total_train_epochs": 1}))) == 0
     longer = replace(
         first,
         loader=make_loader(num_epochs=2),
@@ -134,7 +134,7 @@ def test_more_epochs_say_what_the_learning_rate_does_and_may_keep_the_old_schedu
         identity=replace(SAME, steering={"exp_ctrl.total_train_epochs": 2}),
     )
     with caplog.at_level(logging.INFO, "realjax"), stopped_after(4):
-        assert loop.run(longer) == 143
+        assert run_here(longer) == 143
     assert "with effect from here on: exp_ctrl.total_train_epochs 1 -> 2" in caplog.text
     assert ("lr_schedule_epochs=1 keeps to that of before, at its floor" in caplog.text) == (schedule_epochs is None)
     rates = [record["lr"] for record in read_metrics(spec.paths.logs / "metrics.jsonl")]

@@ -10,29 +10,27 @@ import pytest
 
 from realjax.algorithms.dpo import DPOParameters, make_dpo_loss
 from realjax.algorithms.sft import SFT_LOSS
-from realjax.dataflow.graph import MFC, DataflowGraph
+from realjax.dataflow.graph import DataflowGraph, Inference, Train
 from realjax.engine.compiled import Compiled, CompileLog
 from realjax.reshard.apply import on_host
-from realjax.runtime.executor import Executor
 from realjax.runtime.memory import bytes_held_beside, device_bytes, measured_peak_bytes
 from realjax.runtime.roles import Role
 from tests.builders import device_bytes as bytes_of_shards
 from tests.builders import make_examples, make_layout, make_model, pack_in_order, place_params, random_tree
-from tests.runtime.specs import make_role, make_state
+from tests.runtime.specs import make_executor, make_role, make_state
 
 MODEL = make_model(vocab_size=512, hidden_size=96, head_dim=12, ffn_size=256)
 LAYOUT = make_layout(dp=2, zero=2)
 REF_LAYOUT = make_layout(dp=2)
 KEYS = frozenset({"tokens", "loss_mask", "pair_weight"})
-BEFORE = MFC(name="ref", role="ref", call="inference", inputs=("tokens",), outputs=("ref_logprobs",), head="logprobs")
-DPO = MFC(
+BEFORE = Inference(name="ref", role="ref", inputs=("tokens",), outputs=("ref_logprobs",), head="logprobs")
+DPO = Train(
     name="train",
     role="default",
-    call="train_step",
     inputs=("tokens", "loss_mask", "pair_weight", "ref_logprobs"),
     loss=make_dpo_loss(DPOParameters()),
 )
-SFT = MFC(name="train", role="default", call="train_step", inputs=("tokens", "loss_mask"), loss=SFT_LOSS)
+SFT = Train(name="train", role="default", inputs=("tokens", "loss_mask"), loss=SFT_LOSS)
 
 
 def make_trees() -> list[Any]:
@@ -62,7 +60,7 @@ def test_what_a_call_is_given_does_not_count_beside_it():
     assert bytes_held_beside((first, second, third), states, devices) == 0
 
 
-def peaks(*calls: MFC, offload: bool = False) -> dict[str, float]:
+def peaks(*calls: Inference | Train, offload: bool = False) -> dict[str, float]:
     """Returns the MiB of each call of the second step, on pairs that all the runs share."""
     roles: dict[str, Role] = {"default": make_role(MODEL, LAYOUT)}
     states: dict[str, Any] = {"default": make_state(roles["default"])}
@@ -74,7 +72,7 @@ def peaks(*calls: MFC, offload: bool = False) -> dict[str, float]:
             params = jax.device_put(params, on_host(jax.tree.map(lambda a: a.sharding, params)))
         roles["ref"], states["ref"] = role, params
     layouts = {SFT.name: LAYOUT, BEFORE.name: REF_LAYOUT}
-    executor = Executor(DataflowGraph(calls, KEYS), layouts, roles, states)
+    executor = make_executor(DataflowGraph(calls, KEYS), layouts, roles, states)
     batch, _ = pack_in_order(make_examples([8] * 8, vocab_size=512), 16, num_rows=4)
     batch = batch.with_arrays(pair_weight=np.ones((4, 1), np.float32))
     for step in range(2):

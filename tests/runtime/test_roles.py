@@ -1,15 +1,23 @@
-from dataclasses import replace
+"""What a role cannot be on its devices is refused before its weights are read."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import jax
 import pytest
 
-from realjax.core.layout import Layout, ParallelStrategy
-from realjax.dataflow.run import RoleSpec
-from realjax.runtime.roles import build_role
-from tests.e2e.builders import write_llama
+from realjax.allocation.allocate import allocate
+from realjax.core.compute import Compute
+from realjax.runtime.roles import build_roles
+from tests.runtime.specs import make_paths, make_role_spec, make_spec
 
 
-def test_attention_that_the_devices_cannot_compute_is_refused_before_anything_is_loaded(tmp_path):
-    spec = RoleSpec(name="actor", path=write_llama(tmp_path / "llama"), attention="cudnn")
-    with pytest.raises(ValueError, match=r"^role actor \(.*\): attention: found 'cudnn'; it needs a GPU, .*; use auto"):
-        build_role(spec, Layout.of(ParallelStrategy()), 1)
-    build_role(replace(spec, attention="xla"), Layout.of(ParallelStrategy()), 1)
+def test_attention_that_the_devices_cannot_compute_is_refused_before_anything_is_loaded():
+    role, spec = make_role_spec("default", Path("nowhere")), make_spec(make_paths(Path("nowhere")))
+    plan = allocate(spec, jax.devices()[:1])
+    with_attention = lambda name: replace(spec, roles={"default": replace(role, compute=Compute(attention=name))})
+    with pytest.raises(
+        ValueError, match=r"^role default \(.*\): attention: found 'cudnn'; it needs a GPU, .*; use auto"
+    ):
+        build_roles(with_attention("cudnn"), plan)
+    build_roles(with_attention("xla"), plan)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from realjax.allocation.plan import RolloutShape
 from realjax.core.batch import Batch
 from realjax.core.generation_config import GenerationConfig
 from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
-from realjax.dataflow.graph import Minibatches, Sampling
+from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation
 from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
 from tests.builders import make_layout  # noqa: F401 - eight devices before any array
@@ -23,8 +24,8 @@ def make_prompts(lengths: list[int], ids: list[int] | None = None) -> Batch:
     return pack(examples, pack_rows(lengths, 12))
 
 
-def make_sampling(**changes) -> Sampling:
-    return Sampling(**{"config": CONFIG, "eos_ids": (2,), "row_len": 32, **changes})
+def make_call(**changes) -> Generate:
+    return Generate(**{"name": "gen", "role": "actor", "inputs": (), "config": CONFIG, "eos_ids": (2,), **changes})
 
 
 def answer(requests) -> list[Generation]:
@@ -44,21 +45,23 @@ def test_every_sample_of_a_run_has_randomness_of_its_own():
     seen = [
         (request.row_id, request.sample_id)
         for step in range(3)
-        for request in make_requests(prompts, make_sampling(num_samples=2), step)
+        for request in make_requests(prompts, make_call(num_samples=2), step)
     ]
     assert len(set(seen)) == len(seen) == 18
     assert {row for row, _ in seen} == {7, 8}
-    again = make_requests(prompts, make_sampling(num_samples=2), 1)
+    again = make_requests(prompts, make_call(num_samples=2), 1)
     assert [(request.row_id, request.sample_id) for request in again] == seen[6:12]
+    alike = [make_requests(make_prompts([3, 4]), make_call(num_samples=2, repeats=True), step) for step in (0, 5)]
+    assert [[request.sample_id for request in step] for step in alike] == [[0, 1, 0, 1]] * 2
 
 
 def test_a_rollout_holds_each_prompt_with_its_answer():
     """Taken apart again, every sequence is a prompt and its answer, and its keys belong to them."""
-    sampling = make_sampling(num_samples=2, has_baseline=True)
-    requests = make_requests(make_prompts([3, 9, 1, 4]), sampling, 0)
+    call = make_call(num_samples=2, has_baseline=True)
+    requests = make_requests(make_prompts([3, 9, 1, 4]), call, 0)
     assert [request.is_greedy for request in requests] == [False, False, True] * 4
     answers = answer(requests)
-    rollout = pack_rollout(requests, answers, sampling, row_multiple=4)
+    rollout = pack_rollout(requests, answers, call, RolloutShape(row_len=32, row_multiple=4, num_slots=1))
     assert rollout.num_rows % 4 == 0
     assert rollout.row_len == 32
     found = {(int(s["group"]), int(s["sample_id"])): s for s in unpack(rollout)}

@@ -33,7 +33,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from realjax.allocation.plan import make_plan
+from realjax.allocation.allocate import allocate
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.malloc import keep_freed_memory
@@ -47,7 +47,7 @@ from realjax.options.checks import resolve_names, validate
 from realjax.options.parsing import parse_overrides
 from realjax.options.rl import PPOConfig
 from realjax.runtime.executor import Executor
-from realjax.runtime.roles import build_role, load_role
+from realjax.runtime.roles import build_roles, load_role
 from tools.bench.workers import start_workers
 
 MODEL = ModelConfig(
@@ -210,14 +210,11 @@ def make_executor(args: argparse.Namespace) -> tuple[Loader, Executor]:
     """Returns the prompts and the executor of `realjax ppo` with these options."""
     config = resolve_names(parse_overrides(PPOConfig, options(args)), "ppo")
     validate(config)
-    spec = ppo.build(config, jax.devices()[:1])
-    plan = make_plan(spec.graph, spec.layouts, {name: role.offload for name, role in spec.roles.items()})
-    roles = {
-        name: build_role(role, plan.homes[name], MOST_STEPS, is_offloaded=name in plan.offloaded)
-        for name, role in spec.roles.items()
-    }
+    spec = ppo.build(config)
+    plan = allocate(spec, jax.devices()[:1])
+    roles = build_roles(spec, plan)
     states = {name: load_role(role, spec.seed) for name, role in roles.items()}
-    return spec.loader, Executor(spec.graph, spec.layouts, roles, states, seed=spec.seed)
+    return plan.loader, Executor(spec, plan, roles, states)
 
 
 def options(args: argparse.Namespace) -> list[str]:

@@ -190,7 +190,7 @@ def realjax_loop(
     )
     shardings = train_state_shardings(model, optimizer, layout)
     state = init_train_state(init_params(model, shardings.params, 0), optimizer, shardings)
-    step = make_train_step(model, SFT_LOSS, optimizer, 1.0, layout, options)
+    step = make_train_step(model, SFT_LOSS, optimizer, layout, options)
     program = Compiled("train", step, CompileLog(), donate_argnums=0)
     placed = place_batch(batch, train_rules(layout.strategy), layout)
 

@@ -1,0 +1,106 @@
+"""The one entry: from a run that knows no device to the plan of where its calls run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import jax
+
+from realjax.allocation import heuristic, modes, shapes
+from realjax.allocation.plan import AllocationPlan
+from realjax.core.layout import Layout, number_ranges
+from realjax.dataflow.graph import Train
+from realjax.dataflow.run import RunSpec
+
+
+def allocate(spec: RunSpec, devices: Sequence[jax.Device]) -> AllocationPlan:
+    """Returns the plan of a run on `devices`, of which there are as many as its options say; nothing is allocated.
+
+    Raises ValueError for layouts that do not fit the options, the models or the batches.
+    """
+    return make_plan(spec, lay_out(spec, devices), devices)
+
+
+def make_plan(spec: RunSpec, layouts: Mapping[str, Layout], devices: Sequence[jax.Device]) -> AllocationPlan:
+    """Returns the plan that follows from the calls' layouts."""
+    homes = {role: find_home(spec, role, layouts) for role in spec.graph.roles}
+    loader, held_out = shapes.shape_batches(spec, layouts)
+    used = {device for layout in layouts.values() for device in layout.devices}
+    return AllocationPlan(
+        layouts=layouts,
+        roles={mfc.name: mfc.role for mfc in spec.mfcs},
+        homes=homes,
+        offloaded=frozenset(role for role in spec.graph.roles if is_offloaded(spec, role, layouts)),
+        empty_layers={role: count_empty_layers(spec, role, layouts) for role in spec.graph.roles},
+        row_multiples={mfc.name: shapes.row_multiple(mfc, layouts[mfc.name]) for mfc in spec.mfcs},
+        rollouts=shapes.shape_rollouts(spec, layouts),
+        loader=loader,
+        held_out=held_out,
+        idle=number_ranges([device.id for device in devices if device not in used]),
+    )
+
+
+def lay_out(spec: RunSpec, devices: Sequence[jax.Device]) -> dict[str, Layout]:
+    """Returns the layout of every call, by name, as the mode says."""
+    options, trained = spec.allocation, {mfc.placement for mfc in spec.mfcs if isinstance(mfc, Train)}
+    rules: Mapping[str, heuristic.Placement] = {}
+    if options.mode == "heuristic":
+        machine = {"n_nodes": options.n_nodes, "n_gpus_per_node": options.n_gpus_per_node}
+        rules = heuristic.place({name: spec.roles[name] for name in spec.graph.roles}, **machine)
+    layouts = {}
+    for mfc in spec.mfcs:
+        name, is_train = mfc.placement, mfc.placement in trained
+        if options.mode == "heuristic":
+            strategy, numbers = rules[name].strategy, rules[name].devices
+        else:
+            strategy = modes.choose_strategy(options, name, is_train=is_train)
+            numbers = modes.choose_devices(options, name, strategy)
+        zero_stage = spec.roles[mfc.role].zero_stage if is_train else 0
+        layouts[mfc.name] = Layout(replace(strategy, zero_stage=zero_stage), tuple(devices[i] for i in numbers))
+    return layouts
+
+
+def find_home(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) -> Layout:
+    """Returns where a role lives: where it is trained, else where its first call runs."""
+    first = next(mfc for mfc in spec.graph.mfcs if mfc.role == role)
+    return layouts[(spec.graph.train_call(role) or first).name]
+
+
+def is_offloaded(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) -> bool:
+    """Returns whether a role's parameters are in host memory between its calls: where it is never trained and shares a
+    device with a call of another role, if its options do not decide otherwise.
+
+    Raises ValueError for a trained role that is to be offloaded.
+    """
+    wanted, is_trained = spec.roles[role].offload, spec.graph.train_call(role) is not None
+    if is_trained and wanted:
+        raise ValueError(
+            f"{role}.offload: a role that is trained stays on its devices, where its masters and moments are "
+            "updated; set it to False or null"
+        )
+    if wanted is not None or is_trained:
+        return bool(wanted)
+    own, others = (
+        {d for mfc in spec.graph.mfcs if (mfc.role == role) is mine for d in layouts[mfc.name].devices}
+        for mine in (True, False)
+    )
+    return bool(own & others)
+
+
+def count_empty_layers(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) -> int:
+    """Returns how many empty layers make a role's pipeline stages equal in the layouts of all its calls.
+
+    It has one number for all of them: its parameters go from layout to layout as they are, and into those of a role
+    that follows it. Raises ValueError for more stages than layers.
+    """
+    pairs = [{average.role, average.source} for average in spec.averages]
+    alike = {role}.union(*(pair for pair in pairs if role in pair))
+    num_layers = spec.roles[role].config.num_layers
+    stages = {mfc.placement: layouts[mfc.name].strategy.pp for mfc in spec.mfcs if mfc.role in alike}
+    for call, pp in stages.items():
+        if pp > num_layers:
+            raise ValueError(
+                f"{call}: {pp} pipeline stages, but {role}'s model has {num_layers} layers; use a "
+                f"pipeline_parallel_size of at most {num_layers}"
+            )
+    return -num_layers % math.lcm(*stages.values())

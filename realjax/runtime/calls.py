@@ -1,0 +1,154 @@
+"""What each kind of call does with a batch."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import numpy as np
+from jax import Array
+
+from realjax.core.axes import Rules, train_rules
+from realjax.core.batch import Batch
+from realjax.core.layout import Layout
+from realjax.core.metrics import Metric
+from realjax.dataflow.graph import Call, Generate, Host, Inference, ModelCall, Train
+from realjax.engine import batching
+from realjax.engine.compiled import batch_shardings, place_array
+from realjax.engine.state import TrainState
+from realjax.reshard.apply import reshard
+from realjax.reshard.fetch import fetch, fetch_arrays
+from realjax.runtime.finite import refuse_nonfinite
+from realjax.runtime.memory import bytes_held_beside
+from realjax.runtime.programs import num_micro_batches
+from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout, target_indices
+
+if TYPE_CHECKING:
+    from realjax.runtime.executor import Executor
+
+PACKING_KEYS = ("tokens", "segment_ids", "positions")
+Metrics = Mapping[str, Metric]  # of a training call, its sums are still on the devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a call leaves: the batch with its keys, its metrics, and what there is to say of its cost."""
+
+    batch: Batch
+    metrics: Sequence[Metrics] = ()  # one dict for each update
+    results: Any = ()  # arrays that are ready when the call is; none: it has waited itself
+    num_tokens: int = 0
+    bytes_moved: int = 0
+    peak_bytes: int = 0  # on the fullest of its devices
+
+
+def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | None) -> Done:
+    """Makes the batch of prompts with their continuations, in place of the prompts."""
+    requests, shape = make_requests(prompts, mfc, step or 0), executor.plan.rollouts[mfc.name]
+    slots = executor.programs.slots(mfc)
+    params, bytes_moved = executor.params_for(mfc)
+    generations = batching.generate(slots, params, requests, stop_fn=mfc.stop_fn, fetch_fn=fetch)
+    refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")
+    rollout = pack_rollout(requests, generations, mfc, shape)
+    peak_bytes = _peak_bytes(executor, mfc, params, slots.device_bytes)
+    return Done(batch=rollout, num_tokens=rollout.num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
+
+
+def infer(executor: "Executor", mfc: Inference, batch: Batch, step: int | None) -> Done:
+    """Adds the call's key."""
+    inputs, layout = _place(executor, mfc, batch), executor.plan.layouts[mfc.name]
+    program = executor.programs.inference(mfc, num_micro_batches(mfc, inputs, layout))
+    # A copy made for this call is dropped with this name, when the call no longer needs it.
+    params, bytes_moved = executor.params_for(mfc)
+    results = program(params, inputs)
+    (key,) = mfc.outputs
+    return Done(
+        batch=batch.with_arrays(**{key: results[mfc.head]}),
+        results=results,
+        num_tokens=batch.num_tokens,
+        bytes_moved=bytes_moved,
+        peak_bytes=_peak_bytes(executor, mfc, params, program.device_bytes),
+    )
+
+
+def train(executor: "Executor", mfc: Train, batch: Batch, step: int | None) -> Done:
+    """Updates the role, once or for each minibatch."""
+    layout, metrics = executor.plan.layouts[mfc.name], list[Metrics]()
+    num_tokens = program_bytes = 0
+    for number, part in enumerate(_minibatches(executor, mfc, batch, step), start=(step or 0) * mfc.num_updates):
+        inputs = _place(executor, mfc, part)
+        program = executor.programs.train_step(mfc, num_micro_batches(mfc, inputs, layout))
+        # From the step, so that updates that fell away count too, and the schedule ends with the run.
+        counter = place_array(np.asarray(number, np.int32), layout.replicated)
+        state = cast(TrainState, executor.states[mfc.role]).replace(num_updates=counter)
+        executor.states[mfc.role], of_update = program(state, inputs)
+        metrics.append(of_update)
+        num_tokens += part.num_tokens
+        program_bytes = max(program_bytes, program.device_bytes)
+    peak_bytes = _peak_bytes(executor, mfc, executor.states[mfc.role], program_bytes)
+    return Done(batch=batch, metrics=metrics, results=metrics, num_tokens=num_tokens, peak_bytes=peak_bytes)
+
+
+def compute(executor: "Executor", call: Host, batch: Batch, step: int | None) -> Done:
+    """Adds a host call's keys; all that it read is on the host from then on."""
+    arrays = _on_host(batch, (*PACKING_KEYS, *call.inputs))
+    result = call.fn(arrays, executor.controls.get(call.name, call.state))
+    if step is not None and call.name in executor.controls:
+        executor.controls[call.name] = dict(result.state)
+    return Done(batch=batch.replace_arrays(**arrays).with_arrays(**result.arrays), metrics=[result.metrics])
+
+
+RUN: dict[type[Call], Callable[..., Done]] = {Generate: generate, Inference: infer, Train: train, Host: compute}
+
+
+def _minibatches(executor: "Executor", mfc: Train, batch: Batch, step: int | None) -> Iterable[Batch]:
+    if (minibatches := mfc.minibatches) is None:
+        yield batch
+        return
+    batch = batch.select({*PACKING_KEYS, *mfc.inputs}).replace_arrays(**_on_host(batch, mfc.inputs))
+    multiple = executor.plan.row_multiples[mfc.name]
+    for number in range(minibatches.passes):
+        seed = (executor.seed, step or 0, number)
+        yield from make_minibatches(batch, minibatches, row_multiple=multiple, seed=seed)
+
+
+def _on_host(batch: Batch, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    wanted = {key: batch[key] for key in keys}
+    return wanted | fetch_arrays({key: array for key, array in wanted.items() if isinstance(array, Array)})
+
+
+def _place(executor: "Executor", mfc: Inference | Train, batch: Batch) -> Batch:
+    """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
+    refuse_longer(batch, mfc.max_seqlen, mfc.name)
+    layout, inputs = executor.plan.layouts[mfc.name], batch.select({*PACKING_KEYS, *mfc.inputs})
+    if mfc.mask and (targets := target_indices(batch[mfc.mask], batch["positions"])) is not None:
+        inputs = inputs.with_arrays(targets=targets)
+    return put_batch(inputs, train_rules(layout.strategy), layout)
+
+
+def put_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
+    """Returns the batch on the layout's devices: host arrays are put there, other calls' results moved there."""
+    results = {key: batch[key] for key in batch if isinstance(batch[key], Array)}
+    places = batch_shardings(batch, rules, layout)
+    moved, _ = reshard(results, {key: places[key] for key in results})
+    fresh = {key: place_array(batch[key], places[key]) for key in batch if key not in results}
+    return Batch(arrays=fresh | moved)
+
+
+def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:
+    """Raises ValueError when a sequence is longer than the call was told: its attention would be cut off unseen."""
+    positions = batch["positions"]
+    if (
+        max_seqlen is not None
+        and isinstance(positions, np.ndarray)
+        and (longest := int(positions.max()) + 1) > max_seqlen
+    ):
+        raise ValueError(
+            f"{subject}: a sequence of {longest} tokens, but max_seqlen={max_seqlen}; raise it to the longest"
+        )
+
+
+def _peak_bytes(executor: "Executor", mfc: ModelCall, given: Any, program_bytes: int) -> int:
+    """Returns what a device of the call holds while its program runs on `given`: the program's, and the rest."""
+    devices: Iterable[jax.Device] = executor.plan.layouts[mfc.name].devices
+    return program_bytes + bytes_held_beside(given, executor.states, devices)

@@ -1,0 +1,338 @@
+"""One process's part of a run: what it does before the first step, after each, and after the last."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from realjax.allocation.plan import AllocationPlan
+from realjax.core.batch import Batch
+from realjax.core.metrics import summarize
+from realjax.core.processes import is_first, largest
+from realjax.data.loader import Position
+from realjax.dataflow.picture import draw_graph
+from realjax.dataflow.run import RolloutEvaluation, RunSpec
+from realjax.engine.state import TrainState
+from realjax.record.answers import AnswerWriter, make_lines
+from realjax.record.console import ProgressDisplay, StepLine, format_seconds
+from realjax.record.metrics import MetricsWriter
+from realjax.record.report import MAIN_METRICS, Section, write_report
+from realjax.record.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
+from realjax.reshard.fetch import fetch
+from realjax.runtime.calls import Metrics
+from realjax.runtime.checkpoint import RunCheckpointer, RunState
+from realjax.runtime.evaluation import evaluate_loss, evaluate_rollouts
+from realjax.runtime.executor import Executor, StepResult
+from realjax.runtime.exports import Exports, checkpoint_name
+from realjax.runtime.finite import nonfinite_leaves
+from realjax.runtime.memory import measured_peak_bytes
+from realjax.runtime.places import Places
+from realjax.runtime.resume import empty_layers
+from realjax.runtime.stop import FAILED, StopSignal, signal_name
+from realjax.runtime.triggers import Trigger
+
+logger = logging.getLogger("realjax.loop")
+MOST_SHOWN = 12  # metrics in a line; of more, the main ones, and all of them are in the record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a run writes: the states to continue from, and in the first process of several its record."""
+
+    checkpointer: RunCheckpointer
+    metrics: MetricsWriter | None
+    answers: AnswerWriter | None
+    console: Console | None
+
+
+class Session:
+    """One process's part of a run, from its first step to its last."""
+
+    def __init__(
+        self, spec: RunSpec, plan: AllocationPlan, executor: Executor, state: RunState, outputs: Outputs
+    ) -> None:
+        """`state` is that before the first step to take."""
+        self.spec, self.plan, self.executor, self.outputs = spec, plan, executor, outputs
+        self.first_step, self.started = state.step, time.monotonic()
+        self.exports = Exports(spec, executor.roles, state.counters.get("best"))
+        # By the step after which they were taken; the record is the first process's.
+        self.samples = load_samples(spec.paths.logs / SAMPLES_FILE, state.step) if is_first() else {}
+        self.rates: dict[str, float] = state.counters.get("rates", {})
+        self.saves = spec.benchmark_steps is None
+        self.save_trigger, self.evaluate_trigger = Trigger(spec.save), Trigger(spec.evaluate)
+        self.last_step = min(spec.loader.total_steps, state.step + (spec.benchmark_steps or spec.loader.total_steps))
+        self.step_seconds: list[float] = []
+        self.num_tokens = self.num_compiled = 0
+        self.step_start = 0.0
+        self.fault: OSError | None = None  # what this process cannot go on with
+        self.places = Places()
+        for directory in (spec.paths.checkpoints, spec.paths.recover):
+            self.places.keep(directory)
+        self.display = ProgressDisplay(self.last_step, outputs.console, done_steps=state.step)
+
+    def begin(self) -> None:
+        """Says what is to come, and evaluates before the first step."""
+        loader = self.plan.loader
+        logger.info(
+            "%d steps of %s rows x tokens (%.1f%% padding), starting after step %d",
+            loader.total_steps, loader.shapes, 100 * loader.padding_share, self.first_step,
+        )  # fmt: skip
+        if not self.saves:
+            logger.info("benchmark_steps: neither checkpoints nor training states are written")
+        if self.spec.evaluation and self.spec.evaluate.is_set and self.first_step == 0:
+            self.evaluate(0)
+
+    def begin_step(self, step: int) -> Batch:
+        """Starts the step's clock and returns its batch."""
+        self.step_start, self.num_compiled = time.perf_counter(), len(self.executor.compile_log.entries)
+        return self.plan.loader.batch(step)
+
+    def finish_step(self, step: int, result: StepResult, stop: StopSignal) -> int | None:
+        """Records the step, evaluates and saves where that is due; returns the exit code of a run that ends here.
+
+        None: it goes on.
+        """
+        position = self.record(step, result)
+        self.outputs.checkpointer.settle()
+        if self.spec.evaluation and self.evaluate_trigger.fires(position):
+            self.evaluate(step + 1)
+        is_last = step + 1 == self.last_step
+        is_due = self.save_trigger.fires(position) or is_last
+        # Asked once: a signal that comes later waits for the next step.
+        code = largest(FAILED if self.fault else stop.code)
+        if self.saves and (is_due or code):
+            self.save(position, export=is_due)
+        if self.fault is not None:
+            raise self.fault
+        if code == FAILED:
+            return 1  # the process that cannot go on says why
+        if not code or is_last:
+            return None
+        name, where = signal_name(code), "from here" if self.saves else "from the last save"
+        logger.warning("stopped by %s after step %d; recover_mode=auto continues %s", name, step + 1, where)
+        return code
+
+    def record(self, step: int, result: StepResult) -> Position:
+        """Waits for the step's metrics, and writes and logs them."""
+        position = self.plan.loader.position(step)
+        values = _merge({call: _numbers(updates) for call, updates in result.metrics.items()})
+        num_tokens = result.batch.num_tokens
+        seconds = time.perf_counter() - self.step_start
+        self._refuse_nonfinite(values, step)
+        self._watch_rates(step, values)
+        values |= self._call_metrics(step)
+        values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
+        values = {name: values[name] for name in sorted(values, key=_rank)}
+        if len(self.executor.compile_log.entries) == self.num_compiled:
+            self.step_seconds.append(seconds)
+            self.num_tokens += num_tokens
+        if self.outputs.answers is not None and self.spec.answers and self.spec.decode_fn:
+            self.outputs.answers.append(make_lines(result.batch, self.spec.answers, self.spec.decode_fn))
+        self._record(step + 1, {**values, "epoch": position.epoch}, kind="train")
+        if self.outputs.metrics is not None:
+            self.display.finish_step(self._step_line(position, values))
+        return position
+
+    def _record(self, step: int, values: Mapping[str, float], kind: str) -> None:
+        """Writes metrics; where that fails the run ends too, but after the state of the step is saved."""
+        try:
+            if self.outputs.metrics is not None:
+                self.outputs.metrics.write(step, values, kind)
+        except OSError as error:
+            self.fault = error
+
+    def _call_metrics(self, step: int) -> dict[str, float]:
+        """Returns what each call of the step took (`CallRecord.metrics`), and what the devices measured."""
+        records = self.executor.timeline.of_step(step)
+        values = {f"{name}/{record.name}": value for record in records for name, value in record.metrics().items()}
+        measured = measured_peak_bytes(jax.local_devices())
+        return values if measured is None else values | {"device_peak_mib": measured / 2**20}
+
+    def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
+        hidden = ("seconds", "num_skipped")
+        shown = {name: value for name, value in values.items() if name not in hidden and "/" not in name}
+        if len(shown) > MOST_SHOWN:
+            shown = {name: value for name, value in shown.items() if name in MAIN_METRICS}
+        return StepLine(
+            epoch=position.epoch,
+            num_epochs=self.spec.num_epochs,
+            epoch_step=position.epoch_step,
+            steps_per_epoch=self.spec.loader.steps_per_epoch,
+            global_step=position.global_step,
+            seconds=values["seconds"],
+            metrics=shown,
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Measures the held-out loss, or held-out answers, after `step` steps; the best actor so far is kept."""
+        assert (evaluation := self.spec.evaluation) is not None
+        start = time.perf_counter()
+        if isinstance(evaluation, RolloutEvaluation):
+            values, self.samples[step] = evaluate_rollouts(self.executor, evaluation, self.spec.decode_fn)
+            if is_first():
+                append_samples(self.spec.paths.logs / SAMPLES_FILE, step, self.samples[step])
+        else:
+            assert self.plan.held_out is not None
+            values = evaluate_loss(self.executor, evaluation, self.plan.held_out)
+        self._record(step, values, kind="eval")
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
+        if isinstance(evaluation, RolloutEvaluation) and evaluation.best_metric is not None and step > 0 and self.saves:
+            self._refuse_nonfinite_state(evaluation.role, step)
+            self.exports.keep_best(self.executor.params(evaluation.role), values[evaluation.best_metric], step)
+
+    def save(self, position: Position, *, export: bool) -> None:
+        """Saves every role that changes as a HuggingFace checkpoint, when `export`, then the state to continue from.
+
+        A run continues after the step of that state, so whatever else belongs to the step has to be there before it.
+        """
+        self.places.check()
+        changed = {average.role for average in self.spec.averages}
+        states = {
+            name: state
+            for name, state in self.executor.states.items()
+            if isinstance(state, TrainState) or name in changed
+        }
+        for name in states:
+            self._refuse_nonfinite_state(name, position.global_step)
+        for name in states if export else ():
+            self.exports.write(name, self.executor.params(name), checkpoint_name(position))
+            self.places.keep(self.spec.paths.checkpoints / name)
+        counters = {
+            "identity": asdict(self.spec.identity),
+            "controls": self.executor.controls,
+            "best": self.exports.best,
+            "rates": self.rates,
+            "stalled": self._stalled(),
+        }
+        state = RunState(
+            step=position.global_step,
+            roles=states,
+            counters=counters,
+            empty_layers=empty_layers(self.executor.roles, states),
+        )
+        self.outputs.checkpointer.save(state, self.exports.hold_best())
+
+    def _stalled(self) -> dict[str, int]:
+        """Returns how many updates in a row were skipped, of the roles whose last step brought no other."""
+        states = {name: state for name, state in self.executor.states.items() if isinstance(state, TrainState)}
+        skipped = {name: int(fetch(state.num_skipped)) for name, state in states.items()}
+        return {name: n for name, n in skipped.items() if n >= self.spec.graph.num_updates(name)}
+
+    def finish(self) -> int:
+        """Writes the report and says where everything is, when the last save is complete; returns the exit code."""
+        self.outputs.checkpointer.wait()
+        self.places.check()
+        log = self.executor.compile_log
+        logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
+        if self.step_seconds:
+            mean = float(np.mean(self.step_seconds))
+            logger.info(
+                "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
+            )
+        if self.outputs.answers is not None:
+            self.outputs.answers.finish()
+            logger.info("answers: %s", self.outputs.answers.path)
+        if is_first():
+            self.executor.timeline.draw(self.spec.paths.logs / "timeline.png")
+            self.executor.timeline.write_trace(self.spec.paths.logs / "trace.json")
+            draw_graph(self.spec.graph, self.spec.paths.logs / "graph.png")
+            report = write_report(
+                self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections()
+            )
+            logger.info("report: %s", report)
+        return tell_stalled(self._stalled())
+
+    def _summary(self) -> dict[str, str]:
+        spec, log = self.spec, self.executor.compile_log
+        tokens_per_second = self.num_tokens / sum(self.step_seconds) if self.step_seconds else math.nan
+        return {
+            "steps": f"{self.first_step} to {self.last_step} of {spec.loader.total_steps}",
+            "parameters": ", ".join(f"{name} {role.model.num_params:,}" for name, role in self.executor.roles.items()),
+            "layouts": ", ".join(f"{name} {layout}" for name, layout in self.plan.layouts.items()),
+            "rows x tokens of a batch": str(self.plan.loader.shapes),
+            "padding": f"{self.plan.loader.padding_share:.1%} of the tokens computed",
+            "tokens per second": f"{tokens_per_second:,.0f}",
+            "programs compiled": f"{len(log.entries)} in {log.seconds:.1f} s",
+            "time of this process": format_seconds(time.monotonic() - self.started),
+            "checkpoints": str(spec.paths.checkpoints),
+        }
+
+    def _sections(self) -> list[Section]:
+        rows = tuple((name, shapes, f"{seconds:.1f}") for name, shapes, seconds in self.executor.compile_log.entries)
+        compiled = Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)
+        return [*sample_sections(self.samples), compiled]
+
+    def _watch_rates(self, step: int, values: Mapping[str, float]) -> None:
+        """Says with which learning rates a run goes on, beside those that it left off with."""
+        before, self.rates = self.rates, {n: v for n, v in values.items() if n.rsplit("/", 1)[-1] == "lr"}
+        if step == self.first_step > 0:
+            texts = (f"{name} {before[name]:.3g} -> {rate:.3g}" for name, rate in self.rates.items() if name in before)
+            logger.info("learning rate of the last step before and of the first one now: %s", ", ".join(texts))
+
+    def _refuse_nonfinite(self, values: dict[str, float], step: int) -> None:
+        """Raises RuntimeError when too many updates in a row had gradients that were not finite."""
+        for name, value in values.items():
+            if name.rsplit("/", 1)[-1] != "num_skipped" or value == 0:
+                continue
+            logger.warning(
+                "step %d: gradients are not finite, the update was skipped (%d in a row)", step + 1, int(value)
+            )
+            if value >= self.spec.max_nonfinite_steps:
+                raise RuntimeError(
+                    f"step {step + 1}: gradients were not finite {int(value)} times in a row (max_nonfinite_steps); "
+                    f"{self._kept()}; lower the learning rate or look at the data"
+                )
+
+    def _refuse_nonfinite_state(self, name: str, step: int) -> None:
+        """Raises RuntimeError rather than have numbers saved or exported that are not finite."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.executor.states[name])
+        named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+        if broken := nonfinite_leaves(named, self.executor.roles[name].home):
+            raise RuntimeError(
+                f"step {step}: {name} holds numbers that are not finite, in {broken[0]}, so it is not saved; "
+                f"{self._kept()}; lower the learning rate or look at the data"
+            )
+
+    def _kept(self) -> str:
+        self.outputs.checkpointer.wait()  # what is still being written counts
+        saved = self.outputs.checkpointer.latest_step
+        return "nothing was saved before" if saved is None else f"step {saved} is in {self.spec.paths.recover}"
+
+
+def _numbers(updates: Sequence[Metrics]) -> dict[str, float]:
+    """Returns a call's metrics, of all its updates together."""
+    on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(updates))
+    return summarize(fetch(dict(update)) if on_devices else update for update in updates)
+
+
+def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """Returns one dict of metrics; a name that several calls have starts with its call's."""
+    names = [name for metrics in by_call.values() for name in metrics]
+    return {
+        f"{call}/{name}" if names.count(name) > 1 else name: value
+        for call, metrics in by_call.items()
+        for name, value in metrics.items()
+    }
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Orders metrics as a person looks for them: the main ones first, counts last."""
+    last = name.rsplit("/", 1)[-1]
+    return (MAIN_METRICS.index(last) if last in MAIN_METRICS else len(MAIN_METRICS), name)
+
+
+def tell_stalled(stalled: Mapping[str, int]) -> int:
+    """Returns the exit code of a run at its end: 1, with a line, when roles took no update in the last step."""
+    for name, num_skipped in stalled.items():
+        logger.error(
+            "%s: the last %d updates were skipped, as their gradients were not finite, so the run did not end as it "
+            "should; look at the data, or lower the learning rate",
+            name, num_skipped,
+        )  # fmt: skip
+    return 1 if stalled else 0
