@@ -15,7 +15,7 @@ from realjax.data.packing import PackPlan, pack
 from realjax.engine.attention.choose import KERNELS, Case
 from realjax.hf.families import FAMILIES, config_from_hf
 from realjax.models.build import Model, build_model
-from realjax.models.config import ModelConfig
+from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig
 from tests.hf.tiny import SIZES
 
 FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES}, name) for name in FAMILIES}
@@ -24,11 +24,14 @@ CASE = Case(use="rows", platform="cpu", dtype="float32", head_dim=4)
 # The attention kernels that run on any device.
 PORTABLE_KERNELS = tuple(name for name, kernel in KERNELS.items() if kernel.find_fault(CASE) is None)
 # Every leaf a family can have: norms and biases everywhere, a head of its own.
-FULL = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}
+FULL = {"qkv_bias": True, "o_bias": True, "bias": True, "qk_norm": NormConfig()}
 
 
 def make_model(**changes) -> Model:
-    """Returns a two-layer model with eight query and two key-value heads; `changes` are ModelConfig fields."""
+    """Returns a two-layer model with eight query and two key-value heads.
+
+    `changes` are fields of ModelConfig, or of the mixer and the feed-forward of its one kind of layer.
+    """
     sizes = {
         "family": "llama",
         "vocab_size": 96,
@@ -40,7 +43,10 @@ def make_model(**changes) -> Model:
         "ffn_size": 48,
         "max_positions": 128,
     }
-    return build_model(ModelConfig(**{**sizes, **changes}))
+    take = lambda kind: {name: changes.pop(name) for name in kind.__dataclass_fields__ if name in changes}
+    mixer, feed_forward = AttentionConfig(**take(AttentionConfig)), MLPConfig(**take(MLPConfig))
+    kind = LayerKind(mixer=mixer, feed_forward=feed_forward)
+    return build_model(ModelConfig(**{**sizes, "pattern": (kind,), **changes}))
 
 
 def quick_jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -15,10 +15,20 @@ from realjax.core.metrics import Mean, Total
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LossSums:
-    """The loss summed over its units (tokens, pairs, ...), the number of units, and metrics to report beside it."""
+    """The loss summed over its units (tokens, pairs, ...), the number of units, and metrics to report beside it.
+
+    The number of units depends on the batch alone: it is asked for before there are outputs.
+    """
 
     loss: Mean
     metrics: dict[str, Mean | Total]
+
+    def with_terms(self, terms: Mapping[str, Mean], shares: Mapping[str, Array]) -> "LossSums":
+        """Returns the sums with terms of the layers, each added to the loss by its share and reported by its name."""
+        total = self.loss.sum
+        for name, share in shares.items():
+            total += share * terms[name].sum
+        return LossSums(Mean(total, self.loss.weight), {**self.metrics, **terms})
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class OneStage:
         self.flight_sharding = layout.replicated  # of nothing
 
     def prepare(self, params: Tree) -> Tree:
-        return unstack_layers(self.compute_copy(params), self.model.config.num_layers)
+        return unstack_layers(self.model.config, self.compute_copy(params))
 
     def init_cache(self, num_slots: int, length: int) -> Cache:
         config = self.model.config

@@ -21,6 +21,7 @@ from realjax.engine.cached_model import Cache, Flight
 from realjax.engine.forward import ForwardOptions, make_compute_copy
 from realjax.engine.manual_axes import data_index, hand_on, over_stages, stage_index
 from realjax.engine.rows import deal_rows, join_rows
+from realjax.models.attention import BlockContext
 from realjax.models.build import Model
 from realjax.models.cache import (
     CACHE_NAMES,
@@ -32,6 +33,9 @@ from realjax.models.cache import (
     prefill_blocks,
     write_rows,
 )
+from realjax.models.config import cut_order
+from realjax.models.stacks import Aux, list_layers, split_kinds
+from realjax.models.transformer import Block
 
 FLIGHT_NAMES = ("layers", "rows", "time", "act_embed")
 T = TypeVar("T")
@@ -48,8 +52,8 @@ class Stages:
         rules, config = generate_rules(layout.strategy), model.config
         self.model, self.layout, self.dtype = model, layout, options.precision.dtype
         self.num_groups = layout.strategy.pp
-        self.layers_per_stage = config.num_stacked_layers // self.num_groups
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
+        self.stage_order = cut_order(config.order, self.num_groups)
         self.constrain = make_constrain(rules, layout)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.attention_fn = make_attention(options.attention, prompts, layout.strategy.tp)
@@ -66,14 +70,14 @@ class Stages:
         """Returns `layers` as a list of trees `[P, ...]`: the j-th holds layer j of every stage."""
         params = self.compute_copy(params)
         by_stage = jax.tree.map(lambda x: x.reshape(self.num_groups, -1, *x.shape[1:]), params["layers"])
-        take = lambda layer: jax.tree.map(lambda x: x[:, layer], by_stage)
-        return {**params, "layers": [take(layer) for layer in range(self.layers_per_stage)]}
+        stacks = split_kinds(self.model.config, by_stage)
+        return {**params, "layers": list_layers(stacks, self.stage_order, lambda x, layer: x[:, layer])}
 
     def init_cache(self, num_slots: int, length: int) -> Cache:
         """Returns the empty caches of a round's ticks."""
         config, num_stages = self.model.config, self.num_groups
         rows = (num_stages, num_slots // num_stages)
-        make = lambda: init_cache(config, self.layers_per_stage, rows, length, self.dtype)
+        make = lambda: init_cache(config, len(self.stage_order), rows, length, self.dtype)
         return tuple(make() for _ in range(num_stages))
 
     def cache_length(self, cache: Cache) -> int:
@@ -93,7 +97,7 @@ class Stages:
     ) -> tuple[Array, Cache, Flight]:
         """Each stage runs its layers on the group it has; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
-        graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
+        graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_groups, self.model.config
         stage_lengths = jnp.stack([lengths[:, (group - stage) % num_stages] for stage in range(num_stages)])
 
         def stage(
@@ -101,7 +105,7 @@ class Stages:
         ) -> tuple[Array, KVCache]:
             layers, cache, received, lengths = _own((layers, cache, received, lengths))
             x = jnp.where(stage_index() == 0, new, received)
-            blocks = self._own_blocks(graphdef, layers)
+            blocks = self._own_blocks(graphdefs, layers)
             x, cache = decode_blocks(config, blocks, cache, x, lengths, self.decoding_fn, self.constrain)
             return jax.tree.map(lambda y: y[None], (hand_on(x, num_stages, is_ring=True), cache))
 
@@ -114,11 +118,11 @@ class Stages:
     def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
         """The prompts go through the stages in P micro-batches; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
-        graphdef, num_stages, config = nnx.graphdef(blocks[0]), self.num_groups, self.model.config
+        graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_groups, self.model.config
 
         def stage(layers: list[Tree], inputs: Array, lengths: Array) -> tuple[Array, KVCache]:
             index = stage_index()
-            blocks = self._own_blocks(graphdef, _own(layers))
+            blocks = self._own_blocks(graphdefs, _own(layers))
 
             def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, KVCache]]:
                 turn = jnp.clip(t - index, 0, num_stages - 1)
@@ -155,18 +159,21 @@ class Stages:
         run = jax.shard_map(write, mesh=self.layout.mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
         return run(caches, prompts, group, row)
 
-    def _own_blocks(self, graphdef: nnx.GraphDef, layers: Sequence[Tree]) -> list[BlockCall]:
+    def _own_blocks(self, graphdefs: Sequence[nnx.GraphDef[Block]], layers: Sequence[Tree]) -> list[BlockCall]:
         """Returns a stage's blocks; where a stage has an empty layer, its block hands on what it gets."""
         first = stage_index() * len(layers)
 
-        def make(number: int, layer: Tree) -> BlockCall:
-            block = nnx.merge(graphdef, layer)
+        def make(number: int, block: Block) -> BlockCall:
             if (self.num_groups - 1) * len(layers) + number < self.model.config.num_layers:
                 return block  # a layer of the model in every stage
-            is_real = first + number < self.model.config.num_layers
-            return lambda x, *args: jnp.where(is_real, block(x, *args), x)
 
-        return [make(number, layer) for number, layer in enumerate(layers)]
+            def skipping(x: Array, context: BlockContext) -> tuple[Array, Aux]:
+                y, terms = block(x, context)
+                return jnp.where(first + number < self.model.config.num_layers, y, x), terms
+
+            return skipping
+
+        return [make(number, nnx.merge(*parts)) for number, parts in enumerate(zip(graphdefs, layers))]
 
 
 def _own(tree: T) -> T:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from realjax.core.axes import Constrain, Rules, make_constrain, rows_per_device,
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
+from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention
 from realjax.engine.pipeline import make_run_layers
@@ -20,8 +22,15 @@ from realjax.models.build import Model
 from realjax.models.sums import collect
 from realjax.models.transformer import Forward, Transformer
 
-# outputs_fn(params, batch, sinks=None) -> outputs
-OutputsFn = Callable[..., Mapping[str, Array]]
+
+class OutputsFn(Protocol):
+    """A forward pass up to a head."""
+
+    def __call__(
+        self, params: Tree, batch: Batch, sinks: Tree | None = None
+    ) -> tuple[Mapping[str, Array], Mapping[str, Mean]]:
+        """Returns the head's outputs, and the terms that layers add to the loss, as means over tokens and layers."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,8 @@ def make_outputs(
     draw: Draw = Draw(),  # noqa: B008 - frozen
     needs_entropy: bool = False,
 ) -> OutputsFn:
-    """Returns `fn(params, batch, sinks=None) -> outputs` of the head, see `core.loss.Loss`.
+    """Returns `fn(params, batch, sinks=None) -> (outputs, terms)`: outputs of the head as in `core.loss.Loss`, terms of
+    the loss as in `models.stacks`, as means over the tokens and the layers that have them.
 
     Params are in the compute dtype. Their gradients are those of `sinks`, float32 arrays of their shapes that are not
     read, where given, see `models.sums.collect`.
@@ -79,14 +89,28 @@ def make_outputs(
     """
     constrain = make_constrain(rules, layout)
     forward = _make_forward(model, constrain, layout, options)
-    chunk_len = partial(_chunk_len, model, layout, options)
+    head_fn = _make_head(head, draw, needs_entropy, constrain, partial(_chunk_len, model, layout, options))
 
-    def outputs(params: Tree, batch: Batch, sinks: Tree | None = None) -> Mapping[str, Array]:
-        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    def outputs(
+        params: Tree, batch: Batch, sinks: Tree | None = None
+    ) -> tuple[Mapping[str, Array], Mapping[str, Mean]]:
+        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
         layer_sinks = None if sinks is None else sinks["layers"]
-        hidden = _bind(model, params, sinks)(tokens, batch["positions"], segment_ids, forward, layer_sinks)
+        hidden, sums = _bind(model, params, sinks)(*inputs, forward, layer_sinks)
+        terms = {name: Mean(sums[name], weight) for name, weight in term_weights(model, batch).items()}
         # Bound once more, so that the two gradients of a tied table meet in its sink.
-        kernel = _bind(model, params, sinks).head_kernel()
+        return head_fn(hidden, _bind(model, params, sinks).head_kernel(), batch), terms
+
+    return outputs
+
+
+def _make_head(
+    head: str, draw: Draw, needs_entropy: bool, constrain: Constrain, chunk_len_fn: Callable[..., int]
+) -> Callable[[Array, Array, Batch], Mapping[str, Array]]:
+    """Returns `fn(hidden, kernel, batch) -> outputs`."""
+
+    def outputs(hidden: Array, kernel: Array, batch: Batch) -> Mapping[str, Array]:
+        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         if head == "values":
             return {"values": heads.token_values(hidden, kernel)}
         if head == "logprobs":
@@ -98,7 +122,7 @@ def make_outputs(
                 tokens,
                 segment_ids,
                 # Half: XLA's CPU backend lets the backward pass not reuse the logits' memory of the forward pass.
-                size=chunk_len(batch, num_targets, heads.CHUNK_BYTES // 2),
+                size=chunk_len_fn(batch, num_targets, heads.CHUNK_BYTES // 2),
                 constrain=constrain,
                 draw=draw,
                 kept=None if draw.kept is None else batch["kept"],
@@ -111,12 +135,18 @@ def make_outputs(
             tokens,
             segment_ids,
             batch["loss_mask"],
-            size=chunk_len(batch, batch.row_len),
+            size=chunk_len_fn(batch, batch.row_len),
             constrain=constrain,
         )
         return {"nll": nll, "logprobs": logprobs}
 
     return outputs
+
+
+def term_weights(model: Model, batch: Batch) -> dict[str, Array]:
+    """Returns for each term that layers add to the loss how many tokens of the batch have it, times layers, float32."""
+    num_layers = model.count_terms()
+    return {name: count * jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32) for name, count in num_layers.items()}
 
 
 def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:

@@ -38,9 +38,10 @@ def make_inference(
     def inference(params: Tree, batch: Batch) -> Mapping[str, Array]:
         params = compute_copy(params)
         if num_mbs == 1:
-            outputs = outputs_fn(params, batch)
+            outputs, _ = outputs_fn(params, batch)
         else:
-            outputs = join_rows(jax.lax.map(lambda part: outputs_fn(params, part), deal_rows(batch, num_mbs)))
+            of_part = lambda part: outputs_fn(params, part)[0]
+            outputs = join_rows(jax.lax.map(of_part, deal_rows(batch, num_mbs)))
         return {name: constrain(output, PER_TOKEN) for name, output in outputs.items()}
 
     return inference
@@ -50,7 +51,7 @@ def make_evaluation(
     model: Model, loss: Loss, layout: Layout, options: ForwardOptions, num_mbs: int = 1
 ) -> Callable[[Tree, Batch], LossSums]:
     """Returns `fn(params, batch) -> sums` of the loss, computed in `num_mbs` parts; add them over batches, then divide
-    once.
+    once. Terms that layers add to the loss in training are reported beside it.
     """
     rules, options = inference_rules(layout.strategy), replace(options, remat=False)
     compute_copy = make_compute_copy(model, rules, layout, options.precision)
@@ -58,7 +59,11 @@ def make_evaluation(
 
     def evaluation(params: Tree, batch: Batch) -> LossSums:
         params = compute_copy(params)
-        of_part = lambda part: loss.fn(outputs_fn(params, part), part)
+
+        def of_part(part: Batch) -> LossSums:
+            outputs, terms = outputs_fn(params, part)
+            return loss.fn(outputs, part).with_terms(terms, shares={})
+
         if num_mbs == 1:
             return of_part(batch)
         sums = jax.lax.map(of_part, deal_rows(batch, num_mbs))

@@ -17,7 +17,7 @@ from realjax.models.build import Model
 
 def decay_mask(params: Tree) -> Tree:
     """Returns True for every parameter that weight decay applies to: all but norms' scales and biases."""
-    return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "bias"), params)
+    return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "scale_less_one", "bias"), params)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ vocabulary is split over `tensor` and `pipe`, so that no stage computes them for
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,8 @@ from realjax.core.axes import rows_per_device
 from realjax.core.layout import Layout
 from realjax.engine.manual_axes import hand_on, over_stages, stage_index
 from realjax.engine.rows import deal_rows, join_rows
-from realjax.models.transformer import BlockFn, RunLayersFn, scan_layers
+from realjax.models.config import cut_order
+from realjax.models.stacks import Aux, Blocks, PerRow, RunLayersFn, Stacks, scan_layers
 
 
 def make_run_layers(layout: Layout, *, unroll: bool = False) -> RunLayersFn:
@@ -32,34 +32,39 @@ def num_stage_batches(num_rows: int, layout: Layout) -> int:
 
 
 def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
-    """Returns `run_layers(block_fn, stacked, x, per_row)` with `stacked` split over the stages on its layer dim.
+    """Returns how layers run whose stacks are split over the stages; `run_stage_fn` runs those of one stage.
 
-    `run_stage_fn` runs the layers of one stage.
+    Raises ValueError, when it is traced, where stages would have different kinds of layer.
     """
     num_stages = layout.strategy.pp
 
-    def run_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any) -> Array:
-        num_batches = num_stage_batches(x.shape[0], layout)
+    def run_layers(
+        blocks: Blocks, order: tuple[str, ...], stacks: Stacks, x: Array, per_row: PerRow
+    ) -> tuple[Array, Aux]:
+        num_batches, stage_order = num_stage_batches(x.shape[0], layout), cut_order(order, num_stages)
 
-        def stage(layers: Any, inputs: Array, per_row: Any) -> Array:
+        def stage(stacks: Stacks, inputs: Array, per_row: PerRow) -> tuple[Array, Aux]:
             index = stage_index()
 
-            def tick(received: Array, t: Array) -> tuple[Array, Array]:
+            def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, Aux]]:
                 turn = jnp.clip(t - index, 0, num_batches - 1)
                 x = jnp.where(index == 0, inputs[0, turn], received)
-                x = run_stage_fn(block_fn, layers, x, jax.tree.map(lambda rows: rows[turn], per_row))
-                return hand_on(x, num_stages, is_ring=False), x
+                own_rows = jax.tree.map(lambda rows: rows[turn], per_row)
+                x, terms = run_stage_fn(blocks, stage_order, stacks, x, own_rows)
+                # Before its first micro-batch comes, and after its last, a stage computes for nothing.
+                terms = jax.tree.map(lambda term: jnp.where(turn == t - index, term, 0), terms)
+                return hand_on(x, num_stages, is_ring=False), (x, terms)
 
             ticks = jnp.arange(num_batches + num_stages - 1)
-            outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0, 0]), ticks)[1]
-            return outputs[None, num_stages - 1 :]
+            outputs, terms = jax.lax.scan(tick, jnp.zeros_like(inputs[0, 0]), ticks)[1]
+            return outputs[None, num_stages - 1 :], jax.tree.map(lambda term: term.sum(axis=0)[None], terms)
 
         # Only the first stage's input and the last stage's output count. Stacking them over the stages, instead of
         # replicating, leaves no sum over `pipe` to the backward pass (in bf16 that sum aborts on CPU).
         inputs = deal_rows(x, num_batches)[None]
         inputs = jnp.concatenate([inputs, jnp.zeros((num_stages - 1, *inputs.shape[1:]), x.dtype)])
         per_row = jax.lax.stop_gradient(deal_rows(per_row, num_batches))
-        outputs = over_stages(stage, layout, num_split=2)(stacked, inputs, per_row)
-        return join_rows(outputs[-1])
+        outputs, terms = over_stages(stage, layout, num_split=2)(stacks, inputs, per_row)
+        return join_rows(outputs[-1]), jax.tree.map(lambda term: term.sum(axis=0), terms)
 
     return run_layers

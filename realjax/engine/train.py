@@ -15,7 +15,7 @@ from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Metric, finalize
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.engine.forward import ForwardOptions, OutputsFn, make_compute_copy, make_outputs, term_weights
 from realjax.engine.manual_axes import sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
 from realjax.engine.rows import deal_rows
@@ -33,6 +33,15 @@ class TrainOptions:
     num_mbs: int = 1  # micro-batches whose gradients are summed
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Given:
+    """What the gradients of all rows have in common."""
+
+    params: Tree  # in the compute dtype
+    shares: dict[str, Array]  # of the terms that layers add to the loss
+
+
 def make_gradients(
     model: Model, loss: Loss, layout: Layout, options: TrainOptions
 ) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
@@ -45,34 +54,51 @@ def make_gradients(
     outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward, loss.draw, loss.needs_entropy)
     constrain = make_constrain(optimizer_rules(layout.strategy), layout)
 
-    def summed_loss(sinks: Tree, params: Tree, batch: Batch) -> tuple[Array, LossSums]:
-        sums = loss.fn(outputs_fn(params, batch, sinks), batch)
+    def summed_loss(sinks: Tree, given: Given, batch: Batch) -> tuple[Array, LossSums]:
+        outputs, terms = outputs_fn(given.params, batch, sinks)
+        sums = loss.fn(outputs, batch).with_terms(terms, given.shares)
         return sums.loss.sum, sums
 
-    def of_micro_batch(params: Tree, batch: Batch) -> tuple[Tree, LossSums]:
+    def of_micro_batch(given: Given, batch: Batch) -> tuple[Tree, LossSums]:
         sinks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model.abstract)
-        (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, params, batch)
+        (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, given, batch)
         return constrain.tree(grads, model.axes), sums
 
-    def of_rows(params: Tree, batch: Batch) -> tuple[Tree, LossSums]:
+    def of_rows(given: Given, batch: Batch) -> tuple[Tree, LossSums]:
         if options.num_mbs == 1:
-            return of_micro_batch(params, batch)
+            return of_micro_batch(given, batch)
         micro_batches = deal_rows(batch, options.num_mbs)
-        first = jax.eval_shape(of_micro_batch, params, jax.tree.map(lambda x: x[0], micro_batches))
+        first = jax.eval_shape(of_micro_batch, given, jax.tree.map(lambda x: x[0], micro_batches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        add = lambda total, mb: (jax.tree.map(jnp.add, total, of_micro_batch(params, mb)), None)
+        add = lambda total, mb: (jax.tree.map(jnp.add, total, of_micro_batch(given, mb)), None)
         return jax.lax.scan(add, zeros, micro_batches)[0]
 
     def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
         params = compute_copy(master)
+        given = Given(params, _term_shares(term_weights(model, batch), loss, outputs_fn, params, batch))
         if not is_local:
-            return of_rows(params, batch)
+            return of_rows(given, batch)
         rows_of_part = (batch.num_rows // options.num_mbs,)
         resolve(("rows",), rows_of_part, rules, layout, "micro-batch")  # refuses devices without a row
-        grads, sums = sum_over_data(of_rows, layout)(params, batch)
+        grads, sums = sum_over_data(of_rows, layout)(given, batch)
         return constrain.tree(grads, model.axes), sums
 
     return gradients
+
+
+def _term_shares(
+    weights: Mapping[str, Array], loss: Loss, outputs_fn: OutputsFn, params: Tree, batch: Batch
+) -> dict[str, Array]:
+    """Returns how much of each term's sum belongs to the summed loss of the whole batch.
+
+    Divided by the loss's weight, as the loss is in the end, the term is then a mean by its own.
+    """
+    if not weights:
+        return {}
+    outputs, _ = jax.eval_shape(outputs_fn, params, batch)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+    num_units = loss.fn(nothing, batch).loss.weight
+    return {name: num_units / jnp.maximum(weight, 1) for name, weight in weights.items()}
 
 
 def make_train_step(

@@ -4,46 +4,59 @@ A token attends to the tokens of its own segment at or before it (within the sli
 segment 0 and attends to padding only, so every row of scores has a finite maximum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from flax import nnx
 from jax import Array
 
 from realjax.core.axes import Constrain
-from realjax.models.config import ModelConfig
+from realjax.models.config import AttentionConfig, ModelConfig, RopeConfig
 from realjax.models.layers import Linear, RMSNorm, apply_rope
 
 # attention_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, window) -> RTNH
 AttentionFn = Callable[[Array, Array, Array, Array, int | None], Array]
 # decoding_fn(q_BNH, k_BKHS, v_BKSH, lengths_B, window) -> BNH: a new token a row, at index `lengths` of its cache.
 DecodingFn = Callable[[Array, Array, Array, Array, int | None], Array]
-# attend_fn(q_RTNH, k_RTKH, v_RTKH) -> RTNH: attention with all else fixed; a cache may stand behind it.
-AttendFn = Callable[[Array, Array, Array], Array]
+# attend_fn(q_RTNH, k_RTKH, v_RTKH, window) -> RTNH: attention with all else fixed; a cache may stand behind it.
+AttendFn = Callable[[Array, Array, Array, int | None], Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockContext:
+    """What a block reads beside its rows `[R, T, D]`."""
+
+    rotations: Mapping[RopeConfig, tuple[Array, Array]]  # cos and sin `[R, T, H/2]`
+    is_token: Array  # [R, T] False on padding
+    attend_fn: AttendFn
+    constrain: Constrain
 
 
 class Attention(nnx.Module):
     """Multi-head attention with grouped key-value heads and rotary positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        D, H = {"embed": config.hidden_size}, {"head_dim": config.head_dim}
-        queries, keys = {"q_heads": config.num_q_heads, **H}, {"kv_heads": config.num_kv_heads, **H}
+    def __init__(self, sizes: ModelConfig, config: AttentionConfig) -> None:
+        D, H = {"embed": sizes.hidden_size}, {"head_dim": sizes.head_dim}
+        queries, keys = {"q_heads": sizes.num_q_heads, **H}, {"kv_heads": sizes.num_kv_heads, **H}
         self.q = Linear(D, queries, config.qkv_bias)
         self.k = Linear(D, keys, config.qkv_bias)
         self.v = Linear(D, keys, config.qkv_bias)
         self.o = Linear(queries, D, config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, "head_dim") if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, "head_dim") if config.qk_norm else None
+        self.q_norm = RMSNorm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
+        self.k_norm = RMSNorm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
+        self.rope, self.window = config.rope, config.window
 
-    def project(self, x_RTD: Array, cos: Array, sin: Array, constrain: Constrain) -> tuple[Array, Array, Array]:
+    def project(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Array, Array]:
         """Returns rotated q `[R, T, N, H]` and k, and v `[R, T, K, H]`."""
         q, k, v = self.q(x_RTD), self.k(x_RTD), self.v(x_RTD)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = constrain(apply_rope(q, cos, sin), ("rows", "time", "q_heads", "head_dim"))
-        k = constrain(apply_rope(k, cos, sin), ("rows", "time", "kv_heads", "head_dim"))
-        return q, k, constrain(v, ("rows", "time", "kv_heads", "head_dim"))
+        rotate = lambda x: x if self.rope is None else apply_rope(x, *context.rotations[self.rope])
+        q = context.constrain(rotate(q), ("rows", "time", "q_heads", "head_dim"))
+        k = context.constrain(rotate(k), ("rows", "time", "kv_heads", "head_dim"))
+        return q, k, context.constrain(v, ("rows", "time", "kv_heads", "head_dim"))
 
-    def __call__(self, x_RTD: Array, cos: Array, sin: Array, attend_fn: AttendFn, constrain: Constrain) -> Array:
-        q, k, v = self.project(x_RTD, cos, sin, constrain)
-        attended = constrain(attend_fn(q, k, v), ("rows", "time", "q_heads", "head_dim"))
-        return self.o(attended, merge_rows=not constrain.splits_residuals)
+    def __call__(self, x_RTD: Array, context: BlockContext) -> Array:
+        attended = context.attend_fn(*self.project(x_RTD, context), self.window)
+        attended = context.constrain(attended, ("rows", "time", "q_heads", "head_dim"))
+        return self.o(attended, merge_rows=not context.constrain.splits_residuals)

@@ -1,9 +1,11 @@
 """From a config to a model: its recipe, the abstract tree of its parameters, and random values for them."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import chain
 from typing import cast
 
 import jax
@@ -13,7 +15,8 @@ from jax.sharding import Sharding
 
 from realjax.core.trees import Tree, map_paths, num_params
 from realjax.models.config import ModelConfig
-from realjax.models.transformer import Block, Transformer
+from realjax.models.stacks import join_kinds, list_layers, split_kinds
+from realjax.models.transformer import FEED_FORWARDS, Block, Transformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,20 +42,27 @@ class Model:
     def bind_layers(self, params: Tree) -> tuple[Transformer, list[Block]]:
         """Returns the module and its blocks one by one, of parameters whose `layers` is a list, see `unstack_layers`.
 
-        The module's own `layers` is its first block: only embedding, final norm and head may be used of it.
+        The module's own `layers` are the first block of each kind: only embedding, final norm and head may be used.
         """
-        transformer = nnx.merge(self.graphdef, {**params, "layers": params["layers"][0]})
-        graphdef = nnx.graphdef(transformer.layers)
-        return transformer, [nnx.merge(graphdef, layer) for layer in params["layers"]]
+        layers, order = params["layers"], self.config.order
+        firsts = {name: layers[order.index(name)] for name in self.config.kinds}
+        transformer = self.bind({**params, "layers": join_kinds(firsts)})
+        graphdefs = {name: nnx.graphdef(block) for name, block in transformer.stacks.items()}
+        return transformer, [nnx.merge(graphdefs[name], layer) for name, layer in zip(order, layers)]
+
+    def count_terms(self) -> dict[str, int]:
+        """Returns how many layers have each of the terms that blocks add to the loss, see `models.stacks`."""
+        names = [FEED_FORWARDS[type(kind.feed_forward)].TERMS for kind in self.config.layers]
+        return dict(Counter(chain.from_iterable(names)))
 
 
-def unstack_layers(params: Tree, num_layers: int) -> Tree:
-    """Returns the parameters with `layers` as a list of trees, one for each of the first `num_layers` of the stack.
+def unstack_layers(config: ModelConfig, params: Tree) -> Tree:
+    """Returns the parameters with `layers` as a list of trees, one for each of the model's layers.
 
     A loop that reads every weight once a token cannot afford a slice of the stack in front of each product.
     """
-    take = lambda layer: jax.tree.map(lambda x: x[layer], params["layers"])
-    return {**params, "layers": [take(layer) for layer in range(num_layers)]}
+    stacks = split_kinds(config, params["layers"])
+    return {**params, "layers": list_layers(stacks, config.order[: config.num_layers], lambda x, layer: x[layer])}
 
 
 @lru_cache(maxsize=32)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.axes import Constrain
-from realjax.models.attention import AttentionFn, DecodingFn
+from realjax.models.attention import AttentionFn, BlockContext, DecodingFn
 from realjax.models.config import ModelConfig
 from realjax.models.layers import rope_tables
+from realjax.models.stacks import Aux
 from realjax.models.transformer import Block, Transformer
 
-BlockCall = Callable[..., Array]  # called as a `Block` is
+BlockCall = Callable[[Array, BlockContext], tuple[Array, Aux]]  # as a `Block` is called
 
 
 @jax.tree_util.register_dataclass
@@ -89,17 +90,22 @@ def prefill_blocks(
     """Returns the hidden states `[B, T, D]` after some blocks of prompts padded on the right, and their cache."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    cos, sin = rope_tables(config.rope, config.head_dim, positions)
     prompts = KVCache((), ())
 
-    def attend_fn(q: Array, k: Array, v: Array) -> Array:
+    def attend_fn(q: Array, k: Array, v: Array, window: int | None) -> Array:
         nonlocal prompts
         keys, values = jnp.einsum("BSKH->BKHS", k), jnp.einsum("BSKH->BKSH", v)
         prompts = KVCache((*prompts.keys, keys), (*prompts.values, values))
-        return attention_fn(q, k, v, segment_ids, config.sliding_window)
+        return attention_fn(q, k, v, segment_ids, window)
 
+    context = BlockContext(
+        rotations={rope: rope_tables(rope, config.head_dim, positions) for rope in config.ropes},
+        is_token=segment_ids > 0,
+        attend_fn=attend_fn,
+        constrain=constrain,
+    )
     for block in blocks:
-        x = block(x, cos, sin, attend_fn, constrain)
+        x, _ = block(x, context)
     return x, prompts
 
 
@@ -131,20 +137,25 @@ def decode_blocks(
     constrain: Constrain,
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
-    cos, sin = rope_tables(config.rope, config.head_dim, lengths[:, None])
     written = KVCache((), ())
     # Mapped over rows, the writes stay on the devices that hold them.
     write_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new[0], mode="drop"))
     write_value = jax.vmap(lambda row, new, at: row.at[:, at].set(new[0], mode="drop"))
 
-    def attend_fn(q: Array, k: Array, v: Array) -> Array:
+    def attend_fn(q: Array, k: Array, v: Array, window: int | None) -> Array:
         nonlocal written
         layer = len(written.keys)
         keys = write_key(cache.keys[layer], k, lengths)
         values = write_value(cache.values[layer], v, lengths)
         written = KVCache((*written.keys, keys), (*written.values, values))
-        return decoding_fn(q[:, 0], keys, values, lengths, config.sliding_window)[:, None]
+        return decoding_fn(q[:, 0], keys, values, lengths, window)[:, None]
 
+    context = BlockContext(
+        rotations={rope: rope_tables(rope, config.head_dim, lengths[:, None]) for rope in config.ropes},
+        is_token=jnp.ones(x.shape[:2], bool),
+        attend_fn=attend_fn,
+        constrain=constrain,
+    )
     for block in blocks:
-        x = block(x, cos, sin, attend_fn, constrain)
+        x, _ = block(x, context)
     return x, written

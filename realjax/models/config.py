@@ -1,7 +1,9 @@
-"""What a model is: its sizes and its switches. No weights, no mesh, no precision."""
+"""What a model is: its sizes, and its layers as a pattern of kinds. No weights, no mesh, no precision."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,48 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """RMS norm (arXiv:1910.07467). With `one_plus` the scale is 1 + what is learned, as in Gemma."""
+
+    eps: float = 1e-5
+    one_plus: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How the tokens of a layer read each other."""
+
+    window: int | None = None  # a token sees itself and the window-1 tokens before it
+    rope: RopeConfig | None = RopeConfig()  # None: a token does not know its position
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: NormConfig | None = None  # over each head of q and k, before rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """A gated feed-forward."""
+
+    activation: Activation = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """One kind of layer. `attn_out_norm` and `mlp_out_norm` are over what is added to the residual."""
+
+    name: str = "layer"  # of its own in a pattern; stacks of parameters are called by it
+    mixer: AttentionConfig = AttentionConfig()
+    feed_forward: MLPConfig = MLPConfig()
+    attn_norm: NormConfig | None = NormConfig()
+    attn_out_norm: NormConfig | None = None
+    mlp_norm: NormConfig | None = NormConfig()
+    mlp_out_norm: NormConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. Raises ValueError when sizes do not fit together."""
+    """A decoder-only transformer. Raises ValueError when sizes or layers do not fit together."""
 
     family: str
     vocab_size: int
@@ -31,15 +73,10 @@ class ModelConfig:
     head_dim: int
     ffn_size: int
     max_positions: int
-    norm_eps: float = 1e-5
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # qwen3: RMS norm over each head of q and k before rotary
+    # Layer i is of kind i modulo its length. Layers of one kind are one stack of parameters, in their order.
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)
+    norm: NormConfig = NormConfig()  # behind the last layer
     tied: bool = False  # the head is the embedding table
-    sliding_window: int | None = None  # a token sees itself and the window-1 tokens before it
     is_critic: bool = False  # a scalar head instead of the vocabulary's
     # Layers of zeros at the end of the stack, which make pipeline stages equal. Identities, no part of the model.
     num_empty_layers: int = 0
@@ -68,12 +105,66 @@ class ModelConfig:
             raise ValueError(f"model config: head_dim={self.head_dim} is odd; rotary embedding needs an even head size")
         if self.is_critic and self.tied:
             raise ValueError("model config: a critic has its own scalar head and cannot be tied to the embedding")
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        if not 0 < len(self.pattern) <= self.num_layers:
+            raise ValueError(
+                f"model config: a pattern of {len(self.pattern)} layers for {self.num_layers}; it must have at least 1 "
+                "and no more than the model"
+            )
+        if unequal := [kind.name for kind in self.pattern if kind != self.kinds[kind.name]]:
+            raise ValueError(f"model config: two different kinds of layer are called '{unequal[0]}'; name them apart")
+        if not all(name.isidentifier() for name in self.kinds):
+            raise ValueError(f"model config: layers are called {list(self.kinds)}; use letters, digits and _")
+        if self.num_empty_layers and len(self.kinds) > 1:
+            raise ValueError(
+                f"model config: num_empty_layers={self.num_empty_layers} with layers of several kinds "
+                f"({', '.join(self.kinds)}); it must be 0"
+            )
 
     @property
     def num_stacked_layers(self) -> int:
         """The length of the stack of parameters: the model's layers, then the empty ones."""
         return self.num_layers + self.num_empty_layers
 
+    @property
+    def kinds(self) -> dict[str, LayerKind]:
+        """The different kinds of layer by name, in the order of their first layers."""
+        return {kind.name: kind for kind in self.pattern}
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The kind of every layer of the stacks, in the order in which they run."""
+        return tuple(self.pattern[i % len(self.pattern)].name for i in range(self.num_stacked_layers))
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, without empty ones."""
+        return tuple(self.kinds[name] for name in self.order[: self.num_layers])
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different rotary embeddings of the layers."""
+        return tuple(dict.fromkeys(kind.mixer.rope for kind in self.pattern if kind.mixer.rope is not None))
+
+    def count_empty_layers(self, num_stages: int) -> int:
+        """Returns how many empty layers make as many pipeline stages equal. Raises ValueError where none do."""
+        num_empty = -self.num_layers % num_stages if len(self.kinds) == 1 else 0
+        cut_order(replace(self, num_empty_layers=num_empty).order, num_stages)
+        return num_empty
+
     def as_critic(self) -> "ModelConfig":
         """Returns the same trunk with a scalar head."""
         return replace(self, is_critic=True, tied=False)
+
+
+def cut_order(order: tuple[str, ...], num_stages: int) -> tuple[str, ...]:
+    """Returns the kinds of a stage's layers. Raises ValueError where pipeline stages would not all have the same."""
+    cuts = [n for n in range(1, len(order) + 1) if order == order[: len(order) // n] * n]
+    if num_stages not in cuts:
+        raise ValueError(
+            f"{num_stages} pipeline stages of {len(order)} layers ({', '.join(dict.fromkeys(order))}) would not have "
+            f"layers of the same kinds in the same order; use a pipeline_parallel_size among {cuts}"
+        )
+    return order[: len(order) // num_stages]

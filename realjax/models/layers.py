@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from realjax.models import sums
-from realjax.models.config import RopeConfig
+from realjax.models.config import NormConfig, RopeConfig
 
 
 def make_param(shape: tuple[int, ...], names: tuple[str, ...]) -> nnx.Param:
@@ -42,9 +42,12 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, statistics in float32 (arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float, name: str = "norm") -> None:
-        self.scale = make_param((size,), (name,))
-        self.eps = eps
+    def __init__(self, size: int, config: NormConfig, name: str = "norm") -> None:
+        if config.one_plus:
+            self.scale_less_one = make_param((size,), (name,))
+        else:
+            self.scale = make_param((size,), (name,))
+        self.eps, self.one_plus = config.eps, config.one_plus
 
     def __call__(self, x: Array, *, merge_rows: bool = True) -> Array:
         """Returns the normed x; `merge_rows` as for `Linear`."""
@@ -53,7 +56,8 @@ class RMSNorm(nnx.Module):
             return self(x.reshape(-1, *x.shape[2:]), merge_rows=False).reshape(x.shape)
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return sums.scale_by((x32 * inverse_rms).astype(x.dtype), self.scale[...])
+        scale = 1 + self.scale_less_one[...] if self.one_plus else self.scale[...]
+        return sums.scale_by((x32 * inverse_rms).astype(x.dtype), scale)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:

@@ -1,8 +1,8 @@
 """The one decoder-only transformer: embedding, stacked blocks, final norm. Heads are in `heads.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,42 +10,18 @@ from flax import nnx
 from jax import Array
 
 from realjax.core.axes import Constrain
+from realjax.core.trees import Tree
 from realjax.models import sums
-from realjax.models.attention import AttendFn, Attention, AttentionFn
-from realjax.models.config import ModelConfig
+from realjax.models.attention import Attention, AttentionFn, BlockContext
+from realjax.models.config import LayerKind, MLPConfig, ModelConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
+from realjax.models.stacks import Aux, BlockFn, Layer, PerRow, RunLayersFn, scan_layers, skip_empty, split_kinds
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-# block_fn(layer_params, x_RTD, per_row) -> x_RTD; run_layers_fn(block_fn, stacked_params, x_RTD, per_row) -> x_RTD.
-# `per_row` is a tree of arrays with leading dim R that every block reads.
-BlockFn = Callable[[Any, Array, Any], Array]
-RunLayersFn = Callable[[BlockFn, Any, Array, Any], Array]
-
-
-def scan_layers(block_fn: BlockFn, stacked: Any, x: Array, per_row: Any, *, unroll: bool = False) -> Array:
-    """Runs the blocks one after another; one block is compiled, whatever their number, unless `unroll`.
-
-    Unrolled, a layer's weights and what it keeps for the backward pass are not copied out of and into stacks.
-    """
-    return jax.lax.scan(lambda carry, layer: (block_fn(layer, carry, per_row), None), x, stacked, unroll=unroll)[0]
-
-
-def skip_empty(block_fn: BlockFn) -> BlockFn:
-    """Returns the block of `(params, is_real)`: where that is False, an identity, and no parameter has a gradient.
-
-    It is computed all the same: the stages of a pipeline run one program, whose collectives all of them take part in.
-    """
-
-    def skipping(layer: Any, x: Array, per_row: Any) -> Array:
-        params, is_real = layer
-        return jnp.where(is_real, block_fn(params, x, per_row), x)
-
-    return skipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,34 +37,48 @@ class Forward:
 class MLP(nnx.Module):
     """Gated feed-forward: down(act(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        D, F = {"embed": config.hidden_size}, {"ffn": config.ffn_size}
-        self.gate = Linear(D, F, config.mlp_bias)
-        self.up = Linear(D, F, config.mlp_bias)
-        self.down = Linear(F, D, config.mlp_bias)
+    TERMS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, sizes: ModelConfig, config: MLPConfig) -> None:
+        D, F = {"embed": sizes.hidden_size}, {"ffn": sizes.ffn_size}
+        self.gate = Linear(D, F, config.bias)
+        self.up = Linear(D, F, config.bias)
+        self.down = Linear(F, D, config.bias)
         self.activation = config.activation
 
-    def __call__(self, x_RTD: Array, constrain: Constrain) -> Array:
+    def __call__(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Aux]:
+        constrain = context.constrain
         hidden = ACTIVATIONS[self.activation](self.gate(x_RTD)) * self.up(x_RTD)
-        return self.down(constrain(hidden, ("rows", "time", "act_ffn")), merge_rows=not constrain.splits_residuals)
+        hidden = constrain(hidden, ("rows", "time", "act_ffn"))
+        return self.down(hidden, merge_rows=not constrain.splits_residuals), {}
+
+
+# The module of each kind of feed-forward. Its `TERMS` are the names of what it returns as `Aux`.
+FEED_FORWARDS: dict[type, type[MLP]] = {MLPConfig: MLP}
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Attention and feed-forward with residuals, and norms where the kind of layer has them."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+    def __init__(self, sizes: ModelConfig, kind: LayerKind) -> None:
+        make_norm = lambda config: None if config is None else RMSNorm(sizes.hidden_size, config)
+        self.attn_norm = make_norm(kind.attn_norm)
+        self.attn = Attention(sizes, kind.mixer)
+        self.attn_out_norm = make_norm(kind.attn_out_norm)
+        self.mlp_norm = make_norm(kind.mlp_norm)
+        self.mlp = FEED_FORWARDS[type(kind.feed_forward)](sizes, kind.feed_forward)
+        self.mlp_out_norm = make_norm(kind.mlp_out_norm)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, attend_fn: AttendFn, constrain: Constrain) -> Array:
+    def __call__(self, x: Array, context: BlockContext) -> tuple[Array, Aux]:
         # Norms and residuals may be split along the row; projections read whole rows.
+        constrain = context.constrain
         whole = lambda h: constrain(h, ("rows", "time", "act_embed"))
         split = lambda h: constrain(h, ("rows", "residual_time", "act_embed"))
-        merge_rows = not constrain.splits_residuals
-        x = x + split(self.attn(whole(self.attn_norm(x, merge_rows=merge_rows)), cos, sin, attend_fn, constrain))
-        return x + split(self.mlp(whole(self.mlp_norm(x, merge_rows=merge_rows)), constrain))
+        normed = lambda norm, h: h if norm is None else norm(h, merge_rows=not constrain.splits_residuals)
+        attended = self.attn(whole(normed(self.attn_norm, x)), context)
+        x = x + normed(self.attn_out_norm, split(attended))
+        fed, terms = self.mlp(whole(normed(self.mlp_norm, x)), context)
+        return x + normed(self.mlp_out_norm, split(fed)), terms
 
 
 class Embedding(nnx.Module):
@@ -101,25 +91,42 @@ class Embedding(nnx.Module):
         return sums.look_up(self.table[...], tokens)
 
 
-class Transformer(nnx.Module):
-    """Tokens to final hidden states. `layers` holds every block's parameters stacked on a leading dim.
+class StackedKinds(nnx.Module):
+    """The stacks of a model with several kinds of layer, each under its kind's name."""
 
-    Empty layers are at the end of the stack, see `ModelConfig`.
+    def __init__(self, stacks: Mapping[str, Block]) -> None:
+        for name, stack in stacks.items():
+            setattr(self, name, stack)
+
+
+class Transformer(nnx.Module):
+    """Tokens to final hidden states. `layers` holds the parameters of all blocks of a kind stacked on a leading dim.
+
+    With several kinds, these are one below it by name. Empty layers are at the end of the stack, see `ModelConfig`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.embed = Embedding(config)
-        stack = nnx.vmap(
-            lambda _: Block(config),
-            axis_size=config.num_stacked_layers,
-            transform_metadata={nnx.PARTITION_NAME: "layers"},
-        )
-        self.layers = stack(jnp.zeros(config.num_stacked_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        stacks = {name: self._make_stack(config, kind) for name, kind in config.kinds.items()}
+        self.layers = StackedKinds(stacks) if len(stacks) > 1 else next(iter(stacks.values()))
+        self.norm = RMSNorm(config.hidden_size, config.norm)
         if not config.tied:
             out = {"score": 1} if config.is_critic else {"vocab": config.vocab_size}
             self.head = Linear({"embed": config.hidden_size}, out)
+
+    def _make_stack(self, config: ModelConfig, kind: LayerKind) -> Block:
+        num_layers = config.order.count(kind.name)
+        stack = nnx.vmap(
+            lambda _: Block(config, kind), axis_size=num_layers, transform_metadata={nnx.PARTITION_NAME: "layers"}
+        )
+        return stack(jnp.zeros(num_layers))
+
+    @property
+    def stacks(self) -> dict[str, Block]:
+        """The stacked blocks of each kind."""
+        kinds, layers = self.config.kinds, self.layers
+        return {name: layers if isinstance(layers, Block) else getattr(layers, name) for name in kinds}
 
     def __call__(
         self,
@@ -127,33 +134,42 @@ class Transformer(nnx.Module):
         positions: Array,
         segment_ids: Array,
         forward: Forward,
-        sinks: Any = None,
-    ) -> Array:
-        """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`.
+        sinks: Tree | None = None,
+    ) -> tuple[Array, Aux]:
+        """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`, and the layers' terms.
 
         `sinks` are float32 arrays of the shapes of `layers`: where its gradients are summed, see `sums.collect`.
         """
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
-        graphdef, state = nnx.split(self.layers)
-        stacked: Any = (nnx.to_pure_dict(state), sinks)
-
-        def block_fn(layer: Any, x: Array, per_row: Any) -> Array:
-            (layer, sinks), (cos, sin, segment_ids) = layer, per_row
-            layer = layer if sinks is None else jax.tree.map(sums.collect, layer, sinks)
-            attend_fn = lambda q, k, v: forward.attention_fn(q, k, v, segment_ids, self.config.sliding_window)
-            return nnx.merge(graphdef, layer)(x, cos, sin, attend_fn, forward.constrain)
-
+        config, is_real = self.config, None
+        per_row = PerRow(tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes), segment_ids)
+        if config.num_empty_layers:
+            is_real = jnp.arange(config.num_stacked_layers) < config.num_layers
+        blocks: dict[str, BlockFn] = {}
+        stacks: dict[str, Layer] = {}
+        for name, stack in self.stacks.items():
+            graphdef, state = nnx.split(stack)
+            blocks[name] = self._make_block(graphdef, forward)
+            own_sinks = None if sinks is None else split_kinds(config, sinks)[name]
+            stacks[name] = Layer(nnx.to_pure_dict(state), own_sinks, is_real)
         # Whole rows first: XLA aborts where a gather's result is split over an axis that its table is split over too.
         x = forward.constrain(self.embed(tokens), ("rows", "time", "act_embed"))
         x = forward.constrain(x, ("rows", "residual_time", "act_embed"))
-        run_fn: BlockFn = block_fn
-        if self.config.num_empty_layers:
-            is_real = jnp.arange(self.config.num_stacked_layers) < self.config.num_layers
-            run_fn, stacked = skip_empty(block_fn), (stacked, is_real)
-        run_fn = jax.checkpoint(run_fn) if forward.remat else run_fn
-        x = forward.run_layers_fn(run_fn, stacked, x, (cos, sin, segment_ids))
+        x, terms = forward.run_layers_fn(blocks, config.order, stacks, x, per_row)
         normed = self.norm(x, merge_rows=not forward.constrain.splits_residuals)
-        return forward.constrain(normed, ("rows", "time", "act_embed"))
+        return forward.constrain(normed, ("rows", "time", "act_embed")), terms
+
+    def _make_block(self, graphdef: nnx.GraphDef[Block], forward: Forward) -> BlockFn:
+        def block_fn(layer: Layer, x: Array, per_row: PerRow) -> tuple[Array, Aux]:
+            params = layer.params if layer.sinks is None else jax.tree.map(sums.collect, layer.params, layer.sinks)
+            context = BlockContext(
+                rotations=dict(zip(self.config.ropes, per_row.rotations)),
+                is_token=per_row.segment_ids > 0,
+                attend_fn=lambda q, k, v, window: forward.attention_fn(q, k, v, per_row.segment_ids, window),
+                constrain=forward.constrain,
+            )
+            return nnx.merge(graphdef, params)(x, context)
+
+        return jax.checkpoint(skip_empty(block_fn)) if forward.remat else skip_empty(block_fn)
 
     def head_kernel(self) -> Array:
         """Returns the head's matrix: `[D, V]`, the transposed embedding when tied, or `[D, 1]` for a critic."""

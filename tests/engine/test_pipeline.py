@@ -108,7 +108,7 @@ def test_micro_batches_of_a_pass_leave_every_device_whole_rows(rows, expected):
 @pytest.mark.parametrize(
     ("model", "layout", "num_mbs"),
     [
-        (make_model(num_layers=3, qkv_bias=True, o_bias=True, mlp_bias=True), {"pp": 2}, 1),
+        (make_model(num_layers=3, qkv_bias=True, o_bias=True, bias=True), {"pp": 2}, 1),
         (build_model(replace(FAMILY_CONFIGS["qwen3"], num_layers=3)), {"pp": 2}, 2),
         (make_model(num_layers=5, **FULL), {"pp": 4, "dp": 2}, 1),
         (make_model(num_layers=3, **FULL), {"dp": 2}, 1),

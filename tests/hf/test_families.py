@@ -28,7 +28,7 @@ def test_a_config_survives_the_round_trip_and_transformers_reads_what_we_write_a
     assert load_config(ours) == config
     a, b = AutoConfig.from_pretrained(theirs).to_dict(), AutoConfig.from_pretrained(ours).to_dict()
     told_apart = {"dtype", "transformers_version", "_name_or_path", "pad_token_id", "head_dim"}
-    if config.sliding_window is None:
+    if config.pattern[0].mixer.window is None:
         told_apart |= {"sliding_window", "max_window_layers"}
     assert {k: v for k, v in a.items() if k not in told_apart} == {k: v for k, v in b.items() if k not in told_apart}
 
@@ -38,17 +38,17 @@ def test_old_and_new_spellings_of_rotary_embedding_read_alike(hf):
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     old = read({**hf, "rope_theta": 5e5, "rope_scaling": scaling})
     assert old == read({**hf, "rope_parameters": LLAMA3_ROPE})
-    assert old.rope.scaling == "llama3" and old.rope.original_max_positions == 32
+    assert old.ropes[0].scaling == "llama3" and old.ropes[0].original_max_positions == 32
     linear = read({**hf, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert linear == read({**hf, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}})
-    assert linear.rope == RopeConfig(theta=1e4, scaling="linear", factor=2.0)
+    assert linear.ropes == (RopeConfig(theta=1e4, scaling="linear", factor=2.0),)
 
 
 def test_absent_keys_have_the_defaults_of_transformers():
     bare = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "max_position_embeddings")}
     config = read(bare)
     assert (config.num_kv_heads, config.head_dim, config.max_positions) == (4, 8, 2048)
-    assert (config.norm_eps, config.rope.theta, config.tied, config.qkv_bias) == (1e-6, 10000.0, False, False)
+    assert (config.norm.eps, config.ropes[0].theta, config.tied) == (1e-6, 10000.0, False)
     assert read({"model_type": "qwen3", **SIZES}).head_dim == 128
 
 
@@ -66,7 +66,7 @@ def test_activations_are_inverse():
     ],
 )
 def test_a_sliding_window_is_read_as_transformers_applies_it(window, expected):
-    assert read({**QWEN2, **window}).sliding_window == expected
+    assert [kind.mixer.window for kind in read({**QWEN2, **window}).pattern] == [expected]
 
 
 def test_a_classifier_of_one_label_is_a_critic_and_never_tied():
@@ -111,13 +111,15 @@ def test_a_missing_size_and_a_partly_sliding_model_are_refused():
 @pytest.mark.parametrize(
     "family, change, message",
     [
-        ("llama", {"sliding_window": 8}, "LlamaForCausalLM cannot have sliding_window=8"),
+        ("llama", {"window": 8}, "LlamaForCausalLM cannot have window=8"),
         ("qwen2", {"o_bias": True}, "Qwen2ForCausalLM cannot have o_bias=True"),
-        ("qwen3", {"qk_norm": False}, "Qwen3ForCausalLM cannot have qk_norm=False"),
+        ("qwen3", {"qk_norm": None}, "Qwen3ForCausalLM cannot have qk_norm=None"),
         ("gemma", {}, "model family 'gemma' is not supported; supported: llama, qwen2, qwen3"),
     ],
 )
 def test_a_config_that_its_family_cannot_express_is_not_written(family, change, message):
     base = read({**LLAMA, "architectures": None, "model_type": family if family in FAMILIES else "llama"})
+    (kind,) = base.pattern
+    changed = dataclasses.replace(kind, mixer=dataclasses.replace(kind.mixer, **change))
     with pytest.raises(ValueError, match=message):
-        config_to_hf(dataclasses.replace(base, family=family, **change))
+        config_to_hf(dataclasses.replace(base, family=family, pattern=(changed,)))

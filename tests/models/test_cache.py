@@ -14,13 +14,14 @@ from tests.builders import FULL, make_model, quick_jit, random_tree
 LENGTHS, ROW_LEN = [3, 7, 5], 12
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4, **FULL}], ids=["plain", "window"])
+@pytest.mark.parametrize("changes", [{}, {"window": 4, **FULL}], ids=["plain", "window"])
 def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
     model, constrain = make_model(**changes), Constrain()
     params = random_tree(model)
     tokens = np.random.default_rng(0).integers(0, 96, (3, ROW_LEN)).astype(np.int32)
     row = (jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(ROW_LEN), tokens.shape), jnp.ones_like(tokens))
-    whole = quick_jit(lambda params: model.bind(params)(*row, Forward(attention_fn=dense_attention)))(params)
+    forward = Forward(attention_fn=dense_attention)
+    whole = quick_jit(lambda params: model.bind(params)(*row, forward)[0])(params)
 
     @quick_jit
     def admit(params, prompts, lengths, places):
@@ -31,7 +32,7 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
     def advance(params, cache, tokens, lengths):
         return decode(*model.bind_layers(params), cache, tokens, lengths, dense_decoding, constrain)
 
-    unstacked, places = unstack_layers(params, model.config.num_layers), np.array([2, 0, 3])
+    unstacked, places = unstack_layers(model.config, params), np.array([2, 0, 3])
     hidden, cache = admit(unstacked, tokens[:, :7], np.array(LENGTHS), places)
     np.testing.assert_allclose(hidden, [whole[i, n - 1] for i, n in enumerate(LENGTHS)], atol=1e-5, rtol=1e-5)
     for step in range(ROW_LEN - max(LENGTHS)):

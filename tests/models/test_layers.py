@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.models.config import RopeConfig
+from realjax.models.config import NormConfig, RopeConfig
 from realjax.models.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 
 LLAMA3 = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_positions=8192)
@@ -49,7 +49,7 @@ def test_llama3_scaling_keeps_short_waves_stretches_long_ones_and_is_monotone_be
 
 
 def test_rms_norm_forgets_the_scale_of_its_input_and_keeps_its_dtype():
-    norm, x = RMSNorm(16, 1e-12), random(3, 16)
+    norm, x = RMSNorm(16, NormConfig(eps=1e-12)), random(3, 16)
     norm.scale[...] = jnp.asarray(random(16, seed=1))
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True)) * random(16, seed=1)
     for scale in (1.0, 1e-3, 300.0):
@@ -58,7 +58,7 @@ def test_rms_norm_forgets_the_scale_of_its_input_and_keeps_its_dtype():
 
 def test_rms_norm_sums_in_float32():
     # A bfloat16 sum of 4,096 ones stops growing at 256.
-    norm = RMSNorm(4096, 1e-6)
+    norm = RMSNorm(4096, NormConfig(eps=1e-6))
     norm.scale[...] = jnp.ones(4096)
     np.testing.assert_allclose(norm(jnp.ones((1, 4096), jnp.bfloat16)), 1, rtol=1e-2)
 
@@ -80,5 +80,5 @@ def test_rope_and_norm_compute_in_float32_and_return_bfloat16():
     assert low.dtype == jnp.bfloat16
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
     np.testing.assert_allclose(low.astype(np.float32), rotate(rounded, positions), atol=0.02)
-    norm = jax.tree.map(lambda p: p.astype(jnp.bfloat16), RMSNorm(8, 1e-6))
+    norm = jax.tree.map(lambda p: p.astype(jnp.bfloat16), RMSNorm(8, NormConfig(eps=1e-6)))
     assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16

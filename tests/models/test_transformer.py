@@ -18,13 +18,13 @@ TOKENS = np.arange(SEGMENTS.size, dtype=np.int32).reshape(SEGMENTS.shape)
 @pytest.mark.parametrize("kernel", PORTABLE_KERNELS)
 @pytest.mark.parametrize("window", [None, 3])
 def test_no_gradient_reaches_an_earlier_logit_or_another_segment(kernel, window):
-    model = make_model(vocab_size=TOKENS.size, sliding_window=window)
+    model = make_model(vocab_size=TOKENS.size, window=window)
     params = random_tree(model)
     direction = np.random.default_rng(0).standard_normal(TOKENS.size).astype(np.float32)
 
     def logits(table):
         transformer = model.bind({**params, "embed": {"table": table}})
-        hidden = transformer(TOKENS, POSITIONS, SEGMENTS, Forward(attention_fn=make_attention(kernel, CASE)))
+        hidden, _ = transformer(TOKENS, POSITIONS, SEGMENTS, Forward(attention_fn=make_attention(kernel, CASE)))
         return (hidden @ transformer.head_kernel() @ direction).ravel()
 
     influence = np.abs(quick_jit(jax.jacrev(logits))(params["embed"]["table"])).sum(-1)
@@ -40,7 +40,7 @@ def test_no_gradient_reaches_an_earlier_logit_or_another_segment(kernel, window)
 
 def hidden_states(model, params, attention_fn=dense_attention, **options):
     forward = Forward(attention_fn=attention_fn, **options)
-    return model.bind(params)(TOKENS, POSITIONS, SEGMENTS, forward)
+    return model.bind(params)(TOKENS, POSITIONS, SEGMENTS, forward)[0]
 
 
 def test_recomputing_blocks_changes_no_gradient():
@@ -62,17 +62,17 @@ def test_scanning_the_layers_is_running_them_one_by_one():
     model = make_model(num_layers=3)
     params = random_tree(model)
 
-    def unrolled(block_fn, stacked, x, per_row):
-        for layer in range(3):
-            x = block_fn(jax.tree.map(lambda leaf, i=layer: leaf[i], stacked), x, per_row)
-        return x
+    def unrolled(blocks, order, stacks, x, per_row):
+        for layer, name in enumerate(order):
+            x, _ = blocks[name](jax.tree.map(lambda leaf, i=layer: leaf[i], stacks[name]), x, per_row)
+        return x, {}
 
     found = quick_jit(lambda p: hidden_states(model, p))(params)
     np.testing.assert_allclose(
         found, quick_jit(lambda p: hidden_states(model, p, run_layers_fn=unrolled))(params), atol=1e-5
     )
-    backwards = lambda block_fn, stacked, x, per_row: unrolled(
-        block_fn, jax.tree.map(lambda leaf: leaf[::-1], stacked), x, per_row
+    backwards = lambda blocks, order, stacks, x, per_row: unrolled(
+        blocks, order, jax.tree.map(lambda leaf: leaf[::-1], stacks), x, per_row
     )
     assert np.abs(found - hidden_states(model, params, run_layers_fn=backwards)).max() > 0.1
 

@@ -98,7 +98,9 @@ def test_a_sliding_window_is_mistrals():
     config = transformers.MistralConfig(**SIZES, sliding_window=8)
     theirs = randomize(transformers.MistralForCausalLM._from_config(config, attn_implementation="eager"))
     as_llama = config_from_hf({**config.to_dict(), "architectures": None, "model_type": "llama"}, "config")
-    check_logits(theirs, *make_ours(theirs, replace(as_llama, sliding_window=8)))
+    (kind,) = as_llama.pattern
+    windowed = replace(kind, mixer=replace(kind.mixer, window=8))
+    check_logits(theirs, *make_ours(theirs, replace(as_llama, pattern=(windowed,))))
 
 
 def test_critic_values_are_the_scores_of_a_classifier_of_one_label():

@@ -60,7 +60,7 @@ def our_logits(model: Model, params: Tree, batch, attention_fn: AttentionFn) -> 
     """Returns logits `[R, T, V]`."""
     transformer = model.bind(params)
     forward = Forward(attention_fn=attention_fn)
-    hidden = transformer(batch["tokens"], batch["positions"], batch["segment_ids"], forward)
+    hidden, _ = transformer(batch["tokens"], batch["positions"], batch["segment_ids"], forward)
     return jnp.einsum("RTD,DV->RTV", hidden, transformer.head_kernel())
 
 

@@ -38,7 +38,7 @@ from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
 from realjax.models.build import build_model, init_params
-from realjax.models.config import ModelConfig, RopeConfig
+from realjax.models.config import ModelConfig
 from tools.bench.workers import start_workers
 
 SHAPES = {  # hidden, layers, query heads, kv heads, head size, ffn, vocabulary, tied
@@ -165,7 +165,7 @@ def model_config(size: str) -> ModelConfig:
     D, L, N, K, H, F, V, tied = SHAPES[size]
     return ModelConfig(
         family="llama", vocab_size=V, hidden_size=D, num_layers=L, num_q_heads=N, num_kv_heads=K, head_dim=H,
-        ffn_size=F, max_positions=8192, tied=tied, rope=RopeConfig(theta=10000.0),
+        ffn_size=F, max_positions=8192, tied=tied,
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """The supported architectures. Adding one is one small file here and one line in `FAMILIES`."""
 
+from dataclasses import fields, is_dataclass
+
 from realjax.core.json_text import JsonObject
 from realjax.hf.families import llama, qwen2, qwen3
 from realjax.hf.families.values import check_values
@@ -62,7 +64,18 @@ def config_to_hf(config: ModelConfig) -> JsonObject:
         hf |= {"architectures": [family.causal_class]}
     read_back = config_from_hf(hf, "config.json")
     if read_back != config:
-        names = [name for name in config.__dataclass_fields__ if getattr(config, name) != getattr(read_back, name)]
-        asked = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+        asked = ", ".join(dict.fromkeys(_list_differences("config", config, read_back)))
         raise ValueError(f"model config: a HuggingFace {hf['architectures'][0]} cannot have {asked}")
     return hf
+
+
+def _list_differences(name: str, asked: object, other: object) -> list[str]:
+    """Returns `name=value` of what is another in `other`, from as deep inside as types are the same."""
+    if asked == other:
+        return []
+    if isinstance(asked, tuple) and isinstance(other, tuple) and len(asked) == len(other):
+        return [found for a, b in zip(asked, other) for found in _list_differences(name, a, b)]
+    if is_dataclass(asked) and type(asked) is type(other):
+        names = [field.name for field in fields(asked)]
+        return [found for n in names for found in _list_differences(n, getattr(asked, n), getattr(other, n))]
+    return [f"{name}={asked!r}"]

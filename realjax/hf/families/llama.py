@@ -1,9 +1,9 @@
 """Llama, and what is published in its form (CodeLlama, DeepSeek LLM, SmolLM2)."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import RULES, read_sizes, write_sizes
+from realjax.hf.families.llama_like import RULES, read_pattern, read_sizes, write_sizes
 from realjax.hf.rules import Family
-from realjax.models.config import ModelConfig
+from realjax.models.config import AttentionConfig, ModelConfig
 
 
 def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
@@ -12,14 +12,13 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
         family="llama",
         **read_sizes(hf, is_critic),
         max_positions=hf.get("max_position_embeddings", 2048),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)),
+        pattern=read_pattern(hf, AttentionConfig(qkv_bias=bias, o_bias=bias), mlp_bias=bool(hf.get("mlp_bias", False))),
     )
 
 
 def _config_to_hf(config: ModelConfig) -> JsonObject:
-    return {**write_sizes(config), "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    kind = config.pattern[0]
+    return {**write_sizes(config), "attention_bias": kind.mixer.qkv_bias, "mlp_bias": kind.feed_forward.bias}
 
 
 FAMILY = Family(

@@ -1,10 +1,13 @@
-"""What every Llama-like decoder shares: its tensors, and the config keys of sizes, activation, rotary and window."""
+"""What every Llama-like decoder shares: its tensors, and the config keys of sizes, activation, rotary and windows."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from realjax.core.json_text import JsonObject
 from realjax.hf.rules import Rule
-from realjax.models.config import ModelConfig, RopeConfig
+from realjax.models.config import Activation, AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig, RopeConfig
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -13,6 +16,7 @@ ACTIVATIONS = {
 }
 HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layers in `layer_types`
 _LAYER = "model.layers.{layer}."
 
 # Biases and q/k norms stand here once for all families: a rule is used only where the model has the leaf.
@@ -44,10 +48,8 @@ RULES = (
 def read_sizes(hf: JsonObject, is_critic: bool) -> JsonObject:
     """Returns the `ModelConfig` fields that all families spell alike, with transformers' defaults for absent keys.
 
-    Raises KeyError for a size that has no default, ValueError for an activation or rotary scaling we do not compute.
+    Raises KeyError for a size that has no default.
     """
-    if (activation := hf.get("hidden_act", "silu")) not in ACTIVATIONS:
-        raise ValueError(f"hidden_act '{activation}' is not supported; supported: {', '.join(ACTIVATIONS)}")
     num_q_heads = hf["num_attention_heads"]
     return {
         "vocab_size": hf["vocab_size"],
@@ -57,12 +59,31 @@ def read_sizes(hf: JsonObject, is_critic: bool) -> JsonObject:
         "num_kv_heads": hf.get("num_key_value_heads") or num_q_heads,
         "head_dim": hf.get("head_dim") or hf["hidden_size"] // num_q_heads,
         "ffn_size": hf["intermediate_size"],
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "activation": ACTIVATIONS[activation],
-        "rope": read_rope(hf),
+        "norm": read_norm(hf),
         "tied": bool(hf.get("tie_word_embeddings", False)) and not is_critic,
         "is_critic": is_critic,
     }
+
+
+def read_norm(hf: JsonObject) -> NormConfig:
+    """Returns the norm of all places."""
+    return NormConfig(eps=hf.get("rms_norm_eps", 1e-6))
+
+
+def read_pattern(
+    hf: JsonObject, mixer: AttentionConfig, windows: Sequence[int | None] = (None,), *, mlp_bias: bool = False
+) -> tuple[LayerKind, ...]:
+    """Returns the layers with windows that repeat; `mixer` says what is a family's own, rotary embedding apart.
+
+    Raises ValueError for an activation or rotary scaling we do not compute.
+    """
+    if (activation := hf.get("hidden_act", "silu")) not in ACTIVATIONS:
+        raise ValueError(f"hidden_act '{activation}' is not supported; supported: {', '.join(ACTIVATIONS)}")
+    norm, mixer = read_norm(hf), replace(mixer, rope=read_rope(hf))
+    feed_forward = MLPConfig(activation=ACTIVATIONS[activation], bias=mlp_bias)
+    kind = LayerKind(name="full", mixer=mixer, feed_forward=feed_forward, attn_norm=norm, mlp_norm=norm)
+    sliding = lambda window: replace(kind, name="sliding", mixer=replace(mixer, window=window))
+    return tuple(kind if window is None else sliding(window) for window in windows)
 
 
 def read_rope(hf: JsonObject) -> RopeConfig:
@@ -91,27 +112,27 @@ def read_rope(hf: JsonObject) -> RopeConfig:
     )
 
 
-def read_window(hf: JsonObject) -> int | None:
-    """Returns the attention window of all layers, or None without one. Raises ValueError when only some layers have it.
+def read_windows(hf: JsonObject) -> list[int | None]:
+    """Returns the attention windows of layers as they repeat, None where a layer has none.
 
     transformers gives the window to layers from `max_window_layers` on, or to those that `layer_types` names.
     """
     num_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
     if not hf.get("use_sliding_window", False) or window is None:
-        return None
+        return [None]
     first = hf.get("max_window_layers", 28)
-    kinds = hf.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
-    ]
-    num_sliding = kinds.count("sliding_attention")
-    if num_sliding == 0:
-        return None
-    if num_sliding == num_layers:
-        return window
-    raise ValueError(
-        f"a sliding window in {num_sliding} of {num_layers} layers is not supported; for sequences up to {window} "
-        "tokens it changes nothing: set use_sliding_window to false in config.json"
-    )
+    kinds = hf.get("layer_types") or [FULL if i < first else SLIDING for i in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {FULL, SLIDING}:
+        raise ValueError(
+            f"layer_types {kinds} for {num_layers} layers; it needs one of {FULL} and {SLIDING} for each layer"
+        )
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"a sliding window in {kinds.count(SLIDING)} of {num_layers} layers is not supported; for sequences up to "
+            f"{window} tokens it changes nothing: set use_sliding_window to false in config.json"
+        )
+    period = next(n for n in range(1, num_layers + 1) if all(kinds[i] == kinds[i % n] for i in range(num_layers)))
+    return [window if kind == SLIDING else None for kind in kinds[:period]]
 
 
 def write_sizes(config: ModelConfig) -> JsonObject:
@@ -125,30 +146,35 @@ def write_sizes(config: ModelConfig) -> JsonObject:
         "head_dim": config.head_dim,
         "intermediate_size": config.ffn_size,
         "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": HF_ACTIVATIONS[config.activation],
+        "rms_norm_eps": config.norm.eps,
+        "hidden_act": HF_ACTIVATIONS[config.pattern[0].feed_forward.activation],
         "tie_word_embeddings": config.tied,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _write_scaling(config.rope),
+        **_write_rope(config.pattern[0].mixer.rope),
     }
 
 
-def write_window(config: ModelConfig) -> JsonObject:
-    """Returns the config.json keys of `read_window`; its inverse."""
-    if config.sliding_window is None:
+def write_windows(config: ModelConfig) -> JsonObject:
+    """Returns the config.json keys of `read_windows`; its inverse."""
+    windows = [kind.mixer.window for kind in config.layers]
+    if not any(windows):
         return {"use_sliding_window": False, "sliding_window": None}
-    return {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": 0}
+    num_full = windows.count(None)
+    keys = {"use_sliding_window": True, "sliding_window": max(filter(None, windows)), "max_window_layers": num_full}
+    if windows[:num_full] == [None] * num_full:
+        return keys
+    return {**keys, "layer_types": [FULL if window is None else SLIDING for window in windows]}
 
 
-def _write_scaling(rope: RopeConfig) -> JsonObject | None:
+def _write_rope(rope: RopeConfig | None) -> JsonObject:
+    if rope is None:
+        raise ValueError("model config: layers without rotary embedding, which a HuggingFace config of this family has")
     if rope.scaling == "none":
-        return None
-    if rope.scaling == "linear":
-        return {"rope_type": "linear", "factor": rope.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_max_positions,
-    }
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    scaling: JsonObject = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}

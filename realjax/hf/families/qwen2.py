@@ -1,9 +1,9 @@
-"""Qwen2 and Qwen2.5: always a bias on q, k and v, never on o; an optional sliding window."""
+"""Qwen2 and Qwen2.5: always a bias on q, k and v, never on o; optional sliding windows."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import RULES, read_sizes, read_window, write_sizes, write_window
+from realjax.hf.families.llama_like import RULES, read_pattern, read_sizes, read_windows, write_sizes, write_windows
 from realjax.hf.rules import Family
-from realjax.models.config import ModelConfig
+from realjax.models.config import AttentionConfig, ModelConfig
 
 
 def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
@@ -11,13 +11,12 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
         family="qwen2",
         **read_sizes(hf, is_critic),
         max_positions=hf.get("max_position_embeddings", 32768),
-        qkv_bias=True,
-        sliding_window=read_window(hf),
+        pattern=read_pattern(hf, AttentionConfig(qkv_bias=True), read_windows(hf)),
     )
 
 
 def _config_to_hf(config: ModelConfig) -> JsonObject:
-    return {**write_sizes(config), **write_window(config)}
+    return {**write_sizes(config), **write_windows(config)}
 
 
 FAMILY = Family(

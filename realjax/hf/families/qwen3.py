@@ -1,9 +1,17 @@
-"""Qwen3 (dense): a norm over each head of q and k, a head size of its own, an optional sliding window."""
+"""Qwen3 (dense): a norm over each head of q and k, a head size of its own, optional sliding windows."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import RULES, read_sizes, read_window, write_sizes, write_window
+from realjax.hf.families.llama_like import (
+    RULES,
+    read_norm,
+    read_pattern,
+    read_sizes,
+    read_windows,
+    write_sizes,
+    write_windows,
+)
 from realjax.hf.rules import Family
-from realjax.models.config import ModelConfig
+from realjax.models.config import AttentionConfig, ModelConfig
 
 
 def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
@@ -11,19 +19,17 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     if (head_dim := hf.get("head_dim", 128)) is None:  # not hidden_size over heads
         raise ValueError("head_dim is null; a Qwen3 config needs it (128 in the published ones)")
     sizes = {**read_sizes(hf, is_critic), "head_dim": head_dim}
+    mixer = AttentionConfig(qkv_bias=bias, o_bias=bias, qk_norm=read_norm(hf))
     return ModelConfig(
         family="qwen3",
         **sizes,
         max_positions=hf.get("max_position_embeddings", 32768),
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm=True,
-        sliding_window=read_window(hf),
+        pattern=read_pattern(hf, mixer, read_windows(hf)),
     )
 
 
 def _config_to_hf(config: ModelConfig) -> JsonObject:
-    return {**write_sizes(config), **write_window(config), "attention_bias": config.qkv_bias}
+    return {**write_sizes(config), **write_windows(config), "attention_bias": config.pattern[0].mixer.qkv_bias}
 
 
 FAMILY = Family(

@@ -1,0 +1,223 @@
+"""Layers of several kinds: a family that is data alone, and terms that layers add to the loss, against plain code."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.axes import train_rules
+from realjax.core.generation_config import GenerationConfig
+from realjax.core.metrics import finalize
+from realjax.core.trees import Tree
+from realjax.engine.compiled import place_batch
+from realjax.engine.forward import ForwardOptions
+from realjax.engine.generate import Generator, Request
+from realjax.engine.inference import make_evaluation
+from realjax.engine.train import TrainOptions, make_gradients
+from realjax.models import transformer
+from realjax.models.build import Model, build_model
+from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, NormConfig, RopeConfig, cut_order
+from realjax.models.stacks import find_cycles
+from realjax.models.transformer import MLP
+from tests.builders import (
+    assert_close_in_norm,
+    make_examples,
+    make_layout,
+    make_model,
+    one_per_row,
+    pack_in_order,
+    place_params,
+    quick_jit,
+    random_tree,
+)
+
+WINDOW, COEFFICIENT = 5, 0.3
+NEAR, FAR = RopeConfig(theta=1e2), RopeConfig(theta=1e4)
+SLIDING = LayerKind(
+    name="sliding",
+    mixer=AttentionConfig(window=WINDOW, rope=NEAR, qk_norm=NormConfig()),
+    feed_forward=MLPConfig(activation="gelu_tanh"),
+    attn_norm=NormConfig(one_plus=True),
+    attn_out_norm=NormConfig(),
+)
+FULL = LayerKind(
+    name="full", mixer=AttentionConfig(rope=FAR, qkv_bias=True), attn_out_norm=NormConfig(), mlp_out_norm=NormConfig()
+)
+TOY = make_model(num_layers=4, pattern=(SLIDING, FULL))
+EXAMPLES = make_examples([9, 30, 17, 3, 22, 8, 14, 12])
+LAYOUTS = [{"dp": 2}, {"tp": 2}, {"pp": 2}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenalisedConfig(MLPConfig):
+    """A feed-forward whose inputs are to stay small."""
+
+
+class PenalisedMLP(MLP):
+    """Gives the mean square of each real token's input as a term of the loss."""
+
+    TERMS: ClassVar[tuple[str, ...]] = ("mean_square",)
+
+    def __call__(self, x_RTD, context):
+        squares = jnp.square(x_RTD.astype(jnp.float32)).mean(axis=-1)
+        return super().__call__(x_RTD, context)[0], {
+            "mean_square": COEFFICIENT * jnp.sum(jnp.where(context.is_token, squares, 0))
+        }
+
+
+@pytest.fixture
+def penalised(monkeypatch) -> Model:
+    """The toy family with that term in every second layer."""
+    monkeypatch.setitem(transformer.FEED_FORWARDS, PenalisedConfig, PenalisedMLP)
+    return build_model(replace(TOY.config, pattern=(SLIDING, replace(FULL, feed_forward=PenalisedConfig()))))
+
+
+def plain_attention(x, layer, rope: RopeConfig, window: int | None):
+    """Causal attention of rows `[B, T, D]` of one sequence each, 8 query and 2 key-value heads of 4."""
+    T = x.shape[1]
+    project = lambda name: jnp.einsum("btd,dnh->btnh", x, layer[name]["kernel"]) + layer[name].get("bias", 0.0)
+    q, k, v = project("q"), project("k"), project("v")
+    if "q_norm" in layer:
+        q, k = plain_norm(q, layer["q_norm"]), plain_norm(k, layer["k_norm"])
+    angles = jnp.arange(T)[:, None] / rope.theta ** (jnp.arange(2) / 2)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    turn = lambda y: jnp.concatenate(
+        [y[..., :2] * cos - y[..., 2:] * sin, y[..., 2:] * cos + y[..., :2] * sin], axis=-1
+    )
+    q, k, v = turn(q), jnp.repeat(turn(k), 4, axis=2), jnp.repeat(v, 4, axis=2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 2
+    back = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+    seen = (back >= 0) & (back < (window or T))
+    attended = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), v)
+    return jnp.einsum("btnh,nhd->btd", attended, layer["o"]["kernel"])
+
+
+def plain_norm(x, params):
+    scale = params["scale"] if "scale" in params else 1 + params["scale_less_one"]
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
+
+
+def plain_logits(params: Tree, tokens):
+    """Returns logits `[B, T, V]`, and the mean squares `[B, T]` of what the MLPs of the `full` layers read."""
+    x, squares = params["embed"]["table"][tokens], []
+    for i in range(4):
+        name, rope, window, act = (
+            ("sliding", NEAR, WINDOW, jax.nn.gelu) if i % 2 == 0 else ("full", FAR, None, jax.nn.silu)
+        )
+        layer = jax.tree.map(lambda leaf, n=i // 2: leaf[n], params["layers"][name])
+        attended = plain_attention(plain_norm(x, layer["attn_norm"]), layer["attn"], rope, window)
+        x = x + plain_norm(attended, layer["attn_out_norm"])
+        h = plain_norm(x, layer["mlp_norm"])
+        mlp = {part: layer["mlp"][part]["kernel"] for part in ("gate", "up", "down")}
+        fed = (act(h @ mlp["gate"]) * (h @ mlp["up"])) @ mlp["down"]
+        if name == "full":
+            fed = plain_norm(fed, layer["mlp_out_norm"])
+            squares.append(jnp.mean(h**2, axis=-1))
+        x = x + fed
+    return plain_norm(x, params["norm"]) @ params["head"]["kernel"], squares
+
+
+def plain_loss(params: Tree, coefficient: float):
+    """Returns the mean nll of the answers' tokens plus the term's mean, and that term."""
+    batch, _ = one_per_row(EXAMPLES)
+    logits, squares = plain_logits(params, batch["tokens"])
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), batch["tokens"][:, 1:, None], axis=2)[..., 0]
+    mask, is_token = batch["loss_mask"][:, 1:], batch["segment_ids"] > 0
+    term = coefficient * sum(jnp.sum(x * is_token) for x in squares) / (2 * is_token.sum())
+    return -jnp.sum(logprobs * mask) / mask.sum() + term, term
+
+
+PLAIN_LOGITS = quick_jit(plain_logits)
+PLAIN_LOSS = quick_jit(plain_loss, static_argnums=1)
+PLAIN_GRADIENTS = quick_jit(jax.value_and_grad(plain_loss, has_aux=True), static_argnums=1)
+
+
+def check_gradients(model: Model, coefficient: float, layout: dict, row_len: int, **options) -> None:
+    """Compares loss, term and gradients of a step's first half with the plain ones."""
+    params, layout = random_tree(model), make_layout(**layout)
+    (loss, term), expected = PLAIN_GRADIENTS(params, coefficient)
+    batch = place_batch(pack_in_order(EXAMPLES, row_len, num_rows=8)[0], train_rules(layout.strategy), layout)
+    fn = quick_jit(make_gradients(model, SFT_LOSS, layout, TrainOptions(**options)))
+    grads, sums = fn(place_params(model, params, layout), batch)
+    assert float(sums.loss.value) == pytest.approx(float(loss), rel=1e-5)
+    assert ("mean_square" in sums.metrics) == (coefficient > 0)
+    if coefficient:
+        assert term > 0.05 * loss  # else a tolerance says little of it
+        assert float(finalize(sums.metrics)["mean_square"]) == pytest.approx(float(term), rel=1e-5)
+    assert_close_in_norm(jax.tree.map(lambda g: np.asarray(g) / sums.loss.weight, grads), expected, 2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_family_of_two_kinds_of_layer_is_data_alone(layout):
+    check_gradients(TOY, 0.0, layout, 32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "row_len", "options"),
+    [
+        ({"dp": 2, "zero": 1}, 64, {"num_mbs": 2, "forward": ForwardOptions(unroll=False)}),
+        ({"pp": 2, "dp": 2}, 32, {"num_mbs": 2, "forward": ForwardOptions(remat=True)}),
+        ({"dp": 2, "tp": 2, "sp": True, "zero": 3}, 32, {}),
+    ],
+    ids=str,
+)
+def test_terms_of_layers_are_means_however_a_batch_is_split(layout, row_len, options, penalised):
+    check_gradients(penalised, COEFFICIENT, layout, row_len, **options)
+
+
+def test_an_evaluation_reports_terms_beside_its_loss(penalised):
+    params, layout = random_tree(penalised), make_layout()
+    loss, term = PLAIN_LOSS(params, COEFFICIENT)
+    sums = quick_jit(make_evaluation(penalised, SFT_LOSS, layout, ForwardOptions(), num_mbs=2))(
+        params, pack_in_order(EXAMPLES, 32, num_rows=8)[0]
+    )
+    assert float(sums.loss.value) == pytest.approx(float(loss - term), rel=1e-5)
+    assert float(finalize(sums.metrics)["mean_square"]) == pytest.approx(float(term), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_greedy_decoding_is_the_plain_forward_pass(layout):
+    params, layout = random_tree(TOY, scale=0.4), make_layout(**layout)
+    config = GenerationConfig(max_new_tokens=8, min_new_tokens=0, greedy=True)
+    prompts = [example["tokens"] for example in make_examples([3, 11, 6, 8])]
+    generator = Generator(TOY, layout, config, eos_ids=(0,), num_slots=4, seed=0)
+    found = generator(
+        place_params(TOY, params, layout, train_rules(layout.strategy)),
+        [Request(tokens=prompt, row_id=i) for i, prompt in enumerate(prompts)],
+    )
+    whole = [np.concatenate([prompt, generation.tokens]) for prompt, generation in zip(prompts, found, strict=True)]
+    rows = np.stack([np.pad(tokens, (0, 20 - len(tokens))) for tokens in whole])
+    likeliest = np.asarray(PLAIN_LOGITS(params, rows)[0]).argmax(axis=-1)
+    for prompt, tokens, best, generation in zip(prompts, whole, likeliest, found):
+        assert len(generation.tokens) == 8 or generation.ended
+        np.testing.assert_array_equal(best[len(prompt) - 1 : len(tokens) - 1], generation.tokens)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("aaaa", [("a", 4)]),
+        ("abab", [("ab", 2)]),
+        ("ababa", [("ab", 2), ("a", 1)]),
+        ("aabaabaa", [("aab", 2), ("a", 2)]),
+        ("aabb", [("a", 2), ("b", 2)]),
+        ("a", [("a", 1)]),
+    ],
+)
+def test_layers_run_in_cycles_and_runs_that_are_the_whole(order, expected):
+    cycles = find_cycles(tuple(order))
+    assert ["".join(cycle) * times for cycle, times in cycles] == [cycle * times for cycle, times in expected]
+    assert [times for _, times in cycles] == [times for _, times in expected]
+
+
+def test_stages_that_would_differ_are_refused():
+    assert cut_order(tuple("abab"), 2) == ("a", "b")
+    with pytest.raises(ValueError, match=r"2 pipeline stages of 4 layers \(a, b\) .*_size among \[1\]"):
+        cut_order(tuple("aabb"), 2)
+    with pytest.raises(ValueError, match=r"among \[1, 2\]"):
+        TOY.config.count_empty_layers(4)
+    assert make_model(num_layers=5).config.count_empty_layers(4) == 3
