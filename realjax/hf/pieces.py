@@ -51,7 +51,10 @@ class HFTensor:
 
 def number_layers(config: ModelConfig) -> LayerNumbers:
     """Returns the numbers of a model's layers in a checkpoint."""
-    return {LAYERS: (*range(config.num_layers), *[None] * config.num_empty_layers)}
+    if len(config.kinds) == 1:
+        return {LAYERS: (*range(config.num_layers), *[None] * config.num_empty_layers)}
+    numbers = lambda name: tuple(i for i, kind in enumerate(config.order) if kind == name)
+    return {f"{LAYERS}/{name}": numbers(name) for name in config.kinds}
 
 
 def name_sizes(config: ModelConfig) -> dict[str, int]:

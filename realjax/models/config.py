@@ -49,15 +49,15 @@ class MLPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """One kind of layer. `attn_out_norm` and `mlp_out_norm` are over what is added to the residual."""
+    """One kind of layer. `attn_post_norm` and `mlp_post_norm` are over what is added to the residual."""
 
     name: str = "layer"  # of its own in a pattern; stacks of parameters are called by it
     mixer: AttentionConfig = AttentionConfig()
     feed_forward: MLPConfig = MLPConfig()
     attn_norm: NormConfig | None = NormConfig()
-    attn_out_norm: NormConfig | None = None
+    attn_post_norm: NormConfig | None = None
     mlp_norm: NormConfig | None = NormConfig()
-    mlp_out_norm: NormConfig | None = None
+    mlp_post_norm: NormConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,10 +64,10 @@ class Block(nnx.Module):
         make_norm = lambda config: None if config is None else RMSNorm(sizes.hidden_size, config)
         self.attn_norm = make_norm(kind.attn_norm)
         self.attn = Attention(sizes, kind.mixer)
-        self.attn_out_norm = make_norm(kind.attn_out_norm)
+        self.attn_post_norm = make_norm(kind.attn_post_norm)
         self.mlp_norm = make_norm(kind.mlp_norm)
         self.mlp = FEED_FORWARDS[type(kind.feed_forward)](sizes, kind.feed_forward)
-        self.mlp_out_norm = make_norm(kind.mlp_out_norm)
+        self.mlp_post_norm = make_norm(kind.mlp_post_norm)
 
     def __call__(self, x: Array, context: BlockContext) -> tuple[Array, Aux]:
         # Norms and residuals may be split along the row; projections read whole rows.
@@ -76,9 +76,9 @@ class Block(nnx.Module):
         split = lambda h: constrain(h, ("rows", "residual_time", "act_embed"))
         normed = lambda norm, h: h if norm is None else norm(h, merge_rows=not constrain.splits_residuals)
         attended = self.attn(whole(normed(self.attn_norm, x)), context)
-        x = x + normed(self.attn_out_norm, split(attended))
+        x = x + normed(self.attn_post_norm, split(attended))
         fed, terms = self.mlp(whole(normed(self.mlp_norm, x)), context)
-        return x + normed(self.mlp_out_norm, split(fed)), terms
+        return x + normed(self.mlp_post_norm, split(fed)), terms
 
 
 class Embedding(nnx.Module):

@@ -13,9 +13,9 @@ from realjax.core.axes import train_rules
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.metrics import finalize
 from realjax.core.trees import Tree
+from realjax.engine.batching import Request
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions
-from realjax.engine.generate import Generator, Request
 from realjax.engine.inference import make_evaluation
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models import transformer
@@ -34,6 +34,7 @@ from tests.builders import (
     quick_jit,
     random_tree,
 )
+from tests.engine.generation_cases import run
 
 WINDOW, COEFFICIENT = 5, 0.3
 NEAR, FAR = RopeConfig(theta=1e2), RopeConfig(theta=1e4)
@@ -42,10 +43,10 @@ SLIDING = LayerKind(
     mixer=AttentionConfig(window=WINDOW, rope=NEAR, qk_norm=NormConfig()),
     feed_forward=MLPConfig(activation="gelu_tanh"),
     attn_norm=NormConfig(one_plus=True),
-    attn_out_norm=NormConfig(),
+    attn_post_norm=NormConfig(),
 )
 FULL = LayerKind(
-    name="full", mixer=AttentionConfig(rope=FAR, qkv_bias=True), attn_out_norm=NormConfig(), mlp_out_norm=NormConfig()
+    name="full", mixer=AttentionConfig(rope=FAR, qkv_bias=True), attn_post_norm=NormConfig(), mlp_post_norm=NormConfig()
 )
 TOY = make_model(num_layers=4, pattern=(SLIDING, FULL))
 EXAMPLES = make_examples([9, 30, 17, 3, 22, 8, 14, 12])
@@ -110,12 +111,12 @@ def plain_logits(params: Tree, tokens):
         )
         layer = jax.tree.map(lambda leaf, n=i // 2: leaf[n], params["layers"][name])
         attended = plain_attention(plain_norm(x, layer["attn_norm"]), layer["attn"], rope, window)
-        x = x + plain_norm(attended, layer["attn_out_norm"])
+        x = x + plain_norm(attended, layer["attn_post_norm"])
         h = plain_norm(x, layer["mlp_norm"])
         mlp = {part: layer["mlp"][part]["kernel"] for part in ("gate", "up", "down")}
         fed = (act(h @ mlp["gate"]) * (h @ mlp["up"])) @ mlp["down"]
         if name == "full":
-            fed = plain_norm(fed, layer["mlp_out_norm"])
+            fed = plain_norm(fed, layer["mlp_post_norm"])
             squares.append(jnp.mean(h**2, axis=-1))
         x = x + fed
     return plain_norm(x, params["norm"]) @ params["head"]["kernel"], squares
@@ -181,14 +182,11 @@ def test_an_evaluation_reports_terms_beside_its_loss(penalised):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_greedy_decoding_is_the_plain_forward_pass(layout):
-    params, layout = random_tree(TOY, scale=0.4), make_layout(**layout)
+    params = random_tree(TOY, scale=0.4)
     config = GenerationConfig(max_new_tokens=8, min_new_tokens=0, greedy=True)
     prompts = [example["tokens"] for example in make_examples([3, 11, 6, 8])]
-    generator = Generator(TOY, layout, config, eos_ids=(0,), num_slots=4, seed=0)
-    found = generator(
-        place_params(TOY, params, layout, train_rules(layout.strategy)),
-        [Request(tokens=prompt, row_id=i) for i, prompt in enumerate(prompts)],
-    )
+    requests = [Request(tokens=prompt, row_id=i) for i, prompt in enumerate(prompts)]
+    found = run(TOY, params, config, make_layout(**layout), requests=requests)
     whole = [np.concatenate([prompt, generation.tokens]) for prompt, generation in zip(prompts, found, strict=True)]
     rows = np.stack([np.pad(tokens, (0, 20 - len(tokens))) for tokens in whole])
     likeliest = np.asarray(PLAIN_LOGITS(params, rows)[0]).argmax(axis=-1)

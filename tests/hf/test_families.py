@@ -59,14 +59,22 @@ def test_activations_are_inverse():
 @pytest.mark.parametrize(
     "window, expected",
     [
-        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, None),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}, None),
-        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 4}, 8),
+        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, [None]),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, [8]),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}, [None]),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, [None, None, None, 8]),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 4}, [8]),
+        (
+            {"use_sliding_window": True, "sliding_window": 8}
+            | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            [8, None],
+        ),
     ],
 )
 def test_a_sliding_window_is_read_as_transformers_applies_it(window, expected):
-    assert [kind.mixer.window for kind in read({**QWEN2, **window}).pattern] == [expected]
+    config = read({**QWEN2, **window})
+    assert [kind.mixer.window for kind in config.pattern] == expected
+    assert read(config_to_hf(config)) == config
 
 
 def test_a_classifier_of_one_label_is_a_critic_and_never_tied():
@@ -101,11 +109,12 @@ def test_what_cannot_be_computed_is_refused(change, message):
         read({**LLAMA, **change})
 
 
-def test_a_missing_size_and_a_partly_sliding_model_are_refused():
+def test_a_missing_size_and_layers_of_unknown_types_are_refused():
     with pytest.raises(ValueError, match="config.json: no key 'hidden_size'; a LlamaForCausalLM config needs it"):
         read({key: value for key, value in LLAMA.items() if key != "hidden_size"})
-    with pytest.raises(ValueError, match="a sliding window in 2 of 4 layers is not supported"):
-        read({**QWEN2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2})
+    for types in (["full_attention"] * 3, ["full_attention"] * 3 + ["linear_attention"]):
+        with pytest.raises(ValueError, match="layer_types .* for 4 layers; it needs one of full_attention and"):
+            read({**QWEN2, "use_sliding_window": True, "sliding_window": 8, "layer_types": types})
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ KINDS = {
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
 }

@@ -126,11 +126,6 @@ def read_windows(hf: JsonObject) -> list[int | None]:
         raise ValueError(
             f"layer_types {kinds} for {num_layers} layers; it needs one of {FULL} and {SLIDING} for each layer"
         )
-    if len(set(kinds)) > 1:
-        raise ValueError(
-            f"a sliding window in {kinds.count(SLIDING)} of {num_layers} layers is not supported; for sequences up to "
-            f"{window} tokens it changes nothing: set use_sliding_window to false in config.json"
-        )
     period = next(n for n in range(1, num_layers + 1) if all(kinds[i] == kinds[i % n] for i in range(num_layers)))
     return [window if kind == SLIDING else None for kind in kinds[:period]]
 
