@@ -226,7 +226,7 @@ def test_long_prompts_are_cut_and_counted(trial, capsys):
     [
         (float("nan"), r"role default \('.*poisoned'\) holds numbers that are not finite as float32, in norm/scale"),
         # Finite, but the logits are not.
-        (3e38, r"role default \('.*poisoned'\): its logits are not finite in 3 of 3 answers"),
+        (3e38, r"generate: role default \('.*poisoned'\): its logits are not finite in 3 of 3 answers"),
     ],
 )
 def test_a_model_that_is_no_model_writes_no_answers(trial, tmp_path, capsys, value, message):

@@ -108,7 +108,7 @@ WRITES = {
     "metrics": (MetricsWriter, "write", 3, 1),
     "the metrics of a step": (MetricsWriter, "write", 4, 2),
     "TensorBoard": (TensorBoardFile, "write", 4, 2),
-    "an export": (hf_save, "_write_shards", 2, 1),
+    "an export": (hf_save, "write_tensors", 2, 1),
     "its config": (hf_save, "write_config", 2, 1),
     "a directory": (Places, "check", 2, 1),
     "the state": (RunCheckpointer, "save", 2, 1),
@@ -132,7 +132,7 @@ def test_a_full_disk_at_any_write(what, spec, monkeypatch, capsys):
 
 
 def test_a_full_disk_before_the_first_save(spec, monkeypatch, capsys):
-    for owner, name in ((resume, "replace_text"), (loop, "MetricsWriter"), (hf_save, "_write_shards")):
+    for owner, name in ((resume, "replace_text"), (loop, "MetricsWriter"), (hf_save, "write_tensors")):
         with monkeypatch.context() as patch:
             before(patch, owner, name, fill)
             assert run_to_end(spec) == 1
