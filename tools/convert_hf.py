@@ -24,7 +24,7 @@ from realjax.apps.errors import report_errors
 from realjax.core.trees import Tree, flatten_paths, num_bytes, num_params
 from realjax.hf.families import find_family
 from realjax.hf.files import CheckpointFiles, resolve_model_path
-from realjax.hf.load import load_checkpoint_config, load_config, load_params
+from realjax.hf.load import correct_config, load_config, load_params
 from realjax.hf.pieces import find_pieces, list_tensors
 from realjax.hf.save import new_directory, refuse_existing, save_hf, write_config
 from realjax.models.build import build_model
@@ -37,7 +37,7 @@ def hf_to_orbax(hf: str, orbax: Path, dtype: str | None) -> tuple[ModelConfig, T
     """Writes the Orbax directory of a HuggingFace model, by default in the dtype of its files."""
     refuse_existing(orbax)
     source = resolve_model_path(hf)
-    config = load_checkpoint_config(source)
+    config = correct_config(load_config(source), source)
     model = build_model(config)
     placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract)
     params = load_params(source, model, placed, dtype=jnp.dtype(dtype or CheckpointFiles.open(source).dtype))

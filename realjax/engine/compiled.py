@@ -58,13 +58,8 @@ class Compiled:
         seconds = time.perf_counter() - start
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
         self.log.entries.append((self.name, shapes, seconds))
-        logger.info(
-            "compiled %s for rows %s in %.1f s (program %d of this run)",
-            self.name,
-            shapes,
-            seconds,
-            len(self.log.entries),
-        )
+        what = f"{self.name} for rows {shapes}" if shapes else self.name
+        logger.info("compiled %s in %.1f s (program %d of this run)", what, seconds, len(self.log.entries))
         return program
 
 

@@ -18,7 +18,7 @@ from realjax.hf.families import find_family
 from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_end_tokens
-from realjax.hf.load import has_critic_head, load_checkpoint_config, load_config
+from realjax.hf.load import correct_config, has_critic_head, load_config
 from realjax.models.config import ModelConfig
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
@@ -37,12 +37,13 @@ def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -
     option = name_option(name)
     otherwise = f", or {option}.init_from_scratch=True for random ones"
     path = resolve_model_path(model.path, need_weights=not model.init_from_scratch, otherwise=otherwise)
-    check_declared(model.type, path, option)
-    check_head(model, path, option, is_trained=is_trained)
+    config = load_config(path)
+    check_declared(model.type, config, path, option)
+    check_head(model, config, path, option, is_trained=is_trained)
     return RoleSpec(
         name=name,
         path=path,
-        config=find_config(name, model, path),
+        config=find_config(name, model, config, path),
         size=model.type.size,
         init_from_scratch=model.init_from_scratch,
         init_critic_from_actor=model.init_critic_from_actor,
@@ -58,14 +59,13 @@ def name_option(role: str) -> str:
     return "model" if role == "default" else role
 
 
-def find_config(role: str, model: ModelTrainEvalConfig, path: Path) -> ModelConfig:
+def find_config(role: str, model: ModelTrainEvalConfig, config: ModelConfig, path: Path) -> ModelConfig:
     """Returns the model that a role runs: the checkpoint's, or a critic on its trunk."""
-    config = load_config(path)
     if model.is_critic:
         return config.as_critic()
     if model.init_from_scratch:
         return config
-    of_weights = load_checkpoint_config(path)
+    of_weights = correct_config(config, path)
     if of_weights.tied != config.tied:
         logger.info(
             "role %s: config.json says that the head is the embedding table, but the weights hold another head, which "
@@ -75,9 +75,9 @@ def find_config(role: str, model: ModelTrainEvalConfig, path: Path) -> ModelConf
     return of_weights
 
 
-def check_declared(declared: ModelFamily, path: Path, option: str) -> None:
+def check_declared(declared: ModelFamily, config: ModelConfig, path: Path, option: str) -> None:
     """Raises ValueError when a model's declared kind is not that of the checkpoint at `path`."""
-    family = find_family(load_config(path).family)
+    family = find_family(config.family)
     if declared._class is not None and declared._class not in family.published_as:
         raise ValueError(
             f"{option}.type._class: found {declared._class}, but '{path}' holds a {family.causal_class} or its critic; "
@@ -85,11 +85,11 @@ def check_declared(declared: ModelFamily, path: Path, option: str) -> None:
         )
 
 
-def check_head(model: ModelTrainEvalConfig, path: Path, option: str, *, is_trained: bool) -> None:
+def check_head(model: ModelTrainEvalConfig, config: ModelConfig, path: Path, option: str, *, is_trained: bool) -> None:
     """Raises ValueError for a checkpoint with a scalar head where a language model belongs, or the reverse."""
     subject = f"{option}.path: '{path}'"
     has_scalar_head = not model.init_from_scratch and has_critic_head(path)
-    if not model.is_critic and (has_scalar_head or load_config(path).is_critic):
+    if not model.is_critic and (has_scalar_head or config.is_critic):
         raise ValueError(
             f"{subject} is a reward model or critic, it ends in a scalar head; give a language model here, such as "
             "the one that it was made from"

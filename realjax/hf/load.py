@@ -39,12 +39,11 @@ def load_config(path: str | Path) -> ModelConfig:
     return config_from_hf(read_json(file, "model path"), str(file))
 
 
-def load_checkpoint_config(path: str | Path) -> ModelConfig:
+def correct_config(config: ModelConfig, path: str | Path) -> ModelConfig:
     """Returns the model that a directory's weights make: config.json's, but untied where they hold a head of their own.
 
-    That is what transformers loads then. Reads both tables where a file has them. Raises ValueError as `load_config`.
+    That is what transformers loads then. Reads both tables where a file has them.
     """
-    config = load_config(path)
     if not config.tied:
         return config
     family = find_family(config.family)

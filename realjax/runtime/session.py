@@ -21,7 +21,7 @@ from realjax.engine.state import TrainState
 from realjax.record.answers import AnswerWriter, make_lines
 from realjax.record.console import ProgressDisplay, StepLine, format_seconds
 from realjax.record.metrics import MetricsWriter
-from realjax.record.report import MAIN_METRICS, Section, write_report
+from realjax.record.report import MAIN_METRICS, Section, metric_rank, write_report
 from realjax.record.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
 from realjax.reshard.fetch import fetch
 from realjax.runtime.calls import Metrics
@@ -127,7 +127,7 @@ class Session:
         self._watch_rates(step, values)
         values |= self._call_metrics(step)
         values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
-        values = {name: values[name] for name in sorted(values, key=_rank)}
+        values = {name: values[name] for name in sorted(values, key=lambda name: (metric_rank(name), name))}
         if len(self.executor.compile_log.entries) == self.num_compiled:
             self.step_seconds.append(seconds)
             self.num_tokens += num_tokens
@@ -157,7 +157,7 @@ class Session:
         hidden = ("seconds", "num_skipped")
         shown = {name: value for name, value in values.items() if name not in hidden and "/" not in name}
         if len(shown) > MOST_SHOWN:
-            shown = {name: value for name, value in shown.items() if name in MAIN_METRICS}
+            shown = {name: value for name, value in shown.items() if metric_rank(name) < len(MAIN_METRICS)}
         return StepLine(
             epoch=position.epoch,
             num_epochs=self.spec.num_epochs,
@@ -319,12 +319,6 @@ def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:
         for call, metrics in by_call.items()
         for name, value in metrics.items()
     }
-
-
-def _rank(name: str) -> tuple[int, str]:
-    """Orders metrics as a person looks for them: the main ones first, counts last."""
-    last = name.rsplit("/", 1)[-1]
-    return (MAIN_METRICS.index(last) if last in MAIN_METRICS else len(MAIN_METRICS), name)
 
 
 def tell_stalled(stalled: Mapping[str, int]) -> int:

@@ -8,7 +8,7 @@ from realjax.core.axes import train_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import flatten_paths, num_params
 from realjax.hf.files import SafetensorsFile
-from realjax.hf.load import check_weights, has_critic_head, load_checkpoint_config, load_config, load_params
+from realjax.hf.load import check_weights, correct_config, has_critic_head, load_config, load_params
 from realjax.hf.save import save_hf
 from realjax.models.build import build_model, make_fill
 from tests.hf.tiny import KINDS, edit_config, make_bin, make_checkpoint, on_one_device
@@ -137,8 +137,8 @@ def test_a_head_of_its_own_is_kept_where_the_config_says_tied_as_in_transformers
     source = make_checkpoint(tmp_path / "hf", "llama-tied")
     own = np.random.default_rng(0).standard_normal((64, 32), np.float32)
     change_tensors(source, lambda t: {**t, "lm_head.weight": own})
-    assert load_config(source).tied and not load_checkpoint_config(source).tied
-    model = build_model(load_checkpoint_config(source))
+    assert load_config(source).tied and not correct_config(load_config(source), source).tied
+    model = build_model(correct_config(load_config(source), source))
     params = load_params(source, model, on_one_device(model))
     np.testing.assert_array_equal(params["head"]["kernel"], own.T)
     save_hf(params, model.config, tmp_path / "out", source_dir=source)
@@ -146,12 +146,12 @@ def test_a_head_of_its_own_is_kept_where_the_config_says_tied_as_in_transformers
     np.testing.assert_array_equal(logits_of(tmp_path / "out"), logits_of(source))
     table = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     change_tensors(source, lambda t: {**t, "lm_head.weight": table.copy()})
-    assert load_checkpoint_config(source).tied
+    assert correct_config(load_config(source), source).tied
 
 
 def test_a_tied_table_may_have_the_heads_name_as_in_transformers(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama-tied")
-    model = build_model(load_checkpoint_config(source))
+    model = build_model(correct_config(load_config(source), source))
     params, theirs = load_params(source, model, on_one_device(model)), logits_of(source)
     change_tensors(source, lambda t: {n.replace("model.embed_tokens", "lm_head"): x for n, x in t.items()})
     assert_trees_equal(params, load_params(source, model, on_one_device(model)))
