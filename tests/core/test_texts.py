@@ -1,8 +1,9 @@
 """A sequence cut anywhere into prompt and answer: the two texts are always that of the whole."""
 
+import numpy as np
 import pytest
 
-from realjax.core.texts import cut_at, decode_answers
+from realjax.core.texts import cut_at, decode_answers, make_stop_fn
 from tests.data.test_datasets import make_tokenizer, words_tokenizer
 
 BYTES, WORDS = make_tokenizer("bos"), words_tokenizer()
@@ -34,3 +35,28 @@ def test_an_answer_keeps_the_space_that_its_tokenizer_drops_where_a_text_begins(
 )
 def test_cut_at_the_first_stop(stop, kept):
     assert cut_at("a\nb\n\nc", stop) == kept
+
+
+STOPS = [("b",), ("ab",), ("c", "abc a"), (" a", "ca b", "é"), ("日本", "a日"), ("本", "c c c"), ("no such text",)]
+PIECES = {"a": 0.2, "b": 0.2, "c": 0.2, "d": 0.05, " ": 0.15, "é": 0.05, "日": 0.05, "本": 0.05, "</s>": 0.05}
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_the_tokens_up_to_a_stop_text_tell_where_the_whole_text_is_cut(stop):
+    """Whatever stands where chunks of tokens meet: parts of characters, of stop texts, special tokens."""
+    rng, has_stopped, num_cut = np.random.default_rng(0), make_stop_fn(BYTES, stop), 0
+    read = lambda prompt, tokens: decode_answers(BYTES, [prompt.tolist()], [tokens.tolist()])[1][0]
+    for _ in range(12):
+        whole = np.array(BYTES.encode("".join(rng.choice(list(PIECES), 60, p=list(PIECES.values())))), np.int32)
+        prompt, answer = whole[:4], whole[4 : len(whole) - rng.integers(3)]
+        hits = [n for n in range(1, len(answer) + 1) if has_stopped(prompt, answer[:n], 0)]
+        needed = hits[0] if hits else len(answer)
+        num_cut += needed < len(answer) - 5
+        assert cut_at(read(prompt, answer[:needed]), stop) == cut_at(read(prompt, answer), stop)
+        assert not hits or hits == list(range(needed, len(answer) + 1))
+        # What was seen before need not be looked at again.
+        for seen in range(needed):
+            assert seen == needed - 1 or not has_stopped(prompt, answer[: needed - 1], seen)
+            assert has_stopped(prompt, answer[:needed], seen) == bool(hits)
+            assert has_stopped(prompt, answer, seen) == bool(hits)
+    assert num_cut > 2 or stop == ("no such text",)
