@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from realjax.apps import quickstart
+from realjax.engine.slots import SlotPrograms
 from realjax.record.answers import AnswerWriter
 from realjax.record.metrics import read_metrics
 from realjax.runtime import resume
@@ -120,6 +121,33 @@ def test_samples_and_stop_texts(trial):
     assert all(line["seq"] == line["prompt"] + line["answer"] for line in cut)
     # The first run's files were set aside.
     assert (trial.logs.with_name("trial.1") / "output.jsonl").exists()
+
+
+def test_a_stop_text_saves_decoding(trial, monkeypatch):
+    """Answers of 100 tokens, in one wave: nothing is decoded once all of them have met a stop text."""
+    num_rounds, decode = [], SlotPrograms.decode
+
+    def count(self, *args):
+        slots, chunk = decode(self, *args)
+        num_rounds.append(int(chunk.num_rounds))
+        return slots, chunk
+
+    monkeypatch.setattr(SlotPrograms, "decode", count)
+    options = {
+        "gen__max_new_tokens": 100,
+        "gen__min_new_tokens": 100,
+        "dataset__train_bs_n_seqs": 7,
+        "gen__num_slots": 8,
+    }
+    assert trial.run(**options) == 0
+    whole, num_before = [line["answer"] for line in trial.answers()], sum(num_rounds)
+    assert num_before == 99
+    num_rounds.clear()
+    stop = [answer[10:13] for answer in whole]
+    assert trial.run(**options, stop=json.dumps(stop)) == 0
+    cut = [min((answer.split(text)[0] for text in stop), key=len) for answer in whole]
+    assert [line["answer"] for line in trial.answers()] == cut and max(map(len, cut)) <= 10
+    assert sum(num_rounds) == 64  # the first chunk, and the one that ran while it was looked at
 
 
 def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeypatch, capsys):

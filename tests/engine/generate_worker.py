@@ -10,7 +10,7 @@ from realjax.core.axes import generate_rules, tree_shardings
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
-from realjax.engine.batching import Generation, Request, generate
+from realjax.engine.batching import Batcher, Generation, Request, generate
 from realjax.engine.forward import ForwardOptions
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
@@ -40,7 +40,30 @@ def run(model: Model, params: Tree, devices: list[jax.Device], num_slots: int, *
         Request(tokens=rng.integers(6, 96, n).astype(np.int32), row_id=i, is_greedy=i == 2)
         for i, n in enumerate([3, 17, 8, 1, 30])
     ]
-    return generate(programs, place(model, params, layout), requests, fetch_fn=fetch if sizes else None)
+    placed, fetch_fn = place(model, params, layout), fetch if sizes else None
+    batcher = Batcher(programs, placed, fetch_fn=fetch_fn, chunk_len=3)
+    numbers = batcher.submit(requests[:3])
+    for _ in range(4):
+        batcher.poll()
+    numbers += batcher.submit(requests[3:])
+    taken = batcher.take_out([0, 4])
+    again = dict(zip(batcher.submit(taken.values()), taken))
+    polled = batcher.results()
+    while batcher.poll():
+        polled |= batcher.results()
+    polled |= batcher.results()
+    polled = {again.get(number, number): generation for number, generation in polled.items()}
+    whole = generate(programs, placed, requests, fetch_fn=fetch_fn)
+    compare(whole, [polled[number] for number in numbers])
+    return whole
+
+
+def compare(expected: list[Generation], found: list[Generation]) -> None:
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.kept, b.kept)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        assert a.ended == b.ended
 
 
 def main() -> None:
@@ -54,11 +77,7 @@ def main() -> None:
         run(model, params, split_pairs, 4, dp=2, pp=2),
         run(model, params, of_second, 4, dp=2, tp=2),
     ):
-        for a, b in zip(expected, found, strict=True):
-            np.testing.assert_array_equal(a.tokens, b.tokens)
-            np.testing.assert_array_equal(a.kept, b.kept)
-            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-            assert a.ended == b.ended
+        compare(expected, found)
     print("all equal", flush=True)
 
 
