@@ -26,7 +26,8 @@ from realjax.hf.families import find_family
 from realjax.hf.files import CheckpointFiles, resolve_model_path
 from realjax.hf.load import correct_config, load_config, load_params
 from realjax.hf.pieces import find_pieces, list_tensors
-from realjax.hf.save import new_directory, refuse_existing, save_hf, write_config
+from realjax.hf.save import replace_directory, save_hf
+from realjax.hf.save_config import write_config
 from realjax.models.build import build_model
 from realjax.models.config import ModelConfig
 
@@ -35,13 +36,13 @@ PARAMS = "params"
 
 def hf_to_orbax(hf: str, orbax: Path, dtype: str | None) -> tuple[ModelConfig, Tree]:
     """Writes the Orbax directory of a HuggingFace model, by default in the dtype of its files."""
-    refuse_existing(orbax)
+    refuse_existing("--orbax", orbax)
     source = resolve_model_path(hf)
     config = correct_config(load_config(source), source)
     model = build_model(config)
     placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract)
     params = load_params(source, model, placed, dtype=jnp.dtype(dtype or CheckpointFiles.open(source).dtype))
-    with new_directory(orbax) as temp:
+    with replace_directory(orbax) as temp:
         write_config(config, temp, source, jax.tree.leaves(params)[0].dtype)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temp.absolute() / PARAMS, params)
@@ -51,7 +52,7 @@ def hf_to_orbax(hf: str, orbax: Path, dtype: str | None) -> tuple[ModelConfig, T
 
 def orbax_to_hf(orbax: Path, hf: Path, like: str | None, dtype: str | None) -> tuple[ModelConfig, Tree]:
     """Writes the HuggingFace directory of an Orbax directory, by default in the dtype of its arrays."""
-    refuse_existing(hf)
+    refuse_existing("--hf", hf)
     if not (orbax / PARAMS).is_dir():
         raise ValueError(f"--orbax: '{orbax}' has no directory '{PARAMS}'; give one that `to-orbax` wrote")
     source = resolve_model_path(like, need_weights=False) if like else orbax
@@ -66,6 +67,12 @@ def orbax_to_hf(orbax: Path, hf: Path, like: str | None, dtype: str | None) -> t
     arrays = jax.tree.leaves(params)[0].dtype
     save_hf(params, config, hf, source_dir=source, dtype=jnp.dtype(dtype or arrays))
     return config, params
+
+
+def refuse_existing(option: str, directory: Path) -> None:
+    """Raises ValueError when the directory to write exists."""
+    if directory.exists():
+        raise ValueError(f"{option}: '{directory}' exists; name another directory or remove it")
 
 
 def report(done: str, config: ModelConfig, params: Tree, seconds: float) -> str:

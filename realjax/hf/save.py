@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,19 +18,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from realjax.core.end_tokens import SCORED_END, EndTokens
+from realjax.core.end_tokens import EndTokens
 from realjax.core.faults import naming
 from realjax.core.json_text import JsonObject
 from realjax.core.trees import Tree, flatten_paths
-from realjax.hf.families import config_from_hf, config_to_hf, find_family
-from realjax.hf.files import CONFIG, DTYPES, EXTRAS, INDEXES, SINGLES, CheckpointFiles, read_json
-from realjax.hf.generation import GENERATION_CONFIG
+from realjax.hf.families import find_family
+from realjax.hf.files import DTYPES, INDEXES, SINGLES, CheckpointFiles
 from realjax.hf.pieces import FetchFn, HFTensor, Piece, find_pieces, list_tensors, make_tensor
+from realjax.hf.save_config import write_config
 from realjax.models.config import ModelConfig
 
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-# Other spellings of what `config_to_hf` writes: left in a changed config they would contradict it.
-STALE_KEYS = ("rope_parameters", "dtype", "layer_types", "num_labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +51,16 @@ def save_hf(
     source_dir: str | Path | None = None,
     dtype: DTypeLike | str = "source",
     max_shard_bytes: float = 5e9,
-    overwrite: bool = False,
     ends: EndTokens | None = None,
 ) -> None:
-    """Writes `params` as a HuggingFace directory that appears whole or not at all.
+    """Writes `params` as a HuggingFace directory. It appears whole or not at all, and replaces one that is there.
 
-    Tokenizer, generation config and unknown config keys come from `source_dir`; what ends a text is `ends`, where the
-    model was trained on that. `dtype` "source" keeps each tensor's
-    dtype there, or that of `params` without a source. Every process calls this; the first that holds `params` writes.
-    Raises ValueError when `out_dir` exists (unless `overwrite`) or the parameters are not those of `config`.
+    Tokenizer, generation config and unknown config keys come from `source_dir`; `ends` is what ends a text where the
+    model was trained on another end than the source says. With `dtype` "source" a tensor has the dtype that it has
+    there, or without a source that of `params`. Every process calls this; the first that holds `params` writes.
+    Raises ValueError when the parameters are not those of `config`.
     """
     out_dir = Path(out_dir)
-    refuse_existing(out_dir, overwrite)
     leaves = flatten_paths(params)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     tensors = list_tensors(find_pieces(find_family(config.family), config, shapes))
@@ -72,87 +68,23 @@ def save_hf(
     out = _choose_dtypes(tensors, leaves, source_dir, dtype)
     fetch = make_fetch(leaves)
     devices = next(iter(leaves.values())).sharding.device_set
-    _wait_for_all("save_hf: checked")  # nobody may see the new directory and refuse it
     if jax.process_index() == min(device.process_index for device in devices):
-        with naming(out_dir), new_directory(out_dir, overwrite) as temp:
-            write_config(config, temp, source_dir, widest(item.dtype for item in out), ends)
+        with naming(out_dir), replace_directory(out_dir) as temp:
+            write_config(config, temp, source_dir, np.result_type(*{item.dtype for item in out}), ends)
             write_tensors(temp, out, fetch, max_shard_bytes)
     else:
         for piece in (piece for tensor in tensors for piece in tensor.pieces):
             fetch(piece)
-    _wait_for_all("save_hf: written")
-
-
-def write_config(
-    config: ModelConfig,
-    out_dir: Path,
-    source_dir: str | Path | None,
-    dtype: np.dtype,
-    ends: EndTokens | None = None,
-) -> None:
-    """Writes config.json for weights of `dtype`, and copies tokenizer and generation files from `source_dir`.
-
-    A source config that describes the same model is kept key for key, the dtype apart, and what `ends` a text.
-    """
-    source = read_json(Path(source_dir) / CONFIG, "save: source") if source_dir else {}
-    if source and config_from_hf(source, "save: source") == config:
-        hf = {**source, ("dtype" if "dtype" in source else "torch_dtype"): dtype.name}
-    else:
-        kept = {key: value for key, value in source.items() if key not in STALE_KEYS}
-        hf = {**kept, **config_to_hf(config), "torch_dtype": dtype.name}
-    hf |= _end_keys(hf, ends)
-    if config.is_critic:
-        hf["pad_token_id"] = _classifier_pad(hf, ends)
-        hf |= {SCORED_END: ends.ids[0]} if ends else {}
-    _write_json(out_dir / CONFIG, hf)
-    if source_dir is None:
-        return
-    source_dir = Path(source_dir)
-    for file in (file for pattern in EXTRAS for file in source_dir.glob(pattern)):
-        target = out_dir / file.relative_to(source_dir)
-        if file.name == GENERATION_CONFIG:
-            generation = read_json(file, "save: source")
-            if not config.is_critic:
-                _write_json(target, generation | _end_keys(generation, ends))
-        elif file.is_file():
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-
-
-def _write_json(path: Path, value: JsonObject) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _end_keys(hf: JsonObject, ends: EndTokens | None) -> JsonObject:
-    """Returns the keys of a config that say what ends a text; none where it says the same already."""
-    named = hf.get("eos_token_id")
-    if ends is None or set(named if isinstance(named, list) else [named]) == set(ends.ids):
-        return {}
-    first, *others = ends.ids
-    return {"eos_token_id": [first, *others] if others else first}
-
-
-def _classifier_pad(hf: JsonObject, ends: EndTokens | None) -> int | None:
-    """Returns the source's padding token (the tokenizer's, if that pads with another), or None where it ends a text.
-
-    transformers scores a sequence at its last token that is not padding: with such a token that would be the one before
-    the end. Without a padding token it takes the last of a single sequence, and refuses a batch.
-    """
-    pad, eos = hf.get("pad_token_id"), hf.get("eos_token_id")
-    own = pad if pad is None or ends is None or ends.pad is None else ends.pad
-    return None if {pad, own} & set(eos if isinstance(eos, list) else [eos]) else own
-
-
-def refuse_existing(out_dir: Path, overwrite: bool = False) -> None:
-    """Raises ValueError when `out_dir` exists and may not be replaced."""
-    if out_dir.exists() and not overwrite:
-        raise ValueError(f"save: '{out_dir}' exists; name another directory, remove it, or ask to overwrite")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf: written")
 
 
 @contextmanager
-def new_directory(out_dir: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a directory beside `out_dir` that takes its name when the block ends well and is removed when not."""
-    refuse_existing(out_dir, overwrite)
+def replace_directory(out_dir: Path) -> Iterator[Path]:
+    """Yields a new directory that is called `out_dir`, in the place of any other, when the block ends well.
+
+    When the block fails, the new one is removed and the other stays.
+    """
     temp, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("writing", "replaced"))
     shutil.rmtree(temp, ignore_errors=True)  # left by a killed run
     temp.mkdir(parents=True)
@@ -165,11 +97,6 @@ def new_directory(out_dir: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-
-
-def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """Returns the narrowest dtype that holds all of `dtypes` exactly."""
-    return np.result_type(*set(dtypes))
 
 
 def _choose_dtypes(
@@ -193,8 +120,8 @@ def _choose_dtypes(
     return [OutTensor(tensor=tensor, dtype=choose(tensor)) for tensor in tensors]
 
 
-def _group(tensors: list[OutTensor], max_shard_bytes: float) -> list[list[OutTensor]]:
-    """Returns the tensors cut into runs of at most `max_shard_bytes`; a larger tensor stands alone."""
+def _fill_shards(tensors: list[OutTensor], max_shard_bytes: float) -> list[list[OutTensor]]:
+    """Returns the tensors of each file: as many as `max_shard_bytes` hold, or one that is larger."""
     shards: list[list[OutTensor]] = [[]]
     size = 0
     for item in tensors:
@@ -206,15 +133,10 @@ def _group(tensors: list[OutTensor], max_shard_bytes: float) -> list[list[OutTen
     return shards
 
 
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def write_tensors(out_dir: Path, tensors: list[OutTensor], fetch_fn: FetchFn, max_shard_bytes: float) -> None:
-    """Writes the tensors in files of about that size, with their index; one of them at a time is in host memory."""
+    """Writes files of at most that size and their index; one tensor at a time, and what makes it, is in host memory."""
     stem, suffix = os.path.splitext(SINGLES[0])
-    shards = _group(tensors, max_shard_bytes)
+    shards = _fill_shards(tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = SINGLES[0] if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}{suffix}"

@@ -44,7 +44,6 @@ class Exports:
             # A model from scratch has no weights to take the precision from: its masters are kept as they are.
             dtype="float32" if role.spec.init_from_scratch else "source",
             max_shard_bytes=self.max_shard_bytes,
-            overwrite=True,
             ends=role.spec.ends,
         )
         logger.info("saved %s to %s", name, out_dir)

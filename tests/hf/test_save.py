@@ -10,7 +10,8 @@ from realjax.core.end_tokens import EndTokens
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.hf import save
 from realjax.hf.load import load_config, load_params
-from realjax.hf.save import save_hf, write_config
+from realjax.hf.save import save_hf
+from realjax.hf.save_config import write_config
 from realjax.models.build import build_model, init_params, make_fill
 from tests.builders import assert_bitwise_equal, cut_empty, with_empty_layers
 from tests.data.test_datasets import make_tokenizer
@@ -146,16 +147,14 @@ def test_the_source_gives_tokenizer_generation_config_and_unknown_keys(tmp_path)
     assert {dtype for dtype, _, _ in tensors_of(tmp_path / "out").values()} == {"BF16"}
 
 
-def test_an_existing_directory_is_kept_unless_told(tmp_path):
+def test_an_existing_directory_is_replaced_whole(tmp_path):
     params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match="out' exists; name another directory"):
-        save_hf(params, config, out)
-    assert (out / "mine.txt").read_text() == "kept"
-    save_hf(params, config, out, overwrite=True)
-    assert not (out / "mine.txt").exists() and (out / "model.safetensors").exists()
+    (out / "model-00001-of-00002.safetensors").write_text("of an earlier save")
+    save_hf(params, config, out)
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
@@ -169,7 +168,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(save, "_write_header", full)
     with pytest.raises(OSError, match="no space left"):
-        save_hf(params, config, out, overwrite=True)
+        save_hf(params, config, out)
     assert tensors_of(out) == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["hf", "out"]
 
