@@ -36,7 +36,7 @@ def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -
     """Returns the role that one model's options describe. Raises ValueError for a checkpoint that is not theirs."""
     option = name_option(name)
     otherwise = f", or {option}.init_from_scratch=True for random ones"
-    path = resolve_model_path(model.path, need_weights=not model.init_from_scratch, otherwise=otherwise)
+    path = resolve_model_path(model.path, need_weights=not model.init_from_scratch, or_else=otherwise)
     config = load_config(path)
     check_declared(model.type, config, path, option)
     check_head(model, config, path, option, is_trained=is_trained)

@@ -151,7 +151,7 @@ class CheckpointFiles:
         """
         directory = Path(directory)
         tensors: dict[str, TensorInfo] = {}
-        for path in weight_files(directory):
+        for path in find_weights(directory):
             file = FORMATS[path.suffix](path)
             for name, (shape, dtype) in file.infos().items():
                 tensors[name] = TensorInfo(file=path, shape=shape, dtype=dtype)
@@ -201,15 +201,16 @@ def read_json(path: Path, subject: str) -> JsonObject:
     return value
 
 
-def resolve_model_path(path: str | Path, *, need_weights: bool = True, otherwise: str = "") -> Path:
-    """Returns the local directory of a model given by directory or by hub identifier (cached, else downloaded).
+def resolve_model_path(path: str | Path, *, need_weights: bool = True, or_else: str = "") -> Path:
+    """Returns the local directory of a model, of which `path` is that directory or a hub identifier.
 
-    Raises ValueError when it is neither, or when config.json or (if needed) an architecture that we know or the weights
-    are missing; see `weight_files` for `otherwise`.
+    Of a hub identifier it is the cached snapshot, else one that is downloaded. Raises ValueError when there is none,
+    when it has no config.json, and with `need_weights` when the architecture is not supported or it has no weights. The
+    message about weights ends in `or_else`: what the user can do instead.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        _check_directory(local, need_weights, otherwise)
+        _check_directory(local, need_weights, or_else)
         return local
     if local.exists():
         raise ValueError(f"model path '{path}' is a file; needed the directory that holds it and config.json")
@@ -218,20 +219,20 @@ def resolve_model_path(path: str | Path, *, need_weights: bool = True, otherwise
     return _download(str(path), need_weights)
 
 
-def weight_files(directory: Path, otherwise: str = "") -> list[Path]:
-    """Returns the weight files of a directory, complete; of several sets the one that transformers takes.
+def find_weights(directory: Path, or_else: str = "") -> list[Path]:
+    """Returns the files of a directory's weights; of several sets the one that transformers takes.
 
-    Raises ValueError naming what is missing; `otherwise` is what else its reader can do about none.
+    Raises ValueError when a file is missing, see `resolve_model_path`.
     """
     _refuse_adapter(directory)
     for single, index in zip(SINGLES, INDEXES):
         if (directory / single).is_file():
             return [directory / single]
         if (directory / index).is_file():
-            return _shards(directory, index)
+            return _list_shards(directory, index)
     raise ValueError(
         f"model path '{directory}' holds no weights; needed model.safetensors or pytorch_model.bin, "
-        f"or their .index.json and shards{otherwise}"
+        f"or their .index.json and shards{or_else}"
     )
 
 
@@ -243,7 +244,7 @@ def _refuse_adapter(directory: Path) -> None:
         )
 
 
-def _shards(directory: Path, index: str) -> list[Path]:
+def _list_shards(directory: Path, index: str) -> list[Path]:
     weight_map = read_json(directory / index, "checkpoint index").get("weight_map")
     names: set[str] = set()
     for name in weight_map.values() if isinstance(weight_map, dict) else [None]:
@@ -262,19 +263,19 @@ def _shards(directory: Path, index: str) -> list[Path]:
     return files
 
 
-def _check_directory(directory: Path, need_weights: bool, otherwise: str = "") -> None:
+def _check_directory(directory: Path, need_weights: bool, or_else: str = "") -> None:
     if need_weights:
         _refuse_adapter(directory)
     if not (directory / CONFIG).is_file():
         raise ValueError(f"model path '{directory}' is not a HuggingFace model: it has no config.json")
     if need_weights:
-        # First: nobody should fetch the weights of a model that cannot be used.
+        # The config first: nobody should download the weights of a model that is not supported.
         config_from_hf(read_json(directory / CONFIG, "model path"), str(directory / CONFIG))
-        weight_files(directory, otherwise)
+        find_weights(directory, or_else)
 
 
 def _download(repo: str, need_weights: bool) -> Path:
-    """Returns the snapshot of a hub repository: from the cache when it is whole there, else from the hub."""
+    """Returns the snapshot of a hub repository: the cached one when it is complete, else the hub's."""
     from huggingface_hub import snapshot_download
 
     small = [CONFIG, *EXTRAS]

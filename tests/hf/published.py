@@ -11,9 +11,9 @@ LAYER = "model.layers.{layer}."
 # E experts of M hidden numbers each, S of an expert that takes every token, P positions.
 LETTERS = {"V": 64, "D": 32, "F": 48, "N": 4, "K": 2, "G": 2, "H": 8, "E": 3, "M": 24, "S": 40, "P": 64}
 ALIKE: LayerNumbers = {LAYERS: (0, 1, 2, 3)}
-ALTERNATING: LayerNumbers = {f"{LAYERS}/0": (0, 2), f"{LAYERS}/1": (1, 3)}
-LAST_APART: LayerNumbers = {f"{LAYERS}/0": (0, 1, 2), f"{LAYERS}/1": (3,)}
-FIRST_APART: LayerNumbers = {f"{LAYERS}/0": (0,), f"{LAYERS}/1": (1, 2, 3)}
+ALTERNATING: LayerNumbers = {f"{LAYERS}/even": (0, 2), f"{LAYERS}/odd": (1, 3)}
+LAST_APART: LayerNumbers = {f"{LAYERS}/sliding": (0, 1, 2), f"{LAYERS}/full": (3,)}
+FIRST_APART: LayerNumbers = {f"{LAYERS}/dense": (0,), f"{LAYERS}/sparse": (1, 2, 3)}
 
 
 @dataclass(frozen=True, kw_only=True)

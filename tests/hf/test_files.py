@@ -53,7 +53,7 @@ def test_what_is_not_a_model_directory_is_refused(single, tmp_path):
     with pytest.raises(ValueError, match=f"{needed}$"):
         resolve_model_path(tmp_path)
     with pytest.raises(ValueError, match=f"{needed}, or a=True$"):
-        resolve_model_path(tmp_path, otherwise=", or a=True")
+        resolve_model_path(tmp_path, or_else=", or a=True")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter .*; merge them"):
         resolve_model_path(tmp_path)

@@ -33,15 +33,15 @@ MIXED = (
     Rule("layers/mlp/gates/kernel", "model.layers.{layer}.mlp.second_proj.weight", "F D -> D (1 + [1]) F"),
     Rule("norm/scale", "norm.weight", "D -> D"),
 )
-MIXED_LAYERS = {"layers/0": (0, 2), "layers/1": (1, 3, None)}
+MIXED_LAYERS = {"layers/even": (0, 2), "layers/odd": (1, 3, None)}
 MIXED_SHAPES = {
     "embed/table": (7, 6),
-    "layers/0/attn/q/kernel": (2, 6, 4, 2),
-    "layers/0/attn/k/kernel": (2, 6, 2, 2),
-    "layers/0/attn/v/kernel": (2, 6, 2, 2),
-    "layers/0/moe/up/kernel": (2, 3, 6, 4),
-    "layers/1/mlp/up/kernel": (3, 6, 5),
-    "layers/1/mlp/gates/kernel": (3, 6, 2, 5),
+    "layers/even/attn/q/kernel": (2, 6, 4, 2),
+    "layers/even/attn/k/kernel": (2, 6, 2, 2),
+    "layers/even/attn/v/kernel": (2, 6, 2, 2),
+    "layers/even/moe/up/kernel": (2, 3, 6, 4),
+    "layers/odd/mlp/up/kernel": (3, 6, 5),
+    "layers/odd/mlp/gates/kernel": (3, 6, 2, 5),
     "norm/scale": (6,),
 }
 MIXED_SIZES = {"N": 4, "K": 2}
@@ -77,7 +77,7 @@ def test_leaves_survive_the_way_to_tensors_and_back_in_any_slice_and_empty_layer
     fetch = lambda piece: leaves[piece.path][piece.index]
     tensors = {tensor.name: make_tensor(tensor, fetch, dtype) for tensor in list_tensors(pieces)}
     for path, leaf in leaves.items():
-        if path.startswith("layers/1"):
+        if path.startswith("layers/odd"):
             leaf[2:] = 0
         parts = group_by_leaf(pieces)[path]
         for index in [tuple(slice(0, n) for n in leaf.shape), *(random_index(rng, leaf.shape) for _ in range(20))]:
@@ -94,14 +94,16 @@ def test_of_a_part_of_a_leaf_only_its_layers_experts_rows_and_columns_are_read()
         return np.zeros([s.stop - s.start for s in window], np.float32)
 
     dtype = np.dtype(np.float32)
-    read_leaf(pieces["layers/0/moe/up/kernel"], read_fn, (slice(1, 2), slice(1, 3), slice(0, 3), slice(2, 4)), dtype)
+    read_leaf(pieces["layers/even/moe/up/kernel"], read_fn, (slice(1, 2), slice(1, 3), slice(0, 3), slice(2, 4)), dtype)
     names = [f"model.layers.2.mlp.experts.{expert}.up_proj.weight" for expert in (1, 2)]
     assert read == [(name, [2, 3]) for name in names]
     read.clear()
-    read_leaf(pieces["layers/0/attn/v/kernel"], read_fn, (slice(0, 1), slice(0, 6), slice(1, 2), slice(0, 2)), dtype)
+    read_leaf(pieces["layers/even/attn/v/kernel"], read_fn, (slice(0, 1), slice(0, 6), slice(1, 2), slice(0, 2)), dtype)
     assert read == [("model.layers.0.self_attn.qkv_proj.weight", [2, 6])]
     read.clear()
-    read_leaf(pieces["layers/1/mlp/gates/kernel"], read_fn, (slice(1, 3), slice(0, 6), slice(1, 2), slice(0, 5)), dtype)
+    read_leaf(
+        pieces["layers/odd/mlp/gates/kernel"], read_fn, (slice(1, 3), slice(0, 6), slice(1, 2), slice(0, 5)), dtype
+    )
     assert read == [("model.layers.3.mlp.second_proj.weight", [5, 6])]
 
 
