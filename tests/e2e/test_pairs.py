@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
-from tests.options.test_experiments import QUICKSTART_DPO, QUICKSTART_RW
 
 from realjax.apps import quickstart
 from realjax.core.batch import Batch
@@ -27,6 +26,7 @@ from realjax.record.metrics import read_metrics
 from realjax.rewards.classifier import load_classifier
 from tests.builders import make_layout, quick_jit
 from tests.e2e.builders import WORDS, write_llama
+from tests.options.test_supervised import QUICKSTART_DPO, QUICKSTART_RW
 
 pytestmark = pytest.mark.e2e
 PAIRS = 600  # of 300 prompts: a batch of 512 and one of 88
