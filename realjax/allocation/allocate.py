@@ -91,16 +91,20 @@ def count_empty_layers(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) 
     """Returns how many empty layers make a role's pipeline stages equal in the layouts of all its calls.
 
     It has one number for all of them: its parameters go from layout to layout as they are, and into those of a role
-    that follows it. Raises ValueError for more stages than layers.
+    that follows it. Raises ValueError for more stages than layers, or layers of several kinds that they cut unequally.
     """
     pairs = [{average.role, average.source} for average in spec.averages]
     alike = {role}.union(*(pair for pair in pairs if role in pair))
-    num_layers = spec.roles[role].config.num_layers
+    config = spec.roles[role].config
     stages = {mfc.placement: layouts[mfc.name].strategy.pp for mfc in spec.mfcs if mfc.role in alike}
     for call, pp in stages.items():
-        if pp > num_layers:
+        if pp > config.num_layers:
             raise ValueError(
-                f"{call}: {pp} pipeline stages, but {role}'s model has {num_layers} layers; use a "
-                f"pipeline_parallel_size of at most {num_layers}"
+                f"{call}: {pp} pipeline stages, but {role}'s model has {config.num_layers} layers; use a "
+                f"pipeline_parallel_size of at most {config.num_layers}"
             )
-    return -num_layers % math.lcm(*stages.values())
+        try:
+            config.count_empty_layers(pp)
+        except ValueError as error:
+            raise ValueError(f"{call}, {role}'s model: {error}") from None
+    return config.count_empty_layers(math.lcm(*stages.values()))

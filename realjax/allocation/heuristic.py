@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from realjax.core.layout import ParallelStrategy
 from realjax.dataflow.run import RoleSpec
-from realjax.models.config import ModelConfig
+from realjax.models.config import ModelConfig, list_cuts
 
 # Rows are a multiple of this many tokens long, so they split over its divisors.
 ROW_UNIT = 32
@@ -137,7 +137,7 @@ def _divides(config: ModelConfig, dp: int, pp: int, tp: int, is_train: bool) -> 
     """
     over_tp = (config.num_q_heads, config.ffn_size, config.vocab_size)
     return (
-        config.num_layers % pp == 0
+        pp in list_cuts(config.order)
         and all(dim % tp == 0 for dim in over_tp)
         and (not is_train or config.hidden_size % dp == 0)
     )

@@ -159,10 +159,14 @@ class ModelConfig:
         return replace(self, is_critic=True, tied=False)
 
 
+def list_cuts(order: tuple[str, ...]) -> list[int]:
+    """Returns the numbers of pipeline stages that all have layers of the same kinds in the same order."""
+    return [n for n in range(1, len(order) + 1) if order == order[: len(order) // n] * n]
+
+
 def cut_order(order: tuple[str, ...], num_stages: int) -> tuple[str, ...]:
-    """Returns the kinds of a stage's layers. Raises ValueError where pipeline stages would not all have the same."""
-    cuts = [n for n in range(1, len(order) + 1) if order == order[: len(order) // n] * n]
-    if num_stages not in cuts:
+    """Returns the kinds of a stage's layers. Raises ValueError where `list_cuts` does not have that number."""
+    if num_stages not in (cuts := list_cuts(order)):
         raise ValueError(
             f"{num_stages} pipeline stages of {len(order)} layers ({', '.join(dict.fromkeys(order))}) would not have "
             f"layers of the same kinds in the same order; use a pipeline_parallel_size among {cuts}"

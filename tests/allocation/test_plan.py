@@ -10,6 +10,7 @@ from realjax.allocation.allocate import make_plan
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.dataflow.graph import DataflowGraph, Inference, Train
 from realjax.dataflow.run import MovingAverage, RunSpec
+from realjax.models.config import AttentionConfig, LayerKind
 from tests.runtime.specs import TRAIN, make_loader, make_paths, make_role_spec, make_spec
 
 
@@ -83,6 +84,16 @@ def test_stages_are_made_equal_in_all_layouts_of_a_role_and_of_the_one_that_foll
     assert plan(followed, layouts).empty_layers == {"ref": 1, "actor": 1}
     with pytest.raises(ValueError, match="^actor_train: 4 pipeline stages, but actor's model has 3 layers"):
         plan(deep, {**layouts, "actor_train": on(0, 4, pp=4)})
+
+
+def test_stages_that_would_have_other_kinds_of_layer_are_refused():
+    layouts = {"ref_inf": on(0, 1), "actor_train": on(0, 2, pp=2)}
+    kinds = (LayerKind(name="full"), LayerKind(name="sliding", mixer=AttentionConfig(window=8)))
+    config = replace(DPO.roles["actor"].config, num_layers=4, pattern=kinds)
+    roles = lambda config: {name: replace(role, config=config) for name, role in DPO.roles.items()}
+    assert plan(replace(DPO, roles=roles(config)), layouts).empty_layers == {"ref": 0, "actor": 0}
+    with pytest.raises(ValueError, match="^actor_train, actor's model: 2 pipeline stages of 3 layers .* among .1."):
+        plan(replace(DPO, roles=roles(replace(config, num_layers=3))), layouts)
 
 
 def test_a_batch_must_share_out_over_devices_and_micro_batches():

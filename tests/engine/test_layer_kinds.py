@@ -20,8 +20,7 @@ from realjax.engine.inference import make_evaluation
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models import transformer
 from realjax.models.build import Model, build_model
-from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, NormConfig, RopeConfig, cut_order
-from realjax.models.stacks import find_cycles
+from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, NormConfig, RopeConfig
 from realjax.models.transformer import MLP
 from tests.builders import (
     assert_close_in_norm,
@@ -193,29 +192,3 @@ def test_greedy_decoding_is_the_plain_forward_pass(layout):
     for prompt, tokens, best, generation in zip(prompts, whole, likeliest, found):
         assert len(generation.tokens) == 8 or generation.ended
         np.testing.assert_array_equal(best[len(prompt) - 1 : len(tokens) - 1], generation.tokens)
-
-
-@pytest.mark.parametrize(
-    ("order", "expected"),
-    [
-        ("aaaa", [("a", 4)]),
-        ("abab", [("ab", 2)]),
-        ("ababa", [("ab", 2), ("a", 1)]),
-        ("aabaabaa", [("aab", 2), ("a", 2)]),
-        ("aabb", [("a", 2), ("b", 2)]),
-        ("a", [("a", 1)]),
-    ],
-)
-def test_layers_run_in_cycles_and_runs_that_are_the_whole(order, expected):
-    cycles = find_cycles(tuple(order))
-    assert ["".join(cycle) * times for cycle, times in cycles] == [cycle * times for cycle, times in expected]
-    assert [times for _, times in cycles] == [times for _, times in expected]
-
-
-def test_stages_that_would_differ_are_refused():
-    assert cut_order(tuple("abab"), 2) == ("a", "b")
-    with pytest.raises(ValueError, match=r"2 pipeline stages of 4 layers \(a, b\) .*_size among \[1\]"):
-        cut_order(tuple("aabb"), 2)
-    with pytest.raises(ValueError, match=r"among \[1, 2\]"):
-        TOY.config.count_empty_layers(4)
-    assert make_model(num_layers=5).config.count_empty_layers(4) == 3

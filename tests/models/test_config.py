@@ -2,7 +2,10 @@ import dataclasses
 
 import pytest
 
+from realjax.models.config import AttentionConfig, LayerKind, cut_order
 from tests.builders import make_model
+
+KINDS = (LayerKind(name="near", mixer=AttentionConfig(window=4)), LayerKind(name="far"))
 
 
 @pytest.mark.parametrize(
@@ -14,6 +17,11 @@ from tests.builders import make_model
         ({"num_empty_layers": -1}, "model config: num_empty_layers=-1; it must be at least 0"),
         ({"head_dim": 5}, "head_dim=5 is odd; rotary embedding needs an even head size"),
         ({"is_critic": True, "tied": True}, "a critic has its own scalar head"),
+        ({"pattern": ()}, "a pattern of 0 layers for 2"),
+        ({"pattern": KINDS * 2}, "a pattern of 4 layers for 2"),
+        ({"pattern": (KINDS[0], dataclasses.replace(KINDS[1], name="near"))}, "kinds of layer are called 'near'"),
+        ({"pattern": (LayerKind(name="a/b"),)}, "layers are called .'a/b'.; use letters, digits and _"),
+        ({"pattern": KINDS, "num_empty_layers": 2}, r"num_empty_layers=2 with layers of several kinds \(near, far\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):
@@ -26,3 +34,14 @@ def test_a_critic_has_the_same_trunk_and_a_head_of_its_own():
     critic = tied.as_critic()
     assert critic.is_critic and not critic.tied and critic.as_critic() == critic
     assert dataclasses.replace(critic, is_critic=False, tied=True) == tied
+
+
+def test_stages_that_would_differ_are_refused():
+    assert cut_order(tuple("abab"), 2) == ("a", "b")
+    with pytest.raises(ValueError, match=r"2 pipeline stages of 4 layers \(a, b\) .*_size among \[1\]"):
+        cut_order(tuple("aabb"), 2)
+    assert make_model(num_layers=5).config.count_empty_layers(4) == 3
+    several = make_model(num_layers=4, pattern=KINDS).config
+    assert several.count_empty_layers(2) == 0
+    with pytest.raises(ValueError, match=r"among \[1, 2\]"):
+        several.count_empty_layers(4)
