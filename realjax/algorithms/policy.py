@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.algorithms.kl import MAX_EXPONENT, Estimator, estimate_kl
-from realjax.algorithms.masked import sum_by_segment
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total
+from realjax.core.segments import spread_to_tokens, sum_by_segment
 
 Aggregation = Literal["token", "sequence", "constant"]
 
@@ -206,8 +206,7 @@ def token_weights(
         return weights, num_seqs * (max_response_len or 1)
     # A row of T tokens holds at most T sequences.
     lens = sum_by_segment(weights, segment_ids, weights.shape[1])
-    own_len = jnp.take_along_axis(lens, jnp.maximum(segment_ids - 1, 0), axis=1)
-    return weights / jnp.maximum(own_len, 1), num_seqs
+    return weights / jnp.maximum(spread_to_tokens(lens, segment_ids), 1), num_seqs
 
 
 def _surrogate(

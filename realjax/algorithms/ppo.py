@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realjax.algorithms.masked import move_to_next
 from realjax.algorithms.policy import PolicyParameters, described
 from realjax.algorithms.returns import (
     Responses,
@@ -25,6 +24,7 @@ from realjax.core.batch import Batch
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Total, mean_of, std_of
+from realjax.core.segments import move_to_next
 
 CRITIC_INPUTS = ("tokens", "train_mask", "returns", "old_values")
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from realjax.algorithms.kl import KL_COEFFICIENT, MAX_EXPONENT, adapt_coefficient, estimate_kl, kl_coefficient
-from realjax.algorithms.masked import move_to_next
 from realjax.algorithms.policy import PolicyParameters
 from realjax.core.host_call import Arrays, State
 from realjax.core.metrics import Last, Least, Metric, Most, Total, mean_of, std_of
+from realjax.core.segments import move_to_next, segment_mask, spread_to_tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,8 +25,7 @@ class Responses:
     def of(cls, arrays: Arrays) -> "Responses":
         """Returns the responses of a rollout, from its `segment_ids`, `loss_mask` and (for S) `has_eos`."""
         segment_ids = arrays["segment_ids"]
-        columns = np.arange(arrays["has_eos"].shape[1])
-        exists = columns < segment_ids.max(axis=1, initial=0)[:, None]
+        exists = segment_mask(segment_ids, arrays["has_eos"].shape[1])
         return cls._of(arrays["loss_mask"].astype(bool) & (segment_ids > 0), segment_ids, exists)
 
     @classmethod
@@ -47,8 +46,7 @@ class Responses:
 
     def spread(self, values_RS: np.ndarray) -> np.ndarray:
         """Returns `[R, T]`: each token has its sequence's value, padding 0."""
-        columns = np.maximum(self.segment_ids - 1, 0)
-        return np.where(self.segment_ids > 0, np.take_along_axis(values_RS, columns, axis=1), 0)
+        return spread_to_tokens(values_RS, self.segment_ids)
 
     def place_last(self, values_RS: np.ndarray) -> np.ndarray:
         """Returns `[R, T]`: each response's last token has its sequence's value, every other token 0."""

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.algorithms.pairs import last_token_mask, sum_by_pair
+from realjax.algorithms.pairs import sum_by_pair
 from realjax.core.batch import Batch
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total
+from realjax.core.segments import last_token_mask
 
 
 def reward_loss(outputs: Mapping[str, Array], batch: Batch) -> LossSums:

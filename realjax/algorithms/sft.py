@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.algorithms.masked import sum_by_segment
 from realjax.core.batch import Batch
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total
+from realjax.core.segments import sum_by_segment
 
 
 def sft_loss(outputs: Mapping[str, Array], batch: Batch) -> LossSums:

@@ -3,11 +3,11 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from realjax.core.batch import Batch, find_dims, is_per_token
+from realjax.core.segments import segment_slices
 
 # Of a batch: XLA counts the entries of an array in 32 bits.
 MOST_TOKENS = 2**31 - 1
@@ -161,13 +161,10 @@ def unpack(batch: Batch) -> list[dict[str, np.ndarray]]:
     makes them anew.
     """
     arrays = {key: np.asarray(batch[key]) for key in batch if key not in ("segment_ids", "positions")}
-    sequences = []
-    for row, segment_ids in enumerate(np.asarray(batch["segment_ids"])):
-        edges = np.searchsorted(segment_ids[: np.count_nonzero(segment_ids)], np.arange(1, segment_ids.max() + 2))
-        for segment, (start, end) in enumerate(pairwise(edges)):
-            index = {key: slice(start, end) if is_per_token(key) else segment for key in arrays}
-            sequences.append({key: array[row, index[key]] for key, array in arrays.items()})
-    return sequences
+    return [
+        {key: array[row, tokens if is_per_token(key) else segment] for key, array in arrays.items()}
+        for row, segment, tokens in segment_slices(np.asarray(batch["segment_ids"]))
+    ]
 
 
 def rollout_row_len(longest: int, num_sequences: int, row_multiple: int) -> int:

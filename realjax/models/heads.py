@@ -13,6 +13,7 @@ from jax import Array
 
 from realjax.core.axes import Constrain
 from realjax.core.draw import REMOVED, Draw
+from realjax.core.segments import move_to_next, move_to_previous
 from realjax.models.sums import collect, matmul
 
 # Largest float32 logits one chunk may hold on one device.
@@ -23,18 +24,6 @@ def chunk_len(row_len: int, rows_per_device: int, vocab_per_device: int, max_byt
     """Returns the largest divisor of the row length whose chunk of logits stays under `max_bytes` (at least 1)."""
     limit = max(1, max_bytes // (4 * rows_per_device * vocab_per_device))
     return next(n for n in range(min(limit, row_len), 0, -1) if row_len % n == 0)
-
-
-def shift_to_token(next_RT: Array, segment_ids: Array) -> Array:
-    """Moves entries about the following token onto that token; 0 where a segment starts and on padding."""
-    shifted = jnp.pad(next_RT, ((0, 0), (1, 0)))[:, :-1]
-    previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
-    return jnp.where((segment_ids == previous) & (segment_ids > 0), shifted, 0)
-
-
-def shift_to_previous(token_RT: Array, segment_ids: Array) -> Array:
-    """The adjoint of `shift_to_token`: entries about a token move to the position that predicts it."""
-    return jnp.where((segment_ids == _next(segment_ids)) & (segment_ids > 0), _next(token_RT), 0)
 
 
 def _next(x_RT: Array) -> Array:
@@ -133,7 +122,7 @@ def token_logprobs(
     if targets is not None:
         row_len = tokens.shape[1]
         return {name: _put(_join(output), targets, row_len) for name, output in outputs.items()}
-    return {name: shift_to_token(_join(output), segment_ids) for name, output in outputs.items()}
+    return {name: move_to_next(_join(output), segment_ids) for name, output in outputs.items()}
 
 
 def weighted_nll(
@@ -146,10 +135,10 @@ def weighted_nll(
     product is not computed a second time in the backward pass.
     """
     targets = _next(tokens)
-    weights_next = shift_to_previous(weights.astype(jnp.float32), segment_ids)
+    weights_next = move_to_previous(weights.astype(jnp.float32), segment_ids)
     sums = _fused_nll(hidden, kernel, targets, weights_next, size, constrain)
     nll, logprobs = cast(tuple[Array, Array], sums)
-    return nll, shift_to_token(jax.lax.stop_gradient(logprobs), segment_ids)
+    return nll, move_to_next(jax.lax.stop_gradient(logprobs), segment_ids)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

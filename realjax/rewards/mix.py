@@ -7,6 +7,7 @@ import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import mean_of
+from realjax.core.segments import last_token_mask, segment_mask
 
 REWARD_OUTPUTS = ("rewards",)
 # `has_eos` is read for its width: the number of columns that arrays of one value a sequence have.
@@ -79,15 +80,9 @@ def mixed_inputs(sources: Sequence[RewardSource]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key for source in sources for key in source.inputs))
 
 
-def segment_mask(segment_ids: np.ndarray, num_columns: int) -> np.ndarray:
-    """Returns the mask `[R, num_columns]`, True where the row has such a segment."""
-    return np.arange(num_columns) < segment_ids.max(axis=1, keepdims=True)
-
-
 def score_at_end(scores: np.ndarray, segment_ids: np.ndarray, *, num_columns: int) -> np.ndarray:
     """Returns the float64 score `[R, num_columns]` at the last token of each segment, 0 where there is none."""
-    following = np.pad(segment_ids, ((0, 0), (0, 1)))[:, 1:]
-    rows, tokens = np.nonzero((segment_ids != following) & (segment_ids > 0))
+    rows, tokens = np.nonzero(last_token_mask(segment_ids))
     at_end = np.zeros((len(segment_ids), num_columns))
     at_end[rows, segment_ids[rows, tokens] - 1] = scores[rows, tokens]
     return at_end

@@ -3,12 +3,13 @@
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.segments import segment_slices
 from realjax.core.texts import decode_answers
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def make_text_reward(fn: TextFn, tokenizer: "PreTrainedTokenizerBase", rows: Seq
         prompt_ids = arrays["prompt_id"]
         rewards = np.zeros(prompt_ids.shape, np.float32)
         places, prompts, answers = [], [], []
-        for row, segment, is_own, is_answer in _sequences(arrays["segment_ids"], arrays["loss_mask"]):
-            tokens = arrays["tokens"][row]
+        for row, segment, own in segment_slices(arrays["segment_ids"]):
+            tokens, is_answer = arrays["tokens"][row, own], arrays["loss_mask"][row, own]
             places.append((row, segment))
-            prompts.append(tokens[is_own & ~is_answer].tolist())
+            prompts.append(tokens[~is_answer].tolist())
             answers.append(tokens[is_answer].tolist())
         found = [rows[int(prompt_ids[place])] for place in places]
         texts = decode_answers(tokenizer, prompts, answers)
@@ -114,14 +115,6 @@ def _check_signature(fn: TextFn, path: str, name: str) -> None:
         raise ValueError(
             f"{name}: {path!r} takes {signature} ({error}); it needs a function of (prompts, answers, rows)"
         ) from error
-
-
-def _sequences(segment_ids: np.ndarray, loss_mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Yields (row, segment from 0, its tokens, its response's tokens) of every sequence, the last two as masks [T]."""
-    for row, segments in enumerate(segment_ids):
-        for segment in range(int(segments.max())):
-            is_own = segments == segment + 1
-            yield row, segment, is_own, is_own & loss_mask[row]
 
 
 def _checked_call(

@@ -8,8 +8,6 @@ import pytest
 from realjax.core.draw import REMOVED, Draw, KeptTokens
 from realjax.models.heads import (
     chunk_len,
-    shift_to_previous,
-    shift_to_token,
     token_logprobs,
     token_values,
     weighted_nll,
@@ -184,17 +182,6 @@ def test_logprobs_of_a_certain_model_are_zero_and_of_huge_logits_finite():
         "logprobs"
     ]
     assert jnp.isfinite(worst).all() and (worst[~IS_FIRST & (SEGMENTS > 0)] < -1e3).all()
-
-
-def test_shifts_are_adjoint():
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((2, *SEGMENTS.shape))
-    forward, back = shift_to_token(x, SEGMENTS), shift_to_previous(y, SEGMENTS)
-    assert float((forward * y).sum()) == pytest.approx(float((x * back).sum()), rel=1e-5)
-    np.testing.assert_array_equal(forward[0, 1:7], x[0, :6].astype(np.float32))
-    # What a segment's last position says of the next token belongs to no one.
-    followed = np.pad(~IS_FIRST, ((0, 0), (0, 1)))[:, 1:] & (SEGMENTS > 0)
-    np.testing.assert_array_equal(np.asarray(back) != 0, followed)
 
 
 def test_values_are_the_scalar_heads_outputs():
