@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from realjax.core.axes import Names
 
@@ -61,7 +62,7 @@ class Batch:
     arrays: dict[str, Array]
 
     @classmethod
-    def of(cls, **arrays: Any) -> "Batch":
+    def of(cls, **arrays: ArrayLike) -> "Batch":
         """Batch of the given arrays, host ones as int32, bool or float32.
 
         ValueError for an unknown key, and where dims are not those of the key or of one name have two sizes.
@@ -109,7 +110,7 @@ class Batch:
             )
         return int(np.count_nonzero(segment_ids))
 
-    def with_arrays(self, **arrays: Any) -> "Batch":
+    def with_arrays(self, **arrays: ArrayLike) -> "Batch":
         """This batch with more keys; ValueError where a key would change its array, and as `of` does."""
         for key, array in arrays.items():
             if key in self.arrays and self.arrays[key] is not array:
@@ -118,7 +119,7 @@ class Batch:
         _check_dims(merged)
         return Batch(arrays=merged)
 
-    def replace_arrays(self, **arrays: Any) -> "Batch":
+    def replace_arrays(self, **arrays: Array) -> "Batch":
         """This batch with other arrays for keys that it has, such as host copies; ValueError for a new key."""
         if missing := sorted(set(arrays) - set(self.arrays)):
             raise ValueError(f"batch: no key {missing[0]!r} to replace; it holds {', '.join(self.keys())}")
@@ -148,7 +149,7 @@ def is_per_token(key: str) -> bool:
     return "time" in find_dims(key)
 
 
-def _as_conventional(key: str, array: Any) -> Array:
+def _as_conventional(key: str, array: ArrayLike) -> Array:
     if isinstance(array, jax.Array):
         return array
     array = np.asarray(array)

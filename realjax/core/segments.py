@@ -49,7 +49,8 @@ def move_to_previous(values_RT: AnyArray, segment_ids: AnyArray) -> AnyArray:
 
 def _has_neighbour(segment_ids: AnyArray, by: int) -> AnyArray:
     """Returns the mask `[R, T]` of tokens whose segment reaches to the token on the left (1) or on the right (-1)."""
-    return (segment_ids == _move(segment_ids, by)) & (segment_ids > 0)
+    namespace = segment_ids.__array_namespace__()
+    return namespace.logical_and(segment_ids == _move(segment_ids, by), segment_ids > 0)
 
 
 def _move(x_RT: AnyArray, by: int) -> AnyArray:

@@ -35,15 +35,15 @@ class Compiled:
     word.
     """
 
-    def __init__(self, name: str, fn: Callable[..., Any], log: CompileLog, **jit_options: Any) -> None:
+    def __init__(self, name: str, fn: Callable[..., object], log: CompileLog, **jit_options: Any) -> None:
         self.name, self.log = name, log
         self.jitted = jax.jit(fn, **jit_options)
-        self.programs: dict[Any, Any] = {}
-        self._bytes: dict[Any, int] = {}
+        self.programs: dict[tuple[object, ...], jax.stages.Compiled] = {}
+        self._bytes: dict[tuple[object, ...], int] = {}
         # What the program that ran last takes of a device: its arguments, results and scratch. 0 before the first.
         self.device_bytes = 0
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Any:
         leaves, structure = jax.tree.flatten(args)
         key = (structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
         if key not in self.programs:
@@ -52,7 +52,7 @@ class Compiled:
         self.device_bytes = self._bytes[key]
         return self.programs[key](*args)
 
-    def _compile(self, args: tuple[Any, ...]) -> Any:
+    def _compile(self, args: tuple[object, ...]) -> jax.stages.Compiled:
         start = time.perf_counter()
         program = self.jitted.lower(*args).compile()
         seconds = time.perf_counter() - start
@@ -63,9 +63,10 @@ class Compiled:
         return program
 
 
-def program_bytes(program: Any) -> int:
+def program_bytes(program: jax.stages.Compiled) -> int:
     """Returns the bytes of device memory that a compiled program takes on each device while it runs."""
     sizes = program.memory_analysis()
+    assert sizes is not None, "a backend says what its programs take"
     # Results that are written over donated arguments take no room of their own.
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from realjax.core.layout import MESH_AXES
+
 ROOT = Path(__file__).resolve().parents[2]
 MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
 SOURCES = sorted(
     path for part in ("realjax", "configs", "launch", "tools", "tests") for path in (ROOT / part).rglob("*.py")
 )
 PACKAGE = [path for path in SOURCES if path.is_relative_to(ROOT / "realjax")]
+# Tables that place arrays, the meshes themselves, and what is run on parts of them by hand.
+NAME_MESH_AXES = {"realjax/core/axes.py", "realjax/core/layout.py", "realjax/engine/manual_axes.py"}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Written so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|root|home/\w+|Users/\w+)/" + r"[\w.]")
@@ -93,6 +97,26 @@ def test_everything_public_has_a_docstring():
 def test_every_module_says_what_it_is():
     silent = [path for path in PACKAGE if path.name != "__init__.py" and ast.get_docstring(tree_of(path)) is None]
     assert not [str(path.relative_to(ROOT)) for path in silent]
+
+
+def find_mesh_axes(tree: ast.Module) -> list[int]:
+    """Returns the lines with the literal name of a mesh axis; `folder / "data"` is a file's name."""
+    operands = (node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div))
+    file_names = {id(operand) for operand in operands}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in file_names)
+    return [node.lineno for node in constants if node.value in MESH_AXES]
+
+
+def test_mesh_axes_are_named_where_arrays_are_placed_and_nowhere_else():
+    """All other code names dims: a new axis is a line of the tables."""
+    files = {str(path.relative_to(ROOT)): find_mesh_axes(tree_of(path)) for path in PACKAGE}
+    named = {name: lines for name, lines in files.items() if lines}
+    assert named.keys() == NAME_MESH_AXES, named
+
+
+def test_a_mesh_axis_is_found_and_a_folder_is_not():
+    lines = ['PartitionSpec("data")', 'folder / "data"', 'axis_names={"pipe"}', '"""Over data."""']
+    assert find_mesh_axes(ast.parse("\n".join(lines))) == [1, 3]
 
 
 def test_nothing_names_a_place_on_one_machine():
