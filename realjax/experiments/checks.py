@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from realjax.core.batch import find_dims
 from realjax.dataflow.graph import Generate, Host
 from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments.common import load_tokenizer, name_option
@@ -29,10 +30,12 @@ class Need:
 
 def check_run(spec: RunSpec) -> None:
     """Raises ValueError for a model that does not fit the run's tokens or its longest sequence, or whose files are not
-    whole; and for updates, averages and metrics that cannot be.
+    whole; for a key whose dims have no names; and for updates, averages and metrics that cannot be.
 
     Reads tokenizers and the heads of weight files; nothing is put on a device.
     """
+    for key in spec.graph.producers:
+        find_dims(key)  # raises for one without a line in the table
     need = _find_need(spec)
     for role in need.roles:
         _check_weights(role)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from realjax.apps.quickstart import EXPERIMENTS
+from realjax.core.batch import BATCH_DIMS
 from realjax.options.fields import list_options
 from realjax.options.values import type_label
 from tests.e2e.builders import write_llama
@@ -168,6 +169,13 @@ def test_no_end_token(experiment, given, tmp_path):
 def test_names_that_are_no_directories(experiment, name, given, tmp_path):
     for value in ("../up", "a b", "\x1b[31mred", "bell\x07", "a\u202eb", "..", "x" * 300):
         assert_refused(experiment, f"^{name}: found ", given, tmp_path / "root", **{name: value})
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("sft", "rw")])
+def test_a_key_whose_dims_have_no_names(experiment, given, tmp_path, monkeypatch):
+    key = list(make_spec(experiment, options_of(experiment, given, tmp_path / "root")).graph.producers)[-1]
+    monkeypatch.delitem(BATCH_DIMS, key)
+    assert_refused(experiment, f"^batch: the dims of key '{key}' have no names; enter", given, tmp_path / "root")
 
 
 METRICS = [name for name, experiment in EXPERIMENTS.items() if hasattr(experiment.config_cls(), "eval")]

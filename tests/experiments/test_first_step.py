@@ -4,10 +4,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from realjax.core.axes import train_rules
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.runtime.calls import put_batch
 from realjax.runtime.executor import StepResult
+from tests.builders import make_layout
 from tests.experiments.rl_runs import (
     LAYOUTS,
     RLInputs,
@@ -55,6 +60,20 @@ def steps_of(inputs: RLInputs, tmp_path_factory: pytest.TempPathFactory):
         return tuple(executor.step(spec.loader.batch(i), i) for i in range(STEPS))
 
     return steps
+
+
+def test_every_key_of_a_step_is_placed_by_the_names_of_its_dims(steps_of):
+    """On a table that splits time, and also where the key comes from another call's devices."""
+    batch, layout = steps_of("halves")[0].batch, make_layout(dp=2, tp=2)
+    elsewhere = Layout.of(ParallelStrategy(dp=2), jax.devices()[4:6]).sharding("data")
+    results = {key: jax.device_put(batch[key], elsewhere) for key in ("values", "rewards", "kept")}
+    placed = put_batch(batch.replace_arrays(**results), {**train_rules(layout.strategy), "time": "tensor"}, layout)
+    per_segment = {"has_eos", "group", "prompt_id", "sample_id", "rewards", "seq_share"}
+    assert per_segment < set(placed)
+    for key, array in placed.arrays.items():
+        expected = layout.sharding("data", None if key in per_segment else "tensor")
+        assert array.sharding.is_equivalent_to(expected, array.ndim), key
+        np.testing.assert_array_equal(array, batch[key])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
