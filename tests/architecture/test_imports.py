@@ -1,14 +1,10 @@
 """Imports go down only; the table below says what each package may know."""
 
-import ast
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
 import networkx as nx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.sources import ROOT, Import, find_imports, list_files, list_packages, read_import_graph
+
 # `package.module` allows that module of a package and nothing else of it.
 ALLOWED: dict[str, frozenset[str]] = {
     "core": frozenset(),
@@ -37,35 +33,6 @@ ALLOWED: dict[str, frozenset[str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Import:
-    """`realjax.<target>` imported at `place` (file:line)."""
-
-    place: str
-    target: str
-
-
-def imports_of(path: Path) -> Iterator[Import]:
-    """Yields every import of realjax in a file, also those inside functions."""
-    place = path.relative_to(ROOT)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "realjax":
-            names = [f"realjax.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"realjax.<relative, level {node.level}>"]
-        else:
-            continue
-        yield from (
-            Import(place=f"{place}:{node.lineno}", target=name.removeprefix("realjax."))
-            for name in names
-            if name.startswith("realjax.")
-        )
-
-
 def violations(package: str, found: list[Import]) -> list[str]:
     """Returns a line for each import that the package may not make."""
     allowed = ALLOWED[package] | {package}
@@ -77,31 +44,23 @@ def violations(package: str, found: list[Import]) -> list[str]:
     ]
 
 
-def files_of(package: str) -> list[Path]:
-    return sorted((ROOT / "realjax" / package).rglob("*.py"))
-
-
 def test_every_package_stands_in_the_table():
-    present = {path.parent.name for path in (ROOT / "realjax").glob("*/__init__.py")}
-    assert present == set(ALLOWED)
+    assert set(list_packages()) == set(ALLOWED)
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_go_down(package):
-    found = [item for path in files_of(package) for item in imports_of(path)]
+    found = [item for path in list_files(package) for item in find_imports(path)]
     assert not (wrong := violations(package, found)), "\n".join(wrong)
 
 
 def test_the_top_module_imports_no_package():
     """`import realjax` stays free of cost, and of cycles."""
-    assert not list(imports_of(ROOT / "realjax" / "__init__.py"))
+    assert not list(find_imports(ROOT / "realjax" / "__init__.py"))
 
 
 def test_packages_have_no_cycle():
-    graph = nx.DiGraph()
-    for package in ALLOWED:
-        targets = {item.target.split(".")[0] for path in files_of(package) for item in imports_of(path)}
-        graph.add_edges_from((package, target) for target in targets - {package})
+    graph = read_import_graph()
     assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
 
 
