@@ -5,8 +5,8 @@
         --config.dataset.path=/path/to/prompt/dataset.jsonl
 
 It is the same run as `realjax gen` with these options. The rows hold "prompt"; there may be any number of them. Expect
-a progress bar, the tokens per second, and `output.jsonl` in the log directory, a line with prompt and answer for each
-row of the data and in its order. Several answers: `--config.num_samples=4`. Chat models:
+a line a step with the tokens per second, and `output.jsonl` in the log directory, a line with prompt and answer for
+each row of the data and in its order. Several answers: `--config.num_samples=4`. Chat models:
 `--config.dataset.use_chat_template=True`.
 """
 
