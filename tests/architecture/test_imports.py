@@ -18,10 +18,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "engine": frozenset({"core", "models"}),
     "hf": frozenset({"core", "models"}),
     "allocation": frozenset({"core", "data", "dataflow", "models.config"}),
-    "options": frozenset({"core", "engine", "algorithms", "rewards", "data", "dataflow"}),
-    "experiments": frozenset(
-        {"core", "options", "dataflow", "algorithms", "rewards", "data", "hf", "allocation", "models.config"}
-    ),
+    "options": frozenset({"core", "algorithms", "rewards", "dataflow"}),
+    # No allocation: a graph is made before anybody knows where it runs.
+    "experiments": frozenset({"core", "options", "dataflow", "algorithms", "rewards", "data", "hf", "models.config"}),
     # No options and no experiments: the runtime carries out any run that is described to it. The models are for
     # building a role before its engine.
     "record": frozenset({"core", "data", "dataflow"}),
