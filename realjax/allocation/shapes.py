@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from realjax.allocation.plan import RolloutShape
 from realjax.core.layout import Layout
-from realjax.data.loader import Loader
+from realjax.data.loader import Loader, Rows
 from realjax.data.packing import MOST_TOKENS, rollout_row_len
 from realjax.dataflow.graph import Generate, Inference, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
@@ -82,11 +83,11 @@ def shape_batches(spec: RunSpec, layouts: Mapping[str, Layout]) -> tuple[Loader,
             f"dataset.train_bs_n_seqs: {spec.loader.batch_size} sequences cannot be divided over {num_shards} "
             f"data-parallel devices x {num_mbs} micro-batches; use at least {num_shards * num_mbs}"
         )
-    split = {"row_multiple": math.lcm(*(row_multiple(m, layouts[m.name]) for m in mfcs)), "num_shards": num_shards}
-    loader = spec.loader.split(**split)
+    rows = Rows(multiple=math.lcm(*(row_multiple(m, layouts[m.name]) for m in mfcs)), num_shards=num_shards)
+    loader = spec.loader.split(rows)
     if not isinstance(evaluation, Evaluation):
         return loader, held_out
     # As long as training's where they can be: a bound on tokens that holds one row there holds one here.
     row_len = loader.shapes.row_len
     fits = evaluation.loader.longest_example <= row_len
-    return loader, evaluation.loader.split(**split, row_len=row_len if fits else None)
+    return loader, evaluation.loader.split(replace(rows, row_len=row_len if fits else None))

@@ -1,8 +1,10 @@
 """Prompts in a tokenizer's chat template, up to where the answer begins."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+from realjax.core.json_text import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ def prompt_kinds(tokenizer: "PreTrainedTokenizerBase", use_chat_template: bool) 
     return (str, list) if use_chat_template else str
 
 
-def check_messages(row: Mapping[str, Any], subject: str) -> None:
+def check_messages(row: JsonObject, subject: str) -> None:
     """Raises ValueError for a prompt that is a list of anything but messages, or of none."""
     if not isinstance(row["prompt"], list):
         return
@@ -34,15 +36,15 @@ def check_messages(row: Mapping[str, Any], subject: str) -> None:
 
 
 def prompt_texts(
-    rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", *, use_chat_template: bool, subject: str
+    rows: Sequence[JsonObject], tokenizer: "PreTrainedTokenizerBase", *, use_chat_template: bool, subject: str
 ) -> list[str]:
     """Returns the rows' prompts as they are tokenised: themselves, or in the template."""
     if not use_chat_template:
         return [row["prompt"] for row in rows]
-    return [render(messages_of(row), row["id"], tokenizer, subject) for row in rows]
+    return [render(read_messages(row), row["id"], tokenizer, subject) for row in rows]
 
 
-def messages_of(row: Mapping[str, Any]) -> Messages:
+def read_messages(row: JsonObject) -> Messages:
     """Returns the row's prompt as messages; a text is the user's."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -51,13 +53,12 @@ def messages_of(row: Mapping[str, Any]) -> Messages:
 def render(messages: Messages, row_id: str | int, tokenizer: "PreTrainedTokenizerBase", subject: str) -> str:
     """Returns the text of a row's messages in the template, the assistant's turn opened."""
     try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is code of its own
         raise ValueError(
             f"{subject}: the tokenizer's chat template refuses the prompt with id {row_id!r} ({error}); mend its "
             "messages, or set dataset.use_chat_template=False"
         ) from error
-    return text
 
 
 def shorten(messages: Messages, fits_fn: Callable[[Messages], bool]) -> Messages | None:

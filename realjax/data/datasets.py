@@ -52,7 +52,7 @@ class FlatDataset:
         """Indices of the examples in the order of an epoch."""
         return np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
 
-    def tokens_of(self, index: int) -> np.ndarray:
+    def take_tokens(self, index: int) -> np.ndarray:
         """Tokens of one example, int32 [L]."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
@@ -69,7 +69,7 @@ class PromptAnswerDataset(FlatDataset):
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` int32 [L] and `loss_mask` bool [L], True at the answer's tokens and EOS."""
-        tokens = self.tokens_of(index)
+        tokens = self.take_tokens(index)
         loss_mask = np.zeros(len(tokens), np.bool_)
         loss_mask[slice(*self.target_spans[index])] = True
         return {"tokens": tokens, "loss_mask": loss_mask}

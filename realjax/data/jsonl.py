@@ -5,9 +5,8 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from realjax.core.json_text import parse_json
+from realjax.core.json_text import JsonObject, parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -15,6 +14,7 @@ _log = logging.getLogger(__name__)
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 Kinds = type | tuple[type, ...]
+CheckFn = Callable[[JsonObject, str], None]  # fn(row, where it stands) raises for a row that cannot serve
 _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
 
 
@@ -22,8 +22,8 @@ def load_rows(
     path: str,
     required: Mapping[str, Kinds],
     name: str = "dataset.train_path",
-    check_fn: Callable[[dict[str, Any], str], None] | None = None,
-) -> list[dict[str, Any]]:
+    check_fn: CheckFn | None = None,
+) -> list[JsonObject]:
     """Objects of a .json list or a .jsonl file, each with the required keys (of one type or several) and a unique `id`.
 
     When any row lacks an id, all rows get 0..N-1 and one warning is logged. Blank lines of a .jsonl are skipped.
@@ -48,20 +48,20 @@ def load_rows(
     located = list(readers[file.suffix](content, subject))
     if not located:
         raise ValueError(f"{subject} holds no rows; it needs at least one object with {_wanted(required)}")
-    for place, row in located:
-        _check_row(row, required, f"{subject} {place}")
-        if check_fn is not None:
+    checked = [(place, _check_row(row, required, f"{subject} {place}")) for place, row in located]
+    if check_fn is not None:
+        for place, row in checked:
             check_fn(row, f"{subject} {place}")
-    return _with_ids(located, subject)
+    return _with_ids(checked, subject)
 
 
-def _read_jsonl(content: bytes, subject: str) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(content: bytes, subject: str) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield f"line {number}", _parse(line, f"{subject} line {number}", "every line must be one JSON object")
 
 
-def _read_json(content: bytes, subject: str) -> Iterator[tuple[str, Any]]:
+def _read_json(content: bytes, subject: str) -> Iterator[tuple[str, object]]:
     value = _parse(content, subject, "the file must be one JSON list of objects")
     if not isinstance(value, list):
         raise ValueError(
@@ -71,14 +71,14 @@ def _read_json(content: bytes, subject: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"item {number}", row) for number, row in enumerate(value, start=1))
 
 
-def _parse(raw: bytes, subject: str, needed: str) -> Any:
+def _parse(raw: bytes, subject: str, needed: str) -> object:
     try:
         return parse_json(raw, encoding="utf-8-sig")
     except ValueError as error:
         raise ValueError(f"{subject}: {error}; {needed}") from error
 
 
-def _check_row(row: Any, required: Mapping[str, Kinds], subject: str) -> None:
+def _check_row(row: object, required: Mapping[str, Kinds], subject: str) -> JsonObject:
     if not isinstance(row, dict):
         raise ValueError(f"{subject}: found a JSON {_type_name(row)}; needed an object with {_wanted(required)}")
     for key, needed in required.items():
@@ -90,14 +90,15 @@ def _check_row(row: Any, required: Mapping[str, Kinds], subject: str) -> None:
             raise ValueError(f"{subject}: {key!r} has type {_type_name(value)}; every row needs {_wanted(required)}")
         if _HALF_PAIR.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
             raise ValueError(f"{subject}: {key!r} holds half of a surrogate pair (\\ud800 to \\udfff); remove it")
+    return row
 
 
-def _with_ids(located: list[tuple[str, dict[str, Any]]], subject: str) -> list[dict[str, Any]]:
+def _with_ids(located: list[tuple[str, JsonObject]], subject: str) -> list[JsonObject]:
     lacking = next((place for place, row in located if row.get("id") is None), None)
     if lacking is not None:
         _log.warning("%s: no id in %s; all %d rows get ids 0 to %d", subject, lacking, len(located), len(located) - 1)
         return [{**row, "id": number} for number, (_, row) in enumerate(located)]
-    places: dict[Any, str] = {}
+    places: dict[str | int, str] = {}
     for place, row in located:
         row_id = row["id"]
         if not isinstance(row_id, str | int):
@@ -111,7 +112,7 @@ def _with_ids(located: list[tuple[str, dict[str, Any]]], subject: str) -> list[d
     return [row for _, row in located]
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     return "null" if value is None else _TYPE_NAMES[type(value)]
 
 

@@ -68,24 +68,36 @@ class Shapes:
     row_len: int
     num_segments: int
     row_counts: tuple[int, ...]  # ascending
-    of_step: np.ndarray  # R of each step's batch, int [num_steps]
+    num_rows: np.ndarray  # R of each step's batch, int [num_steps]
 
     @property
     def num_slots(self) -> int:
         """Token slots of all steps, full or not."""
-        return int(self.of_step.sum(dtype=np.int64)) * self.row_len
+        return int(self.num_rows.sum(dtype=np.int64)) * self.row_len
 
     def __str__(self) -> str:
         return f"{' or '.join(map(str, self.row_counts))} x {self.row_len}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """What rows are: a multiple of a number, in equal blocks for `num_shards`, of `row_len` tokens (None: chosen)."""
+class Rows:
+    """How many rows batches have, a multiple of `multiple` in equal blocks for `num_shards`, and of how many tokens.
 
-    multiple: int
-    num_shards: int
-    row_len: int | None
+    `row_len` None: see `plan_shapes`. Batches have at most `max_shapes` shapes. Raises ValueError for sizes below 1.
+    """
+
+    multiple: int = 1
+    num_shards: int = 1
+    row_len: int | None = None
+    max_shapes: int = 3
+
+    def __post_init__(self) -> None:
+        _check_sizes({"row_multiple": self.multiple, "num_shards": self.num_shards, "max_shapes": self.max_shapes})
+
+    @property
+    def step(self) -> int:
+        """What the number of rows is a multiple of."""
+        return math.lcm(self.multiple, self.num_shards)
 
 
 class Loader:
@@ -101,55 +113,50 @@ class Loader:
         dataset: Dataset,
         *,
         batch_size: int,
-        num_epochs: int,
         seed: int,
-        row_multiple: int = 1,
-        shuffle: bool = True,
-        row_len: int | None = None,
-        num_shards: int = 1,
-        allow_partial: bool = False,
-        max_shapes: int = 3,
+        num_epochs: int = 1,
+        in_order: bool = False,
+        rows: Rows = Rows(),  # noqa: B008 - frozen
         name: str = "dataset.train_bs_n_seqs",
     ):
-        """Rows are a multiple of `row_multiple` and of `num_shards`, of `row_len` tokens (None: see `plan_shapes`).
+        """`in_order`, for evaluation and for answers, keeps the dataset's order, and a batch may then exceed it.
 
-        Batches have at most `max_shapes` shapes. `allow_partial` lets the batch exceed the dataset, for evaluation.
         Raises ValueError, naming `name` (the option with the batch size), for sizes below 1, a batch larger than the
         dataset, or rows shorter than an example; `shapes` raises for too large batches.
         """
-        counts = {"epochs": num_epochs, "row_multiple": row_multiple, "num_shards": num_shards}
-        _check_sizes({name: batch_size, **counts, "max_shapes": max_shapes}, seed)
+        _check_sizes({name: batch_size, "epochs": num_epochs})
+        if seed < 0:
+            raise ValueError(f"seed: found {seed}; needed 0 or more, as numpy's generators ask")
         self._dataset = dataset
         self._lengths = dataset.lengths
         self.batch_size, self._name = batch_size, name
-        first = dataset.order(seed, 0, shuffle)
+        first = dataset.order(seed, 0, not in_order)
         self._epoch_len = len(first)
         if (num_samples := num_epochs * self._epoch_len) > MOST_SAMPLES:
             raise ValueError(
                 f"total_train_epochs: {num_epochs} passes over {self._epoch_len} examples are {num_samples} samples, "
                 f"but a run takes at most {MOST_SAMPLES}; set it to {max(1, MOST_SAMPLES // self._epoch_len)} or less"
             )
-        orders = [first, *(dataset.order(seed, epoch, shuffle) for epoch in range(1, num_epochs))]
+        orders = [first, *(dataset.order(seed, epoch, not in_order) for epoch in range(1, num_epochs))]
         self._stream = np.concatenate(orders).astype(np.int32)
         self.longest = dataset.longest
-        if batch_size > self._epoch_len and not allow_partial:
+        if batch_size > self._epoch_len and not in_order:
             raise ValueError(
                 f"{name}: a batch of {batch_size} is more than the dataset's {self._epoch_len} examples; "
                 f"set it to {self._epoch_len} or less, or add data"
             )
         self.longest_example = int(self._lengths.max())
-        self._rows = _Rows(multiple=math.lcm(row_multiple, num_shards), num_shards=num_shards, row_len=row_len)
-        self._max_shapes = max_shapes
-        if row_len is not None and row_len < self.longest_example:
+        self._rows = rows
+        if rows.row_len is not None and rows.row_len < self.longest_example:
             raise ValueError(
-                f"loader: rows of {row_len} tokens, but the longest example has {self.longest_example}; use that or "
-                "more"
+                f"loader: rows of {rows.row_len} tokens, but the longest example has {self.longest_example}; use that "
+                "or more"
             )
 
-    def split(self, *, row_multiple: int, num_shards: int, row_len: int | None = None) -> "Loader":
+    def split(self, rows: Rows) -> "Loader":
         """Returns the loader of the same sequences, step by step, in other rows. Raises ValueError as `shapes`."""
         loader = copy.copy(self)
-        loader._rows = _Rows(multiple=math.lcm(row_multiple, num_shards), num_shards=num_shards, row_len=row_len)
+        loader._rows = rows
         loader.__dict__.pop("shapes", None)
         _ = loader.shapes
         return loader
@@ -158,11 +165,11 @@ class Loader:
     def shapes(self) -> Shapes:
         """The shapes of all batches. Raises ValueError for more tokens in a batch than XLA can count."""
         batches = [self._lengths[self._indices(step)] for step in range(self.total_steps)]
-        multiple, row_len = self._rows.multiple, self._rows.row_len
+        multiple, row_len, max_shapes = self._rows.step, self._rows.row_len, self._rows.max_shapes
         if row_len is None:
-            shapes = plan_shapes(batches, multiple, self._max_shapes)
+            shapes = plan_shapes(batches, multiple, max_shapes)
         else:
-            shapes = shapes_of(batches, row_len, multiple, self._max_shapes)
+            shapes = make_shapes(batches, row_len, multiple, max_shapes)
         num_rows, name = shapes.row_counts[-1], self._name
         if num_rows * shapes.row_len > MOST_TOKENS:
             raise ValueError(
@@ -203,7 +210,7 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps)."""
         indices = self._indices(step)
-        num_rows, row_len = int(self.shapes.of_step[step]), self.shapes.row_len
+        num_rows, row_len = int(self.shapes.num_rows[step]), self.shapes.row_len
         plan = pack_rows(self._lengths[indices], row_len, num_rows=num_rows, num_shards=self._rows.num_shards)
         return pack([self._dataset.example(i) for i in indices], plan, num_segments=self.shapes.num_segments)
 
@@ -241,11 +248,11 @@ def plan_shapes(batches: Sequence[np.ndarray], row_multiple: int, max_shapes: in
     further back than the longest example, so they cost no more.
     """
     shortest = bucket_len(max(int(lengths.max()) for lengths in batches))
-    found = [shapes_of(batches, shortest * times, row_multiple, max_shapes) for times in range(1, 9)]
+    found = [make_shapes(batches, shortest * times, row_multiple, max_shapes) for times in range(1, 9)]
     return min(found, key=lambda shapes: shapes.num_slots)
 
 
-def shapes_of(batches: Sequence[np.ndarray], row_len: int, row_multiple: int, max_shapes: int = 1) -> Shapes:
+def make_shapes(batches: Sequence[np.ndarray], row_len: int, row_multiple: int, max_shapes: int = 1) -> Shapes:
     """Returns the shapes with rows of `row_len` tokens that hold `batches`: at most `max_shapes`, a compile each."""
     plans = [pack_rows(lengths, row_len) for lengths in batches]
     needed = np.array([-(-len(plan.rows) // row_multiple) * row_multiple for plan in plans])
@@ -254,7 +261,7 @@ def shapes_of(batches: Sequence[np.ndarray], row_len: int, row_multiple: int, ma
         row_len=row_len,
         num_segments=max(plan.num_segments for plan in plans),
         row_counts=tuple(row_counts.tolist()),
-        of_step=row_counts[np.searchsorted(row_counts, needed)],
+        num_rows=row_counts[np.searchsorted(row_counts, needed)],
     )
 
 
@@ -273,9 +280,7 @@ def _row_counts(needed: np.ndarray, max_shapes: int) -> np.ndarray:
     return np.unique(of_step)
 
 
-def _check_sizes(sizes: Mapping[str, int], seed: int) -> None:
+def _check_sizes(sizes: Mapping[str, int]) -> None:
     for subject, size in sizes.items():
         if size < 1:
             raise ValueError(f"{subject}: found {size}; needed at least 1")
-    if seed < 0:
-        raise ValueError(f"seed: found {seed}; needed 0 or more, as numpy's generators ask")

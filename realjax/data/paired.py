@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from realjax.core.identity import digest
+from realjax.core.json_text import JsonObject
 from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.datasets import tokenize_answers
 from realjax.data.jsonl import load_rows
@@ -128,7 +129,7 @@ def load_paired(
     )
 
 
-def _check_row(row: dict, subject: str) -> None:
+def _check_row(row: JsonObject, subject: str) -> None:
     check_messages(row, subject)
     better, worse = row["pos_answers"], row["neg_answers"]
     if len(better) != len(worse) or not better:

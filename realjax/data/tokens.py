@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Offsets = list[tuple[int, int]]  # of each token, the characters of its text: first, and one past the last
+
+
+class _Found(TypedDict):
+    input_ids: list[list[int]]
+    offset_mapping: list[Offsets]  # only where asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ def encode(
     that the tokenizer adds by itself is left out.
     """
     with_offsets = with_offsets and bool(tokenizer.is_fast)
-    found = _call(texts, tokenizer, return_offsets_mapping=with_offsets)
+    found = _call(texts, tokenizer, with_offsets=with_offsets)
     front = [] if is_rendered else front_tokens(tokenizer)
     missing = [[] if ids[: len(front)] == front else front for ids in found["input_ids"]]
     tokens = [[*start, *ids] for start, ids in zip(missing, found["input_ids"], strict=True)]
@@ -46,14 +51,14 @@ def encode(
 
 def front_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Returns what the tokenizer puts in front of every text by itself: BOS, or nothing."""
-    whole, bare = (_call(["a"], tokenizer, add_special_tokens=adds)["input_ids"][0] for adds in (True, False))
+    whole, bare = (_call(["a"], tokenizer, adds_special=adds)["input_ids"][0] for adds in (True, False))
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Id of the token that ends every answer; ValueError for a tokenizer without one."""
-    eos: Any = tokenizer.eos_token_id
-    if eos is None:
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
         raise ValueError(
             f"tokenizer: {tokenizer.name_or_path!r} has no EOS token, which ends every answer; "
             "set eos_token in its tokenizer_config.json"
@@ -73,7 +78,21 @@ def tell_repeats(starts: Sequence[str], ends: Sequence[str], tokenizer: "PreTrai
         _log.warning("%s: %d of %d answers end with %s already, and get no second one", name, num_ends, len(ends), eos)
 
 
-def _call(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", **options: bool) -> Any:
+def _call(
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    adds_special: bool = False,
+    with_offsets: bool = False,
+) -> _Found:
     # The caller truncates, as a tokenizer's files may set another side or length; verbose would remark on long texts.
-    given: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": False, **options}
-    return tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False, verbose=False, **given)
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=adds_special,
+        return_offsets_mapping=with_offsets,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return cast(_Found, found)

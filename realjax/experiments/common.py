@@ -139,9 +139,7 @@ def make_loaders(
     held_out = Loader(
         valid,
         batch_size=config.dataset.valid_bs_n_seqs,
-        num_epochs=1,
-        shuffle=False,
-        allow_partial=True,
+        in_order=True,
         name="dataset.valid_bs_n_seqs",
         seed=config.seed,
     )

@@ -7,7 +7,7 @@ from realjax.algorithms.returns import Responses, answer_metrics
 from realjax.core.host_call import Arrays, HostResult, State
 from realjax.core.texts import decode_answers, make_stop_fn
 from realjax.data.loader import Loader
-from realjax.data.prompts import load_prompts
+from realjax.data.prompts import PromptForm, load_prompts
 from realjax.dataflow.graph import DataflowGraph, Generate, Host
 from realjax.dataflow.run import AnswerFile, Frequency, RunSpec
 from realjax.experiments import common
@@ -19,12 +19,9 @@ def build(config: GenConfig) -> RunSpec:
     """Returns the run. Raises ValueError for data or a model that cannot work."""
     role = common.describe_role("default", config.model, is_trained=False)
     tokenizer, data = common.load_tokenizer(role.path), config.dataset
-    prompts = load_prompts(
-        data.path, tokenizer, max_prompt_len=data.max_prompt_len, use_chat_template=data.use_chat_template
-    )
-    loader = Loader(
-        prompts, batch_size=data.train_bs_n_seqs, num_epochs=1, seed=config.seed, shuffle=False, allow_partial=True
-    )
+    form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template)
+    prompts = load_prompts(data.path, tokenizer, form)
+    loader = Loader(prompts, batch_size=data.train_bs_n_seqs, seed=config.seed, in_order=True)
     answer = Generate(
         name="generate",
         role=role.name,

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 
@@ -12,10 +11,11 @@ from realjax.algorithms.policy import PolicyParameters, make_policy_loss
 from realjax.algorithms.returns import Responses, rollout_metrics
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.json_text import JsonObject
 from realjax.core.loss import Loss
 from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
-from realjax.data.prompts import PromptDataset, load_prompts
+from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
 from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Minibatches, Train
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments import common
@@ -81,24 +81,16 @@ class Setup:
     def _load_prompts(self) -> tuple[PromptDataset, PromptDataset | None]:
         data = self.config.dataset
 
-        def load(path: str, name: str, **changes: Any) -> PromptDataset:
-            chat = data.use_chat_template
-            return load_prompts(
-                path,
-                self.tokenizer,
-                max_prompt_len=data.max_prompt_len,
-                use_chat_template=chat,
-                check_fn=self._check_row,
-                name=name,
-                **changes,
-            )
-
-        train = load(data.path, "dataset.path", pad_to_max_length=data.pad_to_max_length)
+        form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template)
+        train_form = replace(form, pad_to_max_length=data.pad_to_max_length)
+        load = partial(load_prompts, tokenizer=self.tokenizer, check_fn=self._check_row)
+        train = load(data.path, form=train_form, name="dataset.path")
         if not data.valid_path:
             return train, None
-        return train, load(data.valid_path, "dataset.valid_path", max_prompts=self.config.eval.num_prompts)
+        most = self.config.eval.num_prompts
+        return train, load(data.valid_path, form=form, max_prompts=most, name="dataset.valid_path")
 
-    def _check_row(self, row: dict[str, Any], place: str) -> None:
+    def _check_row(self, row: JsonObject, place: str) -> None:
         """Raises ValueError for a row that a reward says it cannot score."""
         for name, fn in self._text_functions.items():
             check_row(fn, row, place, name=f"reward.{name} {getattr(self.config.reward, name)}")
@@ -256,14 +248,8 @@ class Setup:
                 *scored,
                 Host(name="measures", fn=measure, inputs=inputs, outputs=(), metrics=names),
             )
-        loader = Loader(
-            self.held_out,
-            batch_size=self.config.dataset.train_bs_n_seqs,
-            num_epochs=1,
-            seed=self.config.seed,
-            shuffle=False,
-            allow_partial=True,
-        )
+        batch_size, seed = self.config.dataset.train_bs_n_seqs, self.config.seed
+        loader = Loader(self.held_out, batch_size=batch_size, seed=seed, in_order=True)
         return RolloutEvaluation(role="actor", variants=variants, loader=loader, best_metric=options.best_metric)
 
 

@@ -3,19 +3,21 @@
 import copy
 import importlib
 import inspect
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.json_text import JsonObject
 from realjax.core.segments import segment_slices
 from realjax.core.texts import decode_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = Mapping[str, Any]
+Row = JsonObject
 # fn(prompts, answers, rows) -> one number for each answer. `rows` are the data's own rows, with all their keys.
 TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from realjax.data.datasets import PromptAnswerDataset
-from realjax.data.loader import Loader, plan_shapes, shapes_of
+from realjax.data.loader import Loader, Rows, make_shapes, plan_shapes
 
 
 def make_dataset(num_examples: int, longest: int = 60) -> PromptAnswerDataset:
@@ -64,7 +64,7 @@ def test_positions_count_epochs_and_their_steps(num_examples, batch_size, num_ep
 
 def test_a_second_loader_gives_the_same_batch_at_any_step():
     def make(seed: int) -> Loader:
-        return Loader(make_dataset(45), batch_size=10, num_epochs=4, seed=seed, num_shards=2)
+        return Loader(make_dataset(45), batch_size=10, num_epochs=4, seed=seed, rows=Rows(num_shards=2))
 
     first, again = make(seed=5), make(seed=5)
     for step in (17, 3, 0):
@@ -85,8 +85,9 @@ def test_a_batch_straddles_two_epochs():
 @pytest.mark.parametrize(("row_multiple", "num_shards"), [(1, 1), (8, 2), (6, 4), (1, 8)])
 def test_a_run_of_one_shape(row_multiple, num_shards):
     dataset = make_dataset(101)
-    sizes = {"batch_size": 25, "num_epochs": 3, "seed": 1, "max_shapes": 1}
-    loader = Loader(dataset, **sizes, row_multiple=row_multiple, num_shards=num_shards)
+    sizes = {"batch_size": 25, "num_epochs": 3, "seed": 1}
+    rows = Rows(multiple=row_multiple, num_shards=num_shards, max_shapes=1)
+    loader = Loader(dataset, **sizes, rows=rows)
     num_rows, row_len, num_segments = loader.shape
     assert num_rows % row_multiple == 0 and num_rows % num_shards == 0 and row_len % 64 == 0
     batches = [loader.batch(step) for step in range(loader.total_steps)]
@@ -104,15 +105,15 @@ def test_a_run_of_one_shape(row_multiple, num_shards):
 
 def test_longer_rows_on_request():
     dataset = make_dataset(50)
-    loader = Loader(dataset, batch_size=25, num_epochs=1, seed=1, row_len=300)
+    loader = Loader(dataset, batch_size=25, num_epochs=1, seed=1, rows=Rows(row_len=300))
     assert loader.shape[1] == 300 and loader.batch(1)["tokens"].shape == loader.shape[:2]
     with pytest.raises(ValueError, match="rows of 59 tokens, but the longest example has 60"):
-        Loader(dataset, batch_size=25, num_epochs=1, seed=1, row_len=59)
+        Loader(dataset, batch_size=25, num_epochs=1, seed=1, rows=Rows(row_len=59))
 
 
 def test_evaluation_keeps_the_order_and_takes_a_partial_batch():
     dataset = make_dataset(7)
-    loader = Loader(dataset, batch_size=100, num_epochs=1, seed=0, shuffle=False, allow_partial=True)
+    loader = Loader(dataset, batch_size=100, seed=0, in_order=True)
     assert loader.total_steps == 1 and loader.ids(0) == list(dataset.ids)
     assert examples_in(loader.batch(0)) == Counter(dataset.ids)
 
@@ -124,12 +125,17 @@ def test_sizes_that_make_no_run_are_refused():
         ({"batch_size": 8}, "train_bs_n_seqs: a batch of 8 is more than the dataset's 7 examples; set it to 7 or less"),
         ({"batch_size": 0, "name": "dataset.valid_bs_n_seqs"}, "dataset.valid_bs_n_seqs: found 0"),
         ({"num_epochs": 0}, "epochs: found 0"),
-        ({"row_multiple": 0}, "row_multiple: found 0"),
-        ({"num_shards": -1}, "num_shards: found -1"),
         ({"seed": -1}, "seed: found -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             Loader(dataset, **good | change)
+    for change, message in [
+        ({"multiple": 0}, "row_multiple: found 0"),
+        ({"num_shards": -1}, "num_shards: found -1"),
+        ({"max_shapes": 0}, "max_shapes: found 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Rows(**change)
     loader = Loader(dataset, **good)
     for step in (-1, loader.total_steps):
         with pytest.raises(ValueError, match="outside this run's 4 steps"):
@@ -141,14 +147,15 @@ def test_the_chosen_rows_pad_least(max_shapes):
     dataset = make_dataset(101)
     lengths = [dataset.lengths[start : start + 25] for start in range(0, 101, 25)]
     chosen = plan_shapes(lengths, 4, max_shapes)
-    assert chosen.num_slots == min(shapes_of(lengths, 64 * times, 4, max_shapes).num_slots for times in range(1, 9))
+    assert chosen.num_slots == min(make_shapes(lengths, 64 * times, 4, max_shapes).num_slots for times in range(1, 9))
 
 
 @pytest.mark.parametrize(("batch_size", "row_multiple"), [(2, 1), (5, 1), (9, 2), (40, 4), (101, 1)])
 def test_more_shapes_hold_the_same_batches_in_fewer_slots(batch_size, row_multiple):
     dataset = make_dataset(101)
-    sizes = {"batch_size": batch_size, "num_epochs": 2, "seed": 1, "row_multiple": row_multiple, "row_len": 64}
-    loaders = [Loader(dataset, **sizes, max_shapes=n) for n in (1, 2, 3, 50)]
+    sizes = {"batch_size": batch_size, "num_epochs": 2, "seed": 1}
+    rows = [Rows(multiple=row_multiple, row_len=64, max_shapes=n) for n in (1, 2, 3, 50)]
+    loaders = [Loader(dataset, **sizes, rows=one) for one in rows]
     for loader, max_shapes in zip(loaders, (1, 2, 3, 50), strict=True):
         batches = [loader.batch(step) for step in range(loader.total_steps)]
         found = {batch.num_rows for batch in batches}

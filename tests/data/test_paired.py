@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from realjax.data.loader import Loader
+from realjax.data.loader import Loader, Rows
 from realjax.data.packing import PART_LENS
 from realjax.data.paired import PairedDataset, load_paired
 from tests.data.test_datasets import make_tokenizer
@@ -92,7 +92,7 @@ def test_without_shuffling_epochs_are_alike_and_prompts_in_order(tmp_path):
 
 def test_both_answers_are_neighbours_in_one_row(tmp_path):
     dataset = load(tmp_path)
-    loader = Loader(dataset, batch_size=4, num_epochs=3, seed=1, row_multiple=2, num_shards=2)
+    loader = Loader(dataset, batch_size=4, num_epochs=3, seed=1, rows=Rows(multiple=2, num_shards=2))
     by_tokens = {
         tuple(dataset.example(i)["tokens"].tolist()): dataset.example(i)["pair_weight"] for i in range(len(dataset))
     }

@@ -9,7 +9,7 @@ from tokenizers import normalizers
 
 from realjax.data.loader import Dataset, Loader
 from realjax.data.packing import unpack
-from realjax.data.prompts import PromptDataset, load_prompts
+from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
 from tests.data.test_datasets import make_tokenizer
 
 TEXTS = ["the film was", "a film that is good, a film that was not good and not so long", "naïve 😀", "so"]
@@ -27,9 +27,11 @@ def write(folder, prompts, **keys):
     return str(path)
 
 
-def load(folder, prompts=TEXTS, tokenizer=None, max_prompt_len=256, **options) -> PromptDataset:
+def load(folder, prompts=TEXTS, tokenizer=None, max_prompts=None, **form) -> PromptDataset:
     path = write(folder, prompts, answer="x")
-    return load_prompts(path, tokenizer or make_tokenizer(), max_prompt_len=max_prompt_len, **options)
+    return load_prompts(
+        path, tokenizer or make_tokenizer(), PromptForm(**{"max_len": 256, **form}), max_prompts=max_prompts
+    )
 
 
 def tokens_of(dataset):
@@ -74,7 +76,7 @@ def test_a_batch_says_which_prompt_is_where(tmp_path):
 def test_long_prompts_lose_their_end_and_are_counted(tmp_path, caplog):
     whole = tokens_of(load(tmp_path))
     with caplog.at_level(logging.WARNING):
-        cut = load(tmp_path, max_prompt_len=4)
+        cut = load(tmp_path, max_len=4)
     assert tokens_of(cut) == [tokens[:4] for tokens in whole]
     assert cut.texts == tuple(TEXTS)
     num_cut = sum(len(tokens) > 4 for tokens in whole)
@@ -86,8 +88,8 @@ def test_long_prompts_lose_their_end_and_are_counted(tmp_path, caplog):
 
 def test_padding_stands_in_front(tmp_path):
     tokenizer = make_tokenizer()
-    padded = tokens_of(load(tmp_path, tokenizer=tokenizer, max_prompt_len=12, pad_to_max_length=True))
-    for found, plain in zip(padded, tokens_of(load(tmp_path, max_prompt_len=12)), strict=True):
+    padded = tokens_of(load(tmp_path, tokenizer=tokenizer, max_len=12, pad_to_max_length=True))
+    for found, plain in zip(padded, tokens_of(load(tmp_path, max_len=12)), strict=True):
         assert found == [tokenizer.eos_token_id] * (12 - len(plain)) + plain
 
 
@@ -145,7 +147,9 @@ def test_tokenizers_that_lack_something_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no EOS token"):
         load(tmp_path, tokenizer=make_tokenizer(eos_token=None))
     with pytest.raises(ValueError, match="dataset.valid_path: .*nowhere.jsonl' does not exist"):
-        load_prompts(str(tmp_path / "nowhere.jsonl"), make_tokenizer(), max_prompt_len=8, name="dataset.valid_path")
+        load_prompts(
+            str(tmp_path / "nowhere.jsonl"), make_tokenizer(), PromptForm(max_len=8), name="dataset.valid_path"
+        )
 
 
 def test_a_prompt_without_tokens_is_refused(tmp_path):
@@ -158,8 +162,8 @@ def test_a_prompt_without_tokens_is_refused(tmp_path):
 def test_the_fingerprint_covers_what_rewards_read(tmp_path):
     """Equal prompts whose rows have another `answer` are other data."""
     path = write(tmp_path, TEXTS, answer="x")
-    prompts = [load_prompts(path, make_tokenizer(), max_prompt_len=256)]
+    prompts = [load_prompts(path, make_tokenizer(), PromptForm(max_len=256))]
     write(tmp_path, TEXTS, answer="y")
-    prompts.append(load_prompts(path, make_tokenizer(), max_prompt_len=256))
+    prompts.append(load_prompts(path, make_tokenizer(), PromptForm(max_len=256)))
     assert tokens_of(prompts[0]) == tokens_of(prompts[1])
     assert prompts[0].fingerprint != prompts[1].fingerprint

@@ -8,7 +8,7 @@ import pytest
 
 from realjax.data.datasets import load_prompt_answer
 from realjax.data.paired import load_paired
-from realjax.data.prompts import load_prompts
+from realjax.data.prompts import PromptForm, load_prompts
 from realjax.data.tokens import encode, front_tokens
 from tests.data.test_datasets import make_tokenizer, words_tokenizer
 
@@ -32,7 +32,7 @@ def pairs(path, tokenizer, **options):
 
 
 def prompts(path, tokenizer, **options):
-    data = load_prompts(path, tokenizer, max_prompt_len=256, **options)
+    data = load_prompts(path, tokenizer, PromptForm(max_len=256, **options))
     return [(data.example(i)["tokens"].tolist(), None) for i in range(len(data))]
 
 
@@ -96,7 +96,7 @@ def test_a_long_chat_prompt_keeps_all_that_its_template_writes(tmp_path):
     path = write(tmp_path, ("the film was so long " * 20, ""), (long, ""), (both, ""), ("so", ""))
     (*cut, (last, _)) = prompts(path, tokenizer, use_chat_template=True)
     for limit in (40, 60):
-        data = load_prompts(path, tokenizer, max_prompt_len=limit, use_chat_template=True)
+        data = load_prompts(path, tokenizer, PromptForm(max_len=limit, use_chat_template=True))
         texts = [tokenizer.decode(data.example(i)["tokens"]) for i in range(4)]
         assert all(limit - 3 <= len(data.example(i)["tokens"]) <= limit for i in range(3))
         assert all(text.startswith("<s><") and text.endswith("\n<assistant>") for text in texts)
@@ -107,7 +107,7 @@ def test_a_long_chat_prompt_keeps_all_that_its_template_writes(tmp_path):
         assert data.example(3)["tokens"].tolist() == last
     assert all(len(tokens) > 60 for tokens, _ in cut)
     with pytest.raises(ValueError, match="dataset.max_prompt_len: found 5, but the chat template alone takes more"):
-        load_prompts(path, tokenizer, max_prompt_len=5, use_chat_template=True)
+        load_prompts(path, tokenizer, PromptForm(max_len=5, use_chat_template=True))
 
 
 def test_texts_are_encoded_as_the_tokenizer_itself_does_but_for_eos():

@@ -57,7 +57,7 @@ def make_dataset(lengths: list[int], seed: int = 0) -> PromptAnswerDataset:
 def make_loader(**changes) -> Loader:
     """Returns 3 steps of 4 examples, in one epoch."""
     dataset = make_dataset([5, 9, 7, 12, 8, 6, 11, 10, 4, 13, 7, 9])
-    return Loader(dataset, **{"batch_size": 4, "num_epochs": 1, "seed": 1, "num_shards": 1, **changes})
+    return Loader(dataset, **{"batch_size": 4, "num_epochs": 1, "seed": 1, **changes})
 
 
 def make_paths(root: Path) -> RunPaths:

@@ -13,6 +13,7 @@ from realjax.core.host_call import HostResult
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Total
+from realjax.data.loader import Rows
 from realjax.dataflow.graph import DataflowGraph, Host, Inference, MicroBatches, Minibatches, Train
 from realjax.dataflow.run import Evaluation
 from realjax.engine.compiled import place_batch
@@ -82,7 +83,7 @@ def test_an_evaluation_changes_nothing_and_compiles_once():
     layout = make_layout(dp=2)
     role = make_role(MODEL, layout)
     executor = make_executor(GRAPH, {TRAIN.name: layout}, {"default": role}, {"default": make_state(role)})
-    evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(num_shards=2, shuffle=False))
+    evaluation = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(rows=Rows(num_shards=2), in_order=True))
     before = jax.tree.map(np.asarray, executor.states["default"])
     sums = [executor.evaluate(evaluation, evaluation.loader.batch(i)) for i in range(evaluation.loader.total_steps)]
     weights = [float(part.loss.weight) for part in sums]

@@ -32,7 +32,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
     write_llama(tmp_path / "model")
     monkeypatch.setattr(session, "evaluate_rollouts", evaluate)
     held_out = RolloutEvaluation(
-        role="default", variants={}, loader=make_loader(shuffle=False), best_metric="greedy/worth"
+        role="default", variants={}, loader=make_loader(in_order=True), best_metric="greedy/worth"
     )
     return make_spec(
         make_paths(tmp_path),

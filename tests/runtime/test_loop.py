@@ -24,7 +24,7 @@ REFERENCE = Inference(name="ref", role="ref", inputs=("tokens",), outputs=("logp
 def spec(tmp_path: Path) -> RunSpec:
     paths = make_paths(tmp_path)
     write_llama(tmp_path / "model")
-    held_out = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(shuffle=False))
+    held_out = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(in_order=True))
     return make_spec(
         paths,
         graph=DataflowGraph((TRAIN, REFERENCE), frozenset({"tokens", "loss_mask"})),

@@ -30,7 +30,7 @@ FULL = os.strerror(errno.ENOSPC)
 @pytest.fixture
 def spec(tmp_path: Path) -> Iterator[RunSpec]:
     write_llama(tmp_path / "model")
-    held_out = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(shuffle=False))
+    held_out = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(in_order=True))
     every_step = Frequency(steps=1)
     yield make_spec(
         make_paths(tmp_path), evaluation=held_out, evaluate=every_step, save=every_step, recover_mode="auto"
