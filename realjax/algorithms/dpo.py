@@ -14,6 +14,7 @@ from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total
+from realjax.core.option import check_ranges, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +23,15 @@ class DPOParameters:
     (arXiv:2310.12036). h is the better answer's log-ratio to the reference minus the worse one's. Raises ValueError for
     smoothed labels with `ipo`, whose loss has none."""
 
-    beta: float = 0.1
-    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
-    label_smoothing: float = 0.0
-    reference_free: bool = False
+    beta: float = option(0.1, "strength of the pull towards the reference", above=0)
+    loss_type: Literal["sigmoid", "ipo"] = option("sigmoid", "sigmoid: DPO. ipo: squared loss on mean log-ratios")
+    label_smoothing: float = option(
+        0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, below=0.5
+    )
+    reference_free: bool = option(False, "compare with a uniform reference; the ref model is then not used")
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.loss_type == "ipo" and self.label_smoothing > 0:
             raise ValueError(
                 f"label_smoothing: found {self.label_smoothing} with loss_type=ipo, whose loss has no labels to "

@@ -13,38 +13,35 @@ import numpy as np
 
 from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.kl import Estimator
-from realjax.algorithms.policy import PolicyParameters, described
+from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import Responses, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import mean_of
+from realjax.core.option import check_conditions, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOParameters(PolicyParameters):
     """GRPO's parameters. Raises ValueError for values outside their range."""
 
-    kl_in: Literal["reward", "loss"] = described(
+    kl_in: Literal["reward", "loss"] = option(
         "loss", "loss: the KL to the reference is a term of it. reward: of rewards"
     )
-    kl_estimator: Estimator = described("k3", "d, d^2/2 or exp(-d)-1+d per token, d = logprob - reference logprob")
-    adv_norm: bool = described(False, "whiten advantages over the whole batch, on top of the groups' normalisation")
-    max_reward_clip: float = described(20.0, "normalised scores are clipped to +-max_reward_clip")
-    scale_by_std: bool = described(True, "divide by the group's standard deviation; False: only subtract its mean")
-    mask_truncated: bool = described(False, "learn nothing from responses cut off at max_new_tokens")
-    drop_uniform_groups: bool = described(False, "learn nothing from prompts whose samples all have the same score")
-    overlong_penalty: float = described(0.0, "penalty of the longest responses, subtracted from scores")
-    overlong_buffer_len: int = described(0, "the penalty grows linearly over this many last tokens of max_response_len")
+    kl_estimator: Estimator = option("k3", "d, d^2/2 or exp(-d)-1+d per token, d = logprob - reference logprob")
+    adv_norm: bool = option(False, "whiten advantages over the whole batch, on top of the groups' normalisation")
+    max_reward_clip: float = option(20.0, "normalised scores are clipped to +-max_reward_clip", above=0)
+    scale_by_std: bool = option(True, "divide by the group's standard deviation; False: only subtract its mean")
+    mask_truncated: bool = option(False, "learn nothing from responses cut off at max_new_tokens")
+    drop_uniform_groups: bool = option(False, "learn nothing from prompts whose samples all have the same score")
+    overlong_penalty: float = option(0.0, "penalty of the longest responses, subtracted from scores", at_least=0)
+    overlong_buffer_len: int = option(
+        0, "the penalty grows linearly over this many last tokens of max_response_len", at_least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needs_buffer = self.overlong_penalty > 0
-        self.check(
-            overlong_penalty=(self.overlong_penalty >= 0, "at least 0"),
-            overlong_buffer_len=(
-                self.overlong_buffer_len >= (1 if needs_buffer else 0),
-                "at least 1 with an overlong_penalty" if needs_buffer else "at least 0",
-            ),
-        )
+        has_buffer = self.overlong_penalty == 0 or self.overlong_buffer_len >= 1
+        check_conditions(self, overlong_buffer_len=(has_buffer, "at least 1 with an overlong_penalty"))
 
 
 def make_advantages(parameters: GRPOParameters) -> HostFn:

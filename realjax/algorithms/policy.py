@@ -1,9 +1,9 @@
 """The policy loss that PPO, GRPO, RLOO and ReMax share, and its options."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,58 +13,58 @@ from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total
+from realjax.core.option import check_conditions, check_ranges, option
 from realjax.core.segments import spread_to_tokens, sum_by_segment
 
 Aggregation = Literal["token", "sequence", "constant"]
-
-
-def described(default: Any, help: str) -> Any:  # noqa: A002 - the field's own word
-    """Returns the field of a parameter that is offered as an option."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyParameters:
     """What the algorithms of this family have in common. Raises ValueError for values outside their range."""
 
-    kl_ctl: float = described(0.1, "coefficient of the KL to the reference; 0: no reference model is needed")
-    kl_in: Literal["reward", "loss"] = described(
-        "reward", "reward: the KL is subtracted from rewards. loss: a term of it"
+    kl_ctl: float = option(0.1, "coefficient of the KL to the reference; 0: no reference model is needed", at_least=0)
+    kl_in: Literal["reward", "loss"] = option("reward", "reward: the KL is subtracted from rewards. loss: a term of it")
+    kl_estimator: Estimator = option("k1", "d, d^2/2 or exp(-d)-1+d per token, d = logprob - reference logprob")
+    use_adaptive_kl_ctl: bool = option(False, "steer kl_ctl so that the KL approaches adaptive_kl_target")
+    adaptive_kl_target: float = option(
+        6.0,
+        "KL that the controller aims at: nats per response, summed over its tokens; the mean over responses counts",
+        above=0,
     )
-    kl_estimator: Estimator = described("k1", "d, d^2/2 or exp(-d)-1+d per token, d = logprob - reference logprob")
-    use_adaptive_kl_ctl: bool = described(False, "steer kl_ctl so that the KL approaches adaptive_kl_target")
-    adaptive_kl_target: float = described(
-        6.0, "KL that the controller aims at: nats per response, summed over its tokens; the mean over responses counts"
-    )
-    adaptive_kl_horizon: float = described(10000.0, "sequences over which kl_ctl may change by a fifth")
-    discount: float = described(1.0, "discount of rewards, per token")
-    max_reward_clip: float = described(20.0, "scores are clipped to +-max_reward_clip")
-    missing_eos_penalty: float | None = described(
+    adaptive_kl_horizon: float = option(10000.0, "sequences over which kl_ctl may change by a fifth", above=0)
+    discount: float = option(1.0, "discount of rewards, per token", above=0, at_most=1)
+    max_reward_clip: float = option(20.0, "scores are clipped to +-max_reward_clip", above=0)
+    missing_eos_penalty: float | None = option(
         None,
         "subtracted from the score of a response cut off at max_new_tokens; null: it is scored as any other",
     )
-    adv_norm: bool = described(True, "whiten advantages over the whole batch")
-    surrogate: Literal["clip", "reinforce"] = described(
+    adv_norm: bool = option(True, "whiten advantages over the whole batch")
+    surrogate: Literal["clip", "reinforce"] = option(
         "clip", "clip: PPO's clipped probability ratio. reinforce: the plain policy gradient, without a ratio"
     )
-    eps_clip: float = described(0.2, "the ratio counts up to 1 - eps_clip below and 1 + eps_clip above")
-    eps_clip_high: float | None = described(None, "clip-higher: the upper bound is 1 + eps_clip_high. null: eps_clip")
-    dual_clip: float | None = described(
-        None, "where the advantage is negative the ratio counts up to this. null: no limit"
+    eps_clip: float = option(0.2, "the ratio counts up to 1 - eps_clip below and 1 + eps_clip above", above=0, below=1)
+    eps_clip_high: float | None = option(
+        None, "clip-higher: the upper bound is 1 + eps_clip_high. null: eps_clip", above=0
     )
-    entropy_coef: float = described(0.0, "weight of the entropy bonus")
-    loss_aggregation: Aggregation = described(
+    dual_clip: float | None = option(
+        None, "where the advantage is negative the ratio counts up to this. null: no limit", above=1
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus", at_least=0)
+    loss_aggregation: Aggregation = option(
         "token",
         "token: mean over the tokens learned from. sequence: mean over sequences of their means over tokens. constant: "
         "sum over tokens by the number of sequences times max_response_len; in these two, sequences that are left out "
         "count, so that leaving some out changes nothing for the others",
     )
-    max_response_len: int | None = described(None, "tokens of the longest response. null: gen.max_new_tokens")
-    early_stop_imp_ratio: float | None = described(5.0, "updates whose mean ratio is above it are skipped. null: none")
-    early_stop_kl: float | None = described(
-        None, "updates whose KL to the old policy is above it are skipped. null: none"
+    max_response_len: int | None = option(None, "tokens of the longest response. null: gen.max_new_tokens", above=0)
+    early_stop_imp_ratio: float | None = option(
+        5.0, "updates whose mean ratio is above it are skipped. null: none", above=0
     )
-    recompute_logprobs: bool = described(
+    early_stop_kl: float | None = option(
+        None, "updates whose KL to the old policy is above it are skipped. null: none", above=0
+    )
+    recompute_logprobs: bool = option(
         False, "take the old log-probabilities from a pass of the actor over whole sequences, not from the sampler"
     )
 
@@ -73,28 +73,14 @@ class PolicyParameters:
     ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "train_mask", "seq_share")
 
     def __post_init__(self) -> None:
-        above_0 = ("eps_clip_high", "max_response_len", "early_stop_imp_ratio", "early_stop_kl")
-        self.check(
-            kl_ctl=(self.kl_ctl >= 0, "at least 0"),
-            adaptive_kl_target=(self.adaptive_kl_target > 0, "above 0"),
-            adaptive_kl_horizon=(self.adaptive_kl_horizon > 0, "above 0"),
-            discount=(0 < self.discount <= 1, "in (0, 1]"),
-            max_reward_clip=(self.max_reward_clip > 0, "above 0"),
-            eps_clip=(0 < self.eps_clip < 1, "in (0, 1)"),
-            dual_clip=(self.dual_clip is None or self.dual_clip > 1, "above 1, or null"),
-            entropy_coef=(self.entropy_coef >= 0, "at least 0"),
+        check_ranges(self)
+        check_conditions(
+            self,
             use_adaptive_kl_ctl=(
                 not self.use_adaptive_kl_ctl or (self.kl_in == "reward" and self.kl_ctl > 0),
                 "False with kl_in=loss, whose coefficient is fixed, and with kl_ctl=0, which no factor changes",
             ),
-            **{name: ((value := getattr(self, name)) is None or value > 0, "above 0, or null") for name in above_0},
         )
-
-    def check(self, **conditions: tuple[bool, str]) -> None:
-        """Raises ValueError for the first parameter whose condition does not hold; each comes with what is needed."""
-        for name, (holds, needed) in conditions.items():
-            if not holds:
-                raise ValueError(f"{name}: found {getattr(self, name)}; it must be {needed}")
 
     @property
     def old_logprobs(self) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realjax.algorithms.policy import PolicyParameters, described
+from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import (
     Responses,
     clipped_scores,
@@ -24,6 +24,7 @@ from realjax.core.batch import Batch
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Total, mean_of, std_of
+from realjax.core.option import option
 from realjax.core.segments import move_to_next
 
 CRITIC_INPUTS = ("tokens", "train_mask", "returns", "old_values")
@@ -37,24 +38,15 @@ class PPOParameters(PolicyParameters):
     value; with one it ends like any other, its score less the penalty.
     """
 
-    gae_lambda: float = described(1.0, "lambda of generalised advantage estimation")
-    value_eps_clip: float = described(0.2, "new values count up to value_eps_clip away from the old ones")
-    value_norm: bool = described(True, "normalise the critic's targets by running statistics of the returns")
-    value_norm_type: Literal["exp", "ma"] = described("exp", "exp: exponential means. ma: means over all returns")
-    value_norm_beta: float = described(0.99995, "decay of the exponential means, per step")
-    value_norm_eps: float = described(1e-5, "least weight the exponential means are divided by")
+    gae_lambda: float = option(1.0, "lambda of generalised advantage estimation", at_least=0, at_most=1)
+    value_eps_clip: float = option(0.2, "new values count up to value_eps_clip away from the old ones", above=0)
+    value_norm: bool = option(True, "normalise the critic's targets by running statistics of the returns")
+    value_norm_type: Literal["exp", "ma"] = option("exp", "exp: exponential means. ma: means over all returns")
+    value_norm_beta: float = option(0.99995, "decay of the exponential means, per step", at_least=0, below=1)
+    value_norm_eps: float = option(1e-5, "least weight the exponential means are divided by", above=0)
 
     JUDGED_BY: ClassVar[tuple[str, ...]] = ("values",)
     ADVANTAGE_OUTPUTS: ClassVar[tuple[str, ...]] = ("advantages", "returns", "old_values", "train_mask", "seq_share")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check(
-            gae_lambda=(0 <= self.gae_lambda <= 1, "in [0, 1]"),
-            value_eps_clip=(self.value_eps_clip > 0, "above 0"),
-            value_norm_beta=(0 <= self.value_norm_beta < 1, "in [0, 1)"),
-            value_norm_eps=(self.value_norm_eps > 0, "above 0"),
-        )
 
 
 def make_advantages(parameters: PPOParameters) -> HostFn:

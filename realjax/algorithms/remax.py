@@ -7,20 +7,21 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from realjax.algorithms.groups import Groups, spread_advantages
-from realjax.algorithms.policy import PolicyParameters, described
+from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import mean_of
+from realjax.core.option import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReMaxParameters(PolicyParameters):
     """ReMax's parameters: the plain policy gradient without a reference. Raises ValueError for values out of range."""
 
-    kl_ctl: float = described(0.0, "coefficient of the KL to the reference; 0: no reference model is needed")
-    discount: float = described(0.99, "discount of rewards, per token")
-    adv_norm: bool = described(False, "whiten advantages over the whole batch")
-    surrogate: Literal["clip", "reinforce"] = described(
+    kl_ctl: float = option(0.0, "coefficient of the KL to the reference; 0: no reference model is needed", at_least=0)
+    discount: float = option(0.99, "discount of rewards, per token", above=0, at_most=1)
+    adv_norm: bool = option(False, "whiten advantages over the whole batch")
+    surrogate: Literal["clip", "reinforce"] = option(
         "reinforce", "reinforce: the plain policy gradient, without a ratio. clip: PPO's clipped probability ratio"
     )
 

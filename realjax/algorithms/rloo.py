@@ -6,17 +6,18 @@ from functools import partial
 import numpy as np
 
 from realjax.algorithms.groups import Groups, spread_advantages
-from realjax.algorithms.policy import PolicyParameters, described
+from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import mean_of
+from realjax.core.option import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLOOParameters(PolicyParameters):
     """RLOO's parameters. Raises ValueError for values outside their range."""
 
-    adv_norm: bool = described(False, "whiten advantages over the whole batch")
+    adv_norm: bool = option(False, "whiten advantages over the whole batch")
 
 
 def make_advantages(parameters: RLOOParameters) -> HostFn:

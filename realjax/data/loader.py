@@ -79,6 +79,12 @@ class Shapes:
         return f"{' or '.join(map(str, self.row_counts))} x {self.row_len}"
 
 
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    for subject, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{subject}: found {size}; needed at least 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """How many rows batches have, a multiple of `multiple` in equal blocks for `num_shards`, and of how many tokens.
@@ -278,9 +284,3 @@ def _row_counts(needed: np.ndarray, max_shapes: int) -> np.ndarray:
             break
         of_step = best
     return np.unique(of_step)
-
-
-def _check_sizes(sizes: Mapping[str, int]) -> None:
-    for subject, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{subject}: found {size}; needed at least 1")

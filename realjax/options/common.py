@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from realjax.options.fields import check_bounds, group, option
+from realjax.core.option import check_ranges, nested, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ExperimentSaveEvalControl:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
 
     @property
     def evaluates(self) -> bool:
@@ -77,7 +77,7 @@ class CommonExperimentConfig:
         "earlier run's files aside), auto continues from the last complete save if there is one, resume must find one",
     )
     max_recover_saves_to_keep: int = option(2, "training states kept; older ones are deleted", at_least=1)
-    exp_ctrl: ExperimentSaveEvalControl = group(ExperimentSaveEvalControl)
+    exp_ctrl: ExperimentSaveEvalControl = nested(ExperimentSaveEvalControl)
 
     # The older release has these at the top level.
     ALIASES: ClassVar[dict[str, str]] = {
@@ -107,7 +107,7 @@ class CommonExperimentConfig:
     EVALUATES: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
 
     @property
     def places_by_size(self) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from realjax.options.fields import check_bounds, option
+from realjax.core.option import check_ranges, option
 
 CHAT_TEMPLATE = (
     "put prompts into the tokenizer's chat template; a prompt is then the user's text, or a list of messages"
@@ -24,7 +24,7 @@ class PromptAnswerDatasetConfig:
     use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PairedComparisonDatasetConfig:
     use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,4 +61,4 @@ class PromptOnlyDatasetConfig:
     use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)

@@ -34,6 +34,7 @@ def _describe_group(parent: str, options: list[Option], aliases: dict[str, str],
     lines = ["", fill(heading, width)]
     for option in options:
         facts = f"{type_label(option.annotation)}, default {_default_text(option.default)}"
+        facts += f", {option.range}" if str(option.range) else ""
         text = option.help + _other_name(option.path, aliases)
         lines.append(f"  {option.path:{name_width}}  {facts}")
         lines.append(fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))

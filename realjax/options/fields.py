@@ -1,40 +1,11 @@
-"""How an option is declared, and a walk over the options of a tree of dataclasses."""
+"""A walk over the options of a tree of dataclasses, which `core/option.py` declares."""
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from typing import Any, get_type_hints
 
-# Of whole numbers without a bound of their own: steps and tokens are counted in 32 bits.
-MOST = 2**31 - 1
-
-
-def option(
-    default: Any = MISSING,
-    help: str = "",  # noqa: A002 - the field's own word
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """Returns the field of one option; without `default` it is required. `check_bounds` checks the bounds."""
-    bounds = {name: bound for name, bound in {"at_least": at_least, "at_most": at_most}.items() if bound is not None}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
-
-
-def group(cls: type, **changes: Any) -> Any:
-    """Returns the field of a nested dataclass whose defaults are those of `cls` with `changes`."""
-    return dataclasses.field(default_factory=lambda: cls(**changes))
-
-
-def check_bounds(config: Any) -> None:
-    """Raises ValueError for the first option of `config` outside its bounds; None is always allowed."""
-    for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), field.metadata.get("at_least")
-        most = field.metadata.get("at_most", MOST if type(value) is int else None)
-        if value is not None and least is not None and value < least:
-            raise ValueError(f"{field.name}: found {value}; it must be at least {least}")
-        if value is not None and most is not None and value > most:
-            raise ValueError(f"{field.name}: found {value}; it must be at most {most}")
+from realjax.core.option import Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +16,7 @@ class Option:
     annotation: Any
     default: Any
     help: str
+    range: Range
     owner: type
 
 
@@ -69,8 +41,8 @@ def _walk(cls: Any, instance: Any, prefix: str) -> Iterator[Option]:
         if dataclasses.is_dataclass(annotation):
             yield from _walk(annotation, None if default is MISSING else default, f"{path}.")
         else:
-            help_text = field.metadata.get("help", "")
-            yield Option(path=path, annotation=annotation, default=default, help=help_text, owner=cls)
+            told = {"help": field.metadata.get("help", ""), "range": field.metadata.get("range", Range())}
+            yield Option(path=path, annotation=annotation, default=default, owner=cls, **told)
 
 
 def default_of(field: dataclasses.Field, instance: Any = None) -> Any:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from realjax.core.generation_config import GenerationConfig
+from realjax.core.option import nested, option
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
-from realjax.options.fields import check_bounds, group, option
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.supervised import check_role
@@ -26,19 +26,15 @@ class GenerationOptions(GenerationConfig):
         "force_cudagraph_recapture": "XLA compiles the whole decoding loop once for each shape",
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bounds(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenConfig(CommonExperimentConfig):
     """Generation: one model answers prompts, into a file of JSON lines."""
 
-    model: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
-    allocation: MFCConfig = group(MFCConfig)
-    dataset: PromptOnlyDatasetConfig = group(PromptOnlyDatasetConfig)
-    gen: GenerationOptions = group(GenerationOptions)
+    model: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    allocation: MFCConfig = nested(MFCConfig)
+    dataset: PromptOnlyDatasetConfig = nested(PromptOnlyDatasetConfig)
+    gen: GenerationOptions = nested(GenerationOptions)
     num_samples: int = option(1, "answers to each prompt", at_least=1, at_most=2**16)
     stop: tuple[str, ...] = option((), "texts that end an answer; it keeps what stands before the first of them")
     output_file: str | None = option("output.jsonl", "name of the answers' file in the log directory; null writes none")

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 from realjax.core.compute import Compute
 from realjax.core.optimizer_config import OptimizerConfig
-from realjax.options.fields import check_bounds, group, option
+from realjax.core.option import check_ranges, nested, option
 
 # What `realjax.hf.families` says its families are published as.
 ModelClass = Literal["llama", "codellama", "deepseek", "qwen2", "qwen3"]
@@ -23,7 +23,7 @@ class ModelFamily:
     is_critic: bool = option(False, "a scalar head (reward model, critic) instead of a language-model head")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
 
     @classmethod
     def from_text(cls, text: str, name: str) -> "ModelFamily":
@@ -42,7 +42,7 @@ class ModelFamily:
 class ModelTrainEvalConfig:
     """One model: its checkpoint, precision, memory and optimizer."""
 
-    type: ModelFamily = group(ModelFamily, size=7)
+    type: ModelFamily = nested(ModelFamily, size=7)
     path: str = option("", "Hugging Face checkpoint: a local directory or a hub identifier")
     init_from_scratch: bool = option(False, "random weights; configuration and tokenizer still come from path")
     init_critic_from_actor: bool = option(
@@ -71,14 +71,14 @@ class ModelTrainEvalConfig:
     )
     offload: bool | None = option(None, "keep parameters in host memory between calls; null decides by need")
     lora: str | None = option(None, "only null: low-rank adapters are not available, all parameters are trained")
-    optimizer: OptimizerConfig = group(OptimizerConfig)
+    optimizer: OptimizerConfig = nested(OptimizerConfig)
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "backend": "every model trains with the JAX engine, and any of them can be reallocated",
     }
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
         if self.enable_bf16 and self.enable_fp16:
             raise ValueError("enable_bf16: found True together with enable_fp16=True; set one of them to False or null")
         if self.lora is not None:

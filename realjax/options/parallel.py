@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from realjax.core.layout import ParallelStrategy
+from realjax.core.option import check_ranges, nested, option
 from realjax.dataflow.graph import MicroBatches
 from realjax.dataflow.run import AllocationOptions, CallPlacement
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.fields import check_bounds, group, instances_of, option
+from realjax.options.fields import instances_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class ParallelismConfig:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
 
     def strategy(self) -> ParallelStrategy:
         """Returns the strategy of these sizes."""
@@ -41,7 +42,7 @@ class ParallelismConfig:
 class MFCConfig:
     """Where and how one model function call runs."""
 
-    parallel: ParallelismConfig = group(ParallelismConfig)
+    parallel: ParallelismConfig = nested(ParallelismConfig)
     n_mbs: int | None = option(None, "micro-batches that a batch is computed in; null is 1", at_least=1, at_most=2**16)
     max_tokens_per_mb: int | None = option(
         None,
@@ -53,7 +54,7 @@ class MFCConfig:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
         if self.n_mbs is not None and self.max_tokens_per_mb is not None:
             raise ValueError(
                 f"max_tokens_per_mb: found {self.max_tokens_per_mb} together with n_mbs={self.n_mbs}; give one of them"

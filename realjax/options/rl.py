@@ -9,9 +9,9 @@ from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.ppo import PPOParameters
 from realjax.algorithms.remax import ReMaxParameters
 from realjax.algorithms.rloo import RLOOParameters
+from realjax.core.option import check_ranges, nested, option
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
-from realjax.options.fields import check_bounds, group, option
 from realjax.options.generation import GenerationOptions, check_samples_differ
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
@@ -53,7 +53,7 @@ class EvaluationOptions:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
         if not self.draws:
             raise ValueError("eval.greedy: found False, as is eval.sampled; set one of them to True")
 
@@ -67,7 +67,7 @@ class EvaluationOptions:
 class StepOptions(PolicyParameters):
     """What a step draws, scores and learns from, whatever the algorithm."""
 
-    gen: GenerationOptions = group(GenerationOptions)
+    gen: GenerationOptions = nested(GenerationOptions)
     ppo_n_minibatches: int = option(4, "updates that the sequences of a step are split into", at_least=1, at_most=2**16)
     ppo_epochs: int = option(1, "passes over the sequences of a step", at_least=1, at_most=1000)
     shuffle_minibatches: bool = option(True, "deal the sequences to minibatches anew in each pass")
@@ -85,7 +85,6 @@ class StepOptions(PolicyParameters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(self)
         if self.ref_ema_eta is not None and not (0 < self.ref_ema_eta <= 1 and self.needs_reference):
             raise ValueError(
                 f"ref_ema_eta: found {self.ref_ema_eta} with kl_ctl={self.kl_ctl}; it must be in (0, 1], with a kl_ctl "
@@ -146,16 +145,16 @@ class ReMaxHyperparameters(ReMaxParameters, StepOptions):
 class RLConfig(CommonExperimentConfig):
     """Options of every algorithm that learns from rewards of its own answers to prompts."""
 
-    actor: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
-    ref: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
-    rew: ModelTrainEvalConfig = group(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
-    actor_gen: MFCConfig = group(MFCConfig)
-    actor_train: MFCConfig = group(MFCConfig)
-    ref_inf: MFCConfig = group(MFCConfig)
-    rew_inf: MFCConfig = group(MFCConfig)
-    dataset: PromptOnlyDatasetConfig = group(PromptOnlyDatasetConfig)
-    reward: RewardOptions = group(RewardOptions)
-    eval: EvaluationOptions = group(EvaluationOptions)
+    actor: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    ref: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    rew: ModelTrainEvalConfig = nested(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
+    actor_gen: MFCConfig = nested(MFCConfig)
+    actor_train: MFCConfig = nested(MFCConfig)
+    ref_inf: MFCConfig = nested(MFCConfig)
+    rew_inf: MFCConfig = nested(MFCConfig)
+    dataset: PromptOnlyDatasetConfig = nested(PromptOnlyDatasetConfig)
+    reward: RewardOptions = nested(RewardOptions)
+    eval: EvaluationOptions = nested(EvaluationOptions)
 
     EVALUATES: ClassVar[bool] = True
 
@@ -224,10 +223,10 @@ class PPOConfig(RLConfig):
     is_rew_lora: bool = option(False, "only False: low-rank adapters are not available")
     rew_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
     rew_head_path: str | None = option(None, "only null: the head of a reward model is part of its checkpoint")
-    critic: ModelTrainEvalConfig = group(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
-    critic_inf: MFCConfig = group(MFCConfig)
-    critic_train: MFCConfig = group(MFCConfig)
-    ppo: PPOHyperparameters = group(PPOHyperparameters)
+    critic: ModelTrainEvalConfig = nested(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
+    critic_inf: MFCConfig = nested(MFCConfig)
+    critic_train: MFCConfig = nested(MFCConfig)
+    ppo: PPOHyperparameters = nested(PPOHyperparameters)
 
     ALIASES: ClassVar[dict[str, str]] = {**CommonExperimentConfig.ALIASES, "ref_ema_eta": "ppo.ref_ema_eta"}
 
@@ -248,7 +247,7 @@ class GRPOConfig(RLConfig):
     """GRPO: an actor learns from rewards, compared within several answers to a prompt."""
 
     group_size: int = option(4, "answers to each prompt", at_least=2, at_most=2**16)
-    ppo: GRPOHyperparameters = group(GRPOHyperparameters)
+    ppo: GRPOHyperparameters = nested(GRPOHyperparameters)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,7 +267,7 @@ class RLOOConfig(RLConfig):
     """RLOO: an actor learns from rewards, each compared with those of the prompt's other answers."""
 
     group_size: int = option(4, "answers to each prompt", at_least=2, at_most=2**16)
-    rloo: RLOOHyperparameters = group(RLOOHyperparameters)
+    rloo: RLOOHyperparameters = nested(RLOOHyperparameters)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -287,7 +286,7 @@ class RLOOConfig(RLConfig):
 class ReMaxConfig(RLConfig):
     """ReMax: an actor learns from rewards, compared with that of its greedy answer to the prompt."""
 
-    remax: ReMaxHyperparameters = group(ReMaxHyperparameters)
+    remax: ReMaxHyperparameters = nested(ReMaxHyperparameters)
 
     # ReaL has these at the top level, and a call of its own for greedy answers.
     ALIASES: ClassVar[dict[str, str]] = {

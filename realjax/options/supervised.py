@@ -2,12 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from realjax.algorithms.dpo import DPOParameters
+from realjax.core.option import nested, option
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswerDatasetConfig
-from realjax.options.fields import group, option
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 
@@ -16,9 +16,9 @@ from realjax.options.parallel import MFCConfig
 class SFTConfig(CommonExperimentConfig):
     """Supervised fine-tuning of one language model on prompts and answers."""
 
-    model: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
-    allocation: MFCConfig = group(MFCConfig)
-    dataset: PromptAnswerDatasetConfig = group(PromptAnswerDatasetConfig)
+    model: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    allocation: MFCConfig = nested(MFCConfig)
+    dataset: PromptAnswerDatasetConfig = nested(PromptAnswerDatasetConfig)
 
     EVALUATES: ClassVar[bool] = True
 
@@ -33,9 +33,9 @@ class RWConfig(CommonExperimentConfig):
 
     is_sft_lora: bool = option(False, "only False: low-rank adapters are not available")
     sft_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
-    model: ModelTrainEvalConfig = group(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
-    allocation: MFCConfig = group(MFCConfig)
-    dataset: PairedComparisonDatasetConfig = group(PairedComparisonDatasetConfig)
+    model: ModelTrainEvalConfig = nested(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
+    allocation: MFCConfig = nested(MFCConfig)
+    dataset: PairedComparisonDatasetConfig = nested(PairedComparisonDatasetConfig)
 
     EVALUATES: ClassVar[bool] = True
 
@@ -46,20 +46,16 @@ class RWConfig(CommonExperimentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(CommonExperimentConfig):
+class DPOConfig(DPOParameters, CommonExperimentConfig):
     """Direct preference optimisation of an actor against a frozen reference."""
 
     is_sft_lora: bool = option(False, "only False: low-rank adapters are not available")
     sft_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
-    actor: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
-    ref: ModelTrainEvalConfig = group(ModelTrainEvalConfig)
-    actor_train: MFCConfig = group(MFCConfig)
-    ref_inf: MFCConfig = group(MFCConfig)
-    dataset: PairedComparisonDatasetConfig = group(PairedComparisonDatasetConfig)
-    beta: float = option(0.1, "strength of the pull towards the reference")
-    loss_type: Literal["sigmoid", "ipo"] = option("sigmoid", "sigmoid: DPO. ipo: squared loss on mean log-ratios")
-    label_smoothing: float = option(0.0, "share of pairs taken to be labelled the wrong way round, below 0.5")
-    reference_free: bool = option(False, "compare with a uniform reference; the ref model is then not used")
+    actor: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    ref: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    actor_train: MFCConfig = nested(MFCConfig)
+    ref_inf: MFCConfig = nested(MFCConfig)
+    dataset: PairedComparisonDatasetConfig = nested(PairedComparisonDatasetConfig)
 
     EVALUATES: ClassVar[bool] = True
 
@@ -68,11 +64,6 @@ class DPOConfig(CommonExperimentConfig):
         refuse_lora(self)
         check_role("actor", self.actor, is_critic=False, is_trained=True)
         check_role("ref", self.ref, is_critic=False, is_trained=False)
-        if self.beta <= 0:
-            raise ValueError(f"beta: found {self.beta}; it must be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing: found {self.label_smoothing}; it must be in [0, 0.5)")
-        _ = self.parameters  # which refuse what does not go together
 
     @property
     def parameters(self) -> DPOParameters:

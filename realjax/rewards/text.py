@@ -3,8 +3,7 @@
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np

@@ -82,5 +82,5 @@ def test_rates_are_those_of_transformers_begun_one_update_later(shape, total, nu
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"optimizer.{name}: found {value}; it must be"):
+    with pytest.raises(ValueError, match=f"^{name}: found {value}; it must be"):
         OptimizerConfig(**{name: value})

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from realjax.options.fields import check_bounds, group, list_options, option
+from realjax.core.option import check_ranges, nested, option
+from realjax.options.fields import list_options
 from realjax.options.parsing import build, nearest_names, parse_overrides
 from realjax.options.supervised import SFTConfig
 
@@ -212,7 +213,7 @@ class Inner:
     size: int = option(help="has no default", at_least=1)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ class Outer:
     """A root."""
 
     inner: Inner = dataclasses.field()
-    second: Inner = group(Inner, size=2)
+    second: Inner = nested(Inner, size=2)
     flags: tuple[bool, ...] = option((), "a list")
 
 
