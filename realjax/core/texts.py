@@ -42,10 +42,10 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 def make_stop_fn(
     tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]
 ) -> Callable[[np.ndarray, np.ndarray, int], bool]:
-    """Returns `fn(prompt, answer, num_seen)`: whether `cut_at` of the answer's text is known, whatever tokens follow.
+    """Returns `fn(prompt, answer, num_seen)`: whether it is known where `cut_at` cuts the answer's text.
 
-    It is where one of `stop` stands in the text, and no other that begins before it can still become complete. The
-    first `num_seen` tokens of the answer do not suffice. Of them only what a text of `stop` can reach is decoded.
+    It is known once a text of `stop` stands there, and no other one that begins before it can still become complete.
+    The first `num_seen` tokens were looked at before: only their end, where a text of `stop` may begin, is decoded.
     """
     longest = max(map(len, stop))
 

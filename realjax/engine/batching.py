@@ -123,7 +123,7 @@ class Batcher:
         """
         self.programs, self.stop_fn, self.chunk_len = programs, stop_fn, chunk_len
         self.fetch_fn: FetchFn = fetch_fn or (lambda chunk: jax.tree.map(np.asarray, chunk))
-        self.num_rounds = 0  # decoded so far, as far as looked at: each is a token for every running row
+        self.num_rounds = 0  # of the chunks looked at; in each, every running row draws a token
         self._params = programs.prepare(params)
         self._slots: Slots | None = None
         self._num_submitted = 0
@@ -136,7 +136,7 @@ class Batcher:
     def submit(self, requests: Iterable[Request]) -> list[int]:
         """Adds rows to those waiting; returns their numbers.
 
-        Raises ValueError for a prompt too long for the model, or a beginning that cannot be gone on from.
+        Raises ValueError for a prompt too long for the model, or generated tokens that cannot be continued.
         """
         requests = list(requests)
         for request in requests:
@@ -230,7 +230,7 @@ class Batcher:
         return [slot for slot in range(self.programs.num_slots) if slot not in self._active]
 
     def _make_room(self) -> None:
-        """Starts with slots, or has them grow, that hold what is in them and what waits, and allow what it asks for."""
+        """Makes the slots, or changes them, so that they hold the rows in them and those waiting, greedy ones too."""
         requests = [request for _, request in self._waiting]
         longest = max([self._most_cached(), *(len(r.tokens) + r.num_begun for r in requests)])
         length, has_greedy = cache_length(longest + 1), any(request.is_greedy for request in requests)

@@ -81,7 +81,7 @@ class OneStage:
         self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = resolve_sharding(CACHE_NAMES, shape, rules, layout, "cache")
-        self.flight_sharding = layout.replicated  # of nothing
+        self.flight_sharding = layout.replicated  # there is nothing to place
 
     def prepare(self, params: Tree) -> Tree:
         return unstack_layers(self.model.config, self.compute_copy(params))

@@ -1,9 +1,9 @@
 """Decoding in static shapes: a fixed number of slots, each with a row that is being continued, or free.
 
 Two programs, each compiled once per bucket of lengths: `admit` runs a few prompts and writes them into slots, `decode`
-draws a chunk of tokens for all slots in one device loop. Which row is in which slot is the host's matter, see
-`batching`. The cached model says how the layers are spread over devices. A sequence-parallel flag has no effect: one
-token a row is no sequence to split.
+draws a chunk of tokens for all slots in one device loop. `batching` decides which row is in which slot. The cached
+model says how the layers are spread over devices. A sequence-parallel flag has no effect: one token a row is no
+sequence to split.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -25,8 +25,8 @@ from realjax.engine.manual_axes import share_rows
 from realjax.engine.sampling import A, Drawn, Sampler
 from realjax.models.build import Model
 
-# Tokens a row draws in a chunk at most. Few, and the host soon knows which rows have ended; many, and starting a chunk
-# costs nothing beside it.
+# Tokens a row draws in a chunk at most. With fewer, the host sees sooner which rows have ended. With more, fewer chunks
+# have to be started.
 CHUNK_LEN = 32
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Slots:
 
     cache: Cache
     flight: Flight  # what is between the pipeline's stages
-    is_full: Array  # whether it is of use: nothing was put into slots since the last round
+    is_full: Array  # whether every stage has its group there; not after prompts were put in or the cache has grown
     lengths: Array  # [B] tokens in the cache
     last_tokens: Array  # [B] drawn last, not yet in the cache
     num_generated: Array  # [B]
