@@ -122,7 +122,7 @@ def read_picture(picture: Path = PICTURE) -> House:
 
 def find_places(house: House) -> dict[str, Place]:
     """Returns where each folder stands: below all that import it, and near what it is connected with."""
-    rows = [sorted(row) for row in nx.topological_generations(nx.DiGraph(house["imports"]))]
+    rows = [sorted(row) for row in nx.topological_generations(nx.DiGraph([(u, v) for u, v in house["imports"]]))]
     for i in [*range(len(rows))] * 4:
         tries = ([*rows[:i], list(row), *rows[i + 1 :]] for row in itertools.permutations(rows[i]))
         rows = min(tries, key=lambda rows: _measure(house, _spread(rows)))
@@ -151,8 +151,8 @@ def draw(house: House, path: Path) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     for source, target in house["imports"]:
         (x0, y0), (x1, y1) = places[source], places[target]
-        ends = {"posA": (x0, y0 - HEIGHT / 2), "posB": (x1, y1 + HEIGHT / 2)}
-        axes.add_patch(FancyArrowPatch(**ends, arrowstyle="-|>", mutation_scale=11, color="#a8b3c2", zorder=1))
+        start, end = (x0, y0 - HEIGHT / 2), (x1, y1 + HEIGHT / 2)
+        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color="#a8b3c2", zorder=1))
     for name, (x, y) in places.items():
         _draw_box(axes, name, house["folders"][name], x, y)
     for route in ROUTES:
@@ -169,9 +169,10 @@ def draw(house: House, path: Path) -> None:
 
 def _draw_box(axes: Axes, name: str, size: Size, x: float, y: float) -> None:
     corner = (x - WIDTH / 2, y - HEIGHT / 2)
-    style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "#f8fafc", "edgecolor": "#475569"}
+    box = FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.08")
     # Lines that pass behind a box can be followed.
-    axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, **style, alpha=0.82, zorder=2))
+    box.set(facecolor="#f8fafc", edgecolor="#475569", alpha=0.82, zorder=2)
+    axes.add_patch(box)
     axes.text(x, y + 0.08, name, ha="center", va="center", fontsize=13, fontweight="bold", zorder=5)
     text = f"{size['files']} files, {size['lines']:,} lines"
     axes.text(x, y - 0.16, text, ha="center", va="center", fontsize=8.5, color="#475569", zorder=5)
@@ -185,9 +186,8 @@ def _draw_route(axes: Axes, route: Route, places: Mapping[str, Place]) -> None:
         turn, turns = folders[:i].count(folder), folders.count(folder)
         spots.append((x + (turn - (turns - 1) / 2) * 0.42, y + route.edge * HEIGHT / 2))
     for start, end in itertools.pairwise(spots):
-        style = {"arrowstyle": "-|>", "mutation_scale": 13, "shrinkA": 8, "shrinkB": 8, "linewidth": 2}
-        bend = FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={0.18 * route.edge}", color=route.color, **style)
-        bend.set(zorder=1.5)
+        bend = FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, shrinkA=8, shrinkB=8)
+        bend.set(connectionstyle=f"arc3,rad={0.18 * route.edge}", color=route.color, linewidth=2, zorder=1.5)
         axes.add_patch(bend)
     for number, (x, y) in enumerate(spots, start=1):
         _draw_number(axes, number, x, y, route.color)
