@@ -60,3 +60,13 @@ def test_the_tokens_up_to_a_stop_text_tell_where_the_whole_text_is_cut(stop):
             assert has_stopped(prompt, answer[:needed], seen) == bool(hits)
             assert has_stopped(prompt, answer, seen) == bool(hits)
     assert num_cut > 2 or stop == ("no such text",)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [(("c", "abc a"), "dabc a"), (("c", "abc日"), "dabc日"), (("c", "abc a"), "dabcb")]
+)
+def test_a_stop_text_waits_for_an_earlier_one_in_the_making(stop, text):
+    tokens = np.array(make_tokenizer().encode(text), np.int32)
+    has_stopped = make_stop_fn(make_tokenizer(), stop)
+    hits = [has_stopped(tokens[:0], tokens[: n + 1], n) for n in range(len(tokens))]
+    assert hits == [False] * (len(tokens) - 1) + [True]
