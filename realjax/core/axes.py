@@ -182,11 +182,6 @@ class Constrain:
         """Tells XLA how the arrays of a tree are split, whose dims have the names `axes`."""
         return map_paths(lambda path, leaf, names: self(leaf, names), tree, axes)
 
-    @property
-    def splits_residuals(self) -> bool:
-        """Whether residuals are split along the row (sequence parallel)."""
-        return self.rules is not None and self.rules.get("residual_time") is not None
-
 
 def make_constrain(rules: Rules, layout: Layout) -> Constrain:
     """Returns the constraint of activations by a layout's table."""

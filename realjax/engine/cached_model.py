@@ -5,13 +5,15 @@ from typing import Protocol
 from jax import Array
 from jax.sharding import NamedSharding
 
-from realjax.core.axes import Constrain, generate_rules, make_constrain, resolve_sharding
+from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.forward import ForwardOptions, make_compute_copy
+from realjax.engine.products import make_products
 from realjax.models.build import Model, unstack_layers
 from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
+from realjax.models.transformer import Forward
 
 # One cache for each tick of a round.
 Cache = tuple[KVCache, ...]
@@ -27,7 +29,7 @@ class CachedModel(Protocol):
     num_groups: int
     cache_sharding: NamedSharding
     flight_sharding: NamedSharding
-    constrain: Constrain
+    forward: Forward
 
     def prepare(self, params: Tree) -> Tree:
         """Returns the parameters in the compute dtype and in the form that the other functions take."""
@@ -75,9 +77,12 @@ class OneStage:
         rules, config = generate_rules(layout.strategy), model.config
         self.model, self.dtype = model, options.precision.dtype
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
-        self.constrain = make_constrain(rules, layout)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
-        self.attention_fn = make_attention(options.attention, prompts, layout.strategy.tp)
+        self.forward = Forward(
+            attention_fn=make_attention(options.attention, prompts, layout.strategy.tp),
+            constrain=make_constrain(rules, layout),
+            products=make_products(rules, layout),
+        )
         self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = resolve_sharding(CACHE_NAMES, shape, rules, layout, "cache")
@@ -99,7 +104,7 @@ class OneStage:
     def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
         """Whole prompts at once; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
-        hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.attention_fn, self.constrain)
+        hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.forward)
         return hidden, (write_rows(cache[0], prompts, places),)
 
     def init_flight(self, num_slots: int) -> Flight:
@@ -110,5 +115,6 @@ class OneStage:
     ) -> tuple[Array, Cache, Flight]:
         """The only group's tokens, in and out; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
-        hidden, written = decode(transformer, blocks, cache[0], tokens, lengths[:, 0], self.decoding_fn, self.constrain)
+        at = lengths[:, 0]
+        hidden, written = decode(transformer, blocks, cache[0], tokens, at, self.decoding_fn, self.forward)
         return hidden, (written,), flight

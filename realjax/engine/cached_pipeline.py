@@ -20,6 +20,7 @@ from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.cached_model import Cache, Flight
 from realjax.engine.forward import ForwardOptions, make_compute_copy
 from realjax.engine.manual_axes import data_index, hand_on, over_stages, stage_index
+from realjax.engine.products import make_products
 from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.attention import BlockContext
 from realjax.models.build import Model
@@ -35,7 +36,7 @@ from realjax.models.cache import (
 )
 from realjax.models.config import cut_order
 from realjax.models.stacks import Aux, list_layers, split_kinds
-from realjax.models.transformer import Block
+from realjax.models.transformer import Block, Forward
 
 FLIGHT_NAMES = ("layers", "rows", "time", "act_embed")
 T = TypeVar("T")
@@ -54,9 +55,12 @@ class Stages:
         self.num_groups = layout.strategy.pp
         self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
         self.stage_order = cut_order(config.order, self.num_groups)
-        self.constrain = make_constrain(rules, layout)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
-        self.attention_fn = make_attention(options.attention, prompts, layout.strategy.tp)
+        self.forward = Forward(
+            attention_fn=make_attention(options.attention, prompts, layout.strategy.tp),
+            constrain=make_constrain(rules, layout),
+            products=make_products(rules, layout),
+        )
         self.decoding_fn = make_decoding(options.attention, new_tokens)
         shape = (self.num_groups, layout.strategy.dp, config.num_kv_heads, 1, 1)
         names = ("layers", *CACHE_NAMES)
@@ -90,7 +94,7 @@ class Stages:
         """Returns hidden states `[P, B/P, 1, D]`, what each stage has received."""
         config, rows = self.model.config, num_slots // self.num_groups
         flight = jnp.zeros((self.num_groups, rows, 1, config.hidden_size), self.dtype)
-        return (self.constrain(flight, FLIGHT_NAMES),)
+        return (self.forward.constrain(flight, FLIGHT_NAMES),)
 
     def tick(
         self, params: Tree, cache: Cache, flight: Flight, group: int, tokens: Array, lengths: Array
@@ -106,14 +110,15 @@ class Stages:
             layers, cache, received, lengths = _own((layers, cache, received, lengths))
             x = jnp.where(stage_index() == 0, new, received)
             blocks = self._own_blocks(graphdefs, layers)
-            x, cache = decode_blocks(config, blocks, cache, x, lengths, self.decoding_fn, self.constrain)
+            x, cache = decode_blocks(config, blocks, cache, x, lengths, self.decoding_fn, self.forward)
             return jax.tree.map(lambda y: y[None], (hand_on(x, num_stages, is_ring=True), cache))
 
         new = transformer.embed(tokens[:, None])
         run = over_stages(stage, self.layout, num_split=4)
         handed_on, mine = run(params["layers"], cache[group], *flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
-        return transformer.norm(handed_on[0])[:, 0], (*cache[:group], mine, *cache[group + 1 :]), (handed_on,)
+        out = transformer.norm(handed_on[0], self.forward.products)[:, 0]
+        return out, (*cache[:group], mine, *cache[group + 1 :]), (handed_on,)
 
     def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
         """The prompts go through the stages in P micro-batches; see `CachedModel.admit`."""
@@ -127,18 +132,18 @@ class Stages:
             def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, KVCache]]:
                 turn = jnp.clip(t - index, 0, num_stages - 1)
                 x = jnp.where(index == 0, inputs[turn], received)
-                x, prompts = prefill_blocks(config, blocks, x, lengths[turn], self.attention_fn, self.constrain)
+                x, prompts = prefill_blocks(config, blocks, x, lengths[turn], self.forward)
                 last = jnp.take_along_axis(x, (lengths[turn] - 1)[:, None, None], axis=1)
                 return hand_on(x, num_stages, is_ring=True), (last, prompts)
 
             _, outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0]), jnp.arange(2 * num_stages - 1))
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, num_stages)[None], outputs)
 
-        x = self.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
+        x = self.forward.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
         run = over_stages(stage, self.layout, num_split=1)
         # Back from micro-batches to the order of the prompts: `[P, P, A/P, ...]` -> `[P, A, ...]`.
         last, prompts = jax.vmap(join_rows)(run(params["layers"], *deal_rows((x, lengths), num_stages)))
-        return transformer.norm(last[-1])[:, 0], self._write_prompts(cache, prompts, places)
+        return transformer.norm(last[-1], self.forward.products)[:, 0], self._write_prompts(cache, prompts, places)
 
     def _write_prompts(self, caches: Cache, prompts: KVCache, slots: Array) -> Cache:
         """Returns the caches with the prompts' rows at `slots`, see the class for which holds what."""

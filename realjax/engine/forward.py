@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import Constrain, Rules, make_constrain, rows_per_device, tree_shardings
+from realjax.core.axes import Rules, make_constrain, rows_per_device, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
@@ -17,6 +17,7 @@ from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention
 from realjax.engine.pipeline import make_run_layers
+from realjax.engine.products import make_products, unrolls_layers
 from realjax.models import heads
 from realjax.models.build import Model
 from realjax.models.sums import collect
@@ -87,9 +88,8 @@ def make_outputs(
     Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
     limits that head to these tokens, see `heads.token_logprobs`.
     """
-    constrain = make_constrain(rules, layout)
-    forward = _make_forward(model, constrain, layout, options)
-    head_fn = _make_head(head, draw, needs_entropy, constrain, partial(_chunk_len, model, layout, options))
+    forward = _make_forward(model, rules, layout, options)
+    head_fn = _make_head(head, draw, needs_entropy, forward, partial(_chunk_len, model, layout, options))
 
     def outputs(
         params: Tree, batch: Batch, sinks: Tree | None = None
@@ -105,14 +105,16 @@ def make_outputs(
 
 
 def _make_head(
-    head: str, draw: Draw, needs_entropy: bool, constrain: Constrain, chunk_len_fn: Callable[..., int]
+    head: str, draw: Draw, needs_entropy: bool, forward: Forward, chunk_len_fn: Callable[..., int]
 ) -> Callable[[Array, Array, Batch], Mapping[str, Array]]:
     """Returns `fn(hidden, kernel, batch) -> outputs`."""
+    matmul = forward.products.matmul
+    make_chunks = partial(heads.Chunks, constrain=forward.constrain, matmul=matmul)
 
     def outputs(hidden: Array, kernel: Array, batch: Batch) -> Mapping[str, Array]:
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         if head == "values":
-            return {"values": heads.token_values(hidden, kernel)}
+            return {"values": heads.token_values(hidden, kernel, matmul)}
         if head == "logprobs":
             targets = batch.get("targets")
             num_targets = batch.row_len if targets is None else targets.shape[1]
@@ -122,12 +124,13 @@ def _make_head(
                 tokens,
                 segment_ids,
                 # Half: XLA's CPU backend lets the backward pass not reuse the logits' memory of the forward pass.
-                size=chunk_len_fn(batch, num_targets, heads.CHUNK_BYTES // 2),
-                constrain=constrain,
-                draw=draw,
-                kept=None if draw.kept is None else batch["kept"],
-                needs_entropy=needs_entropy,
-                targets=targets,
+                make_chunks(size=chunk_len_fn(batch, num_targets, heads.CHUNK_BYTES // 2)),
+                heads.Wanted(
+                    draw=draw,
+                    kept=None if draw.kept is None else batch["kept"],
+                    needs_entropy=needs_entropy,
+                    targets=targets,
+                ),
             )
         nll, logprobs = heads.weighted_nll(
             hidden,
@@ -135,8 +138,7 @@ def _make_head(
             tokens,
             segment_ids,
             batch["loss_mask"],
-            size=chunk_len_fn(batch, batch.row_len),
-            constrain=constrain,
+            make_chunks(size=chunk_len_fn(batch, batch.row_len)),
         )
         return {"nll": nll, "logprobs": logprobs}
 
@@ -156,15 +158,12 @@ def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
     return model.bind({k: v if k == "layers" else jax.tree.map(collect, v, sinks[k]) for k, v in params.items()})
 
 
-def _make_forward(model: Model, constrain: Constrain, layout: Layout, options: ForwardOptions) -> Forward:
-    unroll = options.unroll
-    if unroll is None:
-        # The stacks' copies cost a CPU a sixth of a step. But what remat computes anew, XLA there merges with the first
-        # time, unless a loop's border lies between.
-        unroll = layout.devices[0].platform == "cpu" and not options.remat
+def _make_forward(model: Model, rules: Rules, layout: Layout, options: ForwardOptions) -> Forward:
+    unroll = unrolls_layers(layout, remat=options.remat) if options.unroll is None else options.unroll
     case = Case.of("rows", model.config, layout, options.precision.dtype)
     return Forward(
-        constrain=constrain,
+        constrain=make_constrain(rules, layout),
+        products=make_products(rules, layout),
         attention_fn=make_attention(options.attention, case, layout.strategy.tp, options.max_segment_len),
         run_layers_fn=make_run_layers(layout, unroll=unroll),
         remat=options.remat,

@@ -274,9 +274,10 @@ class SlotPrograms:
         return self._by_group(x)[:, group]
 
     def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn[Array]:
-        logits = self.model.bind_layers(params)[0].next_logits(hidden)
+        forward = self.cached.forward
+        logits = self.model.bind_layers(params)[0].next_logits(hidden, forward.products)
         # Made with the vocabulary split; then a row's logits meet on one device, and all devices share the rows.
-        logits = self.cached.constrain(logits, ("rows", "act_vocab"))
+        logits = forward.constrain(logits, ("rows", "act_vocab"))
         run = share_rows(self.sampler.draw, self.layout, len(logits))
         # Only the draw is spread like that: fixed on both sides, it does not spread to what comes before and after.
         fix = lambda tree: jax.lax.with_sharding_constraint(tree, self._rows)

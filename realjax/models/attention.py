@@ -13,6 +13,7 @@ from jax import Array
 from realjax.core.axes import Constrain
 from realjax.models.config import AttentionConfig, ModelConfig, RopeConfig
 from realjax.models.layers import Linear, RMSNorm, apply_rope
+from realjax.models.products import Products
 
 # attention_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, window) -> RTNH
 AttentionFn = Callable[[Array, Array, Array, Array, int | None], Array]
@@ -30,6 +31,7 @@ class BlockContext:
     is_token: Array  # [R, T] False on padding
     attend_fn: AttendFn
     constrain: Constrain
+    products: Products
 
 
 class Attention(nnx.Module):
@@ -48,9 +50,9 @@ class Attention(nnx.Module):
 
     def project(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Array, Array]:
         """Returns rotated q `[R, T, N, H]` and k, and v `[R, T, K, H]`."""
-        q, k, v = self.q(x_RTD), self.k(x_RTD), self.v(x_RTD)
+        q, k, v = (layer(x_RTD, context.products) for layer in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, context.products), self.k_norm(k, context.products)
         rotate = lambda x: x if self.rope is None else apply_rope(x, *context.rotations[self.rope])
         q = context.constrain(rotate(q), ("rows", "time", "q_heads", "head_dim"))
         k = context.constrain(rotate(k), ("rows", "time", "kv_heads", "head_dim"))
@@ -59,4 +61,4 @@ class Attention(nnx.Module):
     def __call__(self, x_RTD: Array, context: BlockContext) -> Array:
         attended = context.attend_fn(*self.project(x_RTD, context), self.window)
         attended = context.constrain(attended, ("rows", "time", "q_heads", "head_dim"))
-        return self.o(attended, merge_rows=not context.constrain.splits_residuals)
+        return self.o(attended, context.products, "residual_time")

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import Constrain
-from realjax.models.attention import AttentionFn, BlockContext, DecodingFn
+from realjax.models.attention import BlockContext, DecodingFn
 from realjax.models.config import ModelConfig
 from realjax.models.layers import rope_tables
 from realjax.models.stacks import Aux
-from realjax.models.transformer import Block, Transformer
+from realjax.models.transformer import Block, Forward, Transformer
 
 BlockCall = Callable[[Array, BlockContext], tuple[Array, Aux]]  # as a `Block` is called
 
@@ -66,17 +65,16 @@ def prefill(
     blocks: Sequence[Block],
     tokens: Array,
     lengths: Array,
-    attention_fn: AttentionFn,
-    constrain: Constrain,
+    forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the final hidden state of each prompt's last token `[B, D]`, and the cache of the prompts.
 
     `tokens` `[B, T]` are padded on the right, `lengths` `[B]` says where.
     """
-    x = constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
-    x, cache = prefill_blocks(transformer.config, blocks, x, lengths, attention_fn, constrain)
+    x = forward.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
+    x, cache = prefill_blocks(transformer.config, blocks, x, lengths, forward)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return transformer.norm(last)[:, 0], cache
+    return transformer.norm(last, forward.products)[:, 0], cache
 
 
 def prefill_blocks(
@@ -84,8 +82,7 @@ def prefill_blocks(
     blocks: Sequence[BlockCall],
     x: Array,
     lengths: Array,
-    attention_fn: AttentionFn,
-    constrain: Constrain,
+    forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, T, D]` after some blocks of prompts padded on the right, and their cache."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
@@ -96,13 +93,14 @@ def prefill_blocks(
         nonlocal prompts
         keys, values = jnp.einsum("BSKH->BKHS", k), jnp.einsum("BSKH->BKSH", v)
         prompts = KVCache((*prompts.keys, keys), (*prompts.values, values))
-        return attention_fn(q, k, v, segment_ids, window)
+        return forward.attention_fn(q, k, v, segment_ids, window)
 
     context = BlockContext(
         rotations={rope: rope_tables(rope, config.head_dim, positions) for rope in config.ropes},
         is_token=segment_ids > 0,
         attend_fn=attend_fn,
-        constrain=constrain,
+        constrain=forward.constrain,
+        products=forward.products,
     )
     for block in blocks:
         x, _ = block(x, context)
@@ -116,15 +114,15 @@ def decode(
     tokens: Array,
     lengths: Array,
     decoding_fn: DecodingFn,
-    constrain: Constrain,
+    forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the final hidden states `[B, D]` of one new token a row, and the cache with it.
 
     `tokens` `[B]` go to index `lengths` `[B]` of their rows; they see all tokens before them (within the window).
     """
     x = transformer.embed(tokens[:, None])
-    x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, decoding_fn, constrain)
-    return transformer.norm(x)[:, 0], cache
+    x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, decoding_fn, forward)
+    return transformer.norm(x, forward.products)[:, 0], cache
 
 
 def decode_blocks(
@@ -134,7 +132,7 @@ def decode_blocks(
     x: Array,
     lengths: Array,
     decoding_fn: DecodingFn,
-    constrain: Constrain,
+    forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
     written = KVCache((), ())
@@ -154,7 +152,8 @@ def decode_blocks(
         rotations={rope: rope_tables(rope, config.head_dim, lengths[:, None]) for rope in config.ropes},
         is_token=jnp.ones(x.shape[:2], bool),
         attend_fn=attend_fn,
-        constrain=constrain,
+        constrain=forward.constrain,
+        products=forward.products,
     )
     for block in blocks:
         x, _ = block(x, context)

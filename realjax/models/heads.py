@@ -4,6 +4,7 @@ Results are aligned with the token they speak of: entry t is about `tokens[t]` g
 it, and is 0 at the first token of a segment and on padding.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -14,10 +15,34 @@ from jax import Array
 from realjax.core.axes import Constrain
 from realjax.core.draw import REMOVED, Draw
 from realjax.core.segments import move_to_next, move_to_previous
+from realjax.models.products import MatmulFn
 from realjax.models.sums import collect, matmul
 
 # Largest float32 logits one chunk may hold on one device.
 CHUNK_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """How logits are made: of how many positions at once, which divides the row, and split and multiplied how."""
+
+    size: int
+    constrain: Constrain = Constrain()
+    matmul: MatmulFn = matmul
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which log-probabilities: under which draw, with the sets `[R, T, W]` that it kept in the form of `draw.kept`.
+
+    `targets` `[R, P]` are the row indices of the tokens that are wanted, none of them a segment's first, and T in empty
+    places; None wants all. A chunk's size divides P then.
+    """
+
+    draw: Draw = Draw()
+    kept: Array | None = None
+    needs_entropy: bool = False
+    targets: Array | None = None
 
 
 def chunk_len(row_len: int, rows_per_device: int, vocab_per_device: int, max_bytes: int = CHUNK_BYTES) -> int:
@@ -54,10 +79,10 @@ def _join(x: Array) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(R, C * size, *x.shape[3:])
 
 
-def _chunk_logits(hidden: Array, kernel: Array, constrain: Constrain, dim: str = "time") -> Array:
+def _chunk_logits(hidden: Array, kernel: Array, chunks: Chunks, dim: str = "time") -> Array:
     R, T, D = hidden.shape
-    logits = matmul(hidden.reshape(R * T, D), kernel, 1, jnp.float32).reshape(R, T, -1)
-    return constrain(logits, ("rows", dim, "act_vocab"))
+    logits = chunks.matmul(hidden.reshape(R * T, D), kernel, 1, jnp.float32).reshape(R, T, -1)
+    return chunks.constrain(logits, ("rows", dim, "act_vocab"))
 
 
 def _target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -74,42 +99,36 @@ def token_logprobs(
     kernel: Array,
     tokens: Array,
     segment_ids: Array,
-    *,
-    size: int,
-    constrain: Constrain,
-    draw: Draw = Draw(),  # noqa: B008 - frozen
-    kept: Array | None = None,
-    needs_entropy: bool = False,
-    targets: Array | None = None,
+    chunks: Chunks,
+    wanted: Wanted = Wanted(),  # noqa: B008 - frozen
 ) -> dict[str, Array]:
-    """Returns float32 `logprobs` `[R, T]` of the tokens under `draw`, and its `entropy` `[R, T]` if needed.
+    """Returns float32 `logprobs` `[R, T]` of the tokens, and their distributions' `entropy` `[R, T]` if wanted.
 
-    `hidden` `[R, T, D]`, `kernel` `[D, V]`, `kept` `[R, T, W]` in the form of `draw.kept`. `targets` `[R, P]` are the
-    row indices of the tokens wanted, none of them a segment's first, and T in empty places; others get 0. `size`
-    divides P, or T without targets: as many positions are a chunk, and where there are several the backward pass
-    computes a chunk's logits anew.
+    `hidden` `[R, T, D]`, `kernel` `[D, V]`; tokens that are not wanted get 0. Where there are several chunks, the
+    backward pass computes a chunk's logits anew.
     """
+    draw, targets = wanted.draw, wanted.targets
     inputs = [hidden, _next(tokens)]
     if draw.kept is not None:
-        assert kept is not None, "a draw that leaves tokens out needs the sets that it left"
-        inputs.append(_next(kept))
+        assert wanted.kept is not None, "a draw that leaves tokens out needs the sets that it left"
+        inputs.append(_next(wanted.kept))
     if targets is not None:
         inputs = [_take(x, targets - 1) for x in inputs]
 
     sink, dim = kernel.astype(jnp.float32), "time" if targets is None else "targets"
 
     def chunk(hidden_chunk: Array, targets: Array, *sets: Array) -> dict[str, Array]:
-        logits = _chunk_logits(hidden_chunk, collect(kernel, sink), constrain, dim) / draw.temperature
+        logits = _chunk_logits(hidden_chunk, collect(kernel, sink), chunks, dim) / draw.temperature
         num_rows = logits.shape[-1]
         if draw.num_tokens is not None and draw.num_tokens < num_rows:
             is_token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < draw.num_tokens
             logits = jnp.where(is_token, logits, REMOVED)
         if draw.kept is not None:
             sets_of_all = jnp.pad(draw.kept.unpack(*sets), ((0, 0), (0, 0), (0, num_rows - draw.kept.vocab_size)))
-            mask = constrain(sets_of_all, ("rows", dim, "act_vocab"))
+            mask = chunks.constrain(sets_of_all, ("rows", dim, "act_vocab"))
             logits = jnp.where(mask, logits, REMOVED)
         logprobs, normaliser = _target_logprobs(logits, targets)
-        if not needs_entropy:
+        if not wanted.needs_entropy:
             return {"logprobs": logprobs}
         all_logprobs = logits - normaliser[..., None]
         probs = jnp.exp(all_logprobs)
@@ -117,8 +136,8 @@ def token_logprobs(
         entropy = -jnp.sum(probs * jnp.where(probs > 0, all_logprobs, 0), axis=-1)
         return {"logprobs": logprobs, "entropy": entropy}
 
-    chunk_fn = chunk if size == inputs[0].shape[1] else jax.checkpoint(chunk)
-    outputs = jax.lax.map(lambda xs: chunk_fn(*xs), tuple(_split(x, size) for x in inputs))
+    chunk_fn = chunk if chunks.size == inputs[0].shape[1] else jax.checkpoint(chunk)
+    outputs = jax.lax.map(lambda xs: chunk_fn(*xs), tuple(_split(x, chunks.size) for x in inputs))
     if targets is not None:
         row_len = tokens.shape[1]
         return {name: _put(_join(output), targets, row_len) for name, output in outputs.items()}
@@ -126,7 +145,7 @@ def token_logprobs(
 
 
 def weighted_nll(
-    hidden: Array, kernel: Array, tokens: Array, segment_ids: Array, weights: Array, *, size: int, constrain: Constrain
+    hidden: Array, kernel: Array, tokens: Array, segment_ids: Array, weights: Array, chunks: Chunks
 ) -> tuple[Array, Array]:
     """Returns -sum(weights * logprobs), a float32 scalar, and the log-probabilities `[R, T]` (no gradient through
     these).
@@ -136,26 +155,24 @@ def weighted_nll(
     """
     targets = _next(tokens)
     weights_next = move_to_previous(weights.astype(jnp.float32), segment_ids)
-    sums = _fused_nll(hidden, kernel, targets, weights_next, size, constrain)
+    sums = _fused_nll(hidden, kernel, targets, weights_next, chunks)
     nll, logprobs = cast(tuple[Array, Array], sums)
     return nll, move_to_next(jax.lax.stop_gradient(logprobs), segment_ids)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _fused_nll(
-    hidden: Array, kernel: Array, targets: Array, weights: Array, size: int, constrain: Constrain
-) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fused_nll(hidden: Array, kernel: Array, targets: Array, weights: Array, chunks: Chunks) -> tuple[Array, Array]:
     def chunk(hidden_chunk: Array, targets_chunk: Array) -> Array:
-        return _target_logprobs(_chunk_logits(hidden_chunk, kernel, constrain), targets_chunk)[0]
+        return _target_logprobs(_chunk_logits(hidden_chunk, kernel, chunks), targets_chunk)[0]
 
-    logprobs = _join(jax.lax.map(lambda xs: chunk(*xs), (_split(hidden, size), _split(targets, size))))
+    logprobs = _join(jax.lax.map(lambda xs: chunk(*xs), (_split(hidden, chunks.size), _split(targets, chunks.size))))
     return -jnp.sum(weights * logprobs), logprobs
 
 
-def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Array, size: int, constrain: Constrain):
+def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Array, chunks: Chunks):
     def chunk(grad_kernel: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         hidden_chunk, targets_chunk, weights_chunk = xs
-        logits = _chunk_logits(hidden_chunk, kernel, constrain)
+        logits = _chunk_logits(hidden_chunk, kernel, chunks)
         logprobs, normaliser = _target_logprobs(logits, targets_chunk)
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_chunk[..., None]
         grad_logits = (jnp.exp(logits - normaliser[..., None]) - is_target) * weights_chunk[..., None]
@@ -167,15 +184,13 @@ def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Ar
         grad_kernel += jnp.matmul(flat_hidden.T, flat_grad, preferred_element_type=jnp.float32)
         return grad_kernel, (logprobs, grad_hidden)
 
-    chunks = (_split(hidden, size), _split(targets, size), _split(weights, size))
-    grad_kernel, (logprobs, grad_hidden) = jax.lax.scan(chunk, jnp.zeros(kernel.shape, jnp.float32), chunks)
+    parts = (_split(hidden, chunks.size), _split(targets, chunks.size), _split(weights, chunks.size))
+    grad_kernel, (logprobs, grad_hidden) = jax.lax.scan(chunk, jnp.zeros(kernel.shape, jnp.float32), parts)
     logprobs = _join(logprobs)
     return (-jnp.sum(weights * logprobs), logprobs), (_join(grad_hidden), grad_kernel.astype(kernel.dtype))
 
 
-def _fused_nll_backward(
-    size: int, constrain: Constrain, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
-):
+def _fused_nll_backward(chunks: Chunks, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]):
     grad_hidden, grad_kernel = residuals
     scale = cotangents[0]
     return (grad_hidden * scale.astype(grad_hidden.dtype), grad_kernel * scale.astype(grad_kernel.dtype), None, None)
@@ -184,6 +199,6 @@ def _fused_nll_backward(
 _fused_nll.defvjp(_fused_nll_forward, _fused_nll_backward)
 
 
-def token_values(hidden: Array, kernel: Array) -> Array:
+def token_values(hidden: Array, kernel: Array, matmul: MatmulFn = matmul) -> Array:
     """Returns the scalar head's float32 outputs `[R, T]`; entry t has seen tokens up to and including t."""
     return matmul(hidden, kernel, 1, jnp.float32)[..., 0]

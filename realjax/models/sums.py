@@ -4,12 +4,14 @@ A 16-bit sum stops growing: 256 + 1 is 256 in bfloat16. And what is summed over 
 the type it then has.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
 @jax.custom_vjp
@@ -28,35 +30,48 @@ def _collect_forward(value: Array, sink: Array) -> tuple[Array, Array]:
 collect.defvjp(_collect_forward, lambda of_dtype, grad: (None, grad.astype(of_dtype.dtype)))
 
 
-def matmul(x: Array, kernel: Array, num_in: int = 1, dtype: Any = None) -> Array:
-    """Returns x `[..., *I]` times kernel `[*I, *O]` over `num_in` dims: `[..., *O]`, of their dtype or `dtype`."""
-    return cast(Array, _matmul(x, kernel, num_in, dtype))
+# sum_fn(y [*B, *O], x [*B, *I], num_lead) -> the sum over the leading dims B of their products, float32 [*O, *I].
+SumFn = Callable[[Array, Array, int], Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x: Array, kernel: Array, num_in: int, dtype: Any) -> Array:
+def sum_products(y: Array, x: Array, num_lead: int) -> Array:
+    """Returns the sum over the leading dims of y `[*B, *O]` times x `[*B, *I]`: float32 `[*O, *I]`."""
+    lead = tuple(range(num_lead))
+    return jax.lax.dot_general(y, x, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+
+
+def matmul(
+    x: Array, kernel: Array, num_in: int = 1, dtype: DTypeLike | None = None, sum_fn: SumFn = sum_products
+) -> Array:
+    """Returns x `[..., *I]` times kernel `[*I, *O]` over `num_in` dims: `[..., *O]`, of their dtype or `dtype`.
+
+    `sum_fn` sums the kernel's gradient.
+    """
+    return cast(Array, _matmul(x, kernel, num_in, dtype, sum_fn))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul(x: Array, kernel: Array, num_in: int, dtype: DTypeLike | None, sum_fn: SumFn) -> Array:
     return jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
 
 
-def _matmul_forward(x: Array, kernel: Array, num_in: int, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, kernel, num_in, dtype), (x, kernel)
+def _matmul_forward(
+    x: Array, kernel: Array, num_in: int, dtype: DTypeLike | None, sum_fn: SumFn
+) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, kernel, num_in, dtype, sum_fn), (x, kernel)
 
 
-def _matmul_backward(num_in: int, dtype: Any, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+def _matmul_backward(
+    num_in: int, dtype: DTypeLike | None, sum_fn: SumFn, residuals: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
     x, kernel = residuals
     grad = grad.astype(x.dtype)
     num_lead, num_out = x.ndim - num_in, kernel.ndim - num_in
-    lead, out = tuple(range(num_lead)), tuple(range(num_lead, grad.ndim))
+    out = tuple(range(num_lead, grad.ndim))
     grad_x = jax.lax.dot_general(grad, kernel, ((out, tuple(range(num_in, kernel.ndim))), ((), ())))
     # [*O, *I], as JAX itself has it: the other way round may cost another transposition.
-    product = partial(
-        jax.lax.dot_general, dimension_numbers=((lead, lead), ((), ())), preferred_element_type=jnp.float32
-    )
-    # XLA's CPU backend computes 16-bit products in float32 too, but has no kernel that ends there for every shape.
-    widened = lambda grad, x: product(grad.astype(jnp.float32), x.astype(jnp.float32))
-    of_kernel = jax.lax.platform_dependent(grad, x, cpu=widened, default=product)
     order = (*range(num_out, kernel.ndim), *range(num_out))
-    return grad_x, of_kernel.transpose(order).astype(kernel.dtype)
+    return grad_x, sum_fn(grad, x, num_lead).transpose(order).astype(kernel.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -15,6 +15,7 @@ from realjax.models import sums
 from realjax.models.attention import Attention, AttentionFn, BlockContext
 from realjax.models.config import LayerKind, MLPConfig, ModelConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
+from realjax.models.products import Products
 from realjax.models.stacks import Aux, BlockFn, Layer, PerRow, RunLayersFn, scan_layers, skip_empty, split_kinds
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -30,6 +31,7 @@ class Forward:
 
     attention_fn: AttentionFn
     constrain: Constrain = Constrain()
+    products: Products = Products()
     run_layers_fn: RunLayersFn = scan_layers
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
 
@@ -47,10 +49,10 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Aux]:
-        constrain = context.constrain
-        hidden = ACTIVATIONS[self.activation](self.gate(x_RTD)) * self.up(x_RTD)
-        hidden = constrain(hidden, ("rows", "time", "act_ffn"))
-        return self.down(hidden, merge_rows=not constrain.splits_residuals), {}
+        products = context.products
+        hidden = ACTIVATIONS[self.activation](self.gate(x_RTD, products)) * self.up(x_RTD, products)
+        hidden = context.constrain(hidden, ("rows", "time", "act_ffn"))
+        return self.down(hidden, products, "residual_time"), {}
 
 
 # The module of each kind of feed-forward. Its `TERMS` are the names of what it returns as `Aux`.
@@ -74,7 +76,7 @@ class Block(nnx.Module):
         constrain = context.constrain
         whole = lambda h: constrain(h, ("rows", "time", "act_embed"))
         split = lambda h: constrain(h, ("rows", "residual_time", "act_embed"))
-        normed = lambda norm, h: h if norm is None else norm(h, merge_rows=not constrain.splits_residuals)
+        normed = lambda norm, h: h if norm is None else norm(h, context.products, "residual_time")
         attended = self.attn(whole(normed(self.attn_norm, x)), context)
         x = x + normed(self.attn_post_norm, split(attended))
         fed, terms = self.mlp(whole(normed(self.mlp_norm, x)), context)
@@ -155,7 +157,7 @@ class Transformer(nnx.Module):
         x = forward.constrain(self.embed(tokens), ("rows", "time", "act_embed"))
         x = forward.constrain(x, ("rows", "residual_time", "act_embed"))
         x, terms = forward.run_layers_fn(blocks, config.order, stacks, x, per_row)
-        normed = self.norm(x, merge_rows=not forward.constrain.splits_residuals)
+        normed = self.norm(x, forward.products, "residual_time")
         return forward.constrain(normed, ("rows", "time", "act_embed")), terms
 
     def _make_block(self, graphdef: nnx.GraphDef[Block], forward: Forward) -> BlockFn:
@@ -166,6 +168,7 @@ class Transformer(nnx.Module):
                 is_token=per_row.segment_ids > 0,
                 attend_fn=lambda q, k, v, window: forward.attention_fn(q, k, v, per_row.segment_ids, window),
                 constrain=forward.constrain,
+                products=forward.products,
             )
             return nnx.merge(graphdef, params)(x, context)
 
@@ -175,12 +178,8 @@ class Transformer(nnx.Module):
         """Returns the head's matrix: `[D, V]`, the transposed embedding when tied, or `[D, 1]` for a critic."""
         return self.embed.table[...].T if self.config.tied else self.head.kernel[...]
 
-    def next_logits(self, hidden_BD: Array) -> Array:
+    def next_logits(self, hidden_BD: Array, products: Products) -> Array:
         """Returns the float32 logits `[B, V]` of the tokens that follow these final hidden states."""
-        if not self.config.tied:
-            return jnp.matmul(hidden_BD, self.head.kernel[...], preferred_element_type=jnp.float32)
-        # The table as it lies, on the left: with few rows XLA's CPU backend takes half as long again for the transposed
-        # table, which is what it makes of this without the barriers.
-        barrier = jax.lax.optimization_barrier
-        table = self.embed.table[...]
-        return barrier(jnp.matmul(table, barrier(hidden_BD.T), preferred_element_type=jnp.float32)).T
+        if self.config.tied:
+            return products.tied_logits(hidden_BD, self.embed.table[...])
+        return jnp.matmul(hidden_BD, self.head.kernel[...], preferred_element_type=jnp.float32)

@@ -134,3 +134,12 @@ def test_no_unfinished_work_is_left_in_the_sources():
     marks = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
     others = [path for path in SOURCES if path != Path(__file__).resolve()]
     assert not [str(path.relative_to(ROOT)) for path in others if marks.search(path.read_text(encoding="utf-8"))]
+
+
+def test_models_know_no_platform():
+    """What one platform does better than another is in `engine/`, and a model is given functions."""
+    words = re.compile(
+        r"\b(CPUs?|GPUs?|TPUs?|cuDNN|optimization_barrier|platform_dependent|default_backend)\b|\.platform\b"
+    )
+    models = (ROOT / "realjax" / "models").rglob("*.py")
+    assert not {path.name: found for path in models if (found := words.findall(path.read_text(encoding="utf-8")))}

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.core.axes import Constrain
 from realjax.engine.attention.reference import dense_attention, dense_decoding
 from realjax.models.build import unstack_layers
 from realjax.models.cache import decode, grow_cache, init_cache, prefill, write_rows
@@ -16,21 +15,20 @@ LENGTHS, ROW_LEN = [3, 7, 5], 12
 
 @pytest.mark.parametrize("changes", [{}, {"window": 4, **FULL}], ids=["plain", "window"])
 def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
-    model, constrain = make_model(**changes), Constrain()
+    model, forward = make_model(**changes), Forward(attention_fn=dense_attention)
     params = random_tree(model)
     tokens = np.random.default_rng(0).integers(0, 96, (3, ROW_LEN)).astype(np.int32)
     row = (jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(ROW_LEN), tokens.shape), jnp.ones_like(tokens))
-    forward = Forward(attention_fn=dense_attention)
     whole = quick_jit(lambda params: model.bind(params)(*row, forward)[0])(params)
 
     @quick_jit
     def admit(params, prompts, lengths, places):
-        hidden, rows = prefill(*model.bind_layers(params), prompts, lengths, dense_attention, constrain)
+        hidden, rows = prefill(*model.bind_layers(params), prompts, lengths, forward)
         return hidden, write_rows(init_cache(model.config, 2, (4,), 8, jnp.float32), rows, places)
 
     @quick_jit
     def advance(params, cache, tokens, lengths):
-        return decode(*model.bind_layers(params), cache, tokens, lengths, dense_decoding, constrain)
+        return decode(*model.bind_layers(params), cache, tokens, lengths, dense_decoding, forward)
 
     unstacked, places = unstack_layers(model.config, params), np.array([2, 0, 3])
     hidden, cache = admit(unstacked, tokens[:, :7], np.array(LENGTHS), places)

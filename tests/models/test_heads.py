@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,6 +8,8 @@ import pytest
 
 from realjax.core.draw import REMOVED, Draw, KeptTokens
 from realjax.models.heads import (
+    Chunks,
+    Wanted,
     chunk_len,
     token_logprobs,
     token_values,
@@ -19,7 +22,6 @@ R, T, D, V = 3, 24, 8, 50
 BATCH = pack_in_order(make_examples([7, 1, 11, 3, 20, 9, 2], vocab_size=V), T, num_rows=R + 1)[0]
 TOKENS, SEGMENTS = BATCH["tokens"], BATCH["segment_ids"]
 IS_FIRST = np.asarray(BATCH["positions"] == 0)
-unconstrained = lambda x, names: x
 
 
 def make_inputs(dtype=np.float32):
@@ -42,8 +44,8 @@ def test_token_logprobs_are_the_naive_ones_with_their_gradients(size, temperatur
     hidden, kernel, weights = make_inputs()
 
     def chunked(hidden, kernel):
-        options = {"size": size, "constrain": unconstrained, "draw": Draw(temperature)}
-        logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options)["logprobs"]
+        wanted = Wanted(draw=Draw(temperature))
+        logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, Chunks(size=size), wanted)["logprobs"]
         return (logprobs * weights).sum(), logprobs
 
     def naive(hidden, kernel):
@@ -79,22 +81,23 @@ FORMS = [KeptTokens(V, 20, "kept"), KeptTokens(V, 2, "bits"), KeptTokens(V, 3, "
 def test_targets_get_what_they_get_among_all_tokens_and_others_nothing(form, size):
     hidden, kernel, weights = make_inputs()
     kept = None if form is None else random_sets(form)[0]
-    options = {"constrain": unconstrained, "draw": Draw(0.7, form), "kept": kept, "needs_entropy": True}
+    everything = Wanted(draw=Draw(0.7, form), kept=kept, needs_entropy=True)
     mask = np.random.default_rng(2).random(TOKENS.shape) < 0.5
     targets = target_indices(mask, BATCH["positions"])
     assert targets.shape == (R + 1, 9) and (targets == T).any() and (targets < T).sum() == (mask & ~IS_FIRST).sum()
 
-    def run(hidden, kernel, **options):
-        outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options)
+    def run(chunks, wanted, hidden, kernel):
+        outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, chunks, wanted)
         outputs = {name: jnp.where(mask & (SEGMENTS > 0), x, 0) for name, x in outputs.items()}
         return sum((x * weights).sum() for x in outputs.values()), outputs
 
     grad_fn = lambda fn: quick_jit(jax.grad(fn, (0, 1), has_aux=True))(hidden, kernel)
-    found = grad_fn(partial(run, **options, targets=targets, size=size))
-    expected = grad_fn(partial(run, **options, size=T))
+    some = replace(everything, targets=targets)
+    found = grad_fn(partial(run, Chunks(size=size), some))
+    expected = grad_fn(partial(run, Chunks(size=T), everything))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, **options, targets=targets, size=size)
+    outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, Chunks(size=size), some)
     assert all((np.asarray(x)[~mask] == 0).all() for x in outputs.values())
 
 
@@ -105,8 +108,8 @@ def test_log_probabilities_and_entropy_are_of_the_distribution_drawn_from(form, 
     kept, mask = random_sets(form)
 
     def chunked(hidden, kernel):
-        options = {"draw": Draw(temperature, form), "kept": kept, "needs_entropy": True}
-        outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, size=size, constrain=unconstrained, **options)
+        wanted = Wanted(draw=Draw(temperature, form), kept=kept, needs_entropy=True)
+        outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, Chunks(size=size), wanted)
         return ((outputs["logprobs"] + 0.7 * outputs["entropy"]) * weights).sum(), outputs
 
     def naive(hidden, kernel):
@@ -131,7 +134,7 @@ def test_weighted_nll_is_the_naive_sum_with_its_gradients(size, scale):
     hidden, kernel, weights = make_inputs()
 
     def fused(hidden, kernel):
-        nll, logprobs = weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, size=size, constrain=unconstrained)
+        nll, logprobs = weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, Chunks(size=size))
         # What is reported beside the loss must not leak into its gradient.
         return scale * nll + 10 * logprobs.sum() - jax.lax.stop_gradient(10 * logprobs.sum()), (nll, logprobs)
 
@@ -152,7 +155,7 @@ def test_bfloat16_inputs_keep_float32_logprobs(size):
     exact = [np.asarray(x, np.float32) for x in (hidden, kernel)]
 
     def nll(hidden, kernel):
-        return weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, size=size, constrain=unconstrained)
+        return weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, Chunks(size=size))
 
     grads, logprobs = quick_jit(jax.grad(nll, (0, 1), has_aux=True))(hidden, kernel)
     assert logprobs.dtype == jnp.float32 and [g.dtype for g in grads] == [jnp.bfloat16] * 2
@@ -165,22 +168,18 @@ def test_bfloat16_inputs_keep_float32_logprobs(size):
 
 def test_first_tokens_and_padding_have_no_logprob_and_no_weight():
     hidden, kernel, weights = make_inputs()
-    logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, size=8, constrain=unconstrained)["logprobs"]
+    logprobs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, Chunks(size=8))["logprobs"]
     assert ((np.asarray(logprobs) == 0) == (IS_FIRST | (SEGMENTS == 0))).all()
-    nll = partial(weighted_nll, hidden, kernel, TOKENS, SEGMENTS, size=8, constrain=unconstrained)
-    assert nll(weights)[0] == nll(np.where(IS_FIRST, 1e6, weights))[0]
+    nll = lambda weights: weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, Chunks(size=8))[0]
+    assert nll(weights) == nll(np.where(IS_FIRST, 1e6, weights))
 
 
 def test_logprobs_of_a_certain_model_are_zero_and_of_huge_logits_finite():
     kernel = jnp.eye(V)
     targets = jnp.pad(TOKENS, ((0, 0), (0, 1)))[:, 1:]
-    logprobs = token_logprobs(1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)[
-        "logprobs"
-    ]
+    logprobs = token_logprobs(1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, Chunks(size=4))["logprobs"]
     assert (logprobs == 0).all()
-    worst = token_logprobs(-1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, size=4, constrain=unconstrained)[
-        "logprobs"
-    ]
+    worst = token_logprobs(-1e4 * kernel[targets], kernel, TOKENS, SEGMENTS, Chunks(size=4))["logprobs"]
     assert jnp.isfinite(worst).all() and (worst[~IS_FIRST & (SEGMENTS > 0)] < -1e3).all()
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from realjax.models.config import NormConfig, RopeConfig
 from realjax.models.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
+from realjax.models.products import Products
 
 LLAMA3 = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_positions=8192)
 
@@ -53,14 +54,14 @@ def test_rms_norm_forgets_the_scale_of_its_input_and_keeps_its_dtype():
     norm.scale[...] = jnp.asarray(random(16, seed=1))
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True)) * random(16, seed=1)
     for scale in (1.0, 1e-3, 300.0):
-        np.testing.assert_allclose(norm(jnp.asarray(x * scale)), expected, rtol=1e-5)
+        np.testing.assert_allclose(norm(jnp.asarray(x * scale), Products()), expected, rtol=1e-5)
 
 
 def test_rms_norm_sums_in_float32():
     # A bfloat16 sum of 4,096 ones stops growing at 256.
     norm = RMSNorm(4096, NormConfig(eps=1e-6))
     norm.scale[...] = jnp.ones(4096)
-    np.testing.assert_allclose(norm(jnp.ones((1, 4096), jnp.bfloat16)), 1, rtol=1e-2)
+    np.testing.assert_allclose(norm(jnp.ones((1, 4096), jnp.bfloat16), Products()), 1, rtol=1e-2)
 
 
 def test_linear_maps_any_number_of_dims_and_adds_its_bias():
@@ -69,7 +70,7 @@ def test_linear_maps_any_number_of_dims_and_adds_its_bias():
     layer.kernel[...], layer.bias[...] = jnp.asarray(random(3, 4, 5)), jnp.asarray(random(5, seed=1))
     x = random(2, 7, 3, 4, seed=2)
     expected = np.einsum("RTNH,NHD->RTD", x, random(3, 4, 5)) + random(5, seed=1)
-    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer(jnp.asarray(x), Products()), expected, rtol=1e-4, atol=1e-5)
     assert Linear({"embed": 5}, {"ffn": 2}).bias is None
 
 
@@ -81,4 +82,4 @@ def test_rope_and_norm_compute_in_float32_and_return_bfloat16():
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
     np.testing.assert_allclose(low.astype(np.float32), rotate(rounded, positions), atol=0.02)
     norm = jax.tree.map(lambda p: p.astype(jnp.bfloat16), RMSNorm(8, NormConfig(eps=1e-6)))
-    assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    assert norm(jnp.asarray(x, jnp.bfloat16), Products()).dtype == jnp.bfloat16

@@ -1,0 +1,90 @@
+"""What a platform computes in its own way is what the plain products give, with their gradients."""
+
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from realjax.core.axes import train_rules
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.engine.products import make_products, merge_tokens, multiply_flat, read_table, unrolls_layers
+from realjax.models.config import NormConfig
+from realjax.models.layers import Linear, RMSNorm
+from realjax.models.products import Products, tied_logits
+from tests.builders import assert_close_in_norm, make_layout, quick_jit
+
+R, T, D, N, H = 3, 5, 8, 4, 6
+PLAIN = Products()
+ON_CPU = make_products(train_rules(ParallelStrategy()), make_layout())
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def value_and_grads(fn, *args):
+    """Returns `fn(*args)` and the gradients of its sum, weighted at random."""
+    value = quick_jit(fn)(*args)
+    weights = random(*value.shape, seed=9)
+    grads = quick_jit(jax.grad(lambda *args: (fn(*args) * weights).sum(), tuple(range(len(args)))))(*args)
+    return {"value": value, "grads": {str(i): grad for i, grad in enumerate(grads)}}
+
+
+def run(module: nnx.Module, products: Products, x: np.ndarray, time: str):
+    """Returns the module's output and gradients for random parameters."""
+    graphdef, state = nnx.split(module)
+    params = jax.tree.map(lambda leaf: random(*leaf.shape, seed=leaf.ndim), nnx.to_pure_dict(state))
+    return value_and_grads(lambda x, params: nnx.merge(graphdef, params)(x, products, time), x, params)
+
+
+MODULES = {
+    "in heads": lambda: (Linear({"embed": D}, {"q_heads": N, "head_dim": H}, bias=True), random(R, T, D)),
+    "out of heads": lambda: (Linear({"q_heads": N, "head_dim": H}, {"embed": D}), random(R, T, N, H)),
+    "plain": lambda: (Linear({"embed": D}, {"ffn": 7}), random(R, T, D)),
+    "norm": lambda: (RMSNorm(D, NormConfig()), random(R, T, D)),
+    "norm of heads": lambda: (RMSNorm(H, NormConfig()), random(R, T, N, H)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_compute_on_cpus_what_the_plain_products_give(name):
+    for time in ("time", "residual_time"):
+        module, x = MODULES[name]()
+        assert_close_in_norm(run(module, ON_CPU, x, time), run(module, PLAIN, x, time), 1e-6)
+
+
+def test_a_tied_head_gives_the_same_logits():
+    args = random(R, D), random(11, D, seed=1)
+    assert_close_in_norm(value_and_grads(read_table, *args), value_and_grads(tied_logits, *args), 1e-6)
+
+
+def test_tokens_are_merged_but_where_the_row_is_split():
+    shapes = []
+
+    def note(x):
+        shapes.append(x.shape)
+        return x
+
+    for sequence_parallel in (False, True):
+        strategy = ParallelStrategy(tp=2, sequence_parallel=sequence_parallel)
+        products = make_products(train_rules(strategy), make_layout(tp=2))
+        for time in ("time", "residual_time"):
+            assert products.over_tokens(note, jnp.ones((R, T, D)), time).shape == (R, T, D)
+    assert shapes == [(R * T, D), (R * T, D), (R * T, D), (R, T, D)]
+
+
+@pytest.mark.parametrize("count", [1024, 65_536])
+def test_a_16_bit_kernels_gradient_over_many_tokens_is_their_number(count):
+    ones, small = jnp.ones((1, count, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16)
+    product = lambda kernel: merge_tokens(lambda x: multiply_flat(x, kernel), ones).astype(jnp.float32).sum()
+    assert float(jax.grad(product)(small)[0, 0]) == count
+
+
+def test_an_accelerator_gets_the_plain_products_and_a_loop_over_layers():
+    layout = Layout(ParallelStrategy(), (Mock(jax.Device, platform="gpu"),))
+    assert make_products(train_rules(layout.strategy), layout) == Products()
+    assert not unrolls_layers(layout, remat=False)
+    assert unrolls_layers(make_layout(), remat=False) and not unrolls_layers(make_layout(), remat=True)
