@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
+import jax
 import numpy as np
 
+Logs = TypeVar("Logs", np.ndarray, jax.Array)
 Estimator = Literal["k1", "k2", "k3"]
 # exp(20) = 4.9e8: far beyond any ratio that is of use, far below float32's largest number.
 MAX_EXPONENT = 20.0
@@ -14,7 +16,7 @@ logger = logging.getLogger("realjax.kl")
 KL_COEFFICIENT, OLDER_COEFFICIENT = "kl_coefficient", "kl_coef"
 
 
-def estimate_kl(logprobs: Any, ref_logprobs: Any, estimator: Estimator) -> Any:
+def estimate_kl(logprobs: Logs, ref_logprobs: Logs, estimator: Estimator) -> Logs:
     """Returns estimates of KL(policy || reference) from tokens drawn from the policy; NumPy or JAX arrays, any shape.
 
     With d = logprobs - ref_logprobs (J. Schulman, "Approximating KL divergence", 2020): k1 = d is unbiased; k2 = d^2/2

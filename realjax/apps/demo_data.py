@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from realjax.core.json_text import JsonObject
 from realjax.hf.families import config_to_hf
 from realjax.models.config import ModelConfig
 from realjax.rewards.text import Row
@@ -159,7 +159,7 @@ def fill_slots(template: str, words: Mapping[str, Sequence[str]], rng: random.Ra
     return re.sub(r"\{(\w+)\}", lambda match: next(drawn[match[1]]), template)
 
 
-def rows_by_kind(reviews: Sequence[Review], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+def rows_by_kind(reviews: Sequence[Review], rng: random.Random) -> dict[str, list[JsonObject]]:
     """Returns the rows of each kind of data file; an SFT row takes one answer, of either sentiment by chance."""
     return {
         "sft": [{"prompt": r.prompt, "answer": rng.choice(r.pos_answers + r.neg_answers)} for r in reviews],

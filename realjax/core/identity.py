@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,10 +11,10 @@ import numpy as np
 class Identity:
     """Values by the names that messages give them, all of them plain JSON."""
 
-    fixed: Mapping[str, Any]  # with another value it is another run
+    fixed: Mapping[str, object]  # with another value it is another run
     contents: Mapping[str, str]  # as `fixed`, digests of data and models
-    steering: Mapping[str, Any]  # may change on the way, with effect from there on
-    harmless: Mapping[str, Any]  # may change without one
+    steering: Mapping[str, object]  # may change on the way, with effect from there on
+    harmless: Mapping[str, object]  # may change without one
 
 
 def digest(*parts: np.ndarray | bytes | str) -> str:

@@ -22,7 +22,7 @@ from realjax.experiments import common
 from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_eos_ids
-from realjax.options.fields import instances_of
+from realjax.options.fields import find_instances
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
@@ -49,7 +49,7 @@ class Setup:
     def __init__(self, config: RLConfig) -> None:
         """Raises ValueError for data or models that cannot work; nothing is allocated."""
         self.config, self.options = config, config.algorithm.resolved()
-        models = instances_of(config, ModelTrainEvalConfig)
+        models = find_instances(config, ModelTrainEvalConfig)
         self.roles = {name: self._role(name, model) for name, model in models.items() if name not in config.unused}
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
         self.prompts, self.held_out = self._load_prompts()

@@ -3,16 +3,18 @@
 import dataclasses
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswerDatasetConfig, PromptOnlyDatasetConfig
-from realjax.options.fields import instances_of
+from realjax.options.fields import find_instances
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.paths import check_directory_name, find_fileroot
 from realjax.options.void import list_void
 
 Config = TypeVar("Config", bound=CommonExperimentConfig)
+Kind = TypeVar("Kind")
+DATASETS = (PromptAnswerDatasetConfig, PairedComparisonDatasetConfig, PromptOnlyDatasetConfig)
 DatasetConfig = PromptAnswerDatasetConfig | PairedComparisonDatasetConfig | PromptOnlyDatasetConfig
 
 
@@ -36,7 +38,7 @@ def validate(config: CommonExperimentConfig) -> None:
             raise ValueError(
                 f"{name}.path: nothing given; it needs a Hugging Face checkpoint directory or hub identifier"
             )
-    for name, dataset in instances_of(config, DatasetConfig).items():
+    for name, dataset in find_instances(config, DATASETS).items():
         _check_data_files(config, name, dataset)
 
 
@@ -54,12 +56,12 @@ def list_notices(config: CommonExperimentConfig) -> list[str]:
     return notices
 
 
-def _used(config: CommonExperimentConfig, kind: Any) -> dict[str, Any]:
+def _used(config: CommonExperimentConfig, kind: type[Kind]) -> dict[str, Kind]:
     """Returns the models or calls of `config` that its run has, by name."""
-    return {name: value for name, value in instances_of(config, kind).items() if name not in config.unused}
+    return {name: value for name, value in find_instances(config, kind).items() if name not in config.unused}
 
 
-def _check_data_files(config: CommonExperimentConfig, name: str, dataset: Any) -> None:
+def _check_data_files(config: CommonExperimentConfig, name: str, dataset: DatasetConfig) -> None:
     required = "train_path" if hasattr(dataset, "train_path") else "path"
     if not getattr(dataset, required):
         raise ValueError(f"{name}.{required}: nothing given; it needs a .json or .jsonl file")

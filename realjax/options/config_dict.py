@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
+from realjax.core.option import DataclassInstance
 from realjax.options.parsing import build
 from realjax.options.values import optional_members
 
@@ -14,7 +15,7 @@ Config = TypeVar("Config")
 EXPERIMENT_KEY = "experiment"
 
 
-def to_config_dict(config: Any, *, experiment: str | None = None) -> ConfigDict:
+def to_config_dict(config: DataclassInstance | type[DataclassInstance], *, experiment: str | None = None) -> ConfigDict:
     """Returns the options of a dataclass, or of an instance of one, as a ConfigDict.
 
     Aliases are references to the option they stand for, and names without effect are None, so that both can be set from
@@ -38,7 +39,7 @@ def to_config_dict(config: Any, *, experiment: str | None = None) -> ConfigDict:
     return result
 
 
-def _holder(value: Any, annotation: Any) -> Any:
+def _holder(value: object, annotation: object) -> object:
     """Returns what holds an option in a ConfigDict: the value, or a field that also takes None.
 
     ml_collections gives a typed field its type's parser, which knows no `null`; a field of objects reads it as text,
@@ -46,17 +47,17 @@ def _holder(value: Any, annotation: Any) -> Any:
     """
     inner = optional_members(annotation)
     if inner is None:
-        return tuple(value) if get_origin(annotation) in (list, tuple) else value
+        return tuple(value) if isinstance(value, list | tuple) else value
     return config_dict.FieldReference(value, field_type=str if inner is str else object)
 
 
-def from_config_dict(cls: type[Config], config: ConfigDict | Mapping[str, Any]) -> Config:
+def from_config_dict(cls: type[Config], config: ConfigDict | Mapping[str, object]) -> Config:
     """Returns `cls` with the values of `config`, checked as command-line options are."""
     values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     values.pop(EXPERIMENT_KEY, None)
     return build(cls, values)
 
 
-def to_json(config: Any) -> str:
+def to_json(config: DataclassInstance) -> str:
     """Returns the options as indented JSON; `parsing.build` of the loaded text gives an equal instance."""
     return json.dumps(dataclasses.asdict(config), indent=2)

@@ -2,7 +2,6 @@
 
 import shutil
 from textwrap import fill
-from typing import Any
 
 from realjax.options.fields import Option, list_aliases, list_options
 from realjax.options.values import type_label
@@ -55,5 +54,5 @@ def _first_sentence(cls: type) -> str:
     return (cls.__doc__ or "").split("\n")[0].split(". ")[0].rstrip(".") + "."
 
 
-def _default_text(value: Any) -> str:
+def _default_text(value: object) -> str:
     return "null" if value is None else repr(value) if value == "" else str(value)

@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from realjax.core.option import Range
+from realjax.core.option import DataclassInstance, Range
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +15,8 @@ class Option:
     """One option as the user sees it: its dotted path from the root, and the dataclass that owns it."""
 
     path: str
-    annotation: Any
-    default: Any
+    annotation: object
+    default: object
     help: str
     range: Range
     owner: type
@@ -25,34 +27,34 @@ def list_options(cls: type) -> list[Option]:
     return list(_walk(cls, None, ""))
 
 
-def list_aliases(cls: Any, prefix: str = "") -> dict[str, str]:
+def list_aliases(cls: type, prefix: str = "") -> dict[str, str]:
     """Returns the other spelling of each option or group that has one, by its dotted path from the root."""
     aliases = {prefix + path: prefix + name for name, path in getattr(cls, "ALIASES", {}).items()}
     for name, annotation in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(annotation):
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             aliases |= list_aliases(annotation, f"{prefix}{name}.")
     return aliases
 
 
-def _walk(cls: Any, instance: Any, prefix: str) -> Iterator[Option]:
+def _walk(cls: type[DataclassInstance], instance: object, prefix: str) -> Iterator[Option]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        path, annotation, default = prefix + field.name, hints[field.name], default_of(field, instance)
-        if dataclasses.is_dataclass(annotation):
+        path, annotation, default = prefix + field.name, hints[field.name], find_default(field, instance)
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             yield from _walk(annotation, None if default is MISSING else default, f"{path}.")
         else:
             told = {"help": field.metadata.get("help", ""), "range": field.metadata.get("range", Range())}
             yield Option(path=path, annotation=annotation, default=default, owner=cls, **told)
 
 
-def default_of(field: dataclasses.Field, instance: Any = None) -> Any:
+def find_default(field: dataclasses.Field, instance: object = None) -> Any:
     """Returns the field's value in `instance`, else its declared default, else MISSING."""
     if instance is not None:
         return getattr(instance, field.name)
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def instances_of(config: Any, kind: Any) -> dict[str, Any]:
+def find_instances(config: DataclassInstance, kind: type[Kind] | tuple[type[Kind], ...]) -> dict[str, Kind]:
     """Returns the direct fields of `config` that hold a `kind`, by name."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if isinstance(value, kind)}

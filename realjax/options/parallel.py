@@ -7,7 +7,7 @@ from realjax.core.option import check_ranges, nested, option
 from realjax.dataflow.graph import MicroBatches
 from realjax.dataflow.run import AllocationOptions, CallPlacement
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.fields import instances_of
+from realjax.options.fields import find_instances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class MFCConfig:
 
 def allocation_options(config: CommonExperimentConfig) -> AllocationOptions:
     """Returns what `config` says of its machines and of where its calls run."""
-    calls = {name: call for name, call in instances_of(config, MFCConfig).items() if name not in config.unused}
+    calls = {name: call for name, call in find_instances(config, MFCConfig).items() if name not in config.unused}
     return AllocationOptions(
         mode=config.allocation_mode,
         n_nodes=config.n_nodes,

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from difflib import SequenceMatcher
 from typing import Any, TypeVar, get_type_hints
 
-from realjax.options.fields import default_of, list_options
+from realjax.options.fields import find_default, list_options
 from realjax.options.values import convert, type_label, wrong_type
 
 logger = logging.getLogger("realjax.options")
@@ -33,7 +33,7 @@ def parse_overrides(cls: type[Config], overrides: Sequence[str]) -> Config:
     return _assemble(cls, pairs)
 
 
-def build(cls: type[Config], mapping: Mapping[str, Any]) -> Config:
+def build(cls: type[Config], mapping: Mapping[str, object]) -> Config:
     """Returns `cls` with the values of a nested mapping, checked as `parse_overrides` checks them."""
     return _assemble(cls, list(_flatten(mapping, "")))
 
@@ -43,7 +43,7 @@ class Target:
     """What a key means: the option or group at `path`, or, with a `no_effect` reason, nothing."""
 
     path: str
-    annotation: Any = None
+    annotation: object = None
     no_effect: str | None = None
 
 
@@ -70,8 +70,8 @@ def locate(cls: type, key: str) -> Target:
     return Target(path=".".join(path), annotation=annotation)
 
 
-def _assemble(cls: type[Config], pairs: Iterable[tuple[str, Any]]) -> Config:
-    given: dict[str, tuple[str, Any]] = {}
+def _assemble(cls: type[Config], pairs: Iterable[tuple[str, object]]) -> Config:
+    given: dict[str, tuple[str, object]] = {}
     for key, value in pairs:
         target = locate(cls, key)
         if target.no_effect is not None:
@@ -90,9 +90,9 @@ def _assemble(cls: type[Config], pairs: Iterable[tuple[str, Any]]) -> Config:
     return _construct(cls, _nest({path: value for path, (_, value) in given.items()}), None, "")
 
 
-def _convert_target(target: Target, key: str, value: Any) -> list[tuple[str, str, Any]]:
+def _convert_target(target: Target, key: str, value: object) -> list[tuple[str, str, object]]:
     """Returns (path, spelling, value) of each option that `key=value` sets: one, or all of a group given in short."""
-    annotation: Any = target.annotation
+    annotation = target.annotation
     if not dataclasses.is_dataclass(annotation):
         return [(target.path, key, convert(value, annotation, key))]
     from_text = getattr(annotation, "from_text", None)
@@ -108,7 +108,7 @@ def _construct(cls: type, tree: Mapping[str, Any], default: Any, path: str) -> A
     """Builds children before parents, so that every check runs on the final values; errors get the full name."""
     hints, changes, missing = get_type_hints(cls), {}, []
     for field in dataclasses.fields(cls):
-        name, kept = field.name, default_of(field, default)
+        name, kept = field.name, find_default(field, default)
         full_name = f"{path}.{name}".lstrip(".")
         if dataclasses.is_dataclass(hints[name]):
             if name in tree or kept is MISSING:
@@ -133,7 +133,7 @@ def _qualify(message: str, path: str) -> str:
     return f"{prefix}.{message}" if prefix else message
 
 
-def _flatten(mapping: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+def _flatten(mapping: Mapping[str, object], prefix: str) -> Iterable[tuple[str, object]]:
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
@@ -141,7 +141,7 @@ def _flatten(mapping: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = path.split(".")

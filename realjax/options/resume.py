@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import reduce
 
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.fields import list_options
@@ -26,21 +26,18 @@ STEERING = ("exp_ctrl.total_train_epochs", "exp_ctrl.lr_schedule_epochs", "*.opt
 class SortedOptions:
     """The options of a run by what a change of them means for a run that continues."""
 
-    fixed: dict[str, Any]
-    steering: dict[str, Any]
-    harmless: dict[str, Any]
+    fixed: dict[str, object]
+    steering: dict[str, object]
+    harmless: dict[str, object]
 
 
 def sort_options(config: CommonExperimentConfig) -> SortedOptions:
     """Returns the options of the models and calls that the run has, and of everything else, by dotted name."""
     result = SortedOptions(fixed={}, steering={}, harmless={})
     for option in list_options(type(config)):
-        first, *rest = option.path.split(".")
-        if first in config.unused:
+        if option.path.partition(".")[0] in config.unused:
             continue
-        value: Any = getattr(config, first)
-        for name in rest:
-            value = getattr(value, name)
+        value = reduce(getattr, option.path.split("."), config)
         if any(fnmatchcase(option.path, pattern) for pattern in HARMLESS):
             result.harmless[option.path] = value
         elif any(fnmatchcase(option.path, pattern) for pattern in STEERING):

@@ -4,7 +4,8 @@ import json
 import math
 import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable
+from typing import Literal, SupportsFloat, Union, get_args, get_origin
 
 NULL_TEXTS = ("null", "None", "none", "~")
 BOOL_TEXTS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -24,7 +25,7 @@ LONGEST_SHOWN = 200  # characters of a value in an error
 MOST_DIGITS = 18  # Python reads no more than 4,300, and nothing here counts beyond 64 bits
 
 
-def convert(value: Any, annotation: Any, name: str) -> Any:
+def convert(value: object, annotation: object, name: str) -> object:
     """Returns `value` as the annotated type. ValueError naming option, value and needed type when it is not one."""
     members = optional_members(annotation)
     if members is not None:
@@ -39,7 +40,7 @@ def convert(value: Any, annotation: Any, name: str) -> Any:
     return _CONVERTERS[annotation](value, name)
 
 
-def optional_members(annotation: Any) -> Any:
+def optional_members(annotation: object) -> object:
     """Returns X for the annotation `X | None`, and None for any other."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return None
@@ -49,7 +50,7 @@ def optional_members(annotation: Any) -> Any:
     return members[0]
 
 
-def type_label(annotation: Any) -> str:
+def type_label(annotation: object) -> str:
     """Returns the type as help and errors name it, such as `int or null` or `adam|empty`."""
     members = optional_members(annotation)
     if members is not None:
@@ -58,6 +59,7 @@ def type_label(annotation: Any) -> str:
         return "|".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
         return f"list of {type_label(get_args(annotation)[0])}"
+    assert isinstance(annotation, type), f"{annotation}: an option is of a plain type"
     return annotation.__name__
 
 
@@ -69,14 +71,14 @@ def unquote(text: str) -> str:
     return text
 
 
-def wrong_type(name: str, value: Any, needed: str) -> ValueError:
+def wrong_type(name: str, value: object, needed: str) -> ValueError:
     """Returns the error that says what the option `name` was given and what it needs."""
     found = "null" if value is None else repr(value)
     found = found if len(found) <= LONGEST_SHOWN else f"{found[:LONGEST_SHOWN]}..."
     return ValueError(f"{name}: found {found}; it needs {needed}")
 
 
-def _to_bool(value: Any, name: str) -> bool:
+def _to_bool(value: object, name: str) -> bool:
     if isinstance(value, bool):
         return value
     known = BOOL_TEXTS.get(unquote(value).lower() if isinstance(value, str) else str(value))
@@ -85,7 +87,7 @@ def _to_bool(value: Any, name: str) -> bool:
     return known
 
 
-def _to_int(value: Any, name: str) -> int:
+def _to_int(value: object, name: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**MOST_DIGITS:
         return value
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(_\d+)*", text := unquote(value)):
@@ -95,9 +97,11 @@ def _to_int(value: Any, name: str) -> int:
     raise wrong_type(name, value, "int (a whole number such as 1 or 1_000)")
 
 
-def _to_float(value: Any, name: str) -> float:
+def _to_float(value: object, name: str) -> float:
     try:
-        number = float("" if isinstance(value, bool) else unquote(value) if isinstance(value, str) else value)
+        if isinstance(value, bool) or not isinstance(value, str | SupportsFloat):
+            raise TypeError
+        number = float(unquote(value) if isinstance(value, str) else value)
     except (TypeError, ValueError):
         raise wrong_type(name, value, "float (a number such as 0.1 or 1e-5)") from None
     if not math.isfinite(number):
@@ -105,7 +109,7 @@ def _to_float(value: Any, name: str) -> float:
     return number
 
 
-def _to_str(value: Any, name: str) -> str:
+def _to_str(value: object, name: str) -> str:
     if isinstance(value, Verbatim):
         return str(value)
     if not isinstance(value, str) or value in NULL_TEXTS:
@@ -113,10 +117,11 @@ def _to_str(value: Any, name: str) -> str:
     return unquote(value)
 
 
-_CONVERTERS = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
+_Converter = Callable[[object, str], object]
+_CONVERTERS: dict[object, _Converter] = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
 
 
-def _choice(value: Any, annotation: Any, name: str) -> Any:
+def _choice(value: object, annotation: object, name: str) -> object:
     text = unquote(value) if isinstance(value, str) else str(value)
     for choice in get_args(annotation):
         if text == str(choice):
@@ -124,7 +129,7 @@ def _choice(value: Any, annotation: Any, name: str) -> Any:
     raise wrong_type(name, value, f"one of {', '.join(str(choice) for choice in get_args(annotation))}")
 
 
-def _split_list(value: Any, annotation: Any, name: str) -> list:
+def _split_list(value: object, annotation: object, name: str) -> list[object]:
     """Returns a list's items: a recipe's as they are, those of a text by the quotes of Python, JSON or Hydra."""
     if isinstance(value, list | tuple):
         return [Verbatim(item) if isinstance(item, str) else item for item in value]

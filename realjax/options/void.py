@@ -13,6 +13,7 @@ from realjax.algorithms.remax import ReMaxParameters
 from realjax.algorithms.rloo import RLOOParameters
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.optimizer_config import OptimizerConfig
+from realjax.core.option import DataclassInstance
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
@@ -28,7 +29,7 @@ class Void:
     """
 
     options: tuple[str, ...]
-    when: Mapping[str, Any] = field(default_factory=dict)  # nothing: always
+    when: Mapping[str, object] = field(default_factory=dict)  # nothing: always
     reason: str | None = None  # in place of the condition's words
 
 
@@ -146,8 +147,8 @@ def list_void(config: CommonExperimentConfig) -> list[str]:
     """
     lines = []
     for prefix, node, default in walk_groups(config, type(config)(), ""):
-        for rule in _rules_of(node):
-            if all(_is_one_of(value_at(node, name), wanted) for name, wanted in rule.when.items()):
+        for rule in _find_rules(node):
+            if all(_is_among(value_at(node, name), wanted) for name, wanted in rule.when.items()):
                 given = [f"{prefix}{name}" for option in rule.options for name in _given(node, default, option)]
                 words = " and ".join(f"{prefix}{name}={value_at(node, name)}" for name in rule.when)
                 if given:
@@ -156,40 +157,43 @@ def list_void(config: CommonExperimentConfig) -> list[str]:
     return lines
 
 
-def walk_groups(node: Any, default: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+def walk_groups(
+    node: DataclassInstance, default: object, prefix: str
+) -> Iterator[tuple[str, DataclassInstance, object]]:
     """Yields every dataclass of the tree with its path, and its counterpart among the defaults."""
     yield prefix, node, default
     for one in dataclasses.fields(node):
-        if dataclasses.is_dataclass(value := getattr(node, one.name)):
+        value = getattr(node, one.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from walk_groups(value, getattr(default, one.name), f"{prefix}{one.name}.")
 
 
-def _rules_of(node: Any) -> list[Void]:
+def _find_rules(node: object) -> list[Void]:
     return [rule for cls, rules in VOID.items() if isinstance(node, cls) for rule in rules]
 
 
-def value_at(node: Any, path: str) -> Any:
+def value_at(node: object, path: str) -> Any:
     """Returns what stands at a dotted path, a property among them; the node itself at the empty one."""
     return reduce(getattr, path.split(".") if path else (), node)
 
 
-def _is_one_of(value: Any, wanted: Any) -> bool:
+def _is_among(value: object, wanted: object) -> bool:
     return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
-def _given(node: Any, default: Any, path: str) -> list[str]:
+def _given(node: DataclassInstance, default: object, path: str) -> list[str]:
     """Returns the paths of the options at `path`, one or those of a group, that are not at their defaults."""
     value, usual = value_at(node, path), value_at(default, path)
-    if not dataclasses.is_dataclass(value):
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return [spell_path(node, path)] if value != usual else []
     inner = (name for one in dataclasses.fields(value) for name in _given(value, usual, one.name))
     return [spell_path(node, f"{path}.{name}") for name in inner]
 
 
-def spell_path(node: Any, path: str) -> str:
+def spell_path(node: DataclassInstance, path: str) -> str:
     """Returns the path with the name of the algorithm's own group for `algorithm`."""
     first, _, rest = path.partition(".")
     if first != "algorithm":
         return path
-    group = next(one.name for one in dataclasses.fields(node) if getattr(node, one.name) is node.algorithm)
+    group = next(one.name for one in dataclasses.fields(node) if getattr(node, one.name) is value_at(node, "algorithm"))
     return f"{group}.{rest}"

@@ -11,14 +11,14 @@ import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from realjax.core.faults import naming
-from realjax.core.json_text import parse_json
+from realjax.core.json_text import JsonObject, parse_json
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_MODES = ("disabled", "offline", "online")
@@ -62,7 +62,7 @@ class MetricsWriter:
             raise ValueError(f"metrics: names {reserved} are taken by the record itself {RECORD_KEYS}; rename them")
         values = {name: plain_value(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if isinstance(value, str) or math.isfinite(value)}
-        record: dict[str, Any] = {"step": int(step), "kind": kind, "time": time.time()}
+        record: JsonObject = {"step": int(step), "kind": kind, "time": time.time()}
         record |= {name: finite.get(name) for name in values}
         if len(finite) < len(values):
             record["nonfinite"] = [name for name in values if name not in finite]
@@ -126,7 +126,7 @@ class TensorBoardFile:
             self._events.close()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[JsonObject]:
     """Records of a metrics file in written order; a torn last line (killed while writing) is left out.
 
     ValueError names the line of any other unreadable record.
@@ -145,7 +145,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _record(line: bytes) -> dict[str, Any]:
+def _record(line: bytes) -> JsonObject:
     record = parse_json(line)
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError("no JSON object with a step")
@@ -176,7 +176,7 @@ def replace_text(path: str | Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def plain_value(value: Any) -> Metric:
+def plain_value(value: SupportsFloat | str) -> Metric:
     """A Python str, int or float from those or from a scalar of NumPy or JAX."""
     if isinstance(value, str):
         return value

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from realjax.core.json_text import JsonObject
 from realjax.record.console import format_value
 from realjax.record.metrics import METRICS_FILE, RECORD_KEYS, read_metrics, replace_text
 
@@ -40,7 +40,7 @@ class Section:
     title: str
     kind: str = "table"
     columns: tuple[str, ...] = ()
-    rows: tuple[tuple[Any, ...], ...] = ()
+    rows: tuple[tuple[object, ...], ...] = ()
     text: str = ""
     image: str | Path | None = None
 
@@ -80,7 +80,7 @@ def write_report(
     return path
 
 
-def collect_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+def collect_series(records: Iterable[JsonObject]) -> dict[str, Series]:
     """Curves per metric name: numeric values of >= 2 steps in some kind, in the order of `MAIN_METRICS`, then by name.
 
     The last record of a step counts; non-finite values (null in the file) are left out, as are metrics that never
@@ -142,7 +142,7 @@ def smooth(values: np.ndarray, *, window: int) -> np.ndarray:
     return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 
 
-def curve_parts(records: Sequence[Mapping[str, Any]], run_dir: Path) -> list[str]:
+def curve_parts(records: Sequence[JsonObject], run_dir: Path) -> list[str]:
     """HTML of all curves, the secondary ones folded, drawing each into `curves/`; says why when there is none."""
     curves = collect_series(records)
     if not curves:
@@ -180,7 +180,7 @@ def curve_paths(names: Iterable[str], folder: Path) -> dict[str, Path]:
     return paths
 
 
-def last_metrics_parts(records: Iterable[Mapping[str, Any]]) -> list[str]:
+def last_metrics_parts(records: Iterable[JsonObject]) -> list[str]:
     """A table with one column per kind: the last record of each."""
     last = {record["kind"]: record for record in records}
     if not last:
@@ -191,7 +191,7 @@ def last_metrics_parts(records: Iterable[Mapping[str, Any]]) -> list[str]:
     return ["<h2>Last metrics</h2>", table_html(columns, rows, numeric=True)]
 
 
-def cell_text(name: str, record: Mapping[str, Any]) -> str:
+def cell_text(name: str, record: JsonObject) -> str:
     """A metric of a record as text: empty when the record has no such metric."""
     if name not in record:
         return ""
@@ -209,7 +209,7 @@ def section_html(section: Section) -> str:
     return heading + f"<figure>{image_html(Path(section.image), section.title)}</figure>"
 
 
-def table_html(columns: Sequence[str], rows: Iterable[Iterable[Any]], *, numeric: bool = False) -> str:
+def table_html(columns: Sequence[str], rows: Iterable[Iterable[object]], *, numeric: bool = False) -> str:
     """A table; without `columns` the first cell of each row is its heading."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = []

@@ -60,7 +60,7 @@ class Timeline:
         """Seconds since the run began."""
         return time.perf_counter() - self._began
 
-    def watch(self, results: Any, *, start: float, **fields: Any) -> None:
+    def watch(self, results: object, *, start: float, **fields: Any) -> None:
         """Records the call that produces `results` when they are ready; returns at once."""
         owners = {device.process_index for leaf in jax.tree.leaves(results) for device in leaf.sharding.device_set}
         if not owners:  # nothing to wait for: the call has waited itself

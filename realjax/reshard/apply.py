@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from realjax.reshard.movers import MOVERS, find_route, make_groups, staged_bytes
 from realjax.reshard.plan import ReshardPlan, plan_leaves, plan_reshard
@@ -36,15 +37,18 @@ class ReshardReport:
         return f"{text} in {self.seconds:.3f} s ({self.bytes_moved / 1e9 / max(self.seconds, 1e-9):.2f} GB/s)"
 
 
+Arrays = TypeVar("Arrays")  # a tree of arrays, which keeps its form
+
+
 def reshard(
-    tree: Any,
-    destination_shardings: Any,
+    tree: Arrays,
+    destination_shardings: object,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     free_source: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     block: bool = False,
-) -> tuple[Any, ReshardReport]:
+) -> tuple[Arrays, ReshardReport]:
     """Returns the tree in `destination_shardings`, bit for bit, and a report; `dtype` becomes that of floating leaves.
 
     A leaf that is in place is returned itself, and one whose destination shards all exist shares them: drop such a
@@ -73,7 +77,7 @@ def reshard(
     return jax.tree.unflatten(treedef, moved), report
 
 
-def ema_update(destination: Any, source: Any, eta: float, *, chunk_bytes: int = CHUNK_BYTES) -> Any:
+def ema_update(destination: Arrays, source: object, eta: float, *, chunk_bytes: int = CHUNK_BYTES) -> Arrays:
     """Returns `eta * source + (1 - eta) * destination` in the destination's layout, kind of memory and dtype.
 
     The source stays as it is; `destination` is consumed. Computed in float32; eta=1 copies and eta=0 keeps bitwise.
@@ -103,12 +107,12 @@ def ema_update(destination: Any, source: Any, eta: float, *, chunk_bytes: int = 
     return jax.tree.unflatten(treedef, results)
 
 
-def on_host(shardings: Any) -> Any:
+def on_host(shardings: Arrays) -> Arrays:
     """Returns the tree of shardings with the same layout in pinned host memory."""
     return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
 
 
-def check_alive(tree: Any) -> None:
+def check_alive(tree: object) -> None:
     """Raises ValueError for a leaf that is no jax.Array, or of which a shard has been freed."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -123,7 +127,7 @@ def check_alive(tree: Any) -> None:
             )
 
 
-def _plan_update(destination: Any, source: Any) -> ReshardPlan:
+def _plan_update(destination: object, source: object) -> ReshardPlan:
     """Returns the plan of `source` into the device memory of `destination`, in the dtypes of `destination`."""
     shardings = [jax.tree.map(lambda a: a.sharding, tree) for tree in (source, destination)]
     plan = plan_reshard(source, shardings[0], jax.tree.map(lambda s: s.with_memory_kind("device"), shardings[1]))

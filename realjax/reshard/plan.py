@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby, product
 from math import gcd, prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
+from jax.typing import DTypeLike
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) of every dim, in the coordinates of the whole array
 
@@ -132,7 +133,7 @@ class ReshardPlan:
 
 
 def plan_reshard(
-    abstract_tree: Any, source_shardings: Any, destination_shardings: Any, *, dtype: Any = None
+    abstract_tree: object, source_shardings: object, destination_shardings: object, *, dtype: DTypeLike | None = None
 ) -> ReshardPlan:
     """Returns how a tree of arrays (or of `jax.ShapeDtypeStruct`) moves; floating leaves become `dtype` where one is
     given.
@@ -211,7 +212,7 @@ def cells(box: Box, cell_shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     yield from product(*(range(start, stop, step) for (start, stop), step in zip(box, cell_shape)))
 
 
-def target_dtype(leaf_dtype: Any, dtype: Any) -> np.dtype:
+def target_dtype(leaf_dtype: DTypeLike, dtype: DTypeLike | None) -> np.dtype:
     """Returns `dtype` for a floating leaf where one is asked for, the leaf's own otherwise."""
     floating = jnp.issubdtype(leaf_dtype, jnp.floating)
     return np.dtype(dtype if dtype is not None and floating else leaf_dtype)
@@ -232,11 +233,14 @@ def describe_sharding(sharding: Sharding) -> str:
     return f"{tuple(sharding.spec)} of {axes} on {ids}{kind}"
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def _flatten(tree: object) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}
 
 
-def _same_paths(leaves: dict[str, Any], other: dict[str, Any], subject: str) -> dict[str, Any]:
+Leaf = TypeVar("Leaf")
+
+
+def _same_paths(leaves: dict[str, Any], other: dict[str, Leaf], subject: str) -> dict[str, Leaf]:
     missing, unknown = sorted(leaves.keys() - other.keys()), sorted(other.keys() - leaves.keys())
     if missing or unknown:
         raise ValueError(

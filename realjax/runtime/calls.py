@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Done:
 
     batch: Batch
     metrics: Sequence[Metrics] = ()  # one dict for each update
-    results: Any = ()  # arrays that are ready when the call is; none: it has waited itself
+    results: object = ()  # arrays that are ready when the call is; none: it has waited itself
     num_tokens: int = 0
     bytes_moved: int = 0
     peak_bytes: int = 0  # on the fullest of its devices
@@ -148,7 +148,7 @@ def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:
         )
 
 
-def _peak_bytes(executor: "Executor", mfc: ModelCall, given: Any, program_bytes: int) -> int:
+def _peak_bytes(executor: "Executor", mfc: ModelCall, given: object, program_bytes: int) -> int:
     """Returns what a device of the call holds while its program runs on `given`: the program's, and the rest."""
     devices: Iterable[jax.Device] = executor.plan.layouts[mfc.name].devices
     return program_bytes + bytes_held_beside(given, executor.states, devices)

@@ -13,7 +13,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from realjax.core.json_text import JsonObject
 from realjax.core.processes import from_first, is_first, largest
+from realjax.core.trees import Tree
+from realjax.engine.state import TrainState
 from realjax.reshard.apply import reshard
 from realjax.runtime.manifest import find_damage, write_manifest
 
@@ -30,8 +33,8 @@ class RunState:
     """
 
     step: int  # steps finished
-    roles: Mapping[str, Any]  # trained roles' TrainStates (or, to restore into, their abstract ones)
-    counters: Mapping[str, Any] = field(default_factory=dict)  # small JSON values: the seed, controllers, best metrics
+    roles: Mapping[str, TrainState | Tree]  # trained roles' TrainStates (or, to restore into, their abstract ones)
+    counters: JsonObject = field(default_factory=dict)  # small values: the seed, controllers, best metrics
     # By role, the empty layers at the end of its stacks: a run that goes on with other pipeline stages has others.
     empty_layers: Mapping[str, int] = field(default_factory=dict)
 
@@ -137,7 +140,7 @@ def find_save(directory: Path) -> RunState | None:
 
 
 def refuse_other_arrays(
-    directory: Path, save: RunState, abstract_roles: Mapping[str, Any], empty_layers: Mapping[str, int]
+    directory: Path, save: RunState, abstract_roles: Mapping[str, TrainState | Tree], empty_layers: Mapping[str, int]
 ) -> None:
     """Raises ValueError when the save's arrays are not those of the roles. Orbax would notice half way through."""
     for name, role in abstract_roles.items():
@@ -146,7 +149,7 @@ def refuse_other_arrays(
 
 
 def restore(
-    directory: Path, save: RunState, abstract_roles: Mapping[str, Any], empty_layers: Mapping[str, int]
+    directory: Path, save: RunState, abstract_roles: Mapping[str, TrainState | Tree], empty_layers: Mapping[str, int]
 ) -> RunState:
     """Returns the save with its roles, laid out as the abstract states say, with as many empty layers by role.
 
@@ -180,7 +183,7 @@ def clear_after(directory: Path, step: int) -> None:
         shutil.rmtree(unfinished)
 
 
-def _restore_items(path: Path, **items: Any) -> Any:
+def _restore_items(path: Path, **items: ocp.args.CheckpointArgs) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.Composite(**items))
 
@@ -189,7 +192,7 @@ def _nothing() -> None:
     """Does nothing."""
 
 
-def _saved_shardings(state: Any) -> Any:
+def _saved_shardings(state: object) -> Any:
     """Returns the shardings in which Orbax saves a state: its own, or over all devices where a process has no shard.
 
     Orbax cannot save what one of several processes lacks.
@@ -199,14 +202,14 @@ def _saved_shardings(state: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, state)
     mesh = Mesh(np.array(jax.devices(), dtype=object), ("all",), axis_types=(AxisType.Auto,))
 
-    def one(leaf: Any) -> NamedSharding:
+    def one(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         dim = next((d for d, size in enumerate(leaf.shape) if size % mesh.size == 0), None)
         return NamedSharding(mesh, PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, "all"))
 
     return jax.tree.map(one, state)
 
 
-def _in_saved_shardings(abstract: Any) -> Any:
+def _in_saved_shardings(abstract: object) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
@@ -214,7 +217,7 @@ def _in_saved_shardings(abstract: Any) -> Any:
     )
 
 
-def _refuse_other_arrays(directory: Path, saved_empty: int, abstract: Any, needed_empty: int) -> None:
+def _refuse_other_arrays(directory: Path, saved_empty: int, abstract: object, needed_empty: int) -> None:
     # Orbax would notice too, half way through its reads, and leave them behind.
     saved = _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(directory)).tree, saved_empty)
     needed = _shapes(abstract, needed_empty)
@@ -228,7 +231,7 @@ def _refuse_other_arrays(directory: Path, saved_empty: int, abstract: Any, neede
         )
 
 
-def _shapes(tree: Any, num_empty: int) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: object, num_empty: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a state's arrays by path, stacks of layers without their empty ones."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+from realjax.core.json_text import JsonObject
 
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
@@ -43,8 +44,8 @@ def find_damage(directory: Path, *, share: int = 0, num_shares: int = 1) -> str 
     return f"'{changed[0]}' is not as it was written" if changed else None
 
 
-def _describe(directory: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    def one(name: str) -> dict[str, Any]:
+def _describe(directory: Path, names: Sequence[str]) -> list[JsonObject]:
+    def one(name: str) -> JsonObject:
         path = directory / name
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any
 
 import jax
 from jax import Array
@@ -10,7 +9,7 @@ from jax import Array
 from realjax.reshard.plan import memory_kind
 
 
-def bytes_held_beside(given: Any, states: Any, devices: Iterable[jax.Device]) -> int:
+def bytes_held_beside(given: object, states: object, devices: Iterable[jax.Device]) -> int:
     """Returns the most bytes that one of the devices holds of the states' arrays but for those that `given` has.
 
     What waits in host memory does not count. A copy counts in full, also one that shares shards with its source.

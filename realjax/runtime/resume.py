@@ -4,9 +4,9 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 from realjax.core.identity import Identity
+from realjax.core.json_text import JsonObject
 from realjax.core.processes import from_first, is_first
 from realjax.dataflow.run import RunSpec
 from realjax.record.metrics import replace_text
@@ -92,7 +92,7 @@ def empty_layers(roles: Mapping[str, Role], names: Iterable[str]) -> dict[str, i
     return {name: roles[name].model.config.num_empty_layers for name in names}
 
 
-def compare(saved: Mapping[str, Any], identity: Identity, subject: str) -> list[str]:
+def compare(saved: JsonObject, identity: Identity, subject: str) -> list[str]:
     """Returns the changes that take effect from here on, each `name before -> now`; the log lists all that are allowed.
 
     Raises ValueError for one that would make it another run. What only one side knows of is not compared.
@@ -117,7 +117,7 @@ def compare(saved: Mapping[str, Any], identity: Identity, subject: str) -> list[
     return changes["steering"]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 

@@ -12,6 +12,7 @@ from realjax.core.layout import MESH_AXES
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
+MOST_ANY = 8  # in 1,000 lines of the package
 SOURCES = sorted(
     path for part in ("realjax", "configs", "launch", "tools", "tests") for path in (ROOT / part).rglob("*.py")
 )
@@ -53,6 +54,17 @@ def test_functions_are_short():
             if isinstance(node, FUNCTIONS) and (node.end_lineno or 0) - node.lineno + 1 > MOST_FUNCTION_LINES:
                 too_long[f"{place(path, node)} {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
     assert not too_long
+
+
+def test_types_are_named():
+    """`Any` is for what has no type that could be written, and counts wherever it stands, in an alias too."""
+    found = {}
+    for path in PACKAGE:
+        names = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name | ast.Attribute)]
+        found[path] = sum((node.id if isinstance(node, ast.Name) else node.attr) == "Any" for node in names)
+    num_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE)
+    most = {str(path.relative_to(ROOT)): count for path, count in found.items() if count > 4}
+    assert sum(found.values()) <= MOST_ANY * num_lines / 1000, most
 
 
 def test_no_exception_is_swallowed():

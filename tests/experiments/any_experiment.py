@@ -20,7 +20,7 @@ from realjax.options.datasets import (
     PromptAnswerDatasetConfig,
     PromptOnlyDatasetConfig,
 )
-from realjax.options.fields import instances_of
+from realjax.options.fields import find_instances
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import allocation_options
 from realjax.options.parsing import parse_overrides
@@ -93,7 +93,7 @@ def options_of(experiment: str, given: Given, root: Path, **changes: Any) -> dic
         "experiment_name": "any", "trial_name": "trial", "fileroot": root, "mode": "local",
         "allocation_mode": "d1p1m1", "n_gpus_per_node": 1,
     }  # fmt: skip
-    for name, model in instances_of(default, ModelTrainEvalConfig).items():
+    for name, model in find_instances(default, ModelTrainEvalConfig).items():
         options[f"{name}.path"] = given.reward_model if model.is_critic else given.language_model
     for name, dataset in vars(default).items():
         if name.startswith("dataset"):
@@ -120,5 +120,5 @@ def make_spec(experiment: str, options: Mapping[str, Any]) -> RunSpec:
 
 def used_models(experiment: str) -> dict[str, bool]:
     """Returns the models of an experiment by name, with whether they end in a scalar head."""
-    models = instances_of(EXPERIMENTS[experiment].config_cls(), ModelTrainEvalConfig)
+    models = find_instances(EXPERIMENTS[experiment].config_cls(), ModelTrainEvalConfig)
     return {name: model.is_critic for name, model in models.items()}

@@ -9,7 +9,7 @@ from realjax.allocation.allocate import allocate
 from realjax.apps.quickstart import EXPERIMENTS
 from realjax.dataflow.graph import Inference, MicroBatches
 from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec
-from realjax.options.fields import instances_of
+from realjax.options.fields import find_instances
 from realjax.options.parallel import MFCConfig
 from tests.experiments.any_experiment import Given, make_spec, options_of, write_given
 
@@ -26,7 +26,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 def test_an_evaluation_is_split_as_training_is(experiment: str, option: str, given: Given, tmp_path: Path):
     name, _, value = option.partition("=")
     config = EXPERIMENTS[experiment].config_cls()
-    calls = {f"{call}__{name}": value for call in instances_of(config, MFCConfig)}
+    calls = {f"{call}__{name}": value for call in find_instances(config, MFCConfig)}
     options = options_of(experiment, given, tmp_path, **calls, eval_freq_steps=1)
     options["dataset.valid_path"] = options.get("dataset.train_path") or options["dataset.path"]
     spec = make_spec(experiment, options)
