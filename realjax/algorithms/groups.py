@@ -15,7 +15,7 @@ from realjax.algorithms.returns import (
     whiten,
 )
 from realjax.core.host_call import Arrays, HostResult
-from realjax.core.metrics import Metric, Total, mean_of, std_of
+from realjax.core.metrics import Metric, Total, measure_mean, measure_std
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +77,8 @@ def spread_advantages(
     advantages = discounted_to_tokens(trained, advantages_RS, parameters.discount)
     reported = rollout_metrics(arrays, responses, parameters) | penalty.metrics | dict(metrics)
     reported |= {
-        "advantage": mean_of(advantages, trained.mask),
-        "advantage_std": std_of(advantages, trained.mask),
+        "advantage": measure_mean(advantages, trained.mask),
+        "advantage_std": measure_std(advantages, trained.mask),
         "trained_seqs": Total(float(trained.num_seqs)),
     }
     if parameters.adv_norm:

@@ -16,7 +16,7 @@ from realjax.algorithms.kl import Estimator
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import Responses, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.metrics import mean_of
+from realjax.core.metrics import measure_mean
 from realjax.core.option import check_conditions, option
 
 
@@ -85,9 +85,9 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: GRPOParamete
         penalty=penalty,
         parameters=parameters,
         metrics={
-            "group_std": mean_of(std, responses.exists),
-            "uniform_group_share": mean_of(is_uniform, responses.exists),
-            "overlong_penalty": mean_of(overlong, responses.exists),
+            "group_std": measure_mean(std, responses.exists),
+            "uniform_group_share": measure_mean(is_uniform, responses.exists),
+            "overlong_penalty": measure_mean(overlong, responses.exists),
         },
     )
 

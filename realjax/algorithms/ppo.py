@@ -23,7 +23,7 @@ from realjax.algorithms.value_norm import Statistics, read_statistics, update_st
 from realjax.core.batch import Batch
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.loss import Loss, LossSums
-from realjax.core.metrics import Last, Mean, Total, mean_of, std_of
+from realjax.core.metrics import Last, Mean, Total, measure_mean, measure_std
 from realjax.core.option import option
 from realjax.core.segments import move_to_next
 
@@ -85,11 +85,11 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: PPOParameter
     values_before = responses.select(move_to_next(values, responses.segment_ids))
     metrics = rollout_metrics(arrays, responses, parameters) | penalty.metrics
     metrics |= {
-        "advantage": mean_of(advantages, responses.mask),
-        "advantage_std": std_of(advantages, responses.mask),
-        "returns": mean_of(returns, responses.mask),
-        "returns_std": std_of(returns, responses.mask),
-        "values": mean_of(values_before, responses.mask),
+        "advantage": measure_mean(advantages, responses.mask),
+        "advantage_std": measure_std(advantages, responses.mask),
+        "returns": measure_mean(returns, responses.mask),
+        "returns_std": measure_std(returns, responses.mask),
+        "values": measure_mean(values_before, responses.mask),
         "explained_variance": Last(_explained_variance(values_before[responses.mask], returns[responses.mask])),
     }
     outputs = {

@@ -10,7 +10,7 @@ from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.metrics import mean_of
+from realjax.core.metrics import measure_mean
 from realjax.core.option import option
 
 
@@ -55,7 +55,7 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: ReMaxParamet
         )
     baseline = groups.sum(np.where(is_baseline, scores, 0)) / np.maximum(num_baselines, 1)
     advantages = scores + sampled.sum(penalty.rewards) - baseline
-    metrics = {"baseline_reward": mean_of(arrays["rewards"].astype(np.float64), is_baseline)}
+    metrics = {"baseline_reward": measure_mean(arrays["rewards"].astype(np.float64), is_baseline)}
     return spread_advantages(
         arrays, sampled, advantages, sampled.exists, penalty=penalty, parameters=parameters, metrics=metrics
     )

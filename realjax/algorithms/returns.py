@@ -7,7 +7,7 @@ import numpy as np
 from realjax.algorithms.kl import KL_COEFFICIENT, MAX_EXPONENT, adapt_coefficient, estimate_kl, kl_coefficient
 from realjax.algorithms.policy import PolicyParameters
 from realjax.core.host_call import Arrays, State
-from realjax.core.metrics import Last, Least, Metric, Most, Total, mean_of, std_of
+from realjax.core.metrics import Last, Least, Metric, Most, Total, measure_mean, measure_std
 from realjax.core.segments import move_to_next, segment_mask, spread_to_tokens
 
 
@@ -26,10 +26,10 @@ class Responses:
         """Returns the responses of a rollout, from its `segment_ids`, `loss_mask` and (for S) `has_eos`."""
         segment_ids = arrays["segment_ids"]
         exists = segment_mask(segment_ids, arrays["has_eos"].shape[1])
-        return cls._of(arrays["loss_mask"].astype(bool) & (segment_ids > 0), segment_ids, exists)
+        return cls._make(arrays["loss_mask"].astype(bool) & (segment_ids > 0), segment_ids, exists)
 
     @classmethod
-    def _of(cls, mask: np.ndarray, segment_ids: np.ndarray, exists: np.ndarray) -> "Responses":
+    def _make(cls, mask: np.ndarray, segment_ids: np.ndarray, exists: np.ndarray) -> "Responses":
         rows, times = np.nonzero(mask)
         last = np.full(exists.shape, -1)
         np.maximum.at(last, (rows, segment_ids[rows, times] - 1), times)
@@ -38,7 +38,7 @@ class Responses:
 
     def only(self, sequences_RS: np.ndarray) -> "Responses":
         """Returns the responses of these sequences; the others' tokens become like prompts."""
-        return self._of(self.mask & (self.spread(sequences_RS) > 0), self.segment_ids, self.exists & sequences_RS)
+        return self._make(self.mask & (self.spread(sequences_RS) > 0), self.segment_ids, self.exists & sequences_RS)
 
     def select(self, values: np.ndarray) -> np.ndarray:
         """Returns float64 `values` `[R, T]`, 0 off the responses; what stands there, nan included, is not looked at."""
@@ -97,13 +97,13 @@ def kl_penalty(arrays: Arrays, state: State, responses: Responses, parameters: P
         return Penalty(rewards=rewards, state={}, metrics={})
     old = responses.select(arrays[parameters.old_logprobs])
     reference = responses.select(arrays["ref_logprobs"])
-    of_responses = mean_of(responses.sum(old - reference), responses.exists)
+    of_responses = measure_mean(responses.sum(old - reference), responses.exists)
     if parameters.kl_in == "reward":
         rewards = -coefficient * estimate_kl(old, reference, parameters.kl_estimator)
     metrics: dict[str, Metric] = {
-        "kl": mean_of(old - reference, responses.mask),
+        "kl": measure_mean(old - reference, responses.mask),
         "kl_per_response": of_responses,
-        "kl_reward": mean_of(rewards, responses.mask),
+        "kl_reward": measure_mean(rewards, responses.mask),
         "kl_coef": Last(coefficient),
     }
     if not parameters.use_adaptive_kl_ctl:
@@ -182,13 +182,13 @@ def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyPara
     """
     exists, rewards = responses.exists, arrays["rewards"].astype(np.float64)
     metrics: dict[str, Metric] = {
-        "task_reward": mean_of(rewards, exists),
-        "task_reward_std": std_of(rewards, exists),
+        "task_reward": measure_mean(rewards, exists),
+        "task_reward_std": measure_std(rewards, exists),
         **answer_metrics(arrays, responses),
     }
     if parameters.recompute_logprobs:
         gap = np.abs(responses.select(arrays["old_logprobs"]) - responses.select(arrays["logprobs"]))
-        metrics["sampler_error"] = mean_of(np.exp(np.minimum(gap, MAX_EXPONENT)), responses.mask)
+        metrics["sampler_error"] = measure_mean(np.exp(np.minimum(gap, MAX_EXPONENT)), responses.mask)
     return metrics
 
 
@@ -203,13 +203,13 @@ def answer_metrics(arrays: Arrays, responses: Responses) -> dict[str, Metric]:
     lens = responses.lens[exists]
     sampled = responses.select(arrays["logprobs"])
     return {
-        "avg_seq_len": mean_of(seq_lens, exists),
-        "avg_prompt_len": mean_of(seq_lens - responses.lens, exists),
-        "avg_response_len": mean_of(responses.lens, exists),
+        "avg_seq_len": measure_mean(seq_lens, exists),
+        "avg_prompt_len": measure_mean(seq_lens - responses.lens, exists),
+        "avg_response_len": measure_mean(responses.lens, exists),
         "min_response_len": Least(float(lens.min(initial=lens.max(initial=0)))),
         "max_response_len": Most(float(lens.max(initial=0))),
-        "eos_share": mean_of(arrays["has_eos"], exists),
-        "entropy_estimate": mean_of(-sampled, responses.mask),
+        "eos_share": measure_mean(arrays["has_eos"], exists),
+        "entropy_estimate": measure_mean(-sampled, responses.mask),
         "n_tokens": Total(float(responses.num_tokens)),
         "n_seqs": Total(float(responses.num_seqs)),
     }

@@ -9,7 +9,7 @@ from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.metrics import mean_of
+from realjax.core.metrics import measure_mean
 from realjax.core.option import option
 
 
@@ -36,7 +36,7 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: RLOOParamete
     scores = np.where(responses.exists, clipped_scores(arrays, parameters), 0) + responses.sum(penalty.rewards)
     # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1); alone in its group r - mean is 0.
     advantages = (scores - groups.mean(scores)) * groups.sizes / np.maximum(groups.sizes - 1, 1)
-    metrics = {"group_std": mean_of(groups.std(scores), responses.exists)}
+    metrics = {"group_std": measure_mean(groups.std(scores), responses.exists)}
     return spread_advantages(
         arrays, responses, advantages, responses.exists, penalty=penalty, parameters=parameters, metrics=metrics
     )

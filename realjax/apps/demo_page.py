@@ -48,7 +48,7 @@ def write_page(path: Path, results: Sequence[StageResult]) -> Path:
     parts = [f"<h1>{html.escape(TITLE)}</h1>", f"<p>{links}</p>", table_html(COLUMNS, rows)]
     for result in results:
         parts.append(f'<hr id="{result.name}"><p>{html.escape(result.title)}</p>')
-        parts.append(body_of(result.report.read_text(encoding="utf-8")))
+        parts.append(extract_body(result.report.read_text(encoding="utf-8")))
     replace_text(path, PAGE.format(title=html.escape(TITLE), style=STYLE, body="\n".join(parts)))
     return path
 
@@ -58,6 +58,6 @@ def format_number(value: float) -> str:
     return f"{round(value, 4) + 0.0:.4g}"
 
 
-def body_of(page: str) -> str:
+def extract_body(page: str) -> str:
     """Returns what stands in the body of a report."""
     return page.partition("<body>")[2].rpartition("</body>")[0]

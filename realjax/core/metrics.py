@@ -99,12 +99,12 @@ class Last:
 Metric = Mean | Total | Std | Least | Most | Last
 
 
-def mean_of(values: np.ndarray, mask: np.ndarray) -> Mean:
+def measure_mean(values: np.ndarray, mask: np.ndarray) -> Mean:
     """Returns the mean of the masked entries."""
     return Mean(float(values[mask].sum()), float(np.count_nonzero(mask)))
 
 
-def std_of(values: np.ndarray, mask: np.ndarray) -> Std:
+def measure_std(values: np.ndarray, mask: np.ndarray) -> Std:
     """Returns the biased standard deviation of the masked entries."""
     chosen = values[mask].astype(np.float64)
     mean = float(chosen.mean()) if chosen.size else 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.metrics import mean_of
+from realjax.core.metrics import measure_mean
 from realjax.core.segments import last_token_mask, segment_mask
 
 REWARD_OUTPUTS = ("rewards",)
@@ -58,7 +58,7 @@ def mix_rewards(sources: Sequence[RewardSource]) -> HostFn:
             exists = segment_mask(arrays["segment_ids"], rewards.shape[1])
             total = total + _weighted(source, rewards)
             new_state |= {prefix + key: value for key, value in result.state.items()}
-            metrics |= {f"reward/{source.name}": mean_of(rewards, exists), **result.metrics}
+            metrics |= {f"reward/{source.name}": measure_mean(rewards, exists), **result.metrics}
         return HostResult(arrays={"rewards": np.asarray(total, np.float32)}, state=new_state, metrics=metrics)
 
     return reward

@@ -2,7 +2,7 @@
 
 import re
 
-from realjax.apps.demo_page import Finding, StageResult, body_of, format_number, write_page
+from realjax.apps.demo_page import Finding, StageResult, extract_body, format_number, write_page
 from realjax.record.report import write_report
 
 
@@ -20,7 +20,7 @@ def test_page_holds_findings_and_reports_in_order(tmp_path):
     assert places == sorted(places)
     for result in results:
         assert page.count(f'id="{result.name}"') == page.count(f'href="#{result.name}"') == 1
-        assert body_of(result.report.read_text(encoding="utf-8")) in page
+        assert extract_body(result.report.read_text(encoding="utf-8")) in page
         assert f"what {result.name} is &lt;for&gt;" in page
     assert page.count("<body>") == page.count("</body>") == page.count("<style>") == 1
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)

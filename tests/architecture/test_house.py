@@ -11,7 +11,7 @@ import pytest
 from realjax.core.layout import MESH_AXES
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 60, 7
 MOST_ANY = 8  # in 1,000 lines of the package
 SOURCES = sorted(
     path for part in ("realjax", "configs", "launch", "tools", "tests") for path in (ROOT / part).rglob("*.py")
@@ -65,6 +65,29 @@ def test_types_are_named():
     num_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE)
     most = {str(path.relative_to(ROOT)): count for path, count in found.items() if count > 4}
     assert sum(found.values()) <= MOST_ANY * num_lines / 1000, most
+
+
+def list_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Returns the names of what a caller gives: all but `self` and `cls`."""
+    every = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
+    return [one.arg for one in every if one is not None and one.arg not in ("self", "cls")]
+
+
+def test_functions_take_few_parameters():
+    """What belongs together is one value: a dataclass with a meaning of its own."""
+    found = {}
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, FUNCTIONS) and len(names := list_parameters(node)) > MOST_PARAMETERS:
+                found[f"{place(path, node)} {node.name}"] = names
+    assert not {name: names for name, names in found.items() if not name.startswith("tests/")}
+
+
+def test_functions_are_named_by_verbs():
+    """`mean_of(values)` names a value, as `of` at the end of a name always does; `X.of(...)` makes an X."""
+    walked = [(path, node) for path in PACKAGE for node in ast.walk(tree_of(path))]
+    named = [f"{place(path, node)} {node.name}" for path, node in walked if isinstance(node, FUNCTIONS)]
+    assert not [name for name in named if name.endswith("_of")]
 
 
 def test_no_exception_is_swallowed():

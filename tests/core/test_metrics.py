@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from realjax.core.metrics import Last, Least, Mean, Most, Std, Total, mean_of, std_of, summarize
+from realjax.core.metrics import Last, Least, Mean, Most, Std, Total, measure_mean, measure_std, summarize
 
 VALUES = np.random.default_rng(0).normal(1e4, 0.1, 1000)
 
@@ -9,8 +9,8 @@ VALUES = np.random.default_rng(0).normal(1e4, 0.1, 1000)
 def metrics_of(values: np.ndarray) -> dict:
     everything = np.ones(values.shape, bool)
     return {
-        "mean": mean_of(values, everything),
-        "std": std_of(values, everything),
+        "mean": measure_mean(values, everything),
+        "std": measure_std(values, everything),
         "least": Least(float(values.min())),
         "most": Most(float(values.max())),
         "total": Total(float(values.size)),
@@ -29,7 +29,7 @@ def test_statistics_are_of_the_set_however_it_was_cut(cuts):
 def test_entries_off_the_mask_are_not_looked_at():
     mask = np.arange(1000) < 10
     values = np.where(mask, VALUES, np.nan)
-    found = summarize([{"mean": mean_of(values, mask), "std": std_of(values, mask)}])
+    found = summarize([{"mean": measure_mean(values, mask), "std": measure_std(values, mask)}])
     assert found == pytest.approx({"mean": VALUES[:10].mean(), "std": VALUES[:10].std()}, rel=1e-9)
 
 
