@@ -51,7 +51,7 @@ class MLPConfig:
 class LayerKind:
     """One kind of layer. `attn_post_norm` and `mlp_post_norm` are over what is added to the residual."""
 
-    name: str = "layer"  # of its own in a pattern; stacks of parameters are called by it
+    name: str = "full"  # of its own in a pattern; stacks of parameters are called by it
     mixer: AttentionConfig = AttentionConfig()
     feed_forward: MLPConfig = MLPConfig()
     attn_norm: NormConfig | None = NormConfig()

@@ -1,12 +1,12 @@
 """The supported architectures. Adding one is one small file here and one line in `FAMILIES`."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 from realjax.core.json_text import JsonObject
 from realjax.hf.families import llama, qwen2, qwen3
 from realjax.hf.families.values import check_values
 from realjax.hf.rules import Family
-from realjax.models.config import ModelConfig
+from realjax.models.config import LayerKind, ModelConfig
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
@@ -62,11 +62,17 @@ def config_to_hf(config: ModelConfig) -> JsonObject:
         hf |= {"architectures": [family.critic_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     else:
         hf |= {"architectures": [family.causal_class]}
-    read_back = config_from_hf(hf, "config.json")
+    config, read_back = (_rename_only_kind(one) for one in (config, config_from_hf(hf, "config.json")))
     if read_back != config:
         asked = ", ".join(dict.fromkeys(_list_differences("config", config, read_back)))
         raise ValueError(f"model config: a HuggingFace {hf['architectures'][0]} cannot have {asked}")
     return hf
+
+
+def _rename_only_kind(config: ModelConfig) -> ModelConfig:
+    """Returns the config whose kind of layer, if it has one alone, has the usual name: nothing is called by it then."""
+    names = {} if len(config.kinds) > 1 else {"name": LayerKind().name}
+    return replace(config, pattern=tuple(replace(kind, **names) for kind in config.pattern))
 
 
 def _list_differences(name: str, asked: object, other: object) -> list[str]:
