@@ -1,7 +1,9 @@
 """Eight virtual CPU devices stand in for a node; compiled programs are kept between test processes."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax starts: the backend reads these once.
@@ -15,7 +17,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.given.commands import kept_log_settings  # noqa: E402
+from tests.given.models import quick_compiles  # noqa: E402
+from tests.given.runs import Given, write_given  # noqa: E402
+
 
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> None:
     assert jax.device_count() == 8, "tests need eight virtual CPU devices; unset JAX_NUM_CPU_DEVICES and JAX_PLATFORMS"
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """Models and data that tests read and do not change."""
+    return write_given(tmp_path_factory.mktemp("given"))
+
+
+@pytest.fixture
+def given_copy(given: Given, tmp_path: Path) -> Given:
+    """The same in a folder of the test's own, to change it."""
+    return Given(shutil.copytree(given.folder, tmp_path / "given"))
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Compiles without most of XLA's optimisations: tiny programs that run a few times."""
+    with quick_compiles():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def log_settings() -> Iterator[None]:
+    with kept_log_settings():
+        yield

@@ -14,7 +14,8 @@ from realjax.data.packing import PART_LENS
 from realjax.engine.compiled import place_batch
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models.build import Model
-from tests.builders import make_examples, make_layout, pack_in_order, place_params, quick_jit
+from tests.given.models import make_layout, place_params, quick_jit
+from tests.given.sequences import make_examples, pack_in_order
 
 Pair = dict[str, np.ndarray]
 GROUPS = (1, 3, 2, 2)  # pairs of each prompt

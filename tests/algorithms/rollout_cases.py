@@ -6,7 +6,7 @@ import numpy as np
 
 from realjax.core.batch import Batch
 from realjax.data.packing import PackPlan
-from tests.builders import pack_in_order, unpack_array
+from tests.given.sequences import pack_in_order, unpack_array
 
 Rollout = dict[str, np.ndarray]
 # Prompt and response lengths: single tokens, empty responses, and prompts of one token among them.

@@ -8,7 +8,7 @@ from realjax.algorithms.dpo import DPOParameters, dpo_loss, make_dpo_loss
 from realjax.core.metrics import finalize, summarize
 from realjax.data.packing import pack, pack_rows
 from tests.algorithms.pair_cases import SPREADS, halves, make_pairs, mean_loss_and_gradients
-from tests.builders import assert_close_in_norm
+from tests.given.compare import assert_close_in_norm
 
 torch = pytest.importorskip("torch")
 from tests.parity.theirs import make_ours, make_theirs, randomize, to_ours  # noqa: E402 - needs torch

@@ -13,7 +13,7 @@ from realjax.core.metrics import finalize
 from realjax.dataflow.graph import Minibatches
 from realjax.runtime.rollouts import make_minibatches
 from tests.algorithms.rollout_cases import CUT_OFF, LENGTHS, PACKINGS, Packing, host_arrays, make_rollouts
-from tests.builders import unpack_array
+from tests.given.sequences import unpack_array
 
 VARIANTS = {
     "ReaL": PolicyParameters(),

@@ -11,7 +11,7 @@ from realjax.core.batch import Batch
 from realjax.core.metrics import finalize, summarize
 from tests.algorithms.rollout_cases import LENGTHS, PACKINGS, make_rollouts, run_host_call
 from tests.algorithms.test_returns import plain_gae
-from tests.builders import unpack_array
+from tests.given.sequences import unpack_array
 
 VARIANTS = {
     "ReaL": PPOParameters(),

@@ -16,7 +16,7 @@ from realjax.algorithms.returns import (
 )
 from realjax.core.metrics import summarize
 from tests.algorithms.rollout_cases import LENGTHS, PACKINGS, host_arrays, make_rollouts, poisoned
-from tests.builders import unpack_array
+from tests.given.sequences import unpack_array
 
 ALL_PACKINGS = pytest.mark.parametrize("packing", PACKINGS)
 RESPONSE_LENS = np.array([response for _, response in LENGTHS])

@@ -14,7 +14,8 @@ from realjax.core.metrics import finalize
 from realjax.engine.compiled import place_batch
 from realjax.engine.train import TrainOptions, make_gradients
 from tests.algorithms.rollout_cases import PACKINGS, Packing, make_rollouts, run_host_call
-from tests.builders import assert_close_in_norm, make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
 
 PARAMETERS = PPOParameters(
     loss_aggregation="sequence", kl_in="loss", kl_estimator="k3", entropy_coef=0.01, eps_clip_high=0.3, kl_ctl=0.2

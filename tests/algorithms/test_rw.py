@@ -7,12 +7,12 @@ import pytest
 from realjax.algorithms.rw import REWARD_LOSS, reward_loss
 from realjax.core.metrics import finalize
 from tests.algorithms.pair_cases import GROUPS, SPREADS, halves, make_pairs, mean_loss_and_gradients
-from tests.builders import assert_close_in_norm
+from tests.given.compare import assert_close_in_norm
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402 - needs torch for its models
 
-from tests.hf.tiny import SIZES  # noqa: E402
+from tests.given.models import SIZES  # noqa: E402
 from tests.parity.theirs import make_ours, randomize, to_ours  # noqa: E402
 
 

@@ -6,7 +6,8 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS, sft_loss
 from realjax.core.metrics import finalize
 from realjax.engine.train import TrainOptions, make_gradients
-from tests.builders import make_examples, make_layout, make_model, pack_in_order, quick_jit, random_tree, unpack_array
+from tests.given.models import make_layout, make_model, quick_jit, random_tree
+from tests.given.sequences import make_examples, pack_in_order, unpack_array
 
 
 def make_case(seed):

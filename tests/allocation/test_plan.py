@@ -11,7 +11,8 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.dataflow.graph import DataflowGraph, Inference, Train
 from realjax.dataflow.run import MovingAverage, RunSpec
 from realjax.models.config import AttentionConfig, LayerKind
-from tests.runtime.specs import TRAIN, make_loader, make_paths, make_role_spec, make_spec
+from tests.given.sequences import make_loader
+from tests.given.specs import TRAIN, make_paths, make_role_spec, make_spec
 
 
 def infer(name: str, role: str) -> Inference:

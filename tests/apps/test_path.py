@@ -10,20 +10,15 @@ import realjax
 from realjax.apps import quickstart
 from realjax.apps.quickstart import EXPERIMENTS
 from realjax.engine import train
-from tests.e2e.builders import Trial, write_inputs
-from tests.experiments.any_experiment import Given, options_of, write_given
+from tests.given.commands import Trial
+from tests.given.runs import make_options
 
 PACKAGE = str(Path(realjax.__file__).parent)
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    return write_given(tmp_path_factory.mktemp("given"))
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_plan_of_every_experiment_is_shown_and_nothing_is_done(experiment, given, tmp_path, capsys):
-    options = options_of(experiment, given, tmp_path / "root", allocation_mode="d2p1m2", n_gpus_per_node=4)
+    options = make_options(experiment, given, tmp_path / "root", allocation_mode="d2p1m2", n_gpus_per_node=4)
     before = len(jax.live_arrays())
     assert quickstart.main([experiment, *(f"{name}={value}" for name, value in options.items()), "--plan"]) == 0
     shown = capsys.readouterr().out
@@ -37,12 +32,12 @@ def test_the_plan_of_every_experiment_is_shown_and_nothing_is_done(experiment, g
 
 
 def test_a_layout_that_cannot_be_is_refused_by_the_plan_too(given, tmp_path, capsys):
-    options = options_of("sft", given, tmp_path, allocation_mode="d1p4m1", n_gpus_per_node=4)
+    options = make_options("sft", given, tmp_path, allocation_mode="d1p4m1", n_gpus_per_node=4)
     assert quickstart.main(["sft", *(f"{name}={value}" for name, value in options.items()), "--plan"]) == 2
     assert "allocation: 4 pipeline stages, but default's model has 2 layers" in capsys.readouterr().err
 
 
-def test_few_functions_lie_between_the_command_and_the_train_step(tmp_path, monkeypatch):
+def test_few_functions_lie_between_the_command_and_the_train_step(given, tmp_path, monkeypatch):
     stacks: list[list[str]] = []
     clip = train.clip_by_norm
 
@@ -52,7 +47,7 @@ def test_few_functions_lie_between_the_command_and_the_train_step(tmp_path, monk
         return clip(*args)
 
     monkeypatch.setattr(train, "clip_by_norm", note_stack)
-    options = {"n_gpus_per_node": 1, "allocation_mode": "d1p1m1", "dataset.train_bs_n_seqs": 4}
-    trial = Trial(inputs=write_inputs(tmp_path, num_train=8), root=tmp_path, options=options)
+    options = {"n_gpus_per_node": 1, "allocation_mode": "d1p1m1", "dataset.train_path": given.rows}
+    trial = Trial(given=given, root=tmp_path, options=options)
     assert trial.run(benchmark_steps=1) == 0
     assert stacks[0] == ["main", "run_experiment", "run", "step", "train", "__call__", "_compile"]

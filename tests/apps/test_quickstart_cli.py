@@ -1,6 +1,5 @@
 """The command line from arguments to the run, with the run itself replaced."""
 
-import logging
 import sys
 from types import SimpleNamespace
 
@@ -10,22 +9,12 @@ import pytest
 from realjax.apps import quickstart, recipe
 from realjax.apps.errors import report_errors
 from realjax.options.fields import list_options
+from tests.given.specs import make_paths
 from tests.options.test_config_dict import RECIPE
 from tests.options.test_parsing import QUICKSTART_SFT
-from tests.runtime.specs import make_paths
 
 # ml_collections 1.1 loads recipes by a method that Python is giving up.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def log_settings():
-    """Gives the logger back as it was: other tests read records where the command line sends none."""
-    root = logging.getLogger("realjax")
-    kept = root.handlers[:], root.level, root.propagate
-    yield
-    root.handlers[:], root.propagate = kept[0], kept[2]
-    root.setLevel(kept[1])
 
 
 @pytest.fixture

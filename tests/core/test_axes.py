@@ -15,7 +15,7 @@ from realjax.core.axes import (
 from realjax.core.layout import ParallelStrategy
 from realjax.core.trees import flatten_paths
 from realjax.models.build import build_model
-from tests.builders import FAMILY_CONFIGS, FULL, make_layout, make_model, random_tree
+from tests.given.models import FAMILY_CONFIGS, FULL, make_layout, make_model, random_tree
 
 TABLES = {
     "train": train_rules,

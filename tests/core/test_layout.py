@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from realjax.core.layout import MESH_AXES, Layout, ParallelStrategy
-from tests.builders import make_layout
+from tests.given.models import make_layout
 
 
 def test_a_layout_is_a_value():

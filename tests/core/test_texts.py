@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from realjax.core.texts import cut_at, decode_answers, make_stop_fn
-from tests.data.test_datasets import make_tokenizer, words_tokenizer
+from tests.given.texts import make_tokenizer, make_words_tokenizer
 
-BYTES, WORDS = make_tokenizer("bos"), words_tokenizer()
+BYTES, WORDS = make_tokenizer("bos"), make_words_tokenizer()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from realjax.core.trees import flatten_paths, map_paths, num_bytes, num_params, unflatten_paths
-from tests.builders import FULL, make_model, random_tree
+from tests.given.models import FULL, make_model, random_tree
 
 TREE = random_tree(make_model(**FULL))
 

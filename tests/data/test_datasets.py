@@ -3,37 +3,9 @@ import logging
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from realjax.data.datasets import load_prompt_answer, tokenize_answers
-
-TEXTS = ["the film was good and the film was long", "a film that is good, a film that was not", "so so so long"]
-
-
-def make_tokenizer(special: str = "", **kwargs) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with few merges; `special` names what it adds by itself: "bos", "eos" or both."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(TEXTS, trainer)
-    template = ("<s> " if "bos" in special else "") + "$A" + (" </s>" if "eos" in special else "")
-    core.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(token, core.token_to_id(token)) for token in ("<s>", "</s>")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, **{"bos_token": "<s>", "eos_token": "</s>"} | kwargs)
-
-
-def words_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that drops the space a text begins with, as those of Llama 2 do."""
-    core = Tokenizer(models.WordLevel({"▁the": 0, "▁film": 1, "▁was": 2, "▁good": 3, "</s>": 4}, unk_token="</s>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+from tests.given.texts import make_tokenizer
 
 
 class WithoutOffsets:

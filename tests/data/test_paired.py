@@ -11,7 +11,7 @@ import pytest
 from realjax.data.loader import Loader, Rows
 from realjax.data.packing import PART_LENS
 from realjax.data.paired import PairedDataset, load_paired
-from tests.data.test_datasets import make_tokenizer
+from tests.given.texts import make_tokenizer
 
 GROUPS = (1, 4, 2, 7, 3)  # pairs of each prompt
 

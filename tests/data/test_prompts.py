@@ -10,7 +10,7 @@ from tokenizers import normalizers
 from realjax.data.loader import Dataset, Loader
 from realjax.data.packing import unpack
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
-from tests.data.test_datasets import make_tokenizer
+from tests.given.texts import make_tokenizer
 
 TEXTS = ["the film was", "a film that is good, a film that was not good and not so long", "naïve 😀", "so"]
 TEMPLATE = (

@@ -10,7 +10,7 @@ from realjax.data.datasets import load_prompt_answer
 from realjax.data.paired import load_paired
 from realjax.data.prompts import PromptForm, load_prompts
 from realjax.data.tokens import encode, front_tokens
-from tests.data.test_datasets import make_tokenizer, words_tokenizer
+from tests.given.texts import make_tokenizer, make_words_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -117,4 +117,4 @@ def test_texts_are_encoded_as_the_tokenizer_itself_does_but_for_eos():
         without = [ids[:-1] if "eos" in special else ids for ids in expected]
         assert encode(["", "the film", "naïve 😀"], tokenizer).tokens == without
         assert front_tokens(tokenizer) == [tokenizer.bos_token_id] * ("bos" in special)
-    assert front_tokens(words_tokenizer()) == []
+    assert front_tokens(make_words_tokenizer()) == []

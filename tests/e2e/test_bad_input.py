@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.builders import Inputs, Trial, start_process, write_llama
-from tests.stops import stopped_after
-from tests.workers import HANG_SECONDS
+from tests.given.checkpoints import write_llama
+from tests.given.commands import Given, Trial, stopped_after
+from tests.given.processes import HANG_SECONDS, start_process
 
 SECONDS = 20  # of processor time: a clock on the wall would measure what else the machine does
 ROW = '{"prompt": "a film", "answer": " good"}\n'
@@ -31,8 +31,8 @@ TENSOR_8 = {
 
 
 @pytest.fixture
-def trial(inputs: Inputs, tmp_path: Path) -> Trial:
-    return Trial(inputs=inputs, root=tmp_path / "root", options=OPTIONS)
+def trial(given: Given, tmp_path: Path) -> Trial:
+    return Trial(given=given, root=tmp_path / "root", options=OPTIONS)
 
 
 def write(path: Path, text: str) -> Path:

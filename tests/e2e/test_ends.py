@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from tests.e2e.builders import REPOSITORY, Trial, start_process
+from tests.given.commands import Trial
+from tests.given.processes import ROOT, start_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 OPTIONS = {
@@ -20,7 +21,7 @@ OPTIONS = {
 LIMITED = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.path.insert(0, {str(REPOSITORY)!r})
+sys.path.insert(0, {str(ROOT)!r})
 from realjax.apps.quickstart import main
 sys.exit(main(["sft", *sys.argv[1:]]))
 """
@@ -32,8 +33,8 @@ def wait_for_text(text: str, process, log) -> None:
         time.sleep(0.01)
 
 
-def test_ctrl_c_finishes_the_step_and_saves_and_a_second_one_does_not_wait(inputs, tmp_path):
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=OPTIONS | {"recover_mode": "auto"}), tmp_path / "trial.log"
+def test_ctrl_c_finishes_the_step_and_saves_and_a_second_one_does_not_wait(given, tmp_path):
+    trial, log = Trial(given=given, root=tmp_path, options=OPTIONS | {"recover_mode": "auto"}), tmp_path / "trial.log"
     process = trial.start()
     wait_for_text("(global step 3):", process, log)
     process.send_signal(signal.SIGINT)
@@ -58,8 +59,8 @@ def test_ctrl_c_while_importing(tmp_path):
     assert "Traceback" not in log.read_text() and "KeyboardInterrupt" not in log.read_text()
 
 
-def test_a_disk_that_takes_no_more(inputs, tmp_path):
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=OPTIONS), tmp_path / "log"
+def test_a_disk_that_takes_no_more(given, tmp_path):
+    trial, log = Trial(given=given, root=tmp_path, options=OPTIONS), tmp_path / "log"
     process = start_process(["-c", LIMITED, *trial.words(save_freq_steps=2)], log)
     assert process.wait() == 1, log.read_text()
     error = log.read_text().splitlines()[-1]

@@ -1,62 +1,26 @@
 """The `gen` experiment: answers in the prompts' order, those of transformers, and what is left when it stops."""
 
 import errno
-import getpass
 import json
 import os
 import re
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from realjax.apps import quickstart
 from realjax.engine.slots import SlotPrograms
 from realjax.record.answers import AnswerWriter
-from realjax.record.metrics import read_metrics
 from realjax.runtime import resume
-from tests.e2e.builders import write_llama
+from tests.given.checkpoints import write_llama
+from tests.given.commands import Trial
+from tests.given.runs import Given
+from tests.given.texts import write_jsonl
 
 PROMPTS = ("the film was", "a plot", "its music is", "never", "the cast and the end was very long but", "dull", "warm")
 NEW = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenTrial:
-    """A run of `gen` on a tiny model and a few prompts."""
-
-    model: Path
-    root: Path
-    name: str = "trial"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs" / getpass.getuser() / "e2e" / self.name
-
-    def run(self, **changes: Any) -> int:
-        """Runs the command in this process and returns its exit code; `__` in a change's name stands for a dot."""
-        options = {
-            "experiment_name": "e2e",
-            "trial_name": self.name,
-            "fileroot": self.root,
-            "mode": "local",
-            "allocation_mode": "manual",
-            "n_gpus_per_node": 2,
-            "allocation.parallel.data_parallel_size": 2,
-            "model.path": self.model,
-            "dataset.path": self.root / "prompts.jsonl",
-            "dataset.train_bs_n_seqs": 3,
-            "gen.max_new_tokens": NEW,
-            "gen.min_new_tokens": 0,
-            "gen.num_slots": 4,
-            **{name.replace("__", "."): value for name, value in changes.items()},
-        }
-        return quickstart.main(["gen", *(f"{name}={value}" for name, value in options.items())])
-
-    def answers(self, name: str = "output.jsonl") -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.logs / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +32,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def trial(model: Path, tmp_path: Path) -> GenTrial:
+def trial(given: Given, model: Path, tmp_path: Path) -> Trial:
     rows = [{"id": f"p{i}", "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return GenTrial(model=model, root=tmp_path)
+    options = {
+        "allocation_mode": "manual",
+        "n_gpus_per_node": 2,
+        "allocation.parallel.data_parallel_size": 2,
+        "model.path": model,
+        "dataset.path": write_jsonl(tmp_path / "prompts.jsonl", rows),
+        "dataset.max_prompt_len": 256,
+        "dataset.train_bs_n_seqs": 3,
+        "gen.max_new_tokens": NEW,
+        "gen.min_new_tokens": 0,
+        "gen.num_slots": 4,
+    }
+    return Trial(given=given, root=tmp_path, experiment="gen", options=options)
 
 
 def their_answers(model: Path) -> list[str]:
@@ -91,19 +66,25 @@ def their_answers(model: Path) -> list[str]:
     return texts
 
 
-def test_greedy_answers_are_those_of_transformers(trial, capsys):
+def test_greedy_answers_are_those_of_transformers(trial, model, capsys):
     assert trial.run(gen__greedy=True) == 0
     lines = trial.answers()
     assert [list(line) for line in lines] == [["prompt", "answer", "seq", "id"]] * len(PROMPTS)
     assert [line["id"] for line in lines] == [f"p{i}" for i in range(len(PROMPTS))]
     assert [line["prompt"] for line in lines] == list(PROMPTS)
-    assert [line["answer"] for line in lines] == their_answers(trial.model)
+    assert [line["answer"] for line in lines] == their_answers(model)
     assert all(line["seq"] == line["prompt"] + line["answer"] for line in lines)
-    assert {path.name for path in trial.logs.iterdir()} >= {"config.json", "output.jsonl", "run.log", "report.html"}
-    shares = [(record["n_seqs"], record["eos_share"]) for record in read_metrics(trial.logs / "metrics.jsonl")]
+    logs = trial.folder("logs")
+    assert {path.name for path in logs.iterdir()} >= {
+        "config.json",
+        "output.jsonl",
+        "run.log",
+        "report.html",
+    }
+    shares = [(record["n_seqs"], record["eos_share"]) for record in trial.metrics()]
     assert sum(n * share for n, share in shares) / len(PROMPTS) == pytest.approx(2 / 7)
     output = capsys.readouterr().out
-    assert "step 3/3" in output and "tokens/s" in output and str(trial.logs / "output.jsonl") in output
+    assert "step 3/3" in output and "tokens/s" in output and str(trial.folder("logs") / "output.jsonl") in output
 
 
 def test_samples_and_stop_texts(trial):
@@ -120,7 +101,7 @@ def test_samples_and_stop_texts(trial):
     assert [line["answer"] for line in cut] == [line["answer"].split(stop)[0] for line in whole]
     assert all(line["seq"] == line["prompt"] + line["answer"] for line in cut)
     # The first run's files were set aside.
-    assert (trial.logs.with_name("trial.1") / "output.jsonl").exists()
+    assert (trial.folder("logs").with_name("trial.1") / "output.jsonl").exists()
 
 
 def test_a_stop_text_saves_decoding(trial, monkeypatch):
@@ -151,7 +132,7 @@ def test_a_stop_text_saves_decoding(trial, monkeypatch):
 
 
 def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeypatch, capsys):
-    assert GenTrial(model=trial.model, root=trial.root, name="whole").run(num_samples=2) == 0
+    assert replace(trial, name="whole").run(num_samples=2) == 0
     append = AnswerWriter.append
 
     def append_part(self, lines):
@@ -163,19 +144,19 @@ def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(AnswerWriter, "append", append_part)
         assert trial.run(num_samples=2) == 1
-    part = trial.logs / "output.jsonl.part"
+    part = trial.folder("logs") / "output.jsonl.part"
     line = f"realjax: error: {part}: {os.strerror(errno.ENOSPC)}; step 1 is saved in "
     assert capsys.readouterr().err.startswith(line)
-    assert not (trial.logs / "output.jsonl").exists()
+    assert not (trial.folder("logs") / "output.jsonl").exists()
     assert len(trial.answers("output.jsonl.part")) == 6 + 3
     assert trial.run(num_samples=2, recover_mode="auto") == 0
     assert "starting after step 1" in capsys.readouterr().out
-    whole = (trial.logs.with_name("whole") / "output.jsonl").read_bytes()
-    assert (trial.logs / "output.jsonl").read_bytes() == whole
-    assert not (trial.logs / "output.jsonl.part").exists()
+    whole = (trial.folder("logs").with_name("whole") / "output.jsonl").read_bytes()
+    assert (trial.folder("logs") / "output.jsonl").read_bytes() == whole
+    assert not (trial.folder("logs") / "output.jsonl.part").exists()
     assert trial.run(num_samples=2, recover_mode="auto") == 0
     assert "all 3 steps were done before" in capsys.readouterr().out
-    assert (trial.logs / "output.jsonl").read_bytes() == whole
+    assert (trial.folder("logs") / "output.jsonl").read_bytes() == whole
 
 
 def test_a_signal_while_loading_ends_the_run_at_once(trial, monkeypatch, capsys):
@@ -222,8 +203,8 @@ def test_other_prompts_and_lost_answers_do_not_go_on(trial, capsys):
 
 def test_nothing_to_write_and_nothing_to_go_on_from(trial, capsys):
     assert trial.run(output_file="null", gen__max_new_tokens=2) == 0
-    assert not list(trial.logs.glob("*.jsonl.part")) and not (trial.logs / "output.jsonl").exists()
-    assert GenTrial(model=trial.model, root=trial.root, name="new").run(recover_mode="resume") == 2
+    assert not list(trial.folder("logs").glob("*.jsonl.part")) and not (trial.folder("logs") / "output.jsonl").exists()
+    assert replace(trial, name="new").run(recover_mode="resume") == 2
     assert "recover_mode: resume, but " in capsys.readouterr().err
 
 
@@ -238,7 +219,7 @@ def test_nothing_to_write_and_nothing_to_go_on_from(trial, capsys):
 def test_bad_options_are_told_before_the_run_begins(trial, capsys, changes, message):
     assert trial.run(**changes) == 2
     assert message in capsys.readouterr().err
-    assert not any(trial.logs.iterdir())
+    assert not any(trial.folder("logs").iterdir())
 
 
 def test_long_prompts_are_cut_and_counted(trial, capsys):
@@ -258,7 +239,7 @@ def test_long_prompts_are_cut_and_counted(trial, capsys):
     ],
 )
 def test_a_model_that_is_no_model_writes_no_answers(trial, tmp_path, capsys, value, message):
-    poisoned = replace(trial, model=write_llama(tmp_path / "poisoned", poison=value))
-    assert poisoned.run(gen__greedy=True) == 2
+    model = write_llama(tmp_path / "poisoned", poison=value)
+    assert trial.run(model__path=model, gen__greedy=True) == 2
     assert re.search(f"realjax: error: {message}", capsys.readouterr().err)
-    assert not list(trial.logs.glob("output.jsonl*"))
+    assert not list(trial.folder("logs").glob("output.jsonl*"))

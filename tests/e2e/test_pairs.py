@@ -1,11 +1,8 @@
 """The quickstart's reward modelling and DPO commands, word for word, and what they save."""
 
 import json
-import logging
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,10 @@ from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
 from realjax.record.metrics import read_metrics
 from realjax.rewards.classifier import load_classifier
-from tests.builders import make_layout, quick_jit
-from tests.e2e.builders import WORDS, write_llama
+from tests.given.checkpoints import write_llama
+from tests.given.commands import kept_log_settings
+from tests.given.models import make_layout, quick_jit
+from tests.given.texts import write_pairs
 from tests.options.test_supervised import QUICKSTART_DPO, QUICKSTART_RW
 
 pytestmark = pytest.mark.e2e
@@ -51,35 +50,14 @@ class Run:
         return [record for record in read_metrics(self.folder("logs") / "metrics.jsonl") if record["kind"] == kind]
 
 
-@contextmanager
-def kept_log_settings() -> Iterator[None]:
-    """Gives the logger back as it was, as the fixture of that name does for runs inside a test."""
-    root = logging.getLogger("realjax")
-    kept = root.handlers[:], root.level, root.propagate
-    yield
-    root.handlers[:], root.propagate = kept[0], kept[2]
-    root.setLevel(kept[1])
-
-
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, Path]:
     """A Llama whose padding is its tokenizer's end-of-text token, config.json's another, and pairs."""
     folder = tmp_path_factory.mktemp("inputs")
     model = write_llama(folder / "llama", pad_token_id=0, eos_token_id=5)
-    train, valid = (write_pairs(folder / f"{name}.jsonl", n, n) for name, n in (("train", 300), ("valid", 20)))
+    train, valid = (write_pairs(folder / f"{name}.jsonl", n, n, 3) for name, n in (("train", 300), ("valid", 20)))
     paths = dict.fromkeys(("model.path", "actor.path", "ref.path"), model)
     return {**paths, "dataset.train_path": train, "dataset.valid_path": valid}
-
-
-def write_pairs(path: Path, num_prompts: int, seed: int) -> Path:
-    rng = np.random.default_rng(seed)
-    text = lambda low, high: " ".join(rng.choice(WORDS, rng.integers(low, high)))
-    answers = lambda: [" " + text(3, 7) for _ in range(3)]
-    rows = [
-        {"id": i, "prompt": text(2, 5), "pos_answers": answers(), "neg_answers": answers()} for i in range(num_prompts)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def carry_out(name: str, words: list[str], given: dict[str, Path], root: Path) -> Run:

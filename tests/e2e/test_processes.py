@@ -1,6 +1,5 @@
 """A run in several processes: the numbers of one process, one record, and an end in bounded time when one fails."""
 
-import json
 import os
 import re
 import signal
@@ -9,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import load_file
 
-from realjax.apps import quickstart
 from realjax.launch.environment import HEARTBEAT_SECONDS
 from realjax.runtime.stop import STOPS
-from tests.builders import relative_errors
-from tests.e2e.builders import REPOSITORY, WORDS, Inputs, Trial, without_clocks
-from tests.stops import stopped_after
-from tests.workers import HANG_SECONDS
+from tests.given.commands import Given, Trial, stopped_after
+from tests.given.compare import relative_errors, without_clocks
+from tests.given.processes import HANG_SECONDS, ROOT
+from tests.given.texts import write_pairs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 STEPS = 4  # 520 rows, 130 at a time
@@ -58,7 +55,7 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     with log.open("a") as file:
         process = subprocess.Popen(
             [sys.executable, *command],
-            cwd=REPOSITORY,
+            cwd=ROOT,
             env=env,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -89,7 +86,7 @@ def launch_words(words: list[str], *flags: str, experiment: str = "sft") -> list
 def launch(trial: Trial, *flags: str, **changes: Any) -> str:
     """Runs the trial in two processes to its end and returns what it printed."""
     log = trial.root / f"{trial.name}.log"
-    with started(launch_words(trial.words(**changes), *flags), log) as process:
+    with started(launch_words(trial.words(**changes), *flags, experiment=trial.experiment), log) as process:
         assert process.wait(HANG_SECONDS) == 0, log.read_text()
     return log.read_text()
 
@@ -144,11 +141,11 @@ def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndar
 
 
 @pytest.fixture(scope="module")
-def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """The run in one process of eight devices."""
     root = tmp_path_factory.mktemp("processes")
-    options = OPTIONS | {"dataset.valid_path": inputs.valid, "eval_freq_epochs": 1}
-    trial = Trial(inputs=inputs, root=root, name="whole", options=options)
+    options = OPTIONS | {"dataset.valid_path": given.valid, "eval_freq_epochs": 1}
+    trial = Trial(given=given, root=root, name="whole", options=options)
     assert trial.run() == 0
     return trial
 
@@ -184,8 +181,8 @@ def test_two_processes_continue_what_one_began(whole):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_end_when_one_is_killed(victim, inputs, tmp_path):
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+def test_the_others_end_when_one_is_killed(victim, given, tmp_path):
+    trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
         wait_for_text("(global step 3):", launcher, log)
         workers_of(launcher)[victim].kill()
@@ -194,9 +191,9 @@ def test_the_others_end_when_one_is_killed(victim, inputs, tmp_path):
     assert "Traceback" not in log.read_text() and "***" not in log.read_text()
 
 
-def test_a_stopped_process_is_noticed_and_told_in_a_line(inputs, tmp_path):
+def test_a_stopped_process_is_noticed_and_told_in_a_line(given, tmp_path):
     assert HEARTBEAT_SECONDS < 60
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
         wait_for_text("(global step 3):", launcher, log)
         workers_of(launcher)[1].suspend()
@@ -207,8 +204,8 @@ def test_a_stopped_process_is_noticed_and_told_in_a_line(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["process 0 of 2 joined", "(global step 3):"], ids=["starting", "training"])
-def test_nothing_outlives_its_launcher(moment, inputs, tmp_path):
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+def test_nothing_outlives_its_launcher(moment, given, tmp_path):
+    trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
         wait_for_text(moment, launcher, log)
         launcher.kill()
@@ -219,8 +216,8 @@ def test_nothing_outlives_its_launcher(moment, inputs, tmp_path):
 
 @pytest.mark.parametrize("number", STOPS)
 @pytest.mark.parametrize("moment", ["process 0 of 2 joined", "(global step 3):"], ids=["starting", "training"])
-def test_a_signal_stops_all_and_saves_what_was_done(moment, number, inputs, tmp_path):
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+def test_a_signal_stops_all_and_saves_what_was_done(moment, number, given, tmp_path):
+    trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
         wait_for_text(moment, launcher, log)
         # As a terminal does: to the whole group, in which only the launcher may be.
@@ -236,8 +233,8 @@ def test_a_signal_stops_all_and_saves_what_was_done(moment, number, inputs, tmp_
     assert [path.name for path in trial.folder("recover").iterdir()] == [stopped]
 
 
-def test_an_error_of_all_is_a_line_of_each_and_code_2(inputs, tmp_path):
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+def test_an_error_of_all_is_a_line_of_each_and_code_2(given, tmp_path):
+    trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words(model__path=tmp_path)), log) as launcher:
         wait_for_text("realjax: error", launcher, log)
         assert wait_for_end(launcher, log) == 2, log.read_text()
@@ -275,9 +272,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("moment", FAILURES)
-def test_an_error_of_one_ends_all(moment, inputs, tmp_path):
+def test_an_error_of_one_ends_all(moment, given, tmp_path):
     difference, message, code = FAILURES[moment]
-    trial, log = Trial(inputs=inputs, root=tmp_path, options=ENDLESS), tmp_path / "log"
+    trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     # A save of the step before is under way.
     with started(["-c", ONE_DIFFERS % difference, *trial.words(save_freq_steps=3)], log) as launcher:
         wait_for_text(f"[1] {message}", launcher, log)
@@ -285,79 +282,38 @@ def test_an_error_of_one_ends_all(moment, inputs, tmp_path):
     assert f"launch: a process ended with code {code}, so the others are ended too" in log.read_text()
 
 
-def write_pairs(path: Path, num_rows: int) -> Path:
-    """Writes rows of a prompt with one or two pairs of answers."""
-    rng = np.random.default_rng(3)
-
-    def text() -> str:
-        return " " + " ".join(rng.choice(WORDS, rng.integers(2, 6)))
-
-    rows = []
-    for i in range(num_rows):
-        num_pairs = int(rng.integers(1, 3))
-        answers = {key: [text() for _ in range(num_pairs)] for key in ("pos_answers", "neg_answers")}
-        rows.append({"id": i, "prompt": text(), **answers})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@dataclass(frozen=True)
-class DPOTrial(Trial):
-    """A run of two calls, each on its own half of four devices: the reference's on the first, training on the other."""
-
-    def words(self, **changes: Any) -> list[str]:
-        options = {
-            "experiment_name": "e2e",
-            "trial_name": self.name,
-            "fileroot": self.root,
-            "mode": "local",
-            "allocation_mode": "manual",
-            "n_gpus_per_node": 4,
-            "actor.path": self.inputs.model,
-            "ref.path": self.inputs.model,
-            "actor.optimizer.lr": 0.01,
-            "actor_train.parallel.data_parallel_size": 2,
-            "actor_train.device_mesh": "NODE01:2,3",
-            "ref_inf.parallel.model_parallel_size": 2,
-            "ref_inf.device_mesh": "NODE01:0,1",
-            "dataset.train_path": self.inputs.train,
-            "dataset.max_seqlen": 32,
-            "dataset.train_bs_n_seqs": 16,
-            "total_train_epochs": 1,
-            "recover_mode": "auto",
-            **self.options,
-            **changes,
-        }
-        return [f"{name}={value}" for name, value in options.items()]
-
-    def launch(self, **changes: Any) -> None:
-        log = self.root / f"{self.name}.log"
-        with started(launch_words(self.words(**changes), experiment="dpo"), log) as process:
-            assert process.wait(HANG_SECONDS) == 0, log.read_text()
-
-    def weights(self, step: int) -> dict[str, np.ndarray]:
-        (directory,) = self.folder("checkpoints").glob(f"actor/*globalstep{step}")
-        return load_file(directory / "model.safetensors")
-
-
-def test_calls_of_different_processes_give_what_one_process_gives(inputs, tmp_path):
-    pairs = write_pairs(tmp_path / "pairs.jsonl", 48)
+APART = {
+    "allocation_mode": "manual",
+    "n_gpus_per_node": 4,
+    "actor_train.parallel.data_parallel_size": 2,
+    "actor_train.device_mesh": "NODE01:2,3",
+    "ref_inf.parallel.model_parallel_size": 2,
+    "ref_inf.device_mesh": "NODE01:0,1",
+    "dataset.train_bs_n_seqs": 16,
+    "dataset.max_pairs_per_prompt": 1,
     # Each epoch is a whole number of batches, so that a run of one may go on with a second.
-    options = {"dataset.max_pairs_per_prompt": 1, "total_train_epochs": 2}
-    alone = DPOTrial(inputs=replace(inputs, train=pairs), root=tmp_path, name="alone", options=options)
-    assert quickstart.main(["dpo", *alone.words()]) == 0
+    "total_train_epochs": 2,
+    "recover_mode": "auto",
+}
+
+
+def test_calls_of_different_processes_give_what_one_process_gives(given, tmp_path):
+    """The reference's call runs on the first half of four devices, training on the other."""
+    options = APART | {"dataset.train_path": write_pairs(tmp_path / "pairs.jsonl", 48, seed=3)}
+    alone = Trial(given=given, root=tmp_path, name="alone", experiment="dpo", options=options)
+    assert alone.run() == 0
     steps = alone.steps()
     apart = replace(alone, name="apart")
     # The trained state lives in process 1, the record of the run is kept by process 0; saved, and taken up again.
-    apart.launch(total_train_epochs=1, lr_schedule_epochs=2)
-    apart.launch(lr_schedule_epochs=2)
+    launch(apart, total_train_epochs=1, lr_schedule_epochs=2)
+    launch(apart, lr_schedule_epochs=2)
     assert apart.steps() == steps and len(steps) > 2
     # Before the first update all margins are 0 but for rounding, and `acc` counts their signs.
     # What a program takes of the memory depends on how far it was optimised, which these are not.
     compared = lambda record: {k: v for k, v in record.items() if k != "acc" and not k.startswith("memory_mib/")}
     found, expected = ([compared(record) for record in trial.metrics()] for trial in (apart, alone))
     assert_same_metrics(found, expected)
-    assert_same_arrays(apart.weights(steps[-1]), alone.weights(steps[-1]))
+    assert_same_arrays(apart.weights(steps[-1], "actor"), alone.weights(steps[-1], "actor"))
     for record in apart.metrics()[2:]:
         # Measured where the call ran: elsewhere it would seem to take no time.
         assert record["time/actor_train"] > 0.1 * record["seconds"]

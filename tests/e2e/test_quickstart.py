@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.builders import Inputs, Trial, start_process, without_clocks
+from tests.given.commands import Given, Trial
+from tests.given.compare import without_clocks
+from tests.given.processes import HANG_SECONDS, start_process
 from tests.options.test_config_dict import RECIPE
 from tests.options.test_parsing import QUICKSTART_SFT
-from tests.workers import HANG_SECONDS
 
 pytestmark = pytest.mark.e2e
 STEPS = 9  # 8 epochs of 520 rows, 512 at a time
@@ -27,18 +28,18 @@ class Quickstart(Trial):
 
 
 @pytest.fixture(scope="module")
-def run(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+def run(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     root = tmp_path_factory.mktemp("quickstart")
-    given = {
-        "model.path": inputs.model,
-        "dataset.train_path": inputs.train,
-        "dataset.valid_path": inputs.valid,
+    paths = {
+        "model.path": given.language_model,
+        "dataset.train_path": given.train,
+        "dataset.valid_path": given.valid,
     }
-    words = [f"{name}={given.get(name, value)}" for name, value in (word.split("=") for word in QUICKSTART_SFT)]
+    words = [f"{name}={paths.get(name, value)}" for name, value in (word.split("=") for word in QUICKSTART_SFT)]
     log = root / "log"
     process = start_process(["-m", "realjax.apps.quickstart", "sft", *words], log, REALJAX_FILEROOT=str(root))
     assert process.wait(HANG_SECONDS) == 0, log.read_text()
-    return Quickstart(inputs=inputs, root=root, options={}, output=log.read_text())
+    return Quickstart(given=given, root=root, options={}, output=log.read_text())
 
 
 def test_the_console_says_what_the_quickstart_shows(run):
@@ -100,11 +101,11 @@ def test_the_checkpoint_loads_in_transformers_and_generates(run):
 
 def test_the_recipe_takes_the_same_steps(run):
     flags = [f"--config.{word}" for word in Trial.words(run) if re.match(r"(model|dataset)\.\w*path=", word)]
-    flags += [f"--config.dataset.valid_path={run.inputs.valid}", "--config.exp_ctrl.benchmark_steps=3"]
+    flags += [f"--config.dataset.valid_path={run.given.valid}", "--config.exp_ctrl.benchmark_steps=3"]
     log, root = run.root / "recipe.log", run.root / "recipe"
     process = start_process(["-m", "launch.main", f"--config={RECIPE}", *flags], log, REALJAX_FILEROOT=str(root))
     assert process.wait(HANG_SECONDS) == 0, log.read_text()
-    recipe = Quickstart(inputs=run.inputs, root=root, options={}, output=log.read_text())
+    recipe = Quickstart(given=run.given, root=root, options={}, output=log.read_text())
     found, expected = without_clocks(recipe.metrics()), without_clocks(run.metrics())
     assert recipe.steps() == [1, 2, 3]
     assert found == expected[: len(found)]

@@ -7,15 +7,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from tests.e2e.builders import Inputs, Trial, differing, without_clocks, write_llama
-from tests.stops import stopped_after
+from tests.given.checkpoints import edit_tensors, write_llama
+from tests.given.commands import Given, Trial, stopped_after
+from tests.given.compare import find_differing, without_clocks
+from tests.given.texts import write_jsonl
 
 OPTIONS = {
     "allocation_mode": "manual",
@@ -31,23 +31,23 @@ FEW_STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """The uninterrupted run of few steps, with the fileroot of those to compare with it."""
-    trial = Trial(inputs=inputs, root=tmp_path_factory.mktemp("resume"), name="whole", options=OPTIONS | FEW)
+    trial = Trial(given=given, root=tmp_path_factory.mktemp("resume"), name="whole", options=OPTIONS | FEW)
     assert trial.run() == 0
     return trial
 
 
 def another(whole: Trial, name: str, **options) -> Trial:
-    return Trial(inputs=whole.inputs, root=whole.root, name=name, options={**whole.options, **options})
+    return Trial(given=whole.given, root=whole.root, name=name, options={**whole.options, **options})
 
 
 def assert_same_end(found: Trial, expected: Trial, step: int) -> None:
     """Fails unless both trials have the same weights and moments, and each step of the metrics exactly once."""
     assert found.steps() == list(range(1, step + 1))
     assert without_clocks(found.metrics()) == without_clocks(expected.metrics())
-    assert not differing(found.weights(step), expected.weights(step))
-    assert not differing(found.state(step), expected.state(step))
+    assert not find_differing(found.weights(step), expected.weights(step))
+    assert not find_differing(found.state(step), expected.state(step))
 
 
 def wait_until(condition: Callable[[], bool], process, log: Path) -> None:
@@ -58,9 +58,9 @@ def wait_until(condition: Callable[[], bool], process, log: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_a_run_killed_again_and_again_ends_like_one_that_was_not(inputs, tmp_path):
-    whole = Trial(inputs=inputs, root=tmp_path, name="whole", options=OPTIONS)
-    trial = Trial(inputs=inputs, root=tmp_path, name="killed", options=OPTIONS | {"save_freq_steps": 2})
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(given, tmp_path):
+    whole = Trial(given=given, root=tmp_path, name="whole", options=OPTIONS)
+    trial = Trial(given=given, root=tmp_path, name="killed", options=OPTIONS | {"save_freq_steps": 2})
     log, recover, exports = tmp_path / "killed.log", trial.folder("recover"), trial.folder("checkpoints") / "default"
     seed = random.SystemRandom().randrange(10**6)
     delay = random.Random(seed).uniform(0.0, 0.4)
@@ -129,10 +129,10 @@ def test_a_run_goes_on_in_another_layout(first, second, whole):
     assert_same_work(trial, whole, 4)
 
 
-def test_a_run_goes_on_with_other_stages(inputs, tmp_path):
+def test_a_run_goes_on_with_other_stages(given, tmp_path):
     """Three layers: in two stages with an empty one, in one stage without, and again in two."""
-    inputs = replace(inputs, model=write_llama(tmp_path / "llama", num_hidden_layers=3))
-    whole = Trial(inputs=inputs, root=tmp_path, name="whole", options=OPTIONS | FEW)
+    model = write_llama(tmp_path / "llama", num_hidden_layers=3)
+    whole = Trial(given=given, root=tmp_path, name="whole", options=OPTIONS | FEW | {"model.path": model})
     assert whole.run() == 0
     trial, stages = another(whole, "stages"), layout_options(pp=2)
     with stopped_after(3):
@@ -218,13 +218,11 @@ def test_only_the_same_run_is_continued(whole, tmp_path, capsys):
         assert trial.run() == 143
     before = contents(trial.folder("recover"))
     # Rows of other words, with the same ids and as many tokens: each answer's words in another order.
-    rows = [json.loads(line) for line in whole.inputs.train.read_text().splitlines()]
+    rows = [json.loads(line) for line in whole.given.train.read_text().splitlines()]
     turned = [row | {"answer": " " + " ".join(row["answer"].split()[::-1])} for row in rows]
-    other_rows = tmp_path / "rows.jsonl"
-    other_rows.write_text("".join(json.dumps(row) + "\n" for row in turned))
-    other_model = shutil.copytree(whole.inputs.model, tmp_path / "model")
-    weights = load_file(other_model / "model.safetensors")
-    save_file({name: np.nextafter(x, 9) for name, x in weights.items()}, other_model / "model.safetensors")
+    other_rows = write_jsonl(tmp_path / "rows.jsonl", turned)
+    other_model = shutil.copytree(whole.given.language_model, tmp_path / "model")
+    edit_tensors(other_model, lambda tensors: {name: np.nextafter(x, 9) for name, x in tensors.items()})
     for changes, message in (
         ({"seed": 2}, "another seed (1 there, 2 here)"),
         ({"dataset__max_seqlen": 31}, "another dataset.max_seqlen (32 there, 31 here)"),
@@ -236,7 +234,7 @@ def test_only_the_same_run_is_continued(whole, tmp_path, capsys):
         assert "realjax: error: recover: the save in" in error and f"was made with {message}" in error, error
     assert trial.steps() == [1] and contents(trial.folder("recover")) == before
     # A copy elsewhere is the same, and where nothing but the rate changed, it is said.
-    copy = shutil.copytree(whole.inputs.model, tmp_path / "copy")
+    copy = shutil.copytree(whole.given.language_model, tmp_path / "copy")
     with stopped_after(2):
         assert trial.run(model__path=copy, model__optimizer__lr=0.005) == 143
     output = capsys.readouterr().out

@@ -3,21 +3,18 @@
 import json
 import re
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from realjax.apps import quickstart
-from tests.e2e.builders import Trial, differing, without_clocks
-from tests.e2e.test_pairs import kept_log_settings
-from tests.experiments.rl_runs import LAYOUTS, RLInputs, quick_compiles, rl_options, write_rl_inputs
-from tests.stops import stopped_after
+from tests.given.commands import Trial, stopped_after
+from tests.given.compare import find_differing, without_clocks
+from tests.given.runs import LAYOUTS, Given
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 STEPS = 4  # 32 prompts, 8 at a time
 PARTS = {
     **LAYOUTS["halves"],
@@ -27,7 +24,7 @@ PARTS = {
     "algo.adaptive_kl_horizon": 100,
     "algo.ref_ema_eta": 0.1,
     "algo.ppo_epochs": 2,
-    "reward.fn": "tests.experiments.rl_rewards:shortness",
+    "reward.fn": "tests.given.rewards:shortness",
     "reward.fn_weight": 2.0,
     "reward.model_weight": 0.5,
     "eval_freq_steps": 2,
@@ -35,48 +32,20 @@ PARTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class RLTrial(Trial):
-    """A run of an RL experiment on tiny models; `algo__` in a change's name stands for the algorithm's own options."""
-
-    inputs: RLInputs
-    experiment: str = "ppo"
-
-    def words(self, **changes: Any) -> list[str]:
-        changes = {"trial_name": self.name, **self.options, **changes}
-        options = rl_options(self.inputs, self.root, self.experiment, **changes)
-        return [f"{name}={value}" for name, value in options.items()]
-
-    def run(self, **changes: Any) -> int:
-        with kept_log_settings(), quick_compiles():
-            return quickstart.main([self.experiment, *self.words(**changes)])
-
-    def records(self, kind: str = "train") -> list[dict[str, Any]]:
-        return [record for record in self.metrics() if record["kind"] == kind]
-
-    def saved(self, role: str, step: int) -> dict[str, np.ndarray]:
-        (directory,) = self.folder("checkpoints").glob(f"{role}/epoch*globalstep{step}")
-        return load_file(directory / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> RLInputs:
-    return write_rl_inputs(tmp_path_factory.mktemp("rl"))
-
-
 @pytest.fixture
-def trial(inputs: RLInputs, tmp_path: Path) -> RLTrial:
-    return RLTrial(inputs=inputs, root=tmp_path, options={})
+def trial(given: Given, tmp_path: Path) -> Trial:
+    return Trial(given=given, root=tmp_path, experiment="ppo")
 
 
 @pytest.fixture(scope="module")
-def whole(inputs: RLInputs, tmp_path_factory: pytest.TempPathFactory) -> RLTrial:
+def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """A run with everything that goes from step to step: statistics, a controller, an averaged reference."""
-    trial = RLTrial(
-        inputs=inputs,
+    trial = Trial(
+        given=given,
         root=tmp_path_factory.mktemp("whole"),
         name="whole",
-        options=PARTS | {"dataset.valid_path": inputs.held_out},
+        experiment="ppo",
+        options=PARTS | {"dataset.valid_path": given.held_out},
     )
     with (trial.root / "output").open("w") as file, redirect_stdout(file):
         assert trial.run() == 0
@@ -84,7 +53,7 @@ def whole(inputs: RLInputs, tmp_path_factory: pytest.TempPathFactory) -> RLTrial
 
 
 def test_rewards_are_the_weighted_sum_of_their_sources(whole):
-    records = whole.records()
+    records = whole.metrics("train")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     for record in records:
         expected = 0.5 * record["reward/model"] + 2.0 * record["reward/fn"]
@@ -97,7 +66,7 @@ def test_rewards_are_the_weighted_sum_of_their_sources(whole):
 
 
 def test_held_out_answers_are_scored_and_the_best_actor_is_kept(whole):
-    evaluations = whole.records("eval")
+    evaluations = whole.metrics("eval")
     assert [record["step"] for record in evaluations] == [0, 2, 4]
     for record in evaluations:
         assert {"greedy/task_reward", "sampled/task_reward", "greedy/reward/fn"} <= record.keys()
@@ -107,7 +76,7 @@ def test_held_out_answers_are_scored_and_the_best_actor_is_kept(whole):
     assert kept.name == f"best-globalstep{best}"
     text = (whole.folder("logs") / "report.html").read_text()
     assert "Samples on held-out prompts" in text and "after step 0" in text and f"after step {STEPS}" in text
-    first_prompt = json.loads(whole.inputs.held_out.read_text().splitlines()[0])["prompt"]
+    first_prompt = json.loads(whole.given.held_out.read_text().splitlines()[0])["prompt"]
     assert first_prompt in text
 
 
@@ -122,7 +91,7 @@ def test_calls_are_logged_with_their_layouts_and_moves(whole):
         r"critic_train +d2p1t1\+zero2 on 2-3 +critic at home",
     ):
         assert re.search(line, output), line
-    record = whole.records()[-1]
+    record = whole.metrics("train")[-1]
     assert all(record[f"moved_mib/{call}"] > 0 for call in ("actor_gen", "ref_inf", "rew_inf", "critic_inf"))
 
 
@@ -132,10 +101,10 @@ def test_a_stopped_run_ends_like_one_that_was_not(whole):
         assert trial.run() == 143
     assert trial.steps() == [1, 2]
     assert trial.run() == 0
-    assert without_durations(trial.metrics()) == without_durations(whole.metrics())
+    assert without_clocks(trial.metrics(), "memory_mib") == without_clocks(whole.metrics(), "memory_mib")
     for role in ("actor", "critic", "ref"):
-        assert not differing(trial.saved(role, STEPS), whole.saved(role, STEPS)), role
-        assert not differing(trial.state(STEPS, role), whole.state(STEPS, role)), role
+        assert not find_differing(trial.weights(STEPS, role), whole.weights(STEPS, role)), role
+        assert not find_differing(trial.state(STEPS, role), whole.state(STEPS, role)), role
     counters = [json.loads((t.folder("recover") / str(STEPS) / "run" / "metadata").read_text()) for t in (trial, whole)]
     names = [state["counters"]["identity"]["harmless"].pop("trial_name") for state in counters]
     assert names == ["stopped", "whole"]
@@ -144,22 +113,17 @@ def test_a_stopped_run_ends_like_one_that_was_not(whole):
     assert {"kl_coefficient", "value_mean", "value_mean_square", "value_weight"} == state.keys()
 
 
-def without_durations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    records = without_clocks(records)
-    return [{k: v for k, v in r.items() if k.split("/")[0] not in ("time", "tflops", "memory_mib")} for r in records]
-
-
 def test_nothing_moves_without_a_learning_rate(trial):
     changes = {"actor.optimizer.lr": 0, "critic.optimizer.lr": 0, "algo.recompute_logprobs": True}
     with stopped_after(2):
         assert trial.run(**changes, save_freq_steps=2) == 143
-    for record in trial.records():
+    for record in trial.metrics("train"):
         assert record["importance_weight"] == pytest.approx(1, abs=1e-6)
         assert record["sampler_error"] == pytest.approx(1, abs=1e-5)
         assert record["kl"] == pytest.approx(0, abs=1e-5)
         assert record["actor_clip_ratio"] == 0
-    before, after = load_file(trial.inputs.actor / "model.safetensors"), trial.saved("actor", 2)
-    assert not differing(after, before)
+    before, after = load_file(trial.given.actor / "model.safetensors"), trial.weights(2, "actor")
+    assert not find_differing(after, before)
 
 
 def test_groups_that_teach_nothing_make_no_update(trial):
@@ -168,7 +132,7 @@ def test_groups_that_teach_nothing_make_no_update(trial):
     changes = {
         "rew.path": None,
         "rew.init_from_scratch": None,
-        "reward.fn": "tests.experiments.rl_rewards:sameness",
+        "reward.fn": "tests.given.rewards:sameness",
         "group_size": 2,
         "algo.kl_ctl": 0,
         "algo.drop_uniform_groups": True,
@@ -177,14 +141,14 @@ def test_groups_that_teach_nothing_make_no_update(trial):
     }
     with stopped_after(2):
         assert trial.run(**changes, save_freq_steps=2) == 143
-    records = trial.records()
+    records = trial.metrics("train")
     assert [record["step"] for record in records] == [1, 2]
     for record in records:
         assert record["eos_share"] == 0 and record["avg_response_len"] == record["min_response_len"] == 8
         assert record["uniform_group_share"] == 1 and record["trained_seqs"] == 0
         assert "actor_loss" not in record
-    before, after = load_file(trial.inputs.actor / "model.safetensors"), trial.saved("actor", 2)
-    assert not differing(after, before)
+    before, after = load_file(trial.given.actor / "model.safetensors"), trial.weights(2, "actor")
+    assert not find_differing(after, before)
 
 
 @pytest.mark.parametrize("experiment", ["rloo", "remax"])
@@ -193,7 +157,7 @@ def test_answers_of_one_token(experiment, trial):
     changes = {"algo.gen.max_new_tokens": 1, "algo.max_response_len": 1}
     with stopped_after(2):
         assert trial.run(**changes, save_freq_steps=2) == 143
-    for record in trial.records():
+    for record in trial.metrics("train"):
         assert record["avg_response_len"] == record["max_response_len"] == 1
         assert all(np.isfinite(value) for name, value in record.items() if isinstance(value, float)), record
         assert record["grad_norm"] > 0

@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.builders import relative_errors
 from tests.e2e.test_processes import launch_words, started
-from tests.e2e.test_rl import RLTrial, without_durations
-from tests.experiments.rl_runs import write_rl_inputs
-from tests.workers import HANG_SECONDS
+from tests.given.commands import Trial
+from tests.given.compare import relative_errors, without_clocks
+from tests.given.processes import HANG_SECONDS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("quick")]
 STEPS = 2  # 32 prompts, 16 at a time
 # Of eight devices process 0 has the first four; answers are drawn on all of them.
 OPTIONS = {
@@ -31,13 +30,13 @@ OPTIONS = {
     "critic_train.device_mesh": "NODE01:4,5,6,7",
     "algo.ppo_n_minibatches": 2,
     "algo.ref_ema_eta": 0.1,
-    "reward.fn": "tests.experiments.rl_rewards:shortness",
+    "reward.fn": "tests.given.rewards:shortness",
     "dataset.train_bs_n_seqs": 16,
 }
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    alone = RLTrial(inputs=write_rl_inputs(tmp_path), root=tmp_path, name="alone", options=OPTIONS)
+def test_two_processes_do_what_one_does(given, tmp_path):
+    alone = Trial(given=given, root=tmp_path, name="alone", experiment="ppo", options=OPTIONS)
     assert alone.run() == 0
     both, log = replace(alone, name="both"), tmp_path / "both.log"
     with started(launch_words(both.words(), experiment="ppo"), log) as process:
@@ -45,10 +44,10 @@ def test_two_processes_do_what_one_does(tmp_path):
     output = log.read_text()
     assert "process 0 of 2 joined" in output and "process 1 of 2 joined" in output
     assert len(re.findall(r"\(global step \d\):", output)) == STEPS
-    found, expected = without_durations(both.metrics()), without_durations(alone.metrics())
+    found, expected = (without_clocks(trial.metrics(), "memory_mib") for trial in (both, alone))
     assert [list(record) for record in found] == [list(record) for record in expected]
     for ours, theirs in zip(found, expected):
         assert ours == {k: x if isinstance(x, str) else pytest.approx(x, rel=1e-3, abs=1e-4) for k, x in theirs.items()}
     for role in ("actor", "critic", "ref"):
-        errors = relative_errors(both.saved(role, STEPS), alone.saved(role, STEPS))
+        errors = relative_errors(both.weights(STEPS, role), alone.weights(STEPS, role))
         assert max(errors.values()) <= 1e-4, (role, errors)

@@ -1,18 +1,16 @@
 """The quickstart's PPO command, word for word: eight devices laid out by rule, and answers of a fixed length."""
 
-import json
 import re
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from realjax.apps import quickstart
 from realjax.record.metrics import read_metrics
-from tests.e2e.builders import write_llama, write_rows
-from tests.experiments.rl_runs import quick_compiles
+from tests.given.checkpoints import edit_tensors, write_llama, write_reward_model
+from tests.given.models import quick_compiles
+from tests.given.texts import write_rows
 from tests.options.test_rl import QUICKSTART_PPO
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -26,23 +24,12 @@ LAYOUTS = {
 }
 
 
-def write_reward_model(directory: Path) -> Path:
-    """Writes a Llama with a scalar head in the language model's place, as rw saves it."""
-    model = write_llama(directory, max_position_embeddings=512)
-    tensors = load_file(model / "model.safetensors")
-    del tensors["lm_head.weight"]
-    # Small, so that ten times a score is no more than what scores are clipped to.
-    tensors["score.weight"] = 0.02 * np.random.default_rng(3).standard_normal((1, 32)).astype(np.float32)
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model / "config.json").read_text())
-    head = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
-    (model / "config.json").write_text(json.dumps(config | head))
-    return model
-
-
 def test_ppo_word_for_word(tmp_path, monkeypatch):
     language_model = write_llama(tmp_path / "sft", max_position_embeddings=512)
-    reward_model = write_reward_model(tmp_path / "rw")
+    reward_model = write_reward_model(tmp_path / "rw", max_position_embeddings=512)
+    # Small, so that ten times a score is no more than what scores are clipped to.
+    small = 0.02 * np.random.default_rng(3).standard_normal((1, 32)).astype(np.float32)
+    edit_tensors(reward_model, lambda tensors: tensors | {"score.weight": small})
     given = {
         "actor.path": language_model,
         "ref.path": language_model,

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.builders import Inputs, Trial, differing, write_llama
+from tests.given.checkpoints import write_llama
+from tests.given.commands import Given, Trial
+from tests.given.compare import find_differing
 
 OPTIONS = {
     "allocation_mode": "manual",
@@ -17,8 +19,8 @@ OPTIONS = {
 
 
 @pytest.fixture
-def trial(inputs: Inputs, tmp_path: Path) -> Trial:
-    return Trial(inputs=inputs, root=tmp_path, options=OPTIONS)
+def trial(given: Given, tmp_path: Path) -> Trial:
+    return Trial(given=given, root=tmp_path, options=OPTIONS)
 
 
 def test_a_second_epoch_compiles_nothing(trial, capsys):
@@ -26,7 +28,7 @@ def test_a_second_epoch_compiles_nothing(trial, capsys):
     for epochs in (1, 2):
         # 520 rows are 5.8 batches: one straddles the epochs, and the last of both runs is smaller.
         changes = {"dataset__train_bs_n_seqs": 90, "dataset__valid_bs_n_seqs": 16, "eval_freq_epochs": 1}
-        assert trial.run(dataset__valid_path=trial.inputs.valid, total_train_epochs=epochs, **changes) == 0
+        assert trial.run(dataset__valid_path=trial.given.valid, total_train_epochs=epochs, **changes) == 0
         output = capsys.readouterr().out
         compiled[epochs] = re.findall(r"compiled (\w+) for rows (\S+ \S+) in", output)
         assert f"compiled {len(compiled[epochs])} programs in" in output
@@ -45,7 +47,7 @@ def test_a_diverging_run_stops_and_keeps_its_last_finite_state(trial):
     assert [record["num_skipped"] for record in trial.metrics()] == [0, 1, 2]
     # The first update was the last good one; the steps after it changed nothing but the counter.
     first, last = trial.weights(1), trial.state(3)
-    assert not differing(trial.weights(3), first)
+    assert not find_differing(trial.weights(3), first)
     assert all(np.isfinite(array).all() for array in last.values())
     assert (int(last["['num_updates']"]), int(last["['num_skipped']"])) == (3, 2)
 

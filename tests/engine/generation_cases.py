@@ -14,7 +14,7 @@ from realjax.engine.forward import ForwardOptions
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
 from realjax.models.build import Model
-from tests.builders import make_layout, place_params
+from tests.given.models import make_layout, place_params
 
 EOS = 5
 PROMPT_LENGTHS = [3, 17, 8, 1, 30, 12, 5, 9, 21]

@@ -15,18 +15,18 @@ from realjax.engine.batching import generate
 from realjax.engine.compiled import CompileLog, place_batch
 from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
-from tests.builders import (
+from tests.engine.generation_cases import EOS, PROMPT_LENGTHS, make_programs, make_requests, run
+from tests.given.models import (
     FULL,
     fill_up,
     make_layout,
     make_model,
-    pack_in_order,
     place_params,
     quick_jit,
     random_tree,
     with_empty_layers,
 )
-from tests.engine.generation_cases import EOS, PROMPT_LENGTHS, make_programs, make_requests, run
+from tests.given.sequences import pack_in_order
 from tests.parity.theirs import make_ours, make_theirs
 
 PIPELINED = [{"pp": 4}, {"dp": 2, "tp": 2, "pp": 2}, {"dp": 4, "pp": 2}]

@@ -11,7 +11,8 @@ from realjax.engine.compiled import Compiled, CompileLog, place_batch
 from realjax.runtime.rollouts import target_indices
 from tests.algorithms.pair_cases import Spread, make_pairs
 from tests.algorithms.rollout_cases import Packing, Rollout, host_arrays, make_rollouts
-from tests.builders import make_examples, make_layout, pack_in_order
+from tests.given.models import make_layout
+from tests.given.sequences import make_examples, pack_in_order
 
 
 def make_batch(num_rows: int, row_len: int = 6) -> Batch:

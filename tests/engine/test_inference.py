@@ -9,17 +9,8 @@ from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.inference import make_evaluation, make_inference
 from realjax.engine.train import TrainOptions, make_gradients
-from tests.builders import (
-    make_examples,
-    make_layout,
-    make_model,
-    one_per_row,
-    pack_in_order,
-    place_params,
-    quick_jit,
-    random_tree,
-    unpack_array,
-)
+from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.sequences import make_examples, one_per_row, pack_in_order, unpack_array
 
 EXAMPLES = make_examples([9, 30, 17, 3, 22, 8, 14, 1])
 LAYOUTS = [{"dp": 4, "tp": 2, "sp": True}, {"dp": 2, "zero": 3}, {"pp": 2, "tp": 2}]

@@ -22,18 +22,10 @@ from realjax.models import transformer
 from realjax.models.build import Model, build_model
 from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, NormConfig, RopeConfig
 from realjax.models.transformer import MLP
-from tests.builders import (
-    assert_close_in_norm,
-    make_examples,
-    make_layout,
-    make_model,
-    one_per_row,
-    pack_in_order,
-    place_params,
-    quick_jit,
-    random_tree,
-)
 from tests.engine.generation_cases import run
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.sequences import make_examples, one_per_row, pack_in_order
 
 WINDOW, COEFFICIENT = 5, 0.3
 NEAR, FAR = RopeConfig(theta=1e2), RopeConfig(theta=1e4)

@@ -8,7 +8,8 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import Tree, flatten_paths
 from realjax.engine.optim import Optimizer, clip_by_norm, decay_mask
 from realjax.models.build import build_model
-from tests.builders import FAMILY_CONFIGS, FULL, assert_close_in_norm, make_model, quick_jit, random_tree
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import FAMILY_CONFIGS, FULL, make_model, quick_jit, random_tree
 
 MODEL = make_model(**FULL)
 

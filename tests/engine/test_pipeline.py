@@ -18,21 +18,20 @@ from realjax.engine.inference import make_inference
 from realjax.engine.pipeline import num_stage_batches
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models.build import build_model
-from tests.builders import (
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import (
     FAMILY_CONFIGS,
     FULL,
-    assert_close_in_norm,
     cut_empty,
     fill_up,
-    make_examples,
     make_layout,
     make_model,
-    pack_in_order,
     place_params,
     quick_jit,
     random_tree,
     with_empty_layers,
 )
+from tests.given.sequences import make_examples, pack_in_order
 
 DEEP = make_model(num_layers=8)
 BATCH = pack_in_order(make_examples([9, 12, 5, 14, 7, 3, 16, 2]), 16, num_rows=16)[0]

@@ -12,8 +12,8 @@ from realjax.core.generation_config import GenerationConfig
 from realjax.core.trees import Tree
 from realjax.engine.batching import Batcher, Generation, Request, generate
 from realjax.engine.slots import SlotPrograms
-from tests.builders import make_layout, make_model, place_params, random_tree
 from tests.engine.generation_cases import make_programs, make_requests
+from tests.given.models import make_layout, make_model, place_params, random_tree
 
 ENDS = range(6, 10)
 SAMPLED = GenerationConfig(max_new_tokens=24, min_new_tokens=2, top_k=20, top_p=0.9, temperature=0.8)

@@ -16,16 +16,9 @@ from realjax.core.metrics import Mean
 from realjax.engine.compiled import place_batch
 from realjax.engine.forward import ForwardOptions
 from realjax.engine.train import TrainOptions, make_gradients
-from tests.builders import (
-    assert_close_in_norm,
-    make_examples,
-    make_layout,
-    make_model,
-    pack_in_order,
-    place_params,
-    quick_jit,
-    random_tree,
-)
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.sequences import make_examples, pack_in_order
 
 V = 96
 DRAW = Draw(0.7, KeptTokens(V, 12, "kept"))

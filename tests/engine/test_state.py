@@ -11,17 +11,9 @@ from realjax.engine.forward import Precision, make_compute_copy
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import abstract_train_state, init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
-from tests.builders import (
-    FULL,
-    device_bytes,
-    make_examples,
-    make_layout,
-    make_model,
-    pack_in_order,
-    place_params,
-    quick_jit,
-    random_tree,
-)
+from tests.given.compare import device_bytes
+from tests.given.models import FULL, make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.sequences import make_examples, pack_in_order
 
 MODEL = make_model(**FULL)
 OPTIMIZER = Optimizer(config=OptimizerConfig(), total_updates=10)

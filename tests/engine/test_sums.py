@@ -16,7 +16,9 @@ from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models import sums
 from realjax.models.build import Model, init_params
-from tests.builders import FULL, make_layout, make_model, pack_in_order, place_params, quick_jit, relative_errors
+from tests.given.compare import relative_errors
+from tests.given.models import FULL, make_layout, make_model, place_params, quick_jit
+from tests.given.sequences import pack_in_order
 from tests.hlo import reductions
 
 # Some thousand tokens, of which the commonest is one in four: a sum in bfloat16 would stop at 256.

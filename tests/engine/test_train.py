@@ -15,17 +15,9 @@ from realjax.engine.optim import Optimizer
 from realjax.engine.rows import deal_rows
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step
-from tests.builders import (
-    assert_bitwise_equal,
-    assert_close_in_norm,
-    make_examples,
-    make_layout,
-    make_model,
-    pack_in_order,
-    place_params,
-    quick_jit,
-    random_tree,
-)
+from tests.given.compare import assert_bitwise_equal, assert_close_in_norm
+from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.sequences import make_examples, pack_in_order
 
 MODEL = make_model()
 CONFIG = OptimizerConfig(lr=1e-2, lr_scheduler_type="constant", warmup_steps_proportion=0.0)

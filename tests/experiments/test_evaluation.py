@@ -7,33 +7,33 @@ import pytest
 
 from realjax.dataflow.run import RolloutEvaluation
 from realjax.runtime.evaluation import evaluate_rollouts
-from tests.experiments.rl_runs import make_executor, make_rl_spec, quick_compiles, write_rl_inputs
+from tests.given.models import quick_compiles
+from tests.given.runs import build_rl_spec, load_executor
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def values_of(tmp_path_factory):
+def values_of(given, tmp_path_factory):
     """Returns `values_of(batch size) -> the evaluation's values, and the answers' rewards and lengths by variant`."""
     root = tmp_path_factory.mktemp("rl")
-    inputs = write_rl_inputs(root)
 
     @cache
     def values(batch_size: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         changes = {"algo__ppo_n_minibatches": 1, "algo__min_new_tokens": 2, "reward__fn_weight": 0.5}
-        spec = make_rl_spec(
-            inputs,
+        spec = build_rl_spec(
+            given,
             root,
             "grpo",
             dataset__train_bs_n_seqs=batch_size,
-            dataset__valid_path=inputs.held_out,
-            reward__fn="tests.experiments.rl_rewards:shortness",
+            dataset__valid_path=given.held_out,
+            reward__fn="tests.given.rewards:shortness",
             **changes,
         )
         evaluation = spec.evaluation
         assert isinstance(evaluation, RolloutEvaluation)
         with quick_compiles():
-            executor = make_executor(spec)
+            executor = load_executor(spec)
             before = {name: dict(state) for name, state in executor.controls.items()}
             found, _ = evaluate_rollouts(executor, evaluation, None)
             assert executor.controls == before

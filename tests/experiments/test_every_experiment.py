@@ -16,23 +16,11 @@ from realjax.apps.quickstart import EXPERIMENTS
 from realjax.core.batch import BATCH_DIMS
 from realjax.options.fields import list_options
 from realjax.options.values import type_label
-from tests.e2e.builders import write_llama
-from tests.experiments.any_experiment import (
-    Given,
-    make_spec,
-    options_of,
-    used_models,
-    write_given,
-    write_reward_model,
-)
-from tests.hf.tiny import edit_config
+from tests.given.checkpoints import edit_config, write_llama, write_reward_model
+from tests.given.runs import Given, build_spec, list_models, make_options
+from tests.given.texts import write_jsonl
 
-ROLES = [(experiment, role) for experiment in EXPERIMENTS for role in used_models(experiment)]
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    return write_given(tmp_path_factory.mktemp("given"))
+ROLES = [(experiment, role) for experiment in EXPERIMENTS for role in list_models(experiment)]
 
 
 def write_model(folder: Path, is_critic: bool, **changes) -> Path:
@@ -109,7 +97,7 @@ MODELS: dict[str, tuple[Callable[[Path, bool], Path], str]] = {
 def assert_refused(experiment: str, message: str, given: Given, root: Path, **changes) -> None:
     before = len(jax.live_arrays())
     with pytest.raises(ValueError, match=message):
-        make_spec(experiment, options_of(experiment, given, root, **changes))
+        build_spec(experiment, make_options(experiment, given, root, **changes))
     assert len(jax.live_arrays()) == before
     assert not root.exists()
 
@@ -117,20 +105,20 @@ def assert_refused(experiment: str, message: str, given: Given, root: Path, **ch
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_what_is_given_here_is_right_but_for_one_thing(experiment, given, tmp_path):
     """So that each case below is refused for its own reason."""
-    make_spec(experiment, options_of(experiment, given, tmp_path / "root"))
+    build_spec(experiment, make_options(experiment, given, tmp_path / "root"))
 
 
 @pytest.mark.parametrize("check", MODELS)
 @pytest.mark.parametrize(("experiment", "role"), ROLES)
 def test_a_model_that_does_not_fit(experiment, role, check, given, tmp_path):
     make, message = MODELS[check]
-    model = make(tmp_path, used_models(experiment)[role])
+    model = make(tmp_path, list_models(experiment)[role])
     assert_refused(experiment, message.format(role=role), given, tmp_path / "root", **{f"{role}__path": model})
 
 
-@pytest.mark.parametrize(("experiment", "role"), [(e, r) for e, r in ROLES if len(used_models(e)) > 1])
+@pytest.mark.parametrize(("experiment", "role"), [(e, r) for e, r in ROLES if len(list_models(e)) > 1])
 def test_a_model_that_reads_other_tokens(experiment, role, given, tmp_path):
-    model = swap_two_tokens(tmp_path, used_models(experiment)[role])
+    model = swap_two_tokens(tmp_path, list_models(experiment)[role])
     # Of the first model it is the others that read other tokens than the data's.
     message = r"^\w+.path: its tokenizer is not that of '.*' \(2 tokens differ\), so it would misread"
     assert_refused(experiment, message, given, tmp_path / "root", **{f"{role}__path": model})
@@ -139,15 +127,15 @@ def test_a_model_that_reads_other_tokens(experiment, role, given, tmp_path):
 @pytest.mark.parametrize(("experiment", "role"), ROLES)
 def test_a_model_of_another_kind(experiment, role, given, tmp_path):
     """A trained critic may begin with a language model: it gets a new head, as docs/pairs.md says."""
-    is_critic = used_models(experiment)[role]
-    options = options_of(experiment, given, tmp_path / "root", **{f"{role}__path": another_head(tmp_path, is_critic)})
+    is_critic = list_models(experiment)[role]
+    options = make_options(experiment, given, tmp_path / "root", **{f"{role}__path": another_head(tmp_path, is_critic)})
     is_trained = role in ("critic", "model")
     if is_critic and is_trained:
-        make_spec(experiment, options)
+        build_spec(experiment, options)
         return
     needed = "has no scalar head, so it cannot score" if is_critic else "is a reward model or critic"
     with pytest.raises(ValueError, match=f"^{role}.path: '.*odd' {needed}"):
-        make_spec(experiment, options)
+        build_spec(experiment, options)
 
 
 @pytest.mark.parametrize(("experiment", "role"), ROLES)
@@ -158,7 +146,7 @@ def test_a_model_that_was_declared_to_be_another(experiment, role, given, tmp_pa
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_no_end_token(experiment, given, tmp_path):
-    role, is_critic = next(iter(used_models(experiment).items()))
+    role, is_critic = next(iter(list_models(experiment).items()))
     model = without_end(tmp_path, is_critic)
     message = "no EOS token|names no end-of-text token"
     assert_refused(experiment, message, given, tmp_path / "root", **{f"{role}__path": model})
@@ -173,7 +161,7 @@ def test_names_that_are_no_directories(experiment, name, given, tmp_path):
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("sft", "rw")])
 def test_a_key_whose_dims_have_no_names(experiment, given, tmp_path, monkeypatch):
-    key = list(make_spec(experiment, options_of(experiment, given, tmp_path / "root")).graph.producers)[-1]
+    key = list(build_spec(experiment, make_options(experiment, given, tmp_path / "root")).graph.producers)[-1]
     monkeypatch.delitem(BATCH_DIMS, key)
     assert_refused(experiment, f"^batch: the dims of key '{key}' have no names; enter", given, tmp_path / "root")
 
@@ -183,9 +171,9 @@ METRICS = [name for name, experiment in EXPERIMENTS.items() if hasattr(experimen
 
 @pytest.mark.parametrize("experiment", METRICS)
 def test_a_metric_that_no_evaluation_reports(experiment, given, tmp_path):
-    options = {"dataset__valid_path": given.folder / "rows.jsonl", "eval_freq_steps": 1}
+    options = {"dataset__valid_path": given.rows, "eval_freq_steps": 1}
     for name in ("greedy/task_reward", "sampled/reward/model", "greedy/eos_share"):
-        make_spec(experiment, options_of(experiment, given, tmp_path / "root", **options, eval__best_metric=name))
+        build_spec(experiment, make_options(experiment, given, tmp_path / "root", **options, eval__best_metric=name))
     for name in ("greedy/task_rewards", "task_reward", "greedy/reward/fn", "greedy/kl"):
         message = f"^eval.best_metric: no evaluation reports '{name}'; (did you mean greedy/|there are greedy/)"
         assert_refused(experiment, message, given, tmp_path / "root", **options, eval__best_metric=name)
@@ -200,34 +188,33 @@ def whole_numbers(experiment: str) -> list[str]:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_huge_values_are_refused_at_once_or_do_no_harm(experiment, given, tmp_path):
     """By arithmetic: nothing is allocated for them, and an error is one line."""
-    start, base = time.process_time(), options_of(experiment, given, tmp_path / "root")
+    start, base = time.process_time(), make_options(experiment, given, tmp_path / "root")
     for option in whole_numbers(experiment):
         for value in (10**7, 10**9, 2**31 - 1):
             try:
-                make_spec(experiment, {**base, option: value})
+                build_spec(experiment, {**base, option: value})
             except ValueError as error:
                 assert len(str(error)) < 600 and "\n" not in str(error)
         for value in (2**32, 10**30, "9" * 5000):
             with pytest.raises(ValueError, match=rf"{option.rpartition('.')[2]}: found .* (at most|between 0 and)"):
-                make_spec(experiment, {**base, option: value})
+                build_spec(experiment, {**base, option: value})
     assert time.process_time() - start < 120
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_products_of_large_values_are_refused_by_arithmetic(experiment, given, tmp_path):
     """Each of them could be meant; together they are more than a run can count or hold."""
-    options = options_of(experiment, given, tmp_path / "root")
+    options = make_options(experiment, given, tmp_path / "root")
     names = {name.rpartition(".")[2]: name for name in whole_numbers(experiment)}
     if experiment != "gen":
-        many = tmp_path / "many.jsonl"
         kinds = [name for name in ("dataset.path", "dataset.train_path") if name in options]
         row = json.loads(options[kinds[0]].read_text().splitlines()[0])
-        many.write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(2000)))
+        many = write_jsonl(tmp_path / "many.jsonl", ({**row, "id": i} for i in range(2000)))
         with pytest.raises(ValueError, match="^total_train_epochs: .* samples, but a run takes at most 134217728; set"):
-            make_spec(experiment, {**options, kinds[0]: many, "total_train_epochs": 100_000})
+            build_spec(experiment, {**options, kinds[0]: many, "total_train_epochs": 100_000})
     if "max_new_tokens" in names:
         with pytest.raises(ValueError, match=r"max_new_tokens make .* positions; lower|tokens, but a step has at most"):
-            make_spec(experiment, {**options, names["max_new_tokens"]: 2**30})
+            build_spec(experiment, {**options, names["max_new_tokens"]: 2**30})
 
 
 def without_tokenizer(folder: Path, is_critic: bool) -> Path:
@@ -237,17 +224,17 @@ def without_tokenizer(folder: Path, is_critic: bool) -> Path:
     return model
 
 
-@pytest.mark.parametrize(("experiment", "role"), [(e, r) for e, r in ROLES if r != next(iter(used_models(e)))])
+@pytest.mark.parametrize(("experiment", "role"), [(e, r) for e, r in ROLES if r != next(iter(list_models(e)))])
 def test_a_model_without_a_tokenizer_is_taken_to_read_the_same_tokens(experiment, role, given, tmp_path, caplog):
-    model = without_tokenizer(tmp_path, used_models(experiment)[role])
+    model = without_tokenizer(tmp_path, list_models(experiment)[role])
     with caplog.at_level("INFO", "realjax.checks"):
-        make_spec(experiment, options_of(experiment, given, tmp_path / "root", **{f"{role}__path": model}))
+        build_spec(experiment, make_options(experiment, given, tmp_path / "root", **{f"{role}__path": model}))
     assert f"{role}.path has no tokenizer: its tokens are taken to be those of" in caplog.text
 
 
 @pytest.mark.parametrize(("experiment", "role"), ROLES)
 def test_a_model_from_scratch_that_nothing_could_hold(experiment, role, given, tmp_path):
-    model = write_model(tmp_path, used_models(experiment)[role])
+    model = write_model(tmp_path, list_models(experiment)[role])
     edit_config(model, hidden_size=2**30, num_attention_heads=2**20, num_key_value_heads=2**20, head_dim=1024)
     changes = {f"{role}__path": model, f"{role}__init_from_scratch": True}
     assert_refused(experiment, f"^{role}.path: '.*odd' describes a model of ", given, tmp_path / "root", **changes)

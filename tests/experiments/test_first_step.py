@@ -12,18 +12,11 @@ from realjax.core.axes import train_rules
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.runtime.calls import put_batch
 from realjax.runtime.executor import StepResult
-from tests.builders import make_layout
-from tests.experiments.rl_runs import (
-    LAYOUTS,
-    RLInputs,
-    as_numbers,
-    make_executor,
-    make_rl_spec,
-    quick_compiles,
-    write_rl_inputs,
-)
+from tests.given.compare import as_numbers
+from tests.given.models import make_layout
+from tests.given.runs import LAYOUTS, Given, build_rl_spec, load_executor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 STEPS = 2
 MICRO_BATCHES = {
     "rew_inf.n_mbs": 2,
@@ -37,26 +30,15 @@ CASES: dict[str, dict[str, Any]] = LAYOUTS | {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compiles():
-        yield
-
-
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> RLInputs:
-    return write_rl_inputs(tmp_path_factory.mktemp("rl"))
-
-
-@pytest.fixture(scope="module")
-def steps_of(inputs: RLInputs, tmp_path_factory: pytest.TempPathFactory):
+def steps_of(given: Given, tmp_path_factory: pytest.TempPathFactory):
     """Returns `steps_of(case) -> the results of the first steps`, each run once."""
     root: Path = tmp_path_factory.mktemp("root")
 
     @cache
     def steps(case: str) -> tuple[StepResult, ...]:
-        spec = make_rl_spec(inputs, root, **CASES[case])
-        executor = make_executor(spec)
+        spec = build_rl_spec(given, root, **CASES[case])
+        executor = load_executor(spec)
         return tuple(executor.step(spec.loader.batch(i), i) for i in range(STEPS))
 
     return steps
@@ -102,12 +84,12 @@ RESTRICTED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", RESTRICTED)
-def test_ratios_are_1_without_a_learning_rate(case, inputs, tmp_path):
+def test_ratios_are_1_without_a_learning_rate(case, given, tmp_path):
     """In every update of a step, however tokens were drawn; and the KL to an equal reference is 0."""
     experiment, changes = RESTRICTED[case]
     still = {"actor__optimizer__lr": 0, "algo__surrogate": "clip", "algo__ppo_n_minibatches": 2}
-    spec = make_rl_spec(inputs, tmp_path, experiment, **still, **changes)
-    result = make_executor(spec).step(spec.loader.batch(0), 0)
+    spec = build_rl_spec(given, tmp_path, experiment, **still, **changes)
+    result = load_executor(spec).step(spec.loader.batch(0), 0)
     updates = as_numbers(result.metrics["actor_train"])
     assert len(updates) == 2
     for update in updates:
@@ -118,8 +100,8 @@ def test_ratios_are_1_without_a_learning_rate(case, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"algo__recompute_logprobs": True}, {"algo__gen__greedy": True}], ids=str)
-def test_ratios_that_would_start_away_from_1_are_said(changes, inputs, tmp_path, caplog):
-    make_rl_spec(inputs, tmp_path, algo__gen__force_no_logits_mask=True, **changes)
+def test_ratios_that_would_start_away_from_1_are_said(changes, given, tmp_path, caplog):
+    build_rl_spec(given, tmp_path, algo__gen__force_no_logits_mask=True, **changes)
     assert ("start away from 1 and 0; leave it out, or set recompute_logprobs=True" in caplog.text) == (changes == {})
 
 

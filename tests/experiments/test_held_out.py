@@ -11,14 +11,9 @@ from realjax.dataflow.graph import Inference, MicroBatches
 from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec
 from realjax.options.fields import find_instances
 from realjax.options.parallel import MFCConfig
-from tests.experiments.any_experiment import Given, make_spec, options_of, write_given
+from tests.given.runs import Given, build_spec, make_options
 
 EVALUATED = [name for name, experiment in EXPERIMENTS.items() if experiment.config_cls.EVALUATES]
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    return write_given(tmp_path_factory.mktemp("given"))
 
 
 @pytest.mark.parametrize("option", ["n_mbs=2", "max_tokens_per_mb=64"])
@@ -27,9 +22,9 @@ def test_an_evaluation_is_split_as_training_is(experiment: str, option: str, giv
     name, _, value = option.partition("=")
     config = EXPERIMENTS[experiment].config_cls()
     calls = {f"{call}__{name}": value for call in find_instances(config, MFCConfig)}
-    options = options_of(experiment, given, tmp_path, **calls, eval_freq_steps=1)
+    options = make_options(experiment, given, tmp_path, **calls, eval_freq_steps=1)
     options["dataset.valid_path"] = options.get("dataset.train_path") or options["dataset.path"]
-    spec = make_spec(experiment, options)
+    spec = build_spec(experiment, options)
     assert isinstance(spec, RunSpec)
     wanted = MicroBatches(**{{"n_mbs": "count", "max_tokens_per_mb": "max_tokens"}[name]: int(value)})
     evaluation = spec.evaluation

@@ -9,8 +9,10 @@ import pytest
 
 from realjax.data.packing import unpack
 from realjax.hf.save import save_hf
-from tests.e2e.builders import VOCAB
-from tests.experiments.rl_runs import as_numbers, make_executor, make_rl_spec, quick_compiles, write_rl_inputs
+from tests.given.compare import as_numbers
+from tests.given.models import quick_compiles
+from tests.given.runs import build_rl_spec, load_executor
+from tests.given.texts import VOCAB
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # its threads would fight with those of the other test processes
@@ -38,17 +40,17 @@ class Step:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["kept tokens", "all tokens"])
-def step(request, tmp_path_factory) -> Step:
+def step(request, given, tmp_path_factory) -> Step:
     folder: Path = tmp_path_factory.mktemp("rl")
-    inputs, saved = write_rl_inputs(folder), folder / "saved"
+    saved = folder / "saved"
     saved.mkdir()
-    spec = make_rl_spec(
-        inputs, folder, **OPTIONS, ref__path=inputs.ref, algo__gen__force_no_logits_mask=not request.param
+    spec = build_rl_spec(
+        given, folder, **OPTIONS, ref__path=given.ref, algo__gen__force_no_logits_mask=not request.param
     )
     with quick_compiles():
-        executor = make_executor(spec)
+        executor = load_executor(spec)
         for name, role in executor.roles.items():
-            save_hf(executor.params(name), role.model.config, saved / name, source_dir=inputs.actor, dtype="float32")
+            save_hf(executor.params(name), role.model.config, saved / name, source_dir=given.actor, dtype="float32")
         result = executor.step(spec.loader.batch(0), 0)
     return Step(
         metrics={call: as_numbers(updates)[0] for call, updates in result.metrics.items()},

@@ -8,13 +8,8 @@ from typing import Any
 import jax
 import pytest
 
-from tests.e2e.builders import write_llama
-from tests.experiments.rl_runs import LAYOUTS, RLInputs, make_rl_spec, write_rl_inputs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> RLInputs:
-    return write_rl_inputs(tmp_path_factory.mktemp("rl"))
+from tests.given.checkpoints import write_llama
+from tests.given.runs import LAYOUTS, Given, build_rl_spec
 
 
 def other_tokenizer(folder: Path) -> Path:
@@ -115,27 +110,27 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_models(case, inputs, tmp_path):
+def test_models(case, given, tmp_path):
     role, make, changes, message = MODELS[case]
-    assert_refused(inputs, tmp_path, message, **{f"{role}__path": make(tmp_path)}, **changes)
+    assert_refused(given, tmp_path, message, **{f"{role}__path": make(tmp_path)}, **changes)
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_options(case, inputs, tmp_path):
+def test_options(case, given, tmp_path):
     changes, message = CHANGES[case]
-    assert_refused(inputs, tmp_path, message, **changes)
+    assert_refused(given, tmp_path, message, **changes)
 
 
-def assert_refused(inputs: RLInputs, root: Path, message: str, **changes: Any) -> None:
+def assert_refused(given: Given, root: Path, message: str, **changes: Any) -> None:
     """Fails unless the run is refused with this message, and nothing was put on a device."""
     before = len(jax.live_arrays())
     with pytest.raises(ValueError, match=message):
-        make_rl_spec(inputs, root, **changes)
+        build_rl_spec(given, root, **changes)
     assert len(jax.live_arrays()) == before
 
 
-def test_what_is_given_here_is_right_but_for_that(inputs, tmp_path):
+def test_what_is_given_here_is_right_but_for_that(given, tmp_path):
     """So that each case above is refused for its own reason."""
-    spec = make_rl_spec(inputs, tmp_path)
+    spec = build_rl_spec(given, tmp_path)
     assert spec.loader.total_steps == 4
     assert list(spec.roles) == ["actor", "ref", "rew", "critic"]

@@ -1,32 +1,31 @@
 """What every experiment makes of texts: chats in their template, and checkpoints that name what ended the texts."""
 
 import json
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from realjax.apps.quickstart import EXPERIMENTS
 from realjax.core.end_tokens import EndTokens
-from tests.experiments.any_experiment import LONGEST, PAIR, ROW, Given, make_spec, options_of, write_given
+from tests.given.checkpoints import edit_config
+from tests.given.runs import LONGEST, PAIR, ROW, Given, build_spec, make_options
+from tests.given.texts import write_jsonl
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} and{% endif %}"
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Given:
+def given(given_copy: Given) -> Given:
     """Models whose tokenizer ends texts with 0, while config.json names 5, and generation_config.json 5 and 7."""
-    given = write_given(tmp_path / "given")
-    for model in (given.language_model, given.reward_model):
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    for model in (given_copy.language_model, given_copy.reward_model):
+        edit_config(model, eos_token_id=5)
         (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    return given
+    return given_copy
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_what_is_saved_names_the_end_of_its_training(experiment, given, tmp_path):
-    spec = make_spec(experiment, options_of(experiment, given, tmp_path))
+    spec = build_spec(experiment, make_options(experiment, given, tmp_path))
     if spec.answers is not None:
         assert spec.graph.mfcs[0].eos_ids == (0, 5, 7)
         return
@@ -37,15 +36,14 @@ def test_what_is_saved_names_the_end_of_its_training(experiment, given, tmp_path
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_chats_are_read_by_all(experiment, given, tmp_path):
-    options = options_of(experiment, given, tmp_path, dataset__use_chat_template=True)
+    options = make_options(experiment, given, tmp_path, dataset__use_chat_template=True)
     with pytest.raises(ValueError, match="^dataset.use_chat_template: the tokenizer .* has no chat template; set it"):
-        make_spec(experiment, options)
+        build_spec(experiment, options)
     for model in (given.language_model, given.reward_model):
         (model / "chat_template.jinja").write_text(TEMPLATE)
     chat = [{"role": "system", "content": "the "}, {"role": "user", "content": "film"}]
-    for name, row in (("rows", ROW), ("pairs", PAIR)):
-        rows = [row | {"id": i, "prompt": chat} for i in range(8)]
-        (given.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = make_spec(experiment, options)
+    for path, row in ((given.rows, ROW), (given.pairs, PAIR)):
+        write_jsonl(path, [row | {"prompt": chat}] * 8)
+    spec = build_spec(experiment, options)
     tokens = spec.loader.batch(0)["tokens"][0]
     assert AutoTokenizer.from_pretrained(given.language_model).decode(tokens[:LONGEST]).startswith("the film and")

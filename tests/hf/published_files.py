@@ -15,8 +15,8 @@ from realjax.hf.load import make_fill, place_leaf
 from realjax.hf.pieces import Piece, group_by_leaf, list_pieces, list_tensors
 from realjax.hf.rules import LAYERS
 from realjax.hf.save import OutTensor
+from tests.given.models import SIZES
 from tests.hf.published import LETTERS, Published
-from tests.hf.tiny import SIZES
 
 
 def make_published(out_dir: Path, published: Published, dtype: str) -> Path:

@@ -15,8 +15,7 @@ from realjax.hf.files import CheckpointFiles, read_json, resolve_model_path
 from realjax.hf.generation import load_eos_ids
 from realjax.hf.load import load_config
 from realjax.record.metrics import read_metrics
-from tests.e2e.builders import write_llama
-from tests.hf.tiny import make_bin
+from tests.given.checkpoints import make_bin, write_llama
 
 ROW = {"id": "a", "prompt": "p", "step": 1}
 HUGE = '{"ignored": ' + "1" * 4301 + "}"

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.hf.tiny import make_checkpoint, tensors_of
+from tests.given.checkpoints import make_checkpoint, read_tensors
 from tools.convert_hf import main
 
 
@@ -10,9 +10,9 @@ def test_orbax_and_back_is_bitwise_and_says_what_it_did(dtype, tmp_path, capsys)
     (source / "tokenizer.json").write_text("{}")
     assert main(["to-orbax", "--hf", str(source), "--orbax", str(tmp_path / "orbax")]) == 0
     assert main(["to-hf", "--orbax", str(tmp_path / "orbax"), "--hf", str(tmp_path / "back")]) == 0
-    assert tensors_of(tmp_path / "back") == tensors_of(source)
+    assert read_tensors(tmp_path / "back") == read_tensors(source)
     assert (tmp_path / "back" / "tokenizer.json").exists()
-    num_tensors, num_bytes = len(tensors_of(source)), sum(len(raw) for _, _, raw in tensors_of(source).values())
+    num_tensors, num_bytes = len(read_tensors(source)), sum(len(raw) for _, _, raw in read_tensors(source).values())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for line in lines:
@@ -26,7 +26,7 @@ def test_like_gives_the_tokenizer_and_dtype_the_precision(tmp_path):
     (source / "tokenizer.json").write_text("{}")
     assert main(["to-hf", "--orbax", str(tmp_path / "orbax"), "--hf", str(tmp_path / "a"), "--like", str(source)]) == 0
     assert (tmp_path / "a" / "tokenizer.json").exists()
-    assert {dtype for dtype, _, _ in tensors_of(tmp_path / "a").values()} == {"BF16"}
+    assert {dtype for dtype, _, _ in read_tensors(tmp_path / "a").values()} == {"BF16"}
 
 
 def test_wrong_input_ends_in_one_line_and_a_status(tmp_path, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from realjax.hf.dims import fit_dims, parse_dims
-from tests.hf.tiny import random_index
+from tests.given.checkpoints import random_index
 
 SIZES = {"D": 5, "N": 6, "K": 2, "G": 3, "H": 4, "F": 7, "E": 3}
 

@@ -8,7 +8,8 @@ from realjax.hf.families import FAMILIES, config_from_hf, config_to_hf
 from realjax.hf.families.llama_like import ACTIVATIONS, HF_ACTIVATIONS
 from realjax.hf.load import load_config
 from realjax.models.config import RopeConfig
-from tests.hf.tiny import KINDS, LLAMA3_ROPE, SIZES, make_checkpoint
+from tests.given.checkpoints import make_checkpoint
+from tests.given.models import KINDS, LLAMA3_ROPE, SIZES
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], **SIZES}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], **SIZES}

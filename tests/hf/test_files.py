@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from realjax.hf.files import CheckpointFiles, resolve_model_path
-from tests.hf.tiny import make_bin, make_checkpoint, random_index, tensors_of
+from tests.given.checkpoints import make_bin, make_checkpoint, random_index, read_tensors
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -18,11 +18,11 @@ def single(request, tmp_path_factory):
 def test_every_format_holds_the_same_tensors(single, tmp_path):
     sharded = make_checkpoint(tmp_path / "sharded", "llama", dtype=_dtype(single), max_shard_size="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    expected = tensors_of(single)
-    assert tensors_of(sharded) == expected
-    assert tensors_of(make_bin(single, tmp_path / "bin")) == expected
-    assert tensors_of(make_bin(single, tmp_path / "legacy", zipped=False)) == expected
-    assert tensors_of(make_bin(single, tmp_path / "bins", num_files=3)) == expected
+    expected = read_tensors(single)
+    assert read_tensors(sharded) == expected
+    assert read_tensors(make_bin(single, tmp_path / "bin")) == expected
+    assert read_tensors(make_bin(single, tmp_path / "legacy", zipped=False)) == expected
+    assert read_tensors(make_bin(single, tmp_path / "bins", num_files=3)) == expected
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -93,7 +93,7 @@ def test_of_several_sets_of_weights_the_one_is_read_that_transformers_takes(sing
     from safetensors.torch import load_file, save_file
 
     def read_and_theirs():
-        (tensor,) = {x[2] for name, x in tensors_of(tmp_path).items() if name == "model.norm.weight"}
+        (tensor,) = {x[2] for name, x in read_tensors(tmp_path).items() if name == "model.norm.weight"}
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
         return np.frombuffer(tensor, np.float32)[0], float(model.model.norm.weight.detach()[0])
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from realjax.hf.fingerprint import fingerprint_model
-from tests.e2e.builders import write_llama
+from tests.given.checkpoints import write_llama
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from realjax.hf.files import SafetensorsFile
 from realjax.hf.load import check_weights, correct_config, has_critic_head, load_config, load_params
 from realjax.hf.save import save_hf
 from realjax.models.build import build_model, make_fill
-from tests.hf.tiny import KINDS, edit_config, make_bin, make_checkpoint, on_one_device
+from tests.given.checkpoints import edit_config, make_bin, make_checkpoint
+from tests.given.models import KINDS, on_one_device
 
 STRATEGIES = [
     ParallelStrategy(dp=4, tp=2, zero_stage=3),

@@ -14,7 +14,7 @@ from realjax.hf.pieces import (
 )
 from realjax.hf.rules import Rule
 from realjax.models.config import ModelConfig
-from tests.hf.tiny import random_index
+from tests.given.checkpoints import random_index
 
 CONFIG = {"family": "llama", "vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_q_heads": 4, "num_kv_heads": 2}
 CONFIG |= {"head_dim": 8, "ffn_size": 48, "max_positions": 64}

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
+from tests.given.processes import run_workers
 
-from tests.hf.tiny import make_checkpoint, tensors_of
-from tests.workers import run_workers
+from tests.given.checkpoints import make_checkpoint, read_tensors
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
@@ -13,8 +13,8 @@ WORKER = Path(__file__).with_name("checkpoint_worker.py")
 def test_two_processes_read_their_own_parts_and_write_one_checkpoint(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama", dtype="bfloat16")
     texts = run_workers(WORKER, 2, tmp_path, str(source), str(tmp_path))
-    total = sum(len(raw) // 2 for _, _, raw in tensors_of(source).values())
+    total = sum(len(raw) // 2 for _, _, raw in read_tensors(source).values())
     read = [dict(line.split()[1:] for line in text.splitlines() if line.startswith("read")) for text in texts]
     assert all(int(numbers["all"]) < 0.75 * total for numbers in read)
     assert (int(read[0]["one"]), int(read[1]["one"])) == (0, total)
-    assert tensors_of(tmp_path / "all") == tensors_of(tmp_path / "one") == tensors_of(source)
+    assert read_tensors(tmp_path / "all") == read_tensors(tmp_path / "one") == read_tensors(source)

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.given.processes import run_workers
 
 from realjax.hf.files import SafetensorsFile, TorchFile
 from realjax.hf.load import match_files
 from realjax.hf.pieces import list_pieces, list_tensors
 from realjax.hf.save import OutTensor, make_fetch, write_tensors
+from tests.given.checkpoints import make_bin, read_tensors
 from tests.hf.published import PUBLISHED, change, list_experts
 from tests.hf.published_files import find_all, list_outputs, load_published, make_published
-from tests.hf.tiny import make_bin, tensors_of
-from tests.workers import run_workers
 
 ONE = jax.make_mesh((1, 1), ("a", "b"), devices=jax.devices()[:1])
 FOUR = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
@@ -45,7 +45,7 @@ def test_every_tensor_is_in_a_leaf_once_and_the_way_back_is_bitwise(name, dtype,
     assert sum(num_read) == num_numbers + twice
     (tmp_path / "back").mkdir()
     write_tensors(tmp_path / "back", list_outputs(files, pieces), make_fetch(leaves), max_shard_bytes=30_000)
-    assert tensors_of(tmp_path / "back") == tensors_of(source)
+    assert read_tensors(tmp_path / "back") == read_tensors(source)
 
 
 def test_a_part_of_a_tensor_is_a_part_of_a_bin_file_too(tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_part_of_a_tensor_is_a_part_of_a_bin_file_too(tmp_path, monkeypatch):
     assert sum(num_read) == sum(prod(shape) for shape in files.shapes.values())
     (tmp_path / "back").mkdir()
     write_tensors(tmp_path / "back", list_outputs(files, pieces), make_fetch(leaves), max_shard_bytes=5e9)
-    assert tensors_of(tmp_path / "back") == tensors_of(source)
+    assert read_tensors(tmp_path / "back") == read_tensors(source)
 
 
 def test_experts_are_written_one_at_a_time(tmp_path):
@@ -95,4 +95,4 @@ def test_two_processes_read_parts_and_experts_and_write_them_again(tmp_path):
         make_published(tmp_path / name, PUBLISHED[name], "bfloat16")
     run_workers(Path(__file__).with_name("published_worker.py"), 2, tmp_path, str(tmp_path), *names)
     for name in names:
-        assert tensors_of(tmp_path / f"{name}-back") == tensors_of(tmp_path / name)
+        assert read_tensors(tmp_path / f"{name}-back") == read_tensors(tmp_path / name)

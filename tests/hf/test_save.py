@@ -13,9 +13,10 @@ from realjax.hf.load import load_config, load_params
 from realjax.hf.save import save_hf
 from realjax.hf.save_config import write_config
 from realjax.models.build import build_model, init_params, make_fill
-from tests.builders import assert_bitwise_equal, cut_empty, with_empty_layers
-from tests.data.test_datasets import make_tokenizer
-from tests.hf.tiny import KINDS, edit_config, make_bin, make_checkpoint, on_one_device, tensors_of
+from tests.given.checkpoints import edit_config, make_bin, make_checkpoint, read_tensors
+from tests.given.compare import assert_bitwise_equal
+from tests.given.models import KINDS, cut_empty, on_one_device, with_empty_layers
+from tests.given.texts import make_tokenizer
 
 
 def load(source):
@@ -30,7 +31,7 @@ def test_a_round_trip_is_bitwise(kind, dtype, tmp_path):
     params, config = load(source)
     save_hf(params, config, tmp_path / "one", source_dir=source)
     save_hf(params, config, tmp_path / "many", source_dir=source, max_shard_bytes=20_000)
-    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "many") == tensors_of(source)
+    assert read_tensors(tmp_path / "one") == read_tensors(tmp_path / "many") == read_tensors(source)
     theirs, ours = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "one"))
     assert ours == theirs
 
@@ -39,7 +40,7 @@ def test_a_round_trip_from_bin_is_bitwise(tmp_path):
     source = make_bin(make_checkpoint(tmp_path / "hf", "llama", dtype="bfloat16"), tmp_path / "bin", num_files=2)
     params, config = load(source)
     save_hf(params, config, tmp_path / "out", source_dir=source)
-    assert tensors_of(tmp_path / "out") == tensors_of(source)
+    assert read_tensors(tmp_path / "out") == read_tensors(source)
 
 
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
@@ -50,7 +51,7 @@ def test_every_layout_writes_the_same_tensors(strategy, memory_kind, tmp_path):
     layout = Layout.of(strategy)
     shardings = tree_shardings(model.axes, model.abstract, train_rules(strategy), layout, memory_kind)
     save_hf(load_params(source, model, shardings), model.config, tmp_path / "out")
-    assert tensors_of(tmp_path / "out") == tensors_of(source)
+    assert read_tensors(tmp_path / "out") == read_tensors(source)
 
 
 @pytest.mark.parametrize("kind", ["llama-biases", "qwen3"])
@@ -65,7 +66,7 @@ def test_empty_layers_are_in_no_checkpoint(kind, tmp_path):
     assert_bitwise_equal(real, load(source)[0])
     assert all(len(leaf) == 2 and not leaf.any() for leaf in of_empty)
     save_hf(params, model.config, tmp_path / "out", source_dir=source)
-    assert tensors_of(tmp_path / "out") == tensors_of(source)
+    assert read_tensors(tmp_path / "out") == read_tensors(source)
     assert (tmp_path / "out" / "config.json").read_text() == (source / "config.json").read_text()
 
 
@@ -114,7 +115,7 @@ def test_a_critic_loads_in_transformers_and_here(tmp_path):
     assert config == model.config
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
     save_hf(params, model.config, tmp_path / "small", source_dir=source)  # the head is no tensor of the source
-    assert {dtype for dtype, _, _ in tensors_of(tmp_path / "small").values()} == {"BF16"}
+    assert {dtype for dtype, _, _ in read_tensors(tmp_path / "small").values()} == {"BF16"}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_the_source_gives_tokenizer_generation_config_and_unknown_keys(tmp_path)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "chat_template.jinja"
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == {**hf, "house": "key", "dtype": "bfloat16"}
-    assert {dtype for dtype, _, _ in tensors_of(tmp_path / "out").values()} == {"BF16"}
+    assert {dtype for dtype, _, _ in read_tensors(tmp_path / "out").values()} == {"BF16"}
 
 
 def test_an_existing_directory_is_replaced_whole(tmp_path):
@@ -161,7 +162,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
     out = tmp_path / "out"
     save_hf(params, config, out)
-    before = tensors_of(out)
+    before = read_tensors(out)
 
     def full(file, shard):
         raise OSError("no space left")
@@ -169,7 +170,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(save, "_write_header", full)
     with pytest.raises(OSError, match="no space left"):
         save_hf(params, config, out)
-    assert tensors_of(out) == before
+    assert read_tensors(out) == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["hf", "out"]
 
 

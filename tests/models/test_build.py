@@ -5,7 +5,8 @@ import pytest
 from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
 from realjax.core.trees import flatten_paths, num_params
 from realjax.models.build import build_model, init_params, make_fill
-from tests.builders import FULL, assert_bitwise_equal, cut_empty, make_layout, make_model, with_empty_layers
+from tests.given.compare import assert_bitwise_equal
+from tests.given.models import FULL, cut_empty, make_layout, make_model, with_empty_layers
 
 LAYOUTS = [
     {"dp": 8, "zero": 3},

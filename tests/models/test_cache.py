@@ -8,7 +8,7 @@ from realjax.engine.attention.reference import dense_attention, dense_decoding
 from realjax.models.build import unstack_layers
 from realjax.models.cache import decode, grow_cache, init_cache, prefill, write_rows
 from realjax.models.transformer import Forward
-from tests.builders import FULL, make_model, quick_jit, random_tree
+from tests.given.models import FULL, make_model, quick_jit, random_tree
 
 LENGTHS, ROW_LEN = [3, 7, 5], 12
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from realjax.models.config import AttentionConfig, LayerKind, cut_order
-from tests.builders import make_model
+from tests.given.models import make_model
 
 KINDS = (LayerKind(name="near", mixer=AttentionConfig(window=4)), LayerKind(name="far"))
 

@@ -16,7 +16,8 @@ from realjax.models.heads import (
     weighted_nll,
 )
 from realjax.runtime.rollouts import target_indices
-from tests.builders import make_examples, pack_in_order, quick_jit
+from tests.given.models import quick_jit
+from tests.given.sequences import make_examples, pack_in_order
 
 R, T, D, V = 3, 24, 8, 50
 BATCH = pack_in_order(make_examples([7, 1, 11, 3, 20, 9, 2], vocab_size=V), T, num_rows=R + 1)[0]

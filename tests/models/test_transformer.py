@@ -7,7 +7,8 @@ from realjax.core.trees import flatten_paths
 from realjax.engine.attention.choose import make_attention
 from realjax.engine.attention.reference import dense_attention, packed_mask
 from realjax.models.transformer import Forward
-from tests.builders import CASE, FULL, PORTABLE_KERNELS, assert_close_in_norm, make_model, quick_jit, random_tree
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import CASE, FULL, PORTABLE_KERNELS, make_model, quick_jit, random_tree
 
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0], range(12)], np.int32)

@@ -23,13 +23,13 @@ from typing import Any
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import numpy as np  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from realjax.apps import quickstart  # noqa: E402
 from realjax.record.metrics import read_metrics  # noqa: E402
-from tests.e2e.builders import WORDS, without_clocks, write_inputs  # noqa: E402
-from tests.experiments.rl_runs import GROUPS, RLInputs, rl_options, write_rl_inputs  # noqa: E402
+from tests.given.compare import without_clocks  # noqa: E402
+from tests.given.runs import GROUPS, Given, make_rl_options, write_given  # noqa: E402
+from tests.given.texts import write_pairs  # noqa: E402
 
 # By name: devices, allocation_mode, and the zero stage of trained roles.
 LAYOUTS = {
@@ -43,27 +43,17 @@ TRAINED = {"sft": ("model",), "rw": ("model",), "dpo": ("actor",), "ppo": ("acto
 MEASURED = ("memory_mib", "moved_mib", "device_peak_mib")
 
 
-def write_pairs(path: Path) -> Path:
-    """Writes prompts with two pairs of answers each."""
-    rng = np.random.default_rng(3)
-    text = lambda low, high: " ".join(rng.choice(WORDS, rng.integers(low, high)))
-    answers = lambda: [" " + text(3, 7) for _ in range(2)]
-    rows = [{"id": i, "prompt": text(2, 5), "pos_answers": answers(), "neg_answers": answers()} for i in range(32)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def options_of(experiment: str, inputs: RLInputs, root: Path, pairs: Path, texts: Path) -> dict[str, Any]:
+def list_options(experiment: str, given: Given, root: Path, pairs: Path) -> dict[str, Any]:
     """Returns the options of an experiment, without its layout."""
     common = {"experiment_name": "numbers", "fileroot": root, "mode": "local"}
     if experiment in GROUPS:
-        return rl_options(inputs, root, experiment, eval__num_prompts=4, ref__path=inputs.ref) | common
+        return make_rl_options(given, root, experiment, eval__num_prompts=4, ref__path=given.ref) | common
     if experiment == "gen":
         gen = {"gen.max_new_tokens": 8, "gen.top_k": 60, "gen.top_p": 0.9, "num_samples": 2}
-        return {**common, "model.path": inputs.actor, "dataset.path": inputs.prompts, **gen}
+        return {**common, "model.path": given.actor, "dataset.path": given.prompts, **gen}
     roles = ("actor", "ref") if experiment == "dpo" else ("model",)
-    data = {"dataset.train_path": pairs if experiment in ("rw", "dpo") else texts, "dataset.max_seqlen": 32}
-    models = {f"{role}.path": inputs.actor for role in roles}
+    data = {"dataset.train_path": pairs if experiment in ("rw", "dpo") else given.prompts, "dataset.max_seqlen": 32}
+    models = {f"{role}.path": given.actor for role in roles}
     trained = {f"{role}.optimizer.lr": 0.01 for role in TRAINED[experiment]}
     return {**common, **models, **trained, **data, "dataset.train_bs_n_seqs": 8}
 
@@ -81,8 +71,7 @@ def record_run(experiment: str, options: Mapping[str, Any], layout: str, root: P
     logs, checkpoints = (next((root / kind).glob(f"*/numbers/{trial}"), None) for kind in ("logs", "checkpoints"))
     record: dict[str, Any] = {}
     if logs and (logs / "metrics.jsonl").exists():
-        lines = without_clocks(read_metrics(logs / "metrics.jsonl"))
-        record["metrics"] = [{k: v for k, v in line.items() if k.partition("/")[0] not in MEASURED} for line in lines]
+        record["metrics"] = without_clocks(read_metrics(logs / "metrics.jsonl"), *MEASURED)
     if logs and (logs / "output.jsonl").exists():
         record["answers"] = (logs / "output.jsonl").read_text().splitlines()
     exported = sorted(checkpoints.rglob("*.safetensors")) if checkpoints else []
@@ -118,12 +107,11 @@ def main() -> int:
     records = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        inputs, pairs = write_rl_inputs(root / "rl"), write_pairs(root / "pairs.jsonl")
-        texts = write_inputs(root / "sft", num_train=32).train
+        given, pairs = write_given(root / "given"), write_pairs(root / "pairs.jsonl", 32, seed=3)
         for experiment in args.only or quickstart.EXPERIMENTS:
             for layout in LAYOUTS:
                 logging.getLogger("realjax").setLevel(logging.WARNING)
-                options = options_of(experiment, inputs, root, pairs, texts)
+                options = list_options(experiment, given, root, pairs)
                 records[f"{experiment} {layout}"] = record_run(experiment, options, layout, root)
     text = json.dumps(records, indent=1, sort_keys=True).replace(str(root), "<root>")
     args.record.write_text(text)

@@ -19,19 +19,9 @@ from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step
 from realjax.models.build import Model
-from tests.builders import (
-    FULL,
-    PORTABLE_KERNELS,
-    assert_close_in_norm,
-    make_examples,
-    make_layout,
-    make_model,
-    one_per_row,
-    pack_in_order,
-    place_params,
-    quick_jit,
-    random_tree,
-)
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import FULL, PORTABLE_KERNELS, make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.sequences import make_examples, one_per_row, pack_in_order
 
 # 15 sequences, two of which teach nothing (one token has nothing before it; a prompt has no answer).
 LENGTHS = [7, 19, 1, 12, 5, 16, 9, 3, 14, 11, 6, 18, 2, 13, 8]

@@ -16,19 +16,9 @@ from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.hf.families import FAMILIES, config_from_hf
-from tests.builders import (
-    CASE,
-    PORTABLE_KERNELS,
-    assert_close_in_norm,
-    make_examples,
-    make_layout,
-    one_per_row,
-    pack_in_order,
-    place_params,
-    quick_jit,
-    unpack_array,
-)
-from tests.hf.tiny import KINDS, SIZES
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import CASE, KINDS, PORTABLE_KERNELS, SIZES, make_layout, place_params, quick_jit
+from tests.given.sequences import make_examples, one_per_row, pack_in_order, unpack_array
 from tests.parity.theirs import make_ours, make_theirs, our_logits, randomize, their_gradients, their_logits, to_ours
 
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from realjax.models.attention import AttentionFn
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
 from realjax.models.transformer import Forward
-from tests.hf.tiny import KINDS, SIZES
+from tests.given.models import KINDS, SIZES
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # its threads would fight with those of the other test processes

@@ -10,7 +10,7 @@ from realjax.core.texts import decode_answers
 from realjax.data.packing import pack, pack_rows
 from realjax.dataflow.run import AnswerFile
 from realjax.record.answers import AnswerWriter, Line, make_lines
-from tests.data.test_datasets import make_tokenizer, words_tokenizer
+from tests.given.texts import make_tokenizer, make_words_tokenizer
 
 LINES: list[Line] = [{"id": row_id, "prompt": f"of {row_id}", "sample": i} for row_id in "abc" for i in (0, 1)]
 
@@ -33,9 +33,9 @@ def answer(tokenizer: Any, prompt: str, tokens: list[int], cut: int | None = Non
 
 
 def test_an_answer_keeps_the_space_before_it():
-    line = answer(words_tokenizer(), "the film", [2, 3, 4])
+    line = answer(make_words_tokenizer(), "the film", [2, 3, 4])
     assert line == {"prompt": "the film", "answer": " was good", "seq": "the film was good", "id": "p0"}
-    stopped = answer(words_tokenizer(), "the film", [2, 3, 4], stop=("good", " was good"))
+    stopped = answer(make_words_tokenizer(), "the film", [2, 3, 4], stop=("good", " was good"))
     assert stopped["seq"] == "the film"
 
 
@@ -52,7 +52,7 @@ def test_a_prompt_that_was_cut_inside_a_character_is_given_whole():
 
 
 def test_the_number_of_the_sample_is_told_where_there_are_several():
-    assert answer(words_tokenizer(), "the film", [2], num_samples=2)["sample"] == 3
+    assert answer(make_words_tokenizer(), "the film", [2], num_samples=2)["sample"] == 3
 
 
 def test_lines_stand_in_the_order_of_the_prompts_however_they_are_packed():
@@ -70,7 +70,7 @@ def test_lines_stand_in_the_order_of_the_prompts_however_they_are_packed():
     rollout = pack(sequences, pack_rows([len(one["tokens"]) for one in sequences], 16))
     rows = tuple({"id": i, "prompt": f"p{i}"} for i in range(5))
     file = AnswerFile(name="out.jsonl", rows=rows, num_samples=2, stop=())
-    lines = make_lines(rollout, file, partial(decode_answers, words_tokenizer()))
+    lines = make_lines(rollout, file, partial(decode_answers, make_words_tokenizer()))
     assert [(line["id"], line["sample"]) for line in lines] == places
 
 

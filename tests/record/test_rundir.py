@@ -8,7 +8,7 @@ import pytest
 from realjax.dataflow.run import RunPaths
 from realjax.record.rundir import LOG_FILE, set_aside, write_log
 from realjax.runtime.resume import open_run_directory
-from tests.runtime.specs import make_paths, make_spec
+from tests.given.specs import make_paths, make_spec
 
 
 @pytest.fixture

@@ -14,17 +14,9 @@ from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.models.build import Model
 from realjax.reshard.apply import on_host, reshard
-from tests.builders import (
-    FULL,
-    assert_bitwise_equal,
-    fill_up,
-    make_examples,
-    make_model,
-    pack_in_order,
-    quick_jit,
-    random_tree,
-    with_empty_layers,
-)
+from tests.given.compare import assert_bitwise_equal
+from tests.given.models import FULL, fill_up, make_model, quick_jit, random_tree, with_empty_layers
+from tests.given.sequences import make_examples, pack_in_order
 
 MODELS = {"untied": make_model(**FULL), "tied": make_model(tied=True)}
 BATCH, _ = pack_in_order(make_examples([9, 12, 5, 14, 7, 3, 16, 8]), 16, num_rows=8)

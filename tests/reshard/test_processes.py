@@ -1,8 +1,7 @@
 from pathlib import Path
 
 import pytest
-
-from tests.workers import run_workers
+from tests.given.processes import run_workers
 
 WORKER = Path(__file__).with_name("process_worker.py")
 

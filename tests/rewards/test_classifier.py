@@ -7,8 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from realjax.rewards.classifier import load_classifier
-from tests.data.test_datasets import make_tokenizer
-from tests.hf.tiny import SIZES, edit_config
+from tests.given.checkpoints import edit_config
+from tests.given.models import SIZES
+from tests.given.texts import make_tokenizer
 from tests.rewards.text_rollouts import SAMPLES
 
 torch = pytest.importorskip("torch")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from realjax.rewards.text import check_row, checks_rows, load_function, make_text_reward
-from tests.data.test_datasets import words_tokenizer
+from tests.given.texts import make_words_tokenizer
 from tests.rewards.text_rollouts import SAMPLES, TOKENIZER, pack_samples, places
 
 ROWS = [{"id": f"row{i}", "prompt": "p", "grade": 10 * i} for i in range(3)]
@@ -45,7 +45,7 @@ def test_a_function_reads_the_answer_where_it_stands():
         "prompt_id": np.zeros((1, 1), np.int32),
     }
     score = lambda prompts, answers, rows: seen.extend(zip(prompts, answers)) or [0.0]
-    make_text_reward(score, words_tokenizer(), ROWS, name="reward.fn")(arrays, {})
+    make_text_reward(score, make_words_tokenizer(), ROWS, name="reward.fn")(arrays, {})
     assert seen == [("the film", " was good")]
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.builders import pack_in_order
-from tests.data.test_datasets import make_tokenizer
+from tests.given.sequences import pack_in_order
+from tests.given.texts import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 # Prompt's number in the data, prompt, answer, and whether the answer has its end-of-text token.

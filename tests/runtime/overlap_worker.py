@@ -7,6 +7,7 @@ each step the losses, and when each call began and ended.
 import json
 
 import jax
+from tests.given.processes import work
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.layout import Layout, ParallelStrategy
@@ -14,9 +15,9 @@ from realjax.core.processes import is_first
 from realjax.dataflow.graph import DataflowGraph, Train
 from realjax.reshard.fetch import fetch
 from realjax.runtime.executor import Executor
-from tests.builders import make_examples, make_model, pack_in_order
-from tests.runtime.specs import make_executor, make_role, make_state
-from tests.workers import work
+from tests.given.models import make_model
+from tests.given.sequences import make_examples, pack_in_order
+from tests.given.specs import make_executor, make_role, make_state
 
 STEPS = 3
 # The work of one is hundreds of times that of the other, which no other load of the machine makes up for.

@@ -16,8 +16,8 @@ from realjax.engine.state import TrainState
 from realjax.models.build import Model
 from realjax.runtime import checkpoint
 from realjax.runtime.checkpoint import RunCheckpointer, RunState, clear_after, find_save, saved_steps
-from tests.builders import make_layout, make_model, with_empty_layers
-from tests.runtime.specs import make_role, make_state
+from tests.given.models import make_layout, make_model, with_empty_layers
+from tests.given.specs import make_role, make_state
 
 MODEL = make_model()
 

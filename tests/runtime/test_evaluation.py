@@ -7,8 +7,8 @@ import numpy as np
 from realjax.core.texts import decode_answers
 from realjax.record.samples import Sample
 from realjax.runtime.evaluation import read_samples
-from tests.builders import pack_in_order
-from tests.data.test_datasets import words_tokenizer
+from tests.given.sequences import pack_in_order
+from tests.given.texts import make_words_tokenizer
 
 
 def test_samples_are_read_where_they_stand_in_the_order_of_their_prompts():
@@ -23,7 +23,7 @@ def test_samples_are_read_where_they_stand_in_the_order_of_their_prompts():
     ]
     batch, _ = pack_in_order(examples, 16, num_rows=1)
     batch = batch.with_arrays(rewards=np.array([[0.5, 2.0]], np.float32))
-    assert read_samples(batch, partial(decode_answers, words_tokenizer()), "greedy") == [
+    assert read_samples(batch, partial(decode_answers, make_words_tokenizer()), "greedy") == [
         Sample(variant="greedy", prompt="the film", answer=" was good", reward=2.0),
         Sample(variant="greedy", prompt="the film", answer=" good", reward=0.5),
     ]

@@ -20,16 +20,10 @@ from realjax.engine.compiled import place_batch
 from realjax.engine.inference import make_inference
 from realjax.runtime.calls import refuse_longer
 from realjax.runtime.programs import num_micro_batches
-from tests.builders import (
-    assert_bitwise_equal,
-    make_examples,
-    make_layout,
-    make_model,
-    pack_in_order,
-    place_params,
-    random_tree,
-)
-from tests.runtime.specs import GRAPH, TRAIN, make_executor, make_loader, make_role, make_state
+from tests.given.compare import assert_bitwise_equal
+from tests.given.models import make_layout, make_model, place_params, random_tree
+from tests.given.sequences import make_examples, make_loader, pack_in_order
+from tests.given.specs import GRAPH, TRAIN, make_executor, make_role, make_state
 
 MODEL = make_model()
 BATCH, _ = pack_in_order(make_examples([9, 12, 5, 14, 7, 3]), 16, num_rows=8)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.experiments.rl_runs import LAYOUTS, make_executor, make_rl_spec, quick_compiles, write_rl_inputs
+from tests.given.models import quick_compiles
+from tests.given.runs import LAYOUTS, build_rl_spec, load_executor
 
 STEPS = 52
 
@@ -22,17 +23,15 @@ def live_bytes() -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_memory_returns_to_its_level_after_each_step(tmp_path):
+def test_memory_returns_to_its_level_after_each_step(given, tmp_path):
     """Calls on halves of the devices, with parameters moved between them, a reference that is averaged, and others that
     wait in host memory.
     """
     # Sequences of one length make batches of one shape.
     same = {"dataset__pad_to_max_length": True, "algo__gen__min_new_tokens": 8, "dataset__train_bs_n_seqs": 4}
-    spec = make_rl_spec(
-        write_rl_inputs(tmp_path), tmp_path, **LAYOUTS["halves"], **same, algo__ref_ema_eta=0.1, total_train_epochs=7
-    )
+    spec = build_rl_spec(given, tmp_path, **LAYOUTS["halves"], **same, algo__ref_ema_eta=0.1, total_train_epochs=7)
     with quick_compiles():
-        executor = make_executor(spec)
+        executor = load_executor(spec)
         levels = []
         for step in range(STEPS):
             executor.step(spec.loader.batch(step), step)

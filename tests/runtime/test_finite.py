@@ -18,7 +18,7 @@ from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
 from realjax.runtime.finite import nonfinite_leaves, refuse_nonfinite
 from realjax.runtime.roles import Role, load_role
-from tests.e2e.builders import write_llama
+from tests.given.checkpoints import write_llama
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ import pytest
 from realjax.dataflow.run import Frequency, RolloutEvaluation, RunPaths, RunSpec
 from realjax.record.samples import Sample
 from realjax.runtime import session
-from tests.e2e.builders import without_clocks, write_llama
+from tests.given.checkpoints import write_llama
+from tests.given.compare import without_clocks
+from tests.given.sequences import make_loader
+from tests.given.specs import make_paths, make_spec, run_here
 from tests.runtime.kills import Killed, watching
-from tests.runtime.specs import make_loader, make_paths, make_spec, run_here
 
 VALUES = (0.0, 0.1, 0.3, 0.2, 0.5, 0.4, 0.45)  # of the evaluation after each step: the best is that of step 4
 NUM_KILLS = 5

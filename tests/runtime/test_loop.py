@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.given.commands import stopped_after
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.data.loader import Position
@@ -13,9 +14,9 @@ from realjax.dataflow.run import Evaluation, Frequency, RunSpec
 from realjax.hf.files import CheckpointFiles
 from realjax.record.metrics import read_metrics
 from realjax.runtime.exports import checkpoint_name
-from tests.e2e.builders import write_llama
-from tests.runtime.specs import TRAIN, make_loader, make_paths, make_role_spec, make_spec, run_here
-from tests.stops import stopped_after
+from tests.given.checkpoints import write_llama
+from tests.given.sequences import make_loader
+from tests.given.specs import TRAIN, make_paths, make_role_spec, make_spec, run_here
 
 REFERENCE = Inference(name="ref", role="ref", inputs=("tokens",), outputs=("logprobs",), head="logprobs")
 

@@ -20,8 +20,9 @@ from realjax.record.timeline import Timeline
 from realjax.runtime import exports, loop, resume, session
 from realjax.runtime.checkpoint import RunCheckpointer
 from realjax.runtime.places import Places
-from tests.e2e.builders import write_llama
-from tests.runtime.specs import make_loader, make_paths, make_spec, run_here
+from tests.given.checkpoints import write_llama
+from tests.given.sequences import make_loader
+from tests.given.specs import make_paths, make_spec, run_here
 
 STEPS = 3
 FULL = os.strerror(errno.ENOSPC)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tests.given.commands import stopped_after
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.loss import Loss
@@ -19,9 +20,9 @@ from realjax.record.metrics import read_metrics
 from realjax.runtime.executor import StepResult
 from realjax.runtime.lock import lock_run
 from realjax.runtime.session import Session
-from tests.e2e.builders import write_llama
-from tests.runtime.specs import NO_IDENTITY, TRAIN, make_loader, make_paths, make_spec, run_here
-from tests.stops import stopped_after
+from tests.given.checkpoints import write_llama
+from tests.given.sequences import make_loader
+from tests.given.specs import NO_IDENTITY, TRAIN, make_paths, make_spec, run_here
 
 SAME = replace(NO_IDENTITY, fixed={"seed": 1}, steering={"model.optimizer.lr": 0.01})
 

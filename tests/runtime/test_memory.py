@@ -15,9 +15,10 @@ from realjax.engine.compiled import Compiled, CompileLog
 from realjax.reshard.apply import on_host
 from realjax.runtime.memory import bytes_held_beside, device_bytes, measured_peak_bytes
 from realjax.runtime.roles import Role
-from tests.builders import device_bytes as bytes_of_shards
-from tests.builders import make_examples, make_layout, make_model, pack_in_order, place_params, random_tree
-from tests.runtime.specs import make_executor, make_role, make_state
+from tests.given.compare import device_bytes as bytes_of_shards
+from tests.given.models import make_layout, make_model, place_params, random_tree
+from tests.given.sequences import make_examples, pack_in_order
+from tests.given.specs import make_executor, make_role, make_state
 
 MODEL = make_model(vocab_size=512, hidden_size=96, head_dim=12, ffn_size=256)
 LAYOUT = make_layout(dp=2, zero=2)

@@ -7,7 +7,7 @@ import pytest
 from realjax.core.processes import from_first, gather, largest, text_from_first
 from realjax.launch.environment import find_process_group
 from realjax.reshard.fetch import fetch
-from tests.builders import make_layout
+from tests.given.models import make_layout
 
 LAUNCHED = {
     "REALJAX_COORDINATOR": "10.0.0.1:1234",

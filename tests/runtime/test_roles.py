@@ -9,7 +9,7 @@ import pytest
 from realjax.allocation.allocate import allocate
 from realjax.core.compute import Compute
 from realjax.runtime.roles import build_roles
-from tests.runtime.specs import make_paths, make_role_spec, make_spec
+from tests.given.specs import make_paths, make_role_spec, make_spec
 
 
 def test_attention_that_the_devices_cannot_compute_is_refused_before_anything_is_loaded():

@@ -10,7 +10,7 @@ from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation
 from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
-from tests.builders import make_layout  # noqa: F401 - eight devices before any array
+from tests.given.models import make_layout  # noqa: F401 - eight devices before any array
 
 CONFIG = GenerationConfig(max_new_tokens=6, min_new_tokens=0)
 

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from realjax.engine.attention.choose import KERNELS, Case, Use, choose, make_attention, make_decoding
-from tests.builders import CASE
+from tests.given.models import CASE
 
 H100 = Case(use="rows", platform="gpu", dtype="bfloat16", head_dim=128)
 USES = get_args(Use)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from realjax.engine.attention.choose import KERNELS, Case, make_attention, make_decoding
-from tests.builders import CASE, PORTABLE_KERNELS, make_layout, quick_jit
+from tests.given.models import CASE, PORTABLE_KERNELS, make_layout, quick_jit
 
 N, K, H = 4, 2, 4
 

@@ -1,4 +1,4 @@
-"""Several processes that run one script as a group: started and watched by a test, and what each of them does first."""
+"""Processes that a test starts: one of Python, or several that run one script as a group, and what each does first."""
 
 import os
 import socket
@@ -6,16 +6,25 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 
 from realjax.launch.environment import leave
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # After so long something hangs, however busy the machine is; nothing is measured with it.
 HANG_SECONDS = 3600
+
+
+def start_process(args: Iterable[str], log: Path, **environment: str) -> subprocess.Popen:
+    """Starts Python on `args` at the top of the checkout with no device settings but the run's own."""
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    with log.open("a") as file:
+        return subprocess.Popen(
+            [sys.executable, *args], cwd=ROOT, env=kept | environment, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
 def run_workers(script: Path, num_processes: int, folder: Path, *arguments: str) -> list[str]:

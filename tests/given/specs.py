@@ -1,4 +1,4 @@
-"""Small runs to carry out: descriptions, roles and batches on a few devices."""
+"""Small runs described by hand: specs, roles, states and executors on a few devices."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.allocation.allocate import allocate, make_plan
@@ -16,8 +15,6 @@ from realjax.core.identity import Identity
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import Tree
-from realjax.data.datasets import PromptAnswerDataset
-from realjax.data.loader import Loader
 from realjax.dataflow.graph import DataflowGraph, Train
 from realjax.dataflow.run import AllocationOptions, CallPlacement, Frequency, RoleSpec, RunPaths, RunSpec
 from realjax.engine.optim import Optimizer
@@ -27,8 +24,14 @@ from realjax.models.build import Model
 from realjax.runtime import loop
 from realjax.runtime.executor import Executor
 from realjax.runtime.roles import Role
-from tests.builders import make_examples, place_params, random_tree
-from tests.e2e.builders import CONFIG
+from tests.given.checkpoints import (
+    CONFIG,
+)
+from tests.given.models import (
+    place_params,
+    random_tree,
+)
+from tests.given.sequences import make_loader
 
 TRAIN = Train(name="train", role="default", inputs=("tokens", "loss_mask"), loss=SFT_LOSS)
 NO_IDENTITY = Identity(fixed={}, contents={}, steering={}, harmless={})
@@ -40,24 +43,6 @@ ONE_DEVICE = AllocationOptions(
     n_gpus_per_node=1,
     calls=defaultdict(lambda: CallPlacement(strategy=ParallelStrategy())),
 )
-
-
-def make_dataset(lengths: list[int], seed: int = 0) -> PromptAnswerDataset:
-    """Returns examples of random tokens of these lengths, learned in their last part."""
-    examples = make_examples(lengths, seed)
-    spans = [(int(np.argmax(example["loss_mask"])), len(example["tokens"])) for example in examples]
-    return PromptAnswerDataset(
-        ids=tuple(range(len(lengths))),
-        tokens=np.concatenate([example["tokens"] for example in examples]),
-        offsets=np.cumsum([0, *lengths]),
-        target_spans=np.array(spans, np.int32),
-    )
-
-
-def make_loader(**changes) -> Loader:
-    """Returns 3 steps of 4 examples, in one epoch."""
-    dataset = make_dataset([5, 9, 7, 12, 8, 6, 11, 10, 4, 13, 7, 9])
-    return Loader(dataset, **{"batch_size": 4, "num_epochs": 1, "seed": 1, **changes})
 
 
 def make_paths(root: Path) -> RunPaths:

@@ -1,0 +1,136 @@
+"""Tiny models in memory: configs of each family, parameters, layouts, and quick ways to compile."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from realjax.core.axes import Rules, optimizer_rules, tree_shardings
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.trees import Tree, map_paths
+from realjax.engine.attention.choose import KERNELS, Case
+from realjax.hf.families import FAMILIES, config_from_hf
+from realjax.models.build import Model, build_model
+from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+KINDS = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES}, name) for name in FAMILIES}
+# Packed rows of tiny models on CPUs, as attention kernels see them.
+CASE = Case(use="rows", platform="cpu", dtype="float32", head_dim=4)
+# The attention kernels that run on any device.
+PORTABLE_KERNELS = tuple(name for name, kernel in KERNELS.items() if kernel.find_fault(CASE) is None)
+# Every leaf a family can have: norms and biases everywhere, a head of its own.
+FULL = {"qkv_bias": True, "o_bias": True, "bias": True, "qk_norm": NormConfig()}
+
+
+def make_model(**changes) -> Model:
+    """Returns a two-layer model with eight query and two key-value heads.
+
+    `changes` are fields of ModelConfig, or of the mixer and the feed-forward of its one kind of layer.
+    """
+    sizes = {
+        "family": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_q_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "ffn_size": 48,
+        "max_positions": 128,
+    }
+    take = lambda kind: {name: changes.pop(name) for name in kind.__dataclass_fields__ if name in changes}
+    mixer, feed_forward = AttentionConfig(**take(AttentionConfig)), MLPConfig(**take(MLPConfig))
+    kind = LayerKind(mixer=mixer, feed_forward=feed_forward)
+    return build_model(ModelConfig(**{**sizes, "pattern": (kind,), **changes}))
+
+
+def make_layout(dp: int = 1, tp: int = 1, pp: int = 1, sp: bool = False, zero: int = 0) -> Layout:
+    """Returns the layout of this strategy on the first devices."""
+    return Layout.of(ParallelStrategy(dp=dp, tp=tp, pp=pp, sequence_parallel=sp, zero_stage=zero))
+
+
+def random_tree(model: Model, seed: int = 0, scale: float = 0.2) -> Tree:
+    """Returns host parameters of which no leaf is special: biases are not 0, norms not 1."""
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        rng = np.random.default_rng([seed, *path.encode()])
+        return (rng.standard_normal(leaf.shape) * scale + path.endswith("scale")).astype(np.float32)
+
+    return map_paths(draw, model.abstract)
+
+
+def with_empty_layers(model: Model, num_empty: int) -> Model:
+    """Returns the same model with empty layers at the end of its stack."""
+    return build_model(replace(model.config, num_empty_layers=num_empty))
+
+
+def fill_up(params: Tree, num_empty: int) -> Tree:
+    """Returns host parameters (or anything of their shapes) with zeros for empty layers."""
+    return {
+        **params,
+        "layers": jax.tree.map(lambda x: np.pad(x, [(0, num_empty)] + [(0, 0)] * (x.ndim - 1)), params["layers"]),
+    }
+
+
+def cut_empty(model: Model, params: Tree) -> tuple[Tree, list[np.ndarray]]:
+    """Returns the parameters without empty layers, and the leaves of those."""
+    num_layers, layers = model.config.num_layers, params["layers"]
+    real = {**params, "layers": jax.tree.map(lambda x: np.asarray(x)[:num_layers], layers)}
+    return real, [np.asarray(x)[num_layers:] for x in jax.tree.leaves(layers)]
+
+
+def place_params(model: Model, params: Tree, layout: Layout, rules: Rules | None = None) -> Tree:
+    """Returns the parameters on the layout's devices, by default where the optimizer keeps its master copy."""
+    rules = optimizer_rules(layout.strategy) if rules is None else rules
+    return jax.device_put(params, tree_shardings(model.axes, model.abstract, rules, layout))
+
+
+def on_one_device(model: Model) -> dict:
+    """Returns shardings that put every parameter on the first device."""
+    return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract)
+
+
+def quick_jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Returns `jax.jit(fn)` without LLVM's optimisations: half the time to compile, and tiny models run once."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+@contextmanager
+def quick_compiles() -> Iterator[None]:
+    """Compiles without most of XLA's optimisations: tiny programs that run a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
