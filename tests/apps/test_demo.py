@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.given.processes import HANG_SECONDS
 from transformers import AutoTokenizer
 
 from realjax.apps.demo import STAGES, stage_command, stage_config, stage_overrides
@@ -26,6 +25,7 @@ from realjax.data.datasets import load_prompt_answer
 from realjax.data.jsonl import load_rows
 from realjax.hf.load import load_config
 from realjax.options.checks import validate
+from tests.given.processes import HANG_SECONDS
 
 NUM_TRAIN, NUM_VALID = 96, 32
 # torch is hidden, as on a machine where only the package's own dependencies are installed.

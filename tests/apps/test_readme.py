@@ -5,12 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.given.processes import ROOT
 
 from realjax.apps.demo import STAGES
 from realjax.apps.demo_data import write_demo_files
 from realjax.apps.quickstart import find_experiment
 from realjax.options.parsing import parse_overrides
+from tests.given.processes import ROOT
 
 BLOCK = re.compile(r"```sh\n(.*?)```", re.S)
 # In place of the commands: says what it was called with, a word a line and an empty one at the end.

@@ -1,11 +1,10 @@
-import json
 import logging
 
 import numpy as np
 import pytest
 
 from realjax.data.datasets import load_prompt_answer, tokenize_answers
-from tests.given.texts import make_tokenizer
+from tests.given.texts import make_tokenizer, write_jsonl
 
 
 class WithoutOffsets:
@@ -23,9 +22,7 @@ class WithoutOffsets:
 
 
 def write(folder, rows):
-    path = folder / "data.jsonl"
-    path.write_text("\n".join(json.dumps({"id": i, "prompt": p, "answer": a}) for i, (p, a) in enumerate(rows)))
-    return str(path)
+    return str(write_jsonl(folder / "data.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in rows]))
 
 
 def parts(dataset, tokenizer, index):

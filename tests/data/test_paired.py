@@ -11,7 +11,7 @@ import pytest
 from realjax.data.loader import Loader, Rows
 from realjax.data.packing import PART_LENS
 from realjax.data.paired import PairedDataset, load_paired
-from tests.given.texts import make_tokenizer
+from tests.given.texts import make_tokenizer, write_jsonl
 
 GROUPS = (1, 4, 2, 7, 3)  # pairs of each prompt
 
@@ -30,9 +30,7 @@ def make_rows(groups=GROUPS):
 
 
 def write(folder, rows, name="pairs.jsonl"):
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_jsonl(folder / name, rows))
 
 
 def load(folder, rows=None, max_seqlen=1024, max_pairs=2, **options) -> PairedDataset:

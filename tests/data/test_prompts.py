@@ -1,6 +1,5 @@
 """Prompts: their tokens, texts and rows; chat templates; how long ones are cut; what is refused."""
 
-import json
 import logging
 
 import numpy as np
@@ -10,7 +9,7 @@ from tokenizers import normalizers
 from realjax.data.loader import Dataset, Loader
 from realjax.data.packing import unpack
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
-from tests.given.texts import make_tokenizer
+from tests.given.texts import make_tokenizer, write_jsonl
 
 TEXTS = ["the film was", "a film that is good, a film that was not good and not so long", "naïve 😀", "so"]
 TEMPLATE = (
@@ -21,10 +20,8 @@ TEMPLATE = (
 
 
 def write(folder, prompts, **keys):
-    path = folder / "prompts.jsonl"
     rows = [{"id": f"p{i}", "prompt": prompt, **keys} for i, prompt in enumerate(prompts)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_jsonl(folder / "prompts.jsonl", rows))
 
 
 def load(folder, prompts=TEXTS, tokenizer=None, max_prompts=None, **form) -> PromptDataset:

@@ -1,6 +1,5 @@
 """Every kind of data has each special token once, and one chat template makes the same prompt for all of them."""
 
-import json
 import logging
 
 import numpy as np
@@ -10,7 +9,7 @@ from realjax.data.datasets import load_prompt_answer
 from realjax.data.paired import load_paired
 from realjax.data.prompts import PromptForm, load_prompts
 from realjax.data.tokens import encode, front_tokens
-from tests.given.texts import make_tokenizer, make_words_tokenizer
+from tests.given.texts import make_tokenizer, make_words_tokenizer, write_jsonl
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -38,10 +37,8 @@ def prompts(path, tokenizer, **options):
 
 def write(folder, *rows):
     """Returns a file that each kind of data can read."""
-    path = folder / "rows.jsonl"
     full = [{"prompt": prompt, "answer": a, "pos_answers": [a], "neg_answers": ["so"]} for prompt, a in rows]
-    path.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(full)))
-    return str(path)
+    return str(write_jsonl(folder / "rows.jsonl", full))
 
 
 @pytest.mark.parametrize("special", ["", "bos", "eos", "bos eos"])

@@ -5,7 +5,6 @@ Run by test_generate_processes.py as `generate_worker.py <port> <num_processes> 
 
 import jax
 import numpy as np
-from tests.given.processes import work
 
 from realjax.core.axes import generate_rules, tree_shardings
 from realjax.core.generation_config import GenerationConfig
@@ -18,6 +17,7 @@ from realjax.engine.slots import SlotPrograms
 from realjax.models.build import Model
 from realjax.reshard.fetch import fetch
 from tests.given.models import make_model, random_tree
+from tests.given.processes import work
 
 CONFIG = GenerationConfig(max_new_tokens=10, min_new_tokens=2, top_k=20, top_p=0.9)
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.given.processes import run_workers
 
 WORKER = Path(__file__).with_name("generate_worker.py")

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from realjax.apps.quickstart import EXPERIMENTS
 from realjax.core.batch import BATCH_DIMS
 from realjax.options.fields import list_options
 from realjax.options.values import type_label
-from tests.given.checkpoints import edit_config, write_llama, write_reward_model
+from tests.given.checkpoints import edit_config, edit_tensors, write_llama, write_reward_model
 from tests.given.runs import Given, build_spec, list_models, make_options
 from tests.given.texts import write_jsonl
 
@@ -61,10 +60,8 @@ def torn_weights(folder: Path, is_critic: bool) -> Path:
 
 
 def lacking_weights(folder: Path, is_critic: bool) -> Path:
-    weights = write_model(folder, is_critic) / "model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: x for name, x in tensors.items() if "1.mlp.up" not in name}, weights, {"format": "pt"})
-    return weights.parent
+    model = write_model(folder, is_critic)
+    return edit_tensors(model, lambda tensors: {name: x for name, x in tensors.items() if "1.mlp.up" not in name})
 
 
 def without_end(folder: Path, is_critic: bool) -> Path:

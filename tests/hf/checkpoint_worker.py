@@ -5,7 +5,6 @@ many elements it read of each.
 """
 
 import jax
-from tests.given.processes import work
 
 from realjax.core.axes import train_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
@@ -13,6 +12,7 @@ from realjax.hf import files
 from realjax.hf.load import load_config, load_params
 from realjax.hf.save import save_hf
 from realjax.models.build import build_model
+from tests.given.processes import work
 
 
 def main(source: str, folder: str) -> None:

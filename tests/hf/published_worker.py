@@ -6,9 +6,9 @@ Run by test_published.py as `published_worker.py <port> <num_processes> <process
 from pathlib import Path
 
 import jax
-from tests.given.processes import work
 
 from realjax.hf.save import make_fetch, write_tensors
+from tests.given.processes import work
 from tests.hf.published import PUBLISHED
 from tests.hf.published_files import find_all, list_outputs, load_published
 

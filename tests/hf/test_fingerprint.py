@@ -1,15 +1,13 @@
 """A model is the same wherever it lies, and another one when its tensors, its config or its tokenizer are."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from realjax.hf.fingerprint import fingerprint_model
-from tests.given.checkpoints import write_llama
+from tests.given.checkpoints import edit_config, edit_tensors, write_llama
 
 
 @pytest.fixture
@@ -18,13 +16,11 @@ def model(tmp_path: Path) -> Path:
 
 
 def train(directory: Path) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    save_file({name: np.nextafter(x, 9) for name, x in tensors.items()}, directory / "model.safetensors")
+    edit_tensors(directory, lambda tensors: {name: np.nextafter(x, 9) for name, x in tensors.items()})
 
 
 def set_config(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    edit_config(directory, rope_theta=5.0)
 
 
 def cut_tokenizer(directory: Path) -> None:

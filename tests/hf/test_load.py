@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from realjax.core.axes import train_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
@@ -11,7 +11,7 @@ from realjax.hf.files import SafetensorsFile
 from realjax.hf.load import check_weights, correct_config, has_critic_head, load_config, load_params
 from realjax.hf.save import save_hf
 from realjax.models.build import build_model, make_fill
-from tests.given.checkpoints import edit_config, make_bin, make_checkpoint
+from tests.given.checkpoints import edit_config, edit_tensors, make_bin, make_checkpoint
 from tests.given.models import KINDS, on_one_device
 
 STRATEGIES = [
@@ -31,11 +31,6 @@ def assert_trees_equal(a, b):
     assert a.keys() == b.keys()
     for path, leaf in a.items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(b[path]), err_msg=path)
-
-
-def change_tensors(directory, change):
-    """Rewrites model.safetensors with what `change` returns of its dict."""
-    save_file(change(load_file(directory / "model.safetensors")), directory / "model.safetensors")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
@@ -111,7 +106,7 @@ def test_a_saved_critic_keeps_its_head_under_either_name(tmp_path):
     score = load_file(source / "model.safetensors")["score.weight"]
     np.testing.assert_array_equal(params["head"]["kernel"], score.T)
     assert has_critic_head(source)
-    change_tensors(source, lambda t: {k.replace("score", "lm_head"): x for k, x in t.items()})  # as ReaL writes it
+    edit_tensors(source, lambda t: {k.replace("score", "lm_head"): x for k, x in t.items()})  # as ReaL writes it
     assert has_critic_head(source)
     assert_trees_equal(params, load_params(source, model, on_one_device(model)))
     fill = make_fill("head/kernel", (32, 1), seed=3)
@@ -123,7 +118,7 @@ def test_a_tied_checkpoint_may_hold_the_table_twice(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama-tied")
     model = build_model(load_config(source))
     params = load_params(source, model, on_one_device(model))
-    change_tensors(source, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].copy()})
+    edit_tensors(source, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].copy()})
     assert_trees_equal(params, load_params(source, model, on_one_device(model)))
 
 
@@ -137,7 +132,7 @@ def logits_of(directory):
 def test_a_head_of_its_own_is_kept_where_the_config_says_tied_as_in_transformers(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama-tied")
     own = np.random.default_rng(0).standard_normal((64, 32), np.float32)
-    change_tensors(source, lambda t: {**t, "lm_head.weight": own})
+    edit_tensors(source, lambda t: {**t, "lm_head.weight": own})
     assert load_config(source).tied and not correct_config(load_config(source), source).tied
     model = build_model(correct_config(load_config(source), source))
     params = load_params(source, model, on_one_device(model))
@@ -146,7 +141,7 @@ def test_a_head_of_its_own_is_kept_where_the_config_says_tied_as_in_transformers
     assert not load_config(tmp_path / "out").tied
     np.testing.assert_array_equal(logits_of(tmp_path / "out"), logits_of(source))
     table = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
-    change_tensors(source, lambda t: {**t, "lm_head.weight": table.copy()})
+    edit_tensors(source, lambda t: {**t, "lm_head.weight": table.copy()})
     assert correct_config(load_config(source), source).tied
 
 
@@ -154,7 +149,7 @@ def test_a_tied_table_may_have_the_heads_name_as_in_transformers(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama-tied")
     model = build_model(correct_config(load_config(source), source))
     params, theirs = load_params(source, model, on_one_device(model)), logits_of(source)
-    change_tensors(source, lambda t: {n.replace("model.embed_tokens", "lm_head"): x for n, x in t.items()})
+    edit_tensors(source, lambda t: {n.replace("model.embed_tokens", "lm_head"): x for n, x in t.items()})
     assert_trees_equal(params, load_params(source, model, on_one_device(model)))
     np.testing.assert_array_equal(logits_of(source), theirs)
 
@@ -183,7 +178,7 @@ def test_the_weights_are_checked_by_their_heads_alone(tmp_path):
 def test_tensors_that_are_not_the_models_are_refused(change, message, tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama")
     model = build_model(load_config(source))
-    change_tensors(source, change)
+    edit_tensors(source, change)
     with pytest.raises(ValueError, match=message):
         load_params(source, model, on_one_device(model))
 

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from tests.given.processes import run_workers
 
 from tests.given.checkpoints import make_checkpoint, read_tensors
+from tests.given.processes import run_workers
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 

@@ -7,10 +7,10 @@ takes every pair of layouts, which is minutes of compiling.
 from itertools import combinations
 
 import numpy as np
-from tests.given.processes import work
 
 from realjax.core.trees import flatten_paths, map_paths
 from realjax.reshard.apply import ema_update, on_host, reshard
+from tests.given.processes import work
 from tests.reshard.cases import DTYPES, LAYOUTS, check_equal, make_host_tree, make_shardings, place
 
 # Grows, shrinks, permutes, jumps between processes, and leaves some without a shard.

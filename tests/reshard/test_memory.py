@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.given.processes import HANG_SECONDS
 
+from tests.given.processes import HANG_SECONDS
 from tools.bench.reshard import PAIRS
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench" / "reshard.py"

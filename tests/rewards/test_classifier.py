@@ -4,10 +4,9 @@ import importlib.util
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from realjax.rewards.classifier import load_classifier
-from tests.given.checkpoints import edit_config
+from tests.given.checkpoints import Tensors, edit_config, edit_tensors
 from tests.given.models import SIZES
 from tests.given.texts import make_tokenizer
 from tests.rewards.text_rollouts import SAMPLES
@@ -107,9 +106,12 @@ def test_roberta_reads_fewer_tokens_than_its_table_has_rows(tmp_path):
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
     directory = save_classifier(tmp_path)
-    weights = load_file(directory / "model.safetensors")
-    weights["score.weight"][0, 0] = np.nan
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors["score.weight"][0, 0] = np.nan
+        return tensors
+
+    edit_tensors(directory, spoil)
     with pytest.raises(ValueError, match=r"reward.classifier: '.*' holds numbers that are not finite, in score.weight"):
         load_classifier(directory)
 

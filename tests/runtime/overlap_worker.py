@@ -7,7 +7,6 @@ each step the losses, and when each call began and ended.
 import json
 
 import jax
-from tests.given.processes import work
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.layout import Layout, ParallelStrategy
@@ -16,6 +15,7 @@ from realjax.dataflow.graph import DataflowGraph, Train
 from realjax.reshard.fetch import fetch
 from realjax.runtime.executor import Executor
 from tests.given.models import make_model
+from tests.given.processes import work
 from tests.given.sequences import make_examples, pack_in_order
 from tests.given.specs import make_executor, make_role, make_state
 

@@ -1,12 +1,12 @@
 """Numbers that are not finite are found wherever parameters lie, and whose they are is said."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
@@ -18,22 +18,17 @@ from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
 from realjax.runtime.finite import nonfinite_leaves, refuse_nonfinite
 from realjax.runtime.roles import Role, load_role
-from tests.given.checkpoints import write_llama
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("finite") / "llama")
+from tests.given.checkpoints import Tensors, edit_tensors
 
 
 def poison(source: Path, directory: Path, name: str, value: float) -> Path:
     """Writes the checkpoint with one number of one tensor changed, the last one."""
-    directory.mkdir()
-    (directory / "config.json").write_text((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
-    tensors[name].reshape(-1)[-1] = value
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+
+    def change(tensors: Tensors) -> Tensors:
+        tensors[name].reshape(-1)[-1] = value
+        return tensors
+
+    return edit_tensors(shutil.copytree(source, directory), change)
 
 
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
@@ -46,8 +41,8 @@ def poison(source: Path, directory: Path, name: str, value: float) -> Path:
         ("model.norm.weight", 3e38, []),
     ],
 )
-def test_one_number_among_all_is_found_wherever_it_lies(model_dir, tmp_path, strategy, memory_kind, name, value, found):
-    directory = poison(model_dir, tmp_path / "bad", name, value)
+def test_one_number_among_all_is_found_wherever_it_lies(given, tmp_path, strategy, memory_kind, name, value, found):
+    directory = poison(given.language_model, tmp_path / "bad", name, value)
     model, home = build_model(load_config(directory)), Layout.of(strategy)
     shardings = tree_shardings(model.axes, model.abstract, inference_rules(strategy), home, memory_kind)
     assert nonfinite_leaves(load_params(directory, model, shardings), home) == found
@@ -61,9 +56,9 @@ def role_at_home(spec: RoleSpec, *, is_offloaded: bool) -> Role:
 
 
 @pytest.mark.parametrize("kind", ["trained", "fixed", "offloaded", "critic"])
-def test_no_role_is_loaded_with_one(model_dir, tmp_path, kind):
-    directory = poison(model_dir, tmp_path / "bad", "model.embed_tokens.weight", np.nan)
-    config = load_config(model_dir)
+def test_no_role_is_loaded_with_one(given, tmp_path, kind):
+    directory = poison(given.language_model, tmp_path / "bad", "model.embed_tokens.weight", np.nan)
+    config = load_config(given.language_model)
     spec = RoleSpec(name="rew", path=directory, config=config.as_critic() if kind == "critic" else config)
     if kind == "trained":
         spec = replace(spec, optimizer=OptimizerConfig())
@@ -72,7 +67,7 @@ def test_no_role_is_loaded_with_one(model_dir, tmp_path, kind):
         ValueError, match=r"^role rew \('.*bad'\) holds numbers that are not finite as float32, in embed"
     ):
         load_role(role, seed=1)
-    good = replace(spec, path=model_dir)
+    good = replace(spec, path=given.language_model)
     state = load_role(role_at_home(good, is_offloaded=kind == "offloaded"), seed=1)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.given.processes import ROOT
 
 from realjax.runtime.lock import lock_run
+from tests.given.processes import ROOT
 
 HOLD = """
 import sys

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.given.commands import stopped_after
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.data.loader import Position
@@ -15,6 +14,7 @@ from realjax.hf.files import CheckpointFiles
 from realjax.record.metrics import read_metrics
 from realjax.runtime.exports import checkpoint_name
 from tests.given.checkpoints import write_llama
+from tests.given.commands import stopped_after
 from tests.given.sequences import make_loader
 from tests.given.specs import TRAIN, make_paths, make_role_spec, make_spec, run_here
 

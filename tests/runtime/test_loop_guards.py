@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.given.commands import stopped_after
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.loss import Loss
@@ -21,6 +20,7 @@ from realjax.runtime.executor import StepResult
 from realjax.runtime.lock import lock_run
 from realjax.runtime.session import Session
 from tests.given.checkpoints import write_llama
+from tests.given.commands import stopped_after
 from tests.given.sequences import make_loader
 from tests.given.specs import NO_IDENTITY, TRAIN, make_paths, make_spec, run_here
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.given.processes import run_workers
 
 WORKER = Path(__file__).with_name("overlap_worker.py")

@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from tests.given.processes import ROOT
 
 from realjax.runtime.stop import STOPS, Stopped, StopSignal
+from tests.given.processes import ROOT
 
 SIGNALS = pytest.mark.parametrize("number", STOPS, ids=lambda number: signal.Signals(number).name)
 
