@@ -14,7 +14,8 @@ from realjax.engine.products import make_products, merge_tokens, multiply_flat, 
 from realjax.models.config import NormConfig
 from realjax.models.layers import Linear, RMSNorm
 from realjax.models.products import Products, tied_logits
-from tests.builders import assert_close_in_norm, make_layout, quick_jit
+from tests.given.compare import assert_close_in_norm
+from tests.given.models import make_layout, quick_jit
 
 R, T, D, N, H = 3, 5, 8, 4, 6
 PLAIN = Products()
