@@ -119,6 +119,7 @@ def test_a_stopped_run_saves_and_is_continued(step, whole):
     ],
     ids=["d8 to d2t2", "d4t2+sp to d2t2+zero3"],
 )
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout(first, second, whole):
     trial = another(whole, f"moved-{'-'.join(map(str, (*first.values(), *second.values())))}")
     with stopped_after(4):
@@ -129,6 +130,7 @@ def test_a_run_goes_on_in_another_layout(first, second, whole):
     assert_same_work(trial, whole, 4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_stages(given, tmp_path):
     """Three layers: in two stages with an empty one, in one stage without, and again in two."""
     model = write_llama(tmp_path / "llama", num_hidden_layers=3)

@@ -23,6 +23,7 @@ def trial(given: Given, tmp_path: Path) -> Trial:
     return Trial(given=given, root=tmp_path, options=OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_second_epoch_compiles_nothing(trial, capsys):
     compiled = {}
     for epochs in (1, 2):
@@ -38,6 +39,7 @@ def test_a_second_epoch_compiles_nothing(trial, capsys):
     assert [name for name, _ in compiled[2]] == ["evaluate", "evaluate", "trainDefault"]
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_and_keeps_its_last_finite_state(trial):
     changes = {"model__optimizer__lr": 1e30, "max_nonfinite_steps": 3, "save_freq_steps": 1, "total_train_epochs": 4}
     message = "step 4: gradients were not finite 3 times in a row .*; step 3 is in .*; lower the learning rate"

@@ -42,6 +42,9 @@ FULL = LayerKind(
 TOY = make_model(num_layers=4, pattern=(SLIDING, FULL))
 EXAMPLES = make_examples([9, 30, 17, 3, 22, 8, 14, 12])
 LAYOUTS = [{"dp": 2}, {"tp": 2}, {"pp": 2}]
+SLOW = pytest.mark.slow
+# With gradients, programs that take seconds to compile.
+TRAINED = [{"tp": 2}, *(pytest.param(layout, marks=SLOW) for layout in ({"dp": 2}, {"pp": 2}))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ def check_gradients(model: Model, coefficient: float, layout: dict, row_len: int
     assert_close_in_norm(jax.tree.map(lambda g: np.asarray(g) / sums.loss.weight, grads), expected, 2e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", TRAINED, ids=str)
 def test_a_family_of_two_kinds_of_layer_is_data_alone(layout):
     check_gradients(TOY, 0.0, layout, 32)
 
@@ -151,8 +154,8 @@ def test_a_family_of_two_kinds_of_layer_is_data_alone(layout):
 @pytest.mark.parametrize(
     ("layout", "row_len", "options"),
     [
-        ({"dp": 2, "zero": 1}, 64, {"num_mbs": 2, "forward": ForwardOptions(unroll=False)}),
-        ({"pp": 2, "dp": 2}, 32, {"num_mbs": 2, "forward": ForwardOptions(remat=True)}),
+        pytest.param({"dp": 2, "zero": 1}, 64, {"num_mbs": 2, "forward": ForwardOptions(unroll=False)}, marks=SLOW),
+        pytest.param({"pp": 2, "dp": 2}, 32, {"num_mbs": 2, "forward": ForwardOptions(remat=True)}, marks=SLOW),
         ({"dp": 2, "tp": 2, "sp": True, "zero": 3}, 32, {}),
     ],
     ids=str,

@@ -76,7 +76,7 @@ def test_gradients_are_those_of_one_device(layout, num_mbs, remat, plain):
     assert_close_in_norm(grads, plain[0], 1e-5)
 
 
-@pytest.mark.parametrize("num_mbs", [1, 4])
+@pytest.mark.parametrize("num_mbs", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_scalar_head_behind_the_last_stage(num_mbs):
     """The quickstart's layout for reward models."""
     model = make_model(is_critic=True, num_layers=4)

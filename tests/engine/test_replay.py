@@ -51,7 +51,9 @@ def gradients(layout, **options):
     return jax.tree.map(np.asarray, grads), float(sums.loss.sum)
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2, "pp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2}, {"pp": 2}, pytest.param({"dp": 2, "tp": 2, "pp": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_gradients_through_the_recorded_sets_are_those_of_one_device(layout):
     expected, loss = gradients(make_layout())
     chunked = ForwardOptions(loss_chunk_tokens=64)

@@ -16,7 +16,7 @@ from realjax.core.batch import BATCH_DIMS
 from realjax.options.fields import list_options
 from realjax.options.values import type_label
 from tests.given.checkpoints import edit_config, edit_tensors, write_llama, write_reward_model
-from tests.given.runs import Given, build_spec, list_models, make_options
+from tests.given.runs import GROUPS, Given, build_spec, list_models, make_options
 from tests.given.texts import write_jsonl
 
 ROLES = [(experiment, role) for experiment in EXPERIMENTS for role in list_models(experiment)]
@@ -182,7 +182,9 @@ def whole_numbers(experiment: str) -> list[str]:
     return [option.path for option in options if "int" in type_label(option.annotation).split()]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(name, marks=pytest.mark.slow) if name in GROUPS else name for name in EXPERIMENTS]
+)
 def test_huge_values_are_refused_at_once_or_do_no_harm(experiment, given, tmp_path):
     """By arithmetic: nothing is allocated for them, and an error is one line."""
     start, base = time.process_time(), make_options(experiment, given, tmp_path / "root")

@@ -39,7 +39,10 @@ class Step:
     is_masked: bool
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["kept tokens", "all tokens"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(True, id="kept tokens"), pytest.param(False, id="all tokens", marks=pytest.mark.slow)],
+)
 def step(request, given, tmp_path_factory) -> Step:
     folder: Path = tmp_path_factory.mktemp("rl")
     saved = folder / "saved"

@@ -4,7 +4,7 @@ from tests.given.checkpoints import make_checkpoint, read_tensors
 from tools.convert_hf import main
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_orbax_and_back_is_bitwise_and_says_what_it_did(dtype, tmp_path, capsys):
     source = make_checkpoint(tmp_path / "hf", "llama-tied", dtype=dtype)
     (source / "tokenizer.json").write_text("{}")

@@ -22,7 +22,10 @@ ONE = jax.make_mesh((1, 1), ("a", "b"), devices=jax.devices()[:1])
 FOUR = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
 
 
-@pytest.mark.parametrize(("dtype", "mesh"), [("float32", ONE), ("bfloat16", FOUR)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "mesh"),
+    [pytest.param("float32", ONE, id="float32"), pytest.param("bfloat16", FOUR, id="bfloat16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_tensor_is_in_a_leaf_once_and_the_way_back_is_bitwise(name, dtype, mesh, tmp_path, monkeypatch):
     published = PUBLISHED[name]

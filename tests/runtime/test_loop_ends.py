@@ -76,7 +76,9 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["int", "term"]
+)
 def test_a_signal_in_any_phase(phase, number, spec, monkeypatch, capsys, caplog):
     owner, name, call, step = PHASES[phase]
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "realjax"):
