@@ -6,10 +6,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
-from realjax.engine.forward import ForwardOptions, make_compute_copy
+from realjax.engine.forward import make_compute_copy
 from realjax.engine.products import make_products
 from realjax.models.build import Model, unstack_layers
 from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
@@ -73,17 +74,17 @@ class OneStage:
 
     num_groups = 1
 
-    def __init__(self, model: Model, layout: Layout, options: ForwardOptions) -> None:
+    def __init__(self, model: Model, layout: Layout, compute: Compute) -> None:
         rules, config = generate_rules(layout.strategy), model.config
-        self.model, self.dtype = model, options.precision.dtype
-        self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
+        self.model, self.dtype = model, compute.array_dtype
+        self.compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.forward = Forward(
-            attention_fn=make_attention(options.attention, prompts, layout.strategy.tp),
+            attention_fn=make_attention(compute.attention, prompts, layout.strategy.tp),
             constrain=make_constrain(rules, layout),
             products=make_products(rules, layout),
         )
-        self.decoding_fn = make_decoding(options.attention, new_tokens)
+        self.decoding_fn = make_decoding(compute.attention, new_tokens)
         shape = (layout.strategy.dp, config.num_kv_heads, 1, 1)
         self.cache_sharding = resolve_sharding(CACHE_NAMES, shape, rules, layout, "cache")
         self.flight_sharding = layout.replicated  # there is nothing to place

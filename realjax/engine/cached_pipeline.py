@@ -14,11 +14,12 @@ from flax import nnx
 from jax import Array
 
 from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.cached_model import Cache, Flight
-from realjax.engine.forward import ForwardOptions, make_compute_copy
+from realjax.engine.forward import make_compute_copy
 from realjax.engine.manual_axes import data_index, hand_on, over_stages, stage_index
 from realjax.engine.products import make_products
 from realjax.engine.rows import deal_rows, join_rows
@@ -49,19 +50,19 @@ class Stages:
     tick works on is thus the same for all stages and known beforehand. Each stage holds its part of the leading dim.
     """
 
-    def __init__(self, model: Model, layout: Layout, options: ForwardOptions) -> None:
+    def __init__(self, model: Model, layout: Layout, compute: Compute) -> None:
         rules, config = generate_rules(layout.strategy), model.config
-        self.model, self.layout, self.dtype = model, layout, options.precision.dtype
+        self.model, self.layout, self.dtype = model, layout, compute.array_dtype
         self.num_groups = layout.strategy.pp
-        self.compute_copy = make_compute_copy(model, rules, layout, options.precision)
+        self.compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
         self.stage_order = cut_order(config.order, self.num_groups)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.forward = Forward(
-            attention_fn=make_attention(options.attention, prompts, layout.strategy.tp),
+            attention_fn=make_attention(compute.attention, prompts, layout.strategy.tp),
             constrain=make_constrain(rules, layout),
             products=make_products(rules, layout),
         )
-        self.decoding_fn = make_decoding(options.attention, new_tokens)
+        self.decoding_fn = make_decoding(compute.attention, new_tokens)
         shape = (self.num_groups, layout.strategy.dp, config.num_kv_heads, 1, 1)
         names = ("layers", *CACHE_NAMES)
         self.cache_sharding = resolve_sharding(names, shape, rules, layout, "cache")

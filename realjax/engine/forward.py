@@ -1,7 +1,6 @@
 """One forward pass in one layout: parameters and a batch in, the outputs a loss or a caller reads out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from jax import Array
 
 from realjax.core.axes import Rules, make_constrain, rows_per_device, tree_shardings
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.metrics import Mean
@@ -34,30 +34,7 @@ class OutputsFn(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """Compute dtype of the forward and backward pass. Master weights, reductions and losses are float32."""
-
-    compute: str = "float32"
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.compute)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardOptions:
-    """What a user may choose about a forward pass; the defaults suit any machine."""
-
-    precision: Precision = Precision()
-    attention: str = "auto"
-    remat: bool = False
-    unroll: bool | None = None  # compile every layer by itself; None: on CPUs, but for `remat`
-    loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: by memory
-    max_segment_len: int | None = None  # no sequence is longer: attention looks no further back
-
-
-def make_compute_copy(model: Model, rules: Rules, layout: Layout, precision: Precision) -> Callable[[Tree], Tree]:
+def make_compute_copy(model: Model, rules: Rules, layout: Layout, dtype: jnp.dtype) -> Callable[[Tree], Tree]:
     """Returns `fn(master) -> params`: cast to the compute dtype, then spread as the layout's rules say.
 
     The cast comes first, so that what ZeRO gathers from its shards is half as many bytes in bf16.
@@ -65,7 +42,7 @@ def make_compute_copy(model: Model, rules: Rules, layout: Layout, precision: Pre
     shardings = tree_shardings(model.axes, model.abstract, rules, layout)
 
     def compute_copy(master: Tree) -> Tree:
-        cast = jax.tree.map(lambda x: x.astype(precision.dtype), master)
+        cast = jax.tree.map(lambda x: x.astype(dtype), master)
         return jax.tree.map(jax.lax.with_sharding_constraint, cast, shardings)
 
     return compute_copy
@@ -76,7 +53,7 @@ def make_outputs(
     head: str,
     rules: Rules,
     layout: Layout,
-    options: ForwardOptions,
+    compute: Compute,
     draw: Draw = Draw(),  # noqa: B008 - frozen
     needs_entropy: bool = False,
 ) -> OutputsFn:
@@ -88,8 +65,8 @@ def make_outputs(
     Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
     limits that head to these tokens, see `heads.token_logprobs`.
     """
-    forward = _make_forward(model, rules, layout, options)
-    head_fn = _make_head(head, draw, needs_entropy, forward, partial(_chunk_len, model, layout, options))
+    forward = _make_forward(model, rules, layout, compute)
+    head_fn = _make_head(head, draw, needs_entropy, forward, partial(_chunk_len, model, layout, compute))
 
     def outputs(
         params: Tree, batch: Batch, sinks: Tree | None = None
@@ -158,29 +135,29 @@ def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
     return model.bind({k: v if k == "layers" else jax.tree.map(collect, v, sinks[k]) for k, v in params.items()})
 
 
-def _make_forward(model: Model, rules: Rules, layout: Layout, options: ForwardOptions) -> Forward:
-    unroll = unrolls_layers(layout, remat=options.remat) if options.unroll is None else options.unroll
-    case = Case.of("rows", model.config, layout, options.precision.dtype)
+def _make_forward(model: Model, rules: Rules, layout: Layout, compute: Compute) -> Forward:
+    unroll = unrolls_layers(layout, remat=compute.remat) if compute.unroll is None else compute.unroll
+    case = Case.of("rows", model.config, layout, compute.array_dtype)
     return Forward(
         constrain=make_constrain(rules, layout),
         products=make_products(rules, layout),
-        attention_fn=make_attention(options.attention, case, layout.strategy.tp, options.max_segment_len),
+        attention_fn=make_attention(compute.attention, case, layout.strategy.tp, compute.max_segment_len),
         run_layers_fn=make_run_layers(layout, unroll=unroll),
-        remat=options.remat,
+        remat=compute.remat,
     )
 
 
 def _chunk_len(
     model: Model,
     layout: Layout,
-    options: ForwardOptions,
+    compute: Compute,
     batch: Batch,
     num_positions: int,
     max_bytes: int = heads.CHUNK_BYTES,
 ) -> int:
     """Returns how many of a row's positions are one chunk of the head: by the option, or by memory."""
     rows = max(1, rows_per_device(batch.num_rows, layout))
-    if options.loss_chunk_tokens is not None:
-        return heads.chunk_len(num_positions, rows * layout.strategy.dp, 1, 4 * options.loss_chunk_tokens)
+    if compute.loss_chunk_tokens is not None:
+        return heads.chunk_len(num_positions, rows * layout.strategy.dp, 1, 4 * compute.loss_chunk_tokens)
     vocab_per_device = max(1, model.config.vocab_size // (layout.strategy.tp * layout.strategy.pp))
     return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes)

@@ -9,11 +9,12 @@ from jax import Array
 
 from realjax.core.axes import inference_rules, make_constrain
 from realjax.core.batch import PER_TOKEN, Batch
+from realjax.core.compute import Compute
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardOptions, make_compute_copy, make_outputs
+from realjax.engine.forward import make_compute_copy, make_outputs
 from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.build import Model
 
@@ -22,7 +23,7 @@ def make_inference(
     model: Model,
     head: str,
     layout: Layout,
-    options: ForwardOptions,
+    compute: Compute,
     num_mbs: int = 1,
     draw: Draw = Draw(),  # noqa: B008
 ) -> Callable[[Tree, Batch], Mapping[str, Array]]:
@@ -30,9 +31,9 @@ def make_inference(
 
     Outputs are spread as what the batch has of each token. Log-probabilities are those of the distribution `draw`.
     """
-    rules, options = inference_rules(layout.strategy), replace(options, remat=False)
-    compute_copy = make_compute_copy(model, rules, layout, options.precision)
-    outputs_fn = make_outputs(model, head, rules, layout, options, draw)
+    rules, compute = inference_rules(layout.strategy), replace(compute, remat=False)
+    compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
+    outputs_fn = make_outputs(model, head, rules, layout, compute, draw)
     constrain = make_constrain(rules, layout)
 
     def inference(params: Tree, batch: Batch) -> Mapping[str, Array]:
@@ -48,14 +49,14 @@ def make_inference(
 
 
 def make_evaluation(
-    model: Model, loss: Loss, layout: Layout, options: ForwardOptions, num_mbs: int = 1
+    model: Model, loss: Loss, layout: Layout, compute: Compute, num_mbs: int = 1
 ) -> Callable[[Tree, Batch], LossSums]:
     """Returns `fn(params, batch) -> sums` of the loss, computed in `num_mbs` parts; add them over batches, then divide
     once. Terms that layers add to the loss in training are reported beside it.
     """
-    rules, options = inference_rules(layout.strategy), replace(options, remat=False)
-    compute_copy = make_compute_copy(model, rules, layout, options.precision)
-    outputs_fn = make_outputs(model, loss.head, rules, layout, options, loss.draw, loss.needs_entropy)
+    rules, compute = inference_rules(layout.strategy), replace(compute, remat=False)
+    compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
+    outputs_fn = make_outputs(model, loss.head, rules, layout, compute, loss.draw, loss.needs_entropy)
 
     def evaluation(params: Tree, batch: Batch) -> LossSums:
         params = compute_copy(params)

@@ -15,12 +15,12 @@ import numpy as np
 from jax import Array
 
 from realjax.core.axes import generate_rules, resolve_sharding
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.cached_model import Cache, CachedModel, Flight, OneStage
 from realjax.engine.cached_pipeline import Stages
 from realjax.engine.compiled import Compiled, CompileLog, place_array
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.manual_axes import share_rows
 from realjax.engine.sampling import A, Drawn, Sampler
 from realjax.models.build import Model
@@ -82,13 +82,13 @@ class SlotPrograms:
         layout: Layout,
         sampler: Sampler,
         num_slots: int,
-        options: ForwardOptions,
+        compute: Compute,
         log: CompileLog | None = None,
     ) -> None:
         """Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head."""
         if model.config.is_critic:
             raise ValueError("generate: the model has a scalar head; generation needs a language model's")
-        self.cached: CachedModel = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, options)
+        self.cached: CachedModel = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, compute)
         multiple = layout.strategy.row_multiple
         if num_slots % multiple:
             raise ValueError(

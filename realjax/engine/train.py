@@ -11,11 +11,12 @@ from jax import Array
 
 from realjax.core.axes import make_constrain, optimizer_rules, resolve, train_rules
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Metric, finalize
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardOptions, OutputsFn, make_compute_copy, make_outputs, term_weights
+from realjax.engine.forward import OutputsFn, make_compute_copy, make_outputs, term_weights
 from realjax.engine.manual_axes import sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
 from realjax.engine.rows import deal_rows
@@ -29,7 +30,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Metric]
 class TrainOptions:
     """How a training step is computed; none of it changes the result beyond rounding."""
 
-    forward: ForwardOptions = ForwardOptions()
+    compute: Compute = Compute()
     num_mbs: int = 1  # micro-batches whose gradients are summed
 
 
@@ -50,8 +51,8 @@ def make_gradients(
     # (stage 3): a whole gradient on each device is what was to be avoided.
     is_local = layout.strategy.dp > 1 and layout.strategy.zero_stage < 3
     rules = train_rules(layout.strategy)
-    compute_copy = make_compute_copy(model, rules, layout, options.forward.precision)
-    outputs_fn = make_outputs(model, loss.head, rules, layout, options.forward, loss.draw, loss.needs_entropy)
+    compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype)
+    outputs_fn = make_outputs(model, loss.head, rules, layout, options.compute, loss.draw, loss.needs_entropy)
     constrain = make_constrain(optimizer_rules(layout.strategy), layout)
 
     def summed_loss(sinks: Tree, given: Given, batch: Batch) -> tuple[Array, LossSums]:

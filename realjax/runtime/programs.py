@@ -10,7 +10,6 @@ from realjax.core.layout import Layout
 from realjax.dataflow.graph import Generate, Inference, Train
 from realjax.dataflow.run import Evaluation
 from realjax.engine.compiled import Compiled, CompileLog
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_evaluation, make_inference
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
@@ -53,16 +52,16 @@ class Programs:
     def _make_train_step(self, mfc: Train, num_mbs: int) -> Compiled:
         role, layout = self.roles[mfc.role], self.plan.layouts[mfc.name]
         assert role.optimizer, f"{mfc.name}: a trained role has an optimizer"
-        options = TrainOptions(forward=self._forward(role, mfc.max_seqlen), num_mbs=num_mbs)
+        options = TrainOptions(compute=replace(role.compute, max_segment_len=mfc.max_seqlen), num_mbs=num_mbs)
         step = make_train_step(role.model, mfc.loss, role.optimizer, layout, options)
         out = (train_state_shardings(role.model, role.optimizer, layout), layout.replicated)
         return Compiled(mfc.name, step, self.log, donate_argnums=0, out_shardings=out)
 
     def _make_inference(self, mfc: Inference, num_mbs: int) -> Compiled:
         role, layout = self.roles[mfc.role], self.plan.layouts[mfc.name]
-        options = self._forward(role, mfc.max_seqlen)
+        compute = replace(role.compute, max_segment_len=mfc.max_seqlen)
         return Compiled(
-            mfc.name, make_inference(role.model, mfc.head, layout, options, num_mbs, draw=mfc.draw), self.log
+            mfc.name, make_inference(role.model, mfc.head, layout, compute, num_mbs, draw=mfc.draw), self.log
         )
 
     def _make_slots(self, mfc: Generate) -> SlotPrograms:
@@ -72,16 +71,13 @@ class Programs:
             self.plan.rollouts[mfc.name].num_slots,
         )
         sampler = Sampler(config=mfc.config, eos_ids=mfc.eos_ids, seed=self.seed, num_tokens=mfc.num_tokens)
-        return SlotPrograms(role.model, layout, sampler, num_slots, role.forward_options, self.log)
+        return SlotPrograms(role.model, layout, sampler, num_slots, role.compute, self.log)
 
     def _make_evaluation(self, evaluation: Evaluation, num_mbs: int) -> Compiled:
         role = self.roles[evaluation.role]
-        options = self._forward(role, evaluation.loader.longest)
-        fn = make_evaluation(role.model, evaluation.loss, role.home, options, num_mbs)
+        compute = replace(role.compute, max_segment_len=evaluation.loader.longest)
+        fn = make_evaluation(role.model, evaluation.loss, role.home, compute, num_mbs)
         return Compiled("evaluate", fn, self.log, out_shardings=role.home.replicated)
-
-    def _forward(self, role: Role, max_seqlen: int | None) -> ForwardOptions:
-        return replace(role.forward_options, max_segment_len=max_seqlen)
 
 
 def num_micro_batches(call: Inference | Train | Evaluation, batch: Batch, layout: Layout) -> int:

@@ -10,11 +10,11 @@ from jax.sharding import Sharding
 
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.axes import inference_rules, tree_shardings
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, map_paths
 from realjax.dataflow.run import RoleSpec, RunSpec
 from realjax.engine.attention.choose import Case, choose
-from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
 from realjax.hf.load import has_critic_head, load_params
@@ -35,15 +35,9 @@ class Role:
     is_offloaded: bool = False  # parameters wait in host memory, in the compute dtype, between the role's calls
 
     @property
-    def forward_options(self) -> ForwardOptions:
-        compute = self.spec.compute.on(self.home.devices[0].platform)
-        return ForwardOptions(
-            precision=Precision(compute=compute.dtype),
-            attention=compute.attention,
-            remat=compute.remat,
-            unroll=compute.unroll,
-            loss_chunk_tokens=compute.loss_chunk_tokens,
-        )
+    def compute(self) -> Compute:
+        """How its programs compute, on the platform of its devices."""
+        return self.spec.compute.on(self.home.devices[0].platform)
 
     @property
     def param_shardings(self) -> Tree:
@@ -55,7 +49,7 @@ class Role:
     @property
     def param_dtype(self) -> np.dtype:
         """The dtype they are kept in: the calls' own, or float32 where small changes are added to them."""
-        return np.dtype(np.float32) if self.spec.is_averaged else self.forward_options.precision.dtype
+        return np.dtype(np.float32) if self.spec.is_averaged else self.compute.array_dtype
 
     def abstract_state(self) -> TrainState | Tree:
         """Returns the shapes and shardings of the role's state; a saved state is restored into this."""
@@ -87,7 +81,7 @@ def build_role(spec: RoleSpec, plan: AllocationPlan, total_updates: int) -> Role
         )  # fmt: skip
     role = Role(spec=spec, model=model, home=home, optimizer=optimizer, is_offloaded=spec.name in plan.offloaded)
     try:
-        choose(spec.compute.attention, Case.of("rows", model.config, home, role.forward_options.precision.dtype))
+        choose(spec.compute.attention, Case.of("rows", model.config, home, role.compute.array_dtype))
     except ValueError as error:
         raise ValueError(f"{spec.title}: {error}") from None
     return role

@@ -14,8 +14,8 @@ from jax.sharding import SingleDeviceSharding
 
 from realjax.apps import quickstart
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.data.paired import load_paired
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
@@ -105,7 +105,7 @@ def test_the_saved_reward_model_scores_the_same_in_transformers(rw, given):
     dataset = load_paired(str(given["dataset.valid_path"]), tokenizer, max_seqlen=64, max_pairs_per_prompt=2)
     model = build_model(load_config(saved))
     params = load_params(saved, model, jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract))
-    values_fn = quick_jit(make_inference(model, "values", make_layout(), ForwardOptions()))
+    values_fn = quick_jit(make_inference(model, "values", make_layout(), Compute()))
     sequences = [tokens for pair in dataset.pairs[:6] for tokens in pair]
     rows = [json.loads(line) for line in given["dataset.valid_path"].read_text().splitlines()]
     texts = [(r["prompt"], a) for r in rows for pair in zip(r["pos_answers"], r["neg_answers"]) for a in pair][:12]

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from realjax.core.axes import generate_rules, tree_shardings
+from realjax.core.compute import Compute
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
 from realjax.engine.batching import Batcher, Generation, Request, generate
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
 from realjax.models.build import Model
@@ -34,7 +34,7 @@ def place(model: Model, params: Tree, layout: Layout) -> Tree:
 def run(model: Model, params: Tree, devices: list[jax.Device], num_slots: int, **sizes: int) -> list[Generation]:
     layout = Layout.of(ParallelStrategy(**sizes), devices)
     sampler = Sampler(config=CONFIG, eos_ids=tuple(range(6, 14)), seed=3)
-    programs = SlotPrograms(model, layout, sampler, num_slots, ForwardOptions())
+    programs = SlotPrograms(model, layout, sampler, num_slots, Compute())
     rng = np.random.default_rng(0)
     requests = [
         Request(tokens=rng.integers(6, 96, n).astype(np.int32), row_id=i, is_greedy=i == 2)

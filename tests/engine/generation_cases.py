@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from realjax.core.axes import generate_rules
+from realjax.core.compute import Compute
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.batching import Generation, Request, generate
 from realjax.engine.compiled import CompileLog
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
 from realjax.models.build import Model
@@ -38,7 +38,7 @@ def make_programs(
     """Returns the programs, with two slots for each row of the layout where `num_slots` is not given."""
     sampler = Sampler(config=config, eos_ids=tuple(eos), seed=3)
     num_slots = num_slots or layout.strategy.row_multiple * 2
-    return SlotPrograms(model, layout, sampler, num_slots, ForwardOptions(), log)
+    return SlotPrograms(model, layout, sampler, num_slots, Compute(), log)
 
 
 def run(

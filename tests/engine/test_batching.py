@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from realjax.core.axes import generate_rules, inference_rules
+from realjax.core.compute import Compute
 from realjax.core.draw import Draw
 from realjax.core.generation_config import GenerationConfig
 from realjax.engine.batching import generate
 from realjax.engine.compiled import CompileLog, place_batch
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from tests.engine.generation_cases import EOS, PROMPT_LENGTHS, make_programs, make_requests, run
 from tests.given.models import (
@@ -123,7 +123,7 @@ def test_a_packed_forward_pass_gives_the_log_probabilities_of_the_draw(options, 
         examples.append(example | ({} if draw.kept is None else {"kept": pad(generation.kept)}))
     batch = pack_in_order(examples, 64, num_rows=8)[0]
     rules = inference_rules(layout.strategy)
-    infer = quick_jit(make_inference(model, "logprobs", layout, ForwardOptions(), draw=draw))
+    infer = quick_jit(make_inference(model, "logprobs", layout, Compute(), draw=draw))
     logprobs = infer(place_params(model, params, layout, rules), place_batch(batch, rules, layout))["logprobs"]
     is_response = batch["logprobs"] != 0
     assert is_response.sum() > 50

@@ -4,9 +4,9 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import inference_rules
+from realjax.core.compute import Compute
 from realjax.core.metrics import finalize
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.inference import make_evaluation, make_inference
 from realjax.engine.train import TrainOptions, make_gradients
 from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
@@ -19,7 +19,7 @@ LAYOUTS = [{"dp": 4, "tp": 2, "sp": True}, {"dp": 2, "zero": 3}, {"pp": 2, "tp":
 def infer(model, head, layout, batch, params=None, **options):
     rules = inference_rules(layout.strategy)
     params = place_params(model, params or random_tree(model), layout, rules)
-    inference = quick_jit(make_inference(model, head, layout, ForwardOptions(**options)))
+    inference = quick_jit(make_inference(model, head, layout, Compute(**options)))
     return inference(params, place_batch(batch, rules, layout))[head]
 
 
@@ -40,7 +40,7 @@ def test_outputs_of_a_sequence_depend_on_nothing_but_itself(layout, head):
 def test_evaluations_add_up_to_the_training_loss():
     model, layout = make_model(), make_layout(dp=2, tp=2, zero=1)
     params, rules = random_tree(model), inference_rules(layout.strategy)
-    evaluate = quick_jit(make_evaluation(model, SFT_LOSS, layout, ForwardOptions()))
+    evaluate = quick_jit(make_evaluation(model, SFT_LOSS, layout, Compute()))
     batch = pack_in_order(EXAMPLES, 32, num_rows=8)[0]
     on_device = place_params(model, params, layout)
     halves = [evaluate(on_device, place_batch(batch.rows(rows), rules, layout)) for rows in (slice(4), slice(4, 8))]
@@ -55,6 +55,6 @@ def test_bf16_logprobs_are_close_and_come_back_in_float32():
     model, layout = make_model(), make_layout(tp=2)
     batch = pack_in_order(EXAMPLES, 32, num_rows=8)[0]
     exact = np.asarray(infer(model, "logprobs", layout, batch))
-    low = infer(model, "logprobs", layout, batch, precision=Precision(compute="bfloat16"))
+    low = infer(model, "logprobs", layout, batch, dtype="bfloat16")
     assert low.dtype == np.float32
     assert 0 < np.abs(low - exact).max() < 0.1 * np.abs(exact).max()

@@ -10,12 +10,12 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
+from realjax.core.compute import Compute
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.metrics import finalize
 from realjax.core.trees import Tree
 from realjax.engine.batching import Request
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_evaluation
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models import transformer
@@ -154,8 +154,8 @@ def test_a_family_of_two_kinds_of_layer_is_data_alone(layout):
 @pytest.mark.parametrize(
     ("layout", "row_len", "options"),
     [
-        pytest.param({"dp": 2, "zero": 1}, 64, {"num_mbs": 2, "forward": ForwardOptions(unroll=False)}, marks=SLOW),
-        pytest.param({"pp": 2, "dp": 2}, 32, {"num_mbs": 2, "forward": ForwardOptions(remat=True)}, marks=SLOW),
+        pytest.param({"dp": 2, "zero": 1}, 64, {"num_mbs": 2, "compute": Compute(unroll=False)}, marks=SLOW),
+        pytest.param({"pp": 2, "dp": 2}, 32, {"num_mbs": 2, "compute": Compute(remat=True)}, marks=SLOW),
         ({"dp": 2, "tp": 2, "sp": True, "zero": 3}, 32, {}),
     ],
     ids=str,
@@ -167,7 +167,7 @@ def test_terms_of_layers_are_means_however_a_batch_is_split(layout, row_len, opt
 def test_an_evaluation_reports_terms_beside_its_loss(penalised):
     params, layout = random_tree(penalised), make_layout()
     loss, term = PLAIN_LOSS(params, COEFFICIENT)
-    sums = quick_jit(make_evaluation(penalised, SFT_LOSS, layout, ForwardOptions(), num_mbs=2))(
+    sums = quick_jit(make_evaluation(penalised, SFT_LOSS, layout, Compute(), num_mbs=2))(
         params, pack_in_order(EXAMPLES, 32, num_rows=8)[0]
     )
     assert float(sums.loss.value) == pytest.approx(float(loss - term), rel=1e-5)

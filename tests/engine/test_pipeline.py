@@ -10,10 +10,10 @@ from realjax.algorithms.rw import REWARD_LOSS
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import inference_rules, train_rules, tree_shardings
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.core.trees import Tree
 from realjax.data.packing import PART_LENS, pack, pack_rows
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.engine.pipeline import num_stage_batches
 from realjax.engine.train import TrainOptions, make_gradients
@@ -70,7 +70,7 @@ def plain() -> tuple[Tree, float]:
     ids=str,
 )
 def test_gradients_are_those_of_one_device(layout, num_mbs, remat, plain):
-    options = {"num_mbs": num_mbs, "forward": ForwardOptions(remat=remat)}
+    options = {"num_mbs": num_mbs, "compute": Compute(remat=remat)}
     grads, loss = gradients(DEEP, SFT_LOSS, random_tree(DEEP, scale=0.1), BATCH, make_layout(**layout), **options)
     assert loss == pytest.approx(plain[1], rel=1e-5)
     assert_close_in_norm(grads, plain[0], 1e-5)
@@ -93,7 +93,7 @@ def test_inference_in_stages(num_mbs):
 
     def logprobs(layout, num_mbs: int) -> np.ndarray:
         rules = inference_rules(layout.strategy)
-        fn = quick_jit(make_inference(DEEP, "logprobs", layout, ForwardOptions(), num_mbs))
+        fn = quick_jit(make_inference(DEEP, "logprobs", layout, Compute(), num_mbs))
         return np.asarray(fn(place_params(DEEP, params, layout, rules), place_batch(BATCH, rules, layout))["logprobs"])
 
     np.testing.assert_allclose(logprobs(make_layout(pp=4, dp=2), num_mbs), logprobs(make_layout(), 1), atol=1e-4)
@@ -117,7 +117,7 @@ def test_micro_batches_of_a_pass_leave_every_device_whole_rows(rows, expected):
 def test_empty_layers_change_nothing_and_have_no_gradient(model, layout, num_mbs):
     params, num_empty = random_tree(model, scale=0.1), -model.config.num_layers % max(2, layout.get("pp", 1))
     expected, loss = gradients(model, SFT_LOSS, params, BATCH, make_layout())
-    filled, options = with_empty_layers(model, num_empty), {"num_mbs": num_mbs, "forward": ForwardOptions(remat=True)}
+    filled, options = with_empty_layers(model, num_empty), {"num_mbs": num_mbs, "compute": Compute(remat=True)}
     found, same_loss = gradients(filled, SFT_LOSS, fill_up(params, num_empty), BATCH, make_layout(**layout), **options)
     assert same_loss == pytest.approx(loss, rel=1e-5)
     grads, of_empty = cut_empty(filled, found)

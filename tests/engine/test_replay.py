@@ -10,11 +10,11 @@ from jax import Array
 
 from realjax.core.axes import train_rules
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.core.draw import Draw, KeptTokens
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.train import TrainOptions, make_gradients
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
@@ -56,7 +56,7 @@ def gradients(layout, **options):
 )
 def test_gradients_through_the_recorded_sets_are_those_of_one_device(layout):
     expected, loss = gradients(make_layout())
-    chunked = ForwardOptions(loss_chunk_tokens=64)
-    found, same_loss = gradients(make_layout(**layout), forward=chunked, num_mbs=2)
+    chunked = Compute(loss_chunk_tokens=64)
+    found, same_loss = gradients(make_layout(**layout), compute=chunked, num_mbs=2)
     assert same_loss == pytest.approx(loss, rel=1e-5)
     assert_close_in_norm(found, expected, 1e-5)

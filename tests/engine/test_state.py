@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -7,7 +8,7 @@ from realjax.core.axes import train_rules
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import flatten_paths, num_bytes, num_params
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
-from realjax.engine.forward import Precision, make_compute_copy
+from realjax.engine.forward import make_compute_copy
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import abstract_train_state, init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
@@ -66,7 +67,7 @@ def test_zero_stages_hold_less_and_less_on_every_device():
         layout = make_layout(dp=8, zero=stage)
         state = init_state(layout)
         rules = train_rules(layout.strategy)
-        copy = quick_jit(make_compute_copy(MODEL, rules, layout, Precision(compute="bfloat16")))(state.params)
+        copy = quick_jit(make_compute_copy(MODEL, rules, layout, jnp.dtype("bfloat16")))(state.params)
         for device in layout.devices:
             held.setdefault(stage, []).append(
                 tuple(device_bytes(tree, device) for tree in (state.params, state.opt_state, copy))

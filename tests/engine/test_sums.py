@@ -8,11 +8,11 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models import sums
 from realjax.models.build import Model, init_params
@@ -72,7 +72,7 @@ def start(model: Model) -> Tree:
 def gradients(name: str, dtype: str, layout: dict, num_mbs: int = 1, **options) -> Tree:
     model, loss = MODELS[name]
     placed = make_layout(**layout)
-    forward = ForwardOptions(precision=Precision(compute=dtype), **options)
+    forward = Compute(dtype=dtype, **options)
     fn = quick_jit(make_gradients(model, loss, placed, TrainOptions(num_mbs=num_mbs, forward=forward)))
     grads, _ = fn(place_params(model, start(model), placed), place_batch(BATCH, train_rules(placed.strategy), placed))
     return jax.tree.map(np.asarray, grads)
@@ -113,7 +113,7 @@ def test_a_sum_over_many_tokens_is_their_number(count):
 def test_nothing_of_16_bits_is_summed_over_data(name, layout):
     model, loss = MODELS[name]
     placed = make_layout(**layout)
-    options = TrainOptions(num_mbs=2, forward=ForwardOptions(precision=Precision(compute="bfloat16")))
+    options = TrainOptions(num_mbs=2, compute=Compute(dtype="bfloat16"))
     params = place_params(model, start(model), placed)
     batch = place_batch(BATCH, train_rules(placed.strategy), placed)
     found = reductions(make_gradients(model, loss, placed, options), params, batch)

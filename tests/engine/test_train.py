@@ -6,11 +6,11 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total, summarize
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.optim import Optimizer
 from realjax.engine.rows import deal_rows
 from realjax.engine.state import init_train_state, train_state_shardings
@@ -48,7 +48,7 @@ def test_remat_saves_most_of_the_memory_of_activations(layout):
     batch = place_batch(pack_in_order(make_examples([128] * 16), 128)[0], train_rules(layout.strategy), layout)
 
     def scratch_bytes(remat: bool) -> int:
-        options = TrainOptions(forward=ForwardOptions(remat=remat))
+        options = TrainOptions(compute=Compute(remat=remat))
         gradients = jax.jit(make_gradients(model, SFT_LOSS, layout, options))
         return gradients.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 

@@ -9,12 +9,12 @@ import pytest
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
 from realjax.core.batch import Batch
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.metrics import finalize, summarize
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import Tree, flatten_paths
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step
@@ -28,8 +28,8 @@ LENGTHS = [7, 19, 1, 12, 5, 16, 9, 3, 14, 11, 6, 18, 2, 13, 8]
 EXAMPLES = make_examples(LENGTHS)
 EXAMPLES[2]["loss_mask"][:] = EXAMPLES[9]["loss_mask"][:] = False
 MODELS = {"full": make_model(**FULL, num_layers=4), "tied": make_model(tied=True, num_layers=4)}
-SCANNED = ForwardOptions(unroll=False)  # as accelerators run it
-BOUNDED = ForwardOptions(max_segment_len=max(LENGTHS))
+SCANNED = Compute(unroll=False)  # as accelerators run it
+BOUNDED = Compute(max_segment_len=max(LENGTHS))
 
 
 def wide() -> Batch:
@@ -53,31 +53,31 @@ class Case:
     layout: dict = field(default_factory=dict)
     num_mbs: int = 1
     batch: Batch = field(default_factory=wide)
-    forward: ForwardOptions = ForwardOptions()
+    compute: Compute = Compute()
     model: str = "full"
 
 
 CASES = [
     Case("packed"),
-    Case("packed-long-remat", batch=long(), forward=ForwardOptions(remat=True)),
-    Case("bounded-segments", batch=long(), forward=BOUNDED),
+    Case("packed-long-remat", batch=long(), compute=Compute(remat=True)),
+    Case("bounded-segments", batch=long(), compute=BOUNDED),
     Case("dp8", {"dp": 8}),
     Case("dp4-zero1-mbs2", {"dp": 4, "zero": 1}, num_mbs=2),
     Case("dp8-zero2-mbs2", {"dp": 8, "zero": 2}, num_mbs=2, batch=narrow()),
-    Case("dp8-zero3-remat", {"dp": 8, "zero": 3}, batch=long(), forward=ForwardOptions(remat=True)),
-    Case("tp2-kv-heads-split", {"tp": 2}, batch=narrow(), forward=ForwardOptions(loss_chunk_tokens=48)),
+    Case("dp8-zero3-remat", {"dp": 8, "zero": 3}, batch=long(), compute=Compute(remat=True)),
+    Case("tp2-kv-heads-split", {"tp": 2}, batch=narrow(), compute=Compute(loss_chunk_tokens=48)),
     Case("tp4-kv-heads-repeated", {"tp": 4}, num_mbs=4),
-    Case("tp8-sp-scanned", {"tp": 8, "sp": True}, batch=long(), forward=SCANNED),
+    Case("tp8-sp-scanned", {"tp": 8, "sp": True}, batch=long(), compute=SCANNED),
     Case("dp2-tp2-zero3-sp-mbs2", {"dp": 2, "tp": 2, "zero": 3, "sp": True}, num_mbs=2, batch=narrow()),
-    Case("dp2-tp4-zero2-sp-remat", {"dp": 2, "tp": 4, "zero": 2, "sp": True}, forward=ForwardOptions(remat=True)),
-    Case("dp4-tp2-zero3-scanned", {"dp": 4, "tp": 2, "zero": 3}, num_mbs=2, forward=SCANNED),
+    Case("dp2-tp4-zero2-sp-remat", {"dp": 2, "tp": 4, "zero": 2, "sp": True}, compute=Compute(remat=True)),
+    Case("dp4-tp2-zero3-scanned", {"dp": 4, "tp": 2, "zero": 3}, num_mbs=2, compute=SCANNED),
     Case("pp2-dp2-tp2-sp", {"pp": 2, "dp": 2, "tp": 2, "sp": True}, batch=narrow()),
-    Case("pp2-dp2-tp2-sp-scanned", {"pp": 2, "dp": 2, "tp": 2, "sp": True}, batch=narrow(), forward=SCANNED),
-    Case("pp4-dp2-zero3-mbs2", {"pp": 4, "dp": 2, "zero": 3}, num_mbs=2, forward=ForwardOptions(remat=True)),
-    Case("tied-pp2-tp4-bounded", {"pp": 2, "tp": 4}, batch=long(), forward=BOUNDED, model="tied"),
+    Case("pp2-dp2-tp2-sp-scanned", {"pp": 2, "dp": 2, "tp": 2, "sp": True}, batch=narrow(), compute=SCANNED),
+    Case("pp4-dp2-zero3-mbs2", {"pp": 4, "dp": 2, "zero": 3}, num_mbs=2, compute=Compute(remat=True)),
+    Case("tied-pp2-tp4-bounded", {"pp": 2, "tp": 4}, batch=long(), compute=BOUNDED, model="tied"),
     Case("tied-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, num_mbs=4, model="tied"),
     Case("tied-dp4-tp2-zero1", {"dp": 4, "tp": 2, "zero": 1}, batch=long(), model="tied"),
-] + [Case(f"attention-{name}", batch=long(), forward=ForwardOptions(attention=name)) for name in PORTABLE_KERNELS]
+] + [Case(f"attention-{name}", batch=long(), compute=Compute(attention=name)) for name in PORTABLE_KERNELS]
 
 
 def mean_gradients(
@@ -99,7 +99,7 @@ def mean_gradients(
 @pytest.fixture(scope="module")
 def plain() -> dict[str, tuple[Tree, dict[str, float]]]:
     """One sequence a row, one device, dense attention: nothing is split, packed or recomputed."""
-    options = TrainOptions(forward=ForwardOptions(attention="dense"))
+    options = TrainOptions(compute=Compute(attention="dense"))
     batch = one_per_row(EXAMPLES)[0]
     return {
         name: mean_gradients(model, random_tree(model), batch, make_layout(), options) for name, model in MODELS.items()
@@ -109,7 +109,7 @@ def plain() -> dict[str, tuple[Tree, dict[str, float]]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss_and_gradients_do_not_depend_on_the_layout_the_packing_or_micro_batches(case, plain):
     model = MODELS[case.model]
-    options = TrainOptions(forward=case.forward, num_mbs=case.num_mbs)
+    options = TrainOptions(compute=case.compute, num_mbs=case.num_mbs)
     layout = make_layout(**case.layout)
     grads, metrics = mean_gradients(model, random_tree(model), case.batch, layout, options)
     expected, expected_metrics = plain[case.model]
@@ -119,7 +119,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout_the_packing_or_micro_bat
 
 @pytest.mark.parametrize("layout", [{}, {"dp": 2, "tp": 4, "zero": 3, "sp": True}, {"pp": 2, "tp": 4}], ids=str)
 def test_bf16_is_float32_but_for_rounding(layout, plain):
-    options = TrainOptions(forward=ForwardOptions(precision=Precision(compute="bfloat16")))
+    options = TrainOptions(compute=Compute(dtype="bfloat16"))
     grads, metrics = mean_gradients(MODELS["tied"], random_tree(MODELS["tied"]), wide(), make_layout(**layout), options)
     expected, expected_metrics = plain["tied"]
     assert metrics == pytest.approx(expected_metrics, rel=1e-2)

@@ -9,10 +9,10 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
+from realjax.core.compute import Compute
 from realjax.engine.attention.choose import make_attention
 from realjax.engine.attention.reference import dense_attention
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.hf.families import FAMILIES, config_from_hf
@@ -100,7 +100,7 @@ def test_critic_values_are_the_scores_of_a_classifier_of_one_label():
     model, params = make_ours(theirs)
     layout = make_layout(dp=2, tp=2, sp=True)
     batch, plan = pack_in_order(EXAMPLES, 64, num_rows=4)
-    inference = quick_jit(make_inference(model, "values", layout, ForwardOptions()))
+    inference = quick_jit(make_inference(model, "values", layout, Compute()))
     placed = place_batch(batch, train_rules(layout.strategy), layout)
     values = unpack_array(inference(place_params(model, params, layout), placed)["values"], plan)
     for example, value in zip(EXAMPLES, values):

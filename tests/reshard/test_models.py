@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from realjax.core.axes import inference_rules, tree_shardings
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree
 from realjax.engine.compiled import place_batch
-from realjax.engine.forward import ForwardOptions
 from realjax.engine.inference import make_inference
 from realjax.models.build import Model
 from realjax.reshard.apply import on_host, reshard
@@ -49,7 +49,7 @@ def shardings(model: Model, layout: Layout) -> Tree:
 def compiled(model_name: str, home: str):
     """Returns `fn(params) -> host log-probabilities` in the home layout: the logits of every token, normalised."""
     model, layout = MODELS[model_name], HOMES[home]
-    fn = quick_jit(make_inference(model, "logprobs", layout, ForwardOptions()))
+    fn = quick_jit(make_inference(model, "logprobs", layout, Compute()))
     inputs = place_batch(BATCH, inference_rules(layout.strategy), layout)
     return lambda params: np.asarray(fn(params, inputs)["logprobs"])
 

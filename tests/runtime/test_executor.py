@@ -58,7 +58,7 @@ def test_keys_travel_from_call_to_call():
     metrics = executor.step(BATCH, 0).metrics
     assert list(metrics) == ["train"]
     layout = layouts["refInf"]
-    alone = make_inference(MODEL, "logprobs", layout, roles["ref"].forward_options)
+    alone = make_inference(MODEL, "logprobs", layout, roles["ref"].compute)
     batch = BATCH.select({"tokens", "segment_ids", "positions"})
     expected = np.asarray(
         jax.jit(alone)(states["ref"], place_batch(batch, inference_rules(layout.strategy), layout))["logprobs"]

@@ -28,12 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.axes import generate_rules, tree_shardings
+from realjax.core.compute import Compute
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.trees import num_params
 from realjax.engine.batching import Request, generate
-from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
 from realjax.hf.load import load_config, load_params
@@ -200,7 +200,7 @@ def make_realjax(size: str, args: argparse.Namespace) -> Run:
         params = load_params(args.checkpoint, model, shardings, dtype=dtype)
     else:
         params = init_params(model, shardings, 0, dtype)
-    options = ForwardOptions(precision=Precision(compute=args.dtype))
+    options = Compute(dtype=args.dtype)
     programs: dict[tuple, SlotPrograms] = {}
 
     def run(job: Job) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
+from realjax.core.compute import Compute
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.optimizer_config import OptimizerConfig
@@ -33,7 +34,6 @@ from realjax.core.trees import num_params
 from realjax.data.loader import plan_shapes
 from realjax.data.packing import pack, pack_rows
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
-from realjax.engine.forward import ForwardOptions, Precision
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
@@ -181,8 +181,8 @@ def realjax_loop(
         config=OptimizerConfig(lr=LR, lr_scheduler_type="constant", warmup_steps_proportion=0.0), total_updates=1000
     )
     options = TrainOptions(
-        forward=ForwardOptions(
-            precision=Precision(compute=args.dtype),
+        compute=Compute(
+            dtype=args.dtype,
             attention=args.attention,
             remat=args.remat,
             max_segment_len=max(lengths),
