@@ -99,7 +99,7 @@ class PolicyParameters:
 
     @property
     def advantage_inputs(self) -> tuple[str, ...]:
-        """The keys that the host call reads which makes advantages."""
+        """The keys that the host call of advantages reads."""
         reference = ("ref_logprobs",) if self.needs_reference else ()
         keys = ("loss_mask", "logprobs", self.old_logprobs, "has_eos", "rewards", *reference, *self.JUDGED_BY)
         return tuple(dict.fromkeys(keys))

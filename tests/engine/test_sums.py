@@ -72,8 +72,8 @@ def start(model: Model) -> Tree:
 def gradients(name: str, dtype: str, layout: dict, num_mbs: int = 1, **options) -> Tree:
     model, loss = MODELS[name]
     placed = make_layout(**layout)
-    forward = Compute(dtype=dtype, **options)
-    fn = quick_jit(make_gradients(model, loss, placed, TrainOptions(num_mbs=num_mbs, forward=forward)))
+    compute = Compute(dtype=dtype, **options)
+    fn = quick_jit(make_gradients(model, loss, placed, TrainOptions(num_mbs=num_mbs, compute=compute)))
     grads, _ = fn(place_params(model, start(model), placed), place_batch(BATCH, train_rules(placed.strategy), placed))
     return jax.tree.map(np.asarray, grads)
 
