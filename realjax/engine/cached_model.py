@@ -23,11 +23,11 @@ Flight = tuple[Array, ...]
 
 
 class CachedModel(Protocol):
-    """What a layout decides about decoding. Slots form `num_groups` groups, slot b in group b mod num_groups: a tick
-    takes one group's new tokens in and gives another's hidden states out.
+    """What a layout decides about decoding. Slots form `num_waves` waves, slot b in wave b mod num_waves: a tick
+    takes one wave's new tokens in and gives another's hidden states out.
     """
 
-    num_groups: int
+    num_waves: int
     cache_sharding: NamedSharding
     flight_sharding: NamedSharding
     forward: Forward
@@ -60,19 +60,19 @@ class CachedModel(Protocol):
         ...
 
     def tick(
-        self, params: Tree, cache: Cache, flight: Flight, group: int, tokens: Array, lengths: Array
+        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
     ) -> tuple[Array, Cache, Flight]:
-        """Takes in `tokens` `[B/G]` of `group`, at index `lengths` `[B/G, G]` of their slots.
+        """Takes in `tokens` `[B/W]` of `wave`, at index `lengths` `[B/W, W]` of their slots.
 
-        Returns the hidden states `[B/G, D]` of group `(group + 1) % num_groups`, the cache and what is in flight.
+        Returns the hidden states `[B/W, D]` of wave `(wave + 1) % num_waves`, the cache and what is in flight.
         """
         ...
 
 
 class OneStage:
-    """The whole model in one stage: a single group, whose tokens come out in the tick that they go in."""
+    """The whole model in one stage: a single wave, whose tokens come out in the tick that they go in."""
 
-    num_groups = 1
+    num_waves = 1
 
     def __init__(self, model: Model, layout: Layout, compute: Compute) -> None:
         rules, config = generate_rules(layout.strategy), model.config
@@ -112,9 +112,9 @@ class OneStage:
         return ()
 
     def tick(
-        self, params: Tree, cache: Cache, flight: Flight, group: int, tokens: Array, lengths: Array
+        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
     ) -> tuple[Array, Cache, Flight]:
-        """The only group's tokens, in and out; see `CachedModel.tick`."""
+        """The only wave's tokens, in and out; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         at = lengths[:, 0]
         hidden, written = decode(transformer, blocks, cache[0], tokens, at, self.decoding_fn, self.forward)

@@ -1,7 +1,7 @@
-"""A model with its key-value cache, on P pipeline stages that are all busy: P groups of slots go round.
+"""A model with its key-value cache, on P pipeline stages that are all busy: P waves of slots go round.
 
-At tick t stage s works on group (t - s) mod P, with its own layers and its own part of the cache. What the last stage
-gives out at tick t is of group (t + 1) mod P, which the first stage takes in at tick t + 1: a token is drawn in
+At tick t stage s works on wave (t - s) mod P, with its own layers and its own part of the cache. What the last stage
+gives out at tick t is of wave (t + 1) mod P, which the first stage takes in at tick t + 1: a token is drawn in
 between, and no stage waits. Embedding, head and draw are outside the stages, with the vocabulary split over all.
 """
 
@@ -46,16 +46,16 @@ T = TypeVar("T")
 class Stages:
     """P stages over the mesh axis `pipe`, each with L / P layers; the last ones may be empty.
 
-    One cache for each tick of a round: at tick k stage s finds its group, (k - s) mod P, in the k-th. Which cache a
+    One cache for each tick of a round: at tick k stage s finds its wave, (k - s) mod P, in the k-th. Which cache a
     tick works on is thus the same for all stages and known beforehand. Each stage holds its part of the leading dim.
     """
 
     def __init__(self, model: Model, layout: Layout, compute: Compute) -> None:
         rules, config = generate_rules(layout.strategy), model.config
         self.model, self.layout, self.dtype = model, layout, compute.array_dtype
-        self.num_groups = layout.strategy.pp
+        self.num_waves = layout.strategy.pp
         self.compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
-        self.stage_order = cut_order(config.order, self.num_groups)
+        self.stage_order = cut_order(config.order, self.num_waves)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.forward = Forward(
             attention_fn=make_attention(compute.attention, prompts, layout.strategy.tp),
@@ -63,24 +63,24 @@ class Stages:
             products=make_products(rules, layout),
         )
         self.decoding_fn = make_decoding(compute.attention, new_tokens)
-        shape = (self.num_groups, layout.strategy.dp, config.num_kv_heads, 1, 1)
+        shape = (self.num_waves, layout.strategy.dp, config.num_kv_heads, 1, 1)
         names = ("layers", *CACHE_NAMES)
         self.cache_sharding = resolve_sharding(names, shape, rules, layout, "cache")
         # Each device has all prompts and writes those of its own slots.
         self.prompts_sharding = resolve_sharding(names, shape, {**rules, "rows": None}, layout, "prompts")
-        shape = (self.num_groups, layout.strategy.dp, 1, config.hidden_size)
+        shape = (self.num_waves, layout.strategy.dp, 1, config.hidden_size)
         self.flight_sharding = resolve_sharding(FLIGHT_NAMES, shape, rules, layout, "flight")
 
     def prepare(self, params: Tree) -> Tree:
         """Returns `layers` as a list of trees `[P, ...]`: the j-th holds layer j of every stage."""
         params = self.compute_copy(params)
-        by_stage = jax.tree.map(lambda x: x.reshape(self.num_groups, -1, *x.shape[1:]), params["layers"])
+        by_stage = jax.tree.map(lambda x: x.reshape(self.num_waves, -1, *x.shape[1:]), params["layers"])
         stacks = split_kinds(self.model.config, by_stage)
         return {**params, "layers": list_layers(stacks, self.stage_order, lambda x, layer: x[:, layer])}
 
     def init_cache(self, num_slots: int, length: int) -> Cache:
         """Returns the empty caches of a round's ticks."""
-        config, num_stages = self.model.config, self.num_groups
+        config, num_stages = self.model.config, self.num_waves
         rows = (num_stages, num_slots // num_stages)
         make = lambda: init_cache(config, len(self.stage_order), rows, length, self.dtype)
         return tuple(make() for _ in range(num_stages))
@@ -93,17 +93,17 @@ class Stages:
 
     def init_flight(self, num_slots: int) -> Flight:
         """Returns hidden states `[P, B/P, 1, D]`, what each stage has received."""
-        config, rows = self.model.config, num_slots // self.num_groups
-        flight = jnp.zeros((self.num_groups, rows, 1, config.hidden_size), self.dtype)
+        config, rows = self.model.config, num_slots // self.num_waves
+        flight = jnp.zeros((self.num_waves, rows, 1, config.hidden_size), self.dtype)
         return (self.forward.constrain(flight, FLIGHT_NAMES),)
 
     def tick(
-        self, params: Tree, cache: Cache, flight: Flight, group: int, tokens: Array, lengths: Array
+        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
     ) -> tuple[Array, Cache, Flight]:
-        """Each stage runs its layers on the group it has; see `CachedModel.tick`."""
+        """Each stage runs its layers on the wave it has; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
-        graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_groups, self.model.config
-        stage_lengths = jnp.stack([lengths[:, (group - stage) % num_stages] for stage in range(num_stages)])
+        graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_waves, self.model.config
+        stage_lengths = jnp.stack([lengths[:, (wave - stage) % num_stages] for stage in range(num_stages)])
 
         def stage(
             layers: list[Tree], cache: KVCache, received: Array, lengths: Array, new: Array
@@ -116,15 +116,15 @@ class Stages:
 
         new = transformer.embed(tokens[:, None])
         run = over_stages(stage, self.layout, num_split=4)
-        handed_on, mine = run(params["layers"], cache[group], *flight, stage_lengths, new)
+        handed_on, mine = run(params["layers"], cache[wave], *flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
         out = transformer.norm(handed_on[0], self.forward.products)[:, 0]
-        return out, (*cache[:group], mine, *cache[group + 1 :]), (handed_on,)
+        return out, (*cache[:wave], mine, *cache[wave + 1 :]), (handed_on,)
 
     def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
         """The prompts go through the stages in P micro-batches; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
-        graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_groups, self.model.config
+        graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_waves, self.model.config
 
         def stage(layers: list[Tree], inputs: Array, lengths: Array) -> tuple[Array, KVCache]:
             index = stage_index()
@@ -148,14 +148,14 @@ class Stages:
 
     def _write_prompts(self, caches: Cache, prompts: KVCache, slots: Array) -> Cache:
         """Returns the caches with the prompts' rows at `slots`, see the class for which holds what."""
-        num_stages, spec, whole = self.num_groups, self.cache_sharding.spec, self.layout.replicated.spec
-        group, row = slots % num_stages, slots // num_stages
+        num_stages, spec, whole = self.num_waves, self.cache_sharding.spec, self.layout.replicated.spec
+        wave, row = slots % num_stages, slots // num_stages
 
-        def write(caches: Cache, prompts: KVCache, group: Array, row: Array) -> Cache:
+        def write(caches: Cache, prompts: KVCache, wave: Array, row: Array) -> Cache:
             caches, prompts = _own((caches, prompts))
             num_rows = caches[0].keys[0].shape[0]
             row -= data_index() * num_rows
-            tick = (group + stage_index()) % num_stages
+            tick = (wave + stage_index()) % num_stages
             is_own = (row >= 0) & (row < num_rows)
             places = [jnp.where((tick == i) & is_own, row, num_rows) for i in range(num_stages)]
             written = tuple(write_rows(cache, prompts, at) for cache, at in zip(caches, places))
@@ -163,14 +163,14 @@ class Stages:
 
         in_specs = (spec, self.prompts_sharding.spec, whole, whole)
         run = jax.shard_map(write, mesh=self.layout.mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
-        return run(caches, prompts, group, row)
+        return run(caches, prompts, wave, row)
 
     def _own_blocks(self, graphdefs: Sequence[nnx.GraphDef[Block]], layers: Sequence[Tree]) -> list[BlockCall]:
         """Returns a stage's blocks; where a stage has an empty layer, its block hands on what it gets."""
         first = stage_index() * len(layers)
 
         def make(number: int, block: Block) -> BlockCall:
-            if (self.num_groups - 1) * len(layers) + number < self.model.config.num_layers:
+            if (self.num_waves - 1) * len(layers) + number < self.model.config.num_layers:
                 return block  # a layer of the model in every stage
 
             def skipping(x: Array, context: BlockContext) -> tuple[Array, Aux]:

@@ -39,7 +39,7 @@ class Slots:
 
     cache: Cache
     flight: Flight  # what is between the pipeline's stages
-    is_full: Array  # whether every stage has its group there; not after prompts were put in or the cache has grown
+    is_full: Array  # whether every stage has its wave there; not after prompts were put in or the cache has grown
     lengths: Array  # [B] tokens in the cache
     last_tokens: Array  # [B] drawn last, not yet in the cache
     num_generated: Array  # [B]
@@ -217,9 +217,9 @@ class SlotPrograms:
 
         def go_round(carry: tuple[Slots, Chunk[Array]]) -> tuple[Slots, Chunk[Array]]:
             slots, chunk = carry
-            for group in range(self.cached.num_groups):
-                hidden, slots = self._tick(params, slots, group)
-                slots, chunk = self._add_tokens(params, slots, chunk, hidden, (group + 1) % self.cached.num_groups)
+            for wave in range(self.cached.num_waves):
+                hidden, slots = self._tick(params, slots, wave)
+                slots, chunk = self._add_tokens(params, slots, chunk, hidden, (wave + 1) % self.cached.num_waves)
             return replace(slots, is_full=jnp.array(True)), replace(chunk, num_rounds=chunk.num_rounds + 1)
 
         drawn = self.sampler.init_drawn((self.num_slots, CHUNK_LEN), self.model.config.vocab_size)
@@ -229,30 +229,30 @@ class SlotPrograms:
         slots, chunk = jax.lax.while_loop(go_on, go_round, (slots, chunk))
         return slots, replace(chunk, is_running=slots.is_running)
 
-    def _tick(self, params: Tree, slots: Slots, group: int) -> tuple[Array, Slots]:
-        """Takes in the last tokens of a group; returns the hidden states of the group after it."""
-        tokens, lengths = self._take_group(slots.last_tokens, group), self._by_group(slots.lengths)
-        hidden, cache, flight = self.cached.tick(params, slots.cache, slots.flight, group, tokens, lengths)
+    def _tick(self, params: Tree, slots: Slots, wave: int) -> tuple[Array, Slots]:
+        """Takes in the last tokens of a wave; returns the hidden states of the wave after it."""
+        tokens, lengths = self._take_wave(slots.last_tokens, wave), self._by_wave(slots.lengths)
+        hidden, cache, flight = self.cached.tick(params, slots.cache, slots.flight, wave, tokens, lengths)
         return hidden, replace(slots, cache=cache, flight=flight)
 
     def _add_tokens(
-        self, params: Tree, slots: Slots, chunk: Chunk[Array], hidden: Array, group: int
+        self, params: Tree, slots: Slots, chunk: Chunk[Array], hidden: Array, wave: int
     ) -> tuple[Slots, Chunk[Array]]:
-        """Draws the next token of a group's running rows, and ends those at end-of-text or max_new_tokens."""
-        take = lambda x: self._take_group(x, group)
+        """Draws the next token of a wave's running rows, and ends those at end-of-text or max_new_tokens."""
+        take = lambda x: self._take_wave(x, wave)
         index, is_running, counts = take(slots.num_generated), take(slots.is_running), take(chunk.counts)
-        # In the first round the stages fill: only the group that went in first comes out.
-        is_drawn = is_running & (slots.is_full | (group == 0))
+        # In the first round the stages fill: only the wave that went in first comes out.
+        is_drawn = is_running & (slots.is_full | (wave == 0))
         drawn = self._draw(params, hidden, take(slots.keys), index, jax.tree.map(take, slots.is_greedy))
         at = jnp.where(is_drawn, counts, CHUNK_LEN)
 
         def put(whole: Array, part: Array) -> Array:
-            return self._by_group(whole).at[:, group].set(part).reshape(whole.shape)
+            return self._by_wave(whole).at[:, wave].set(part).reshape(whole.shape)
 
         def record(whole: Array, part: Array) -> Array:
             # Mapped over rows, the scatter stays on the devices that hold them.
-            one = lambda row, i, x: row.at[group, i].set(x, mode="drop")
-            return jax.vmap(one)(self._by_group(whole), at, part).reshape(whole.shape)
+            one = lambda row, i, x: row.at[wave, i].set(x, mode="drop")
+            return jax.vmap(one)(self._by_wave(whole), at, part).reshape(whole.shape)
 
         slots = replace(
             slots,
@@ -266,12 +266,12 @@ class SlotPrograms:
         counts = put(chunk.counts, counts + is_drawn)
         return slots, replace(chunk, drawn=jax.tree.map(record, chunk.drawn, drawn), counts=counts)
 
-    def _by_group(self, x: Array) -> Array:
-        """Returns slots `[B, ...]` as `[B/G, G, ...]`: slot b is of group b mod G."""
-        return x.reshape(-1, self.cached.num_groups, *x.shape[1:])
+    def _by_wave(self, x: Array) -> Array:
+        """Returns slots `[B, ...]` as `[B/W, W, ...]`: slot b is of wave b mod W."""
+        return x.reshape(-1, self.cached.num_waves, *x.shape[1:])
 
-    def _take_group(self, x: Array, group: int) -> Array:
-        return self._by_group(x)[:, group]
+    def _take_wave(self, x: Array, wave: int) -> Array:
+        return self._by_wave(x)[:, wave]
 
     def _draw(self, params: Tree, hidden: Array, keys: Array, index: Array, is_greedy: Array | None) -> Drawn[Array]:
         forward = self.cached.forward

@@ -146,7 +146,7 @@ def list_void(config: CommonExperimentConfig) -> list[str]:
     defaults.
     """
     lines = []
-    for prefix, node, default in walk_groups(config, type(config)(), ""):
+    for prefix, node, default in walk_nested(config, type(config)(), ""):
         for rule in _find_rules(node):
             if all(_is_among(value_at(node, name), wanted) for name, wanted in rule.when.items()):
                 given = [f"{prefix}{name}" for option in rule.options for name in _given(node, default, option)]
@@ -157,7 +157,7 @@ def list_void(config: CommonExperimentConfig) -> list[str]:
     return lines
 
 
-def walk_groups(
+def walk_nested(
     node: DataclassInstance, default: object, prefix: str
 ) -> Iterator[tuple[str, DataclassInstance, object]]:
     """Yields every dataclass of the tree with its path, and its counterpart among the defaults."""
@@ -165,7 +165,7 @@ def walk_groups(
     for one in dataclasses.fields(node):
         value = getattr(node, one.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from walk_groups(value, getattr(default, one.name), f"{prefix}{one.name}.")
+            yield from walk_nested(value, getattr(default, one.name), f"{prefix}{one.name}.")
 
 
 def _find_rules(node: object) -> list[Void]:

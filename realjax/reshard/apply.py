@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from realjax.reshard.movers import MOVERS, find_route, make_groups, staged_bytes
+from realjax.reshard.movers import MOVERS, find_route, make_bundles, staged_bytes
 from realjax.reshard.plan import ReshardPlan, plan_leaves, plan_reshard
 
 CHUNK_BYTES = 256 * 2**20
@@ -63,8 +63,8 @@ def reshard(
     plan = plan_reshard(tree, jax.tree.map(lambda a: a.sharding, tree), destination_shardings, dtype=dtype)
     start = time.perf_counter()
     moved: list[Array | None] = [None] * len(arrays)
-    for group in _move_groups(plan, arrays, free_source, chunk_bytes):
-        for index, array in group.items():
+    for bundle in _move_bundles(plan, arrays, free_source, chunk_bytes):
+        for index, array in bundle.items():
             moved[index] = array
     if block:
         jax.block_until_ready(moved)
@@ -96,10 +96,10 @@ def ema_update(destination: Arrays, source: object, eta: float, *, chunk_bytes: 
                 f"copy"
             )
     results = list(olds)
-    for group in _move_groups(plan, news, False, chunk_bytes):
+    for bundle in _move_bundles(plan, news, False, chunk_bytes):
         # A kept copy on the host is brought to the devices for the update, and the new one taken back.
-        on_device = [jax.device_put(olds[i], plan.leaves[i].spec.destination) for i in group]
-        for index, array in zip(group, _blend(on_device, list(group.values()), eta)):
+        on_device = [jax.device_put(olds[i], plan.leaves[i].spec.destination) for i in bundle]
+        for index, array in zip(bundle, _blend(on_device, list(bundle.values()), eta)):
             results[index] = jax.device_put(array, olds[index].sharding)
             if not olds[index].is_deleted():
                 jax.block_until_ready(results[index])
@@ -151,19 +151,19 @@ def _blend(olds: list[Array], news: list[Array], eta: Array) -> list[Array]:
 
 
 def _share(chunk_bytes: int) -> int:
-    """Returns what one group may stage: two of them are under way at a time."""
+    """Returns what one bundle may stage: two of them are under way at a time."""
     return max(1, chunk_bytes // 2)
 
 
-def _move_groups(
+def _move_bundles(
     plan: ReshardPlan, arrays: list[Array], free_source: bool, chunk_bytes: int
 ) -> Iterator[dict[int, Array]]:
-    """Yields the moved leaves by index, group by group; waits for a group before it starts the second one after it."""
+    """Yields the moved leaves by index, bundle by bundle; one has arrived before the second one after it starts."""
     previous: list[Array] = []
     chunk_bytes = _share(chunk_bytes)
-    for group in make_groups(plan, chunk_bytes):
-        mover = MOVERS[find_route(plan.leaves[group[0]])]
-        moved = mover([plan.leaves[i] for i in group], [arrays[i] for i in group], free_source, chunk_bytes)
+    for bundle in make_bundles(plan, chunk_bytes):
+        mover = MOVERS[find_route(plan.leaves[bundle[0]])]
+        moved = mover([plan.leaves[i] for i in bundle], [arrays[i] for i in bundle], free_source, chunk_bytes)
         jax.block_until_ready(previous)
         previous = moved
-        yield dict(zip(group, moved))
+        yield dict(zip(bundle, moved))

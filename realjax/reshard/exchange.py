@@ -1,6 +1,6 @@
 """Moves pieces between devices by collective permutes: any backend, any number of processes, any two device sets.
 
-Three programs a group of leaves. `pack` runs on the source devices and cuts out the pieces to send; `permute` runs on
+Three programs a bundle of leaves. `pack` runs on the source devices and cuts out the pieces to send; `permute` runs on
 the union of the devices and moves every piece straight to its reader, in rounds in which a device sends at most one and
 receives at most one; `place` runs on the destination devices and writes the pieces into the new shards. Shards enter
 and leave as slices of a flat array, `[num_devices * shard_dim_0, ...]` over one mesh axis, so no mesh has to factor
@@ -141,7 +141,7 @@ def exchange(schedules: tuple[Schedule, ...], arrays: list[Array], release: Call
 
 @dataclass(frozen=True, kw_only=True)
 class Programs:
-    """The compiled steps of one group and the flat meshes on which they run."""
+    """The compiled steps of one bundle and the flat meshes on which they run."""
 
     sources: Mesh
     union: Mesh

@@ -25,11 +25,11 @@ def find_route(leaf: LeafPlan) -> str:
 
 
 @lru_cache(maxsize=256)
-def make_groups(plan: ReshardPlan, chunk_bytes: int) -> tuple[tuple[int, ...], ...]:
-    """Returns groups of leaf indices: those exchanged between the same devices together up to a chunk, all others
+def make_bundles(plan: ReshardPlan, chunk_bytes: int) -> tuple[tuple[int, ...], ...]:
+    """Returns bundles of leaf indices: those exchanged between the same devices together up to a chunk, all others
     alone.
     """
-    groups: list[list[int]] = []
+    bundles: list[list[int]] = []
     room, previous = 0, None
     for index, leaf in enumerate(plan.leaves):
         devices, staged = None, chunk_bytes
@@ -38,21 +38,21 @@ def make_groups(plan: ReshardPlan, chunk_bytes: int) -> tuple[tuple[int, ...], .
             devices = leaf.spec.source.device_set, leaf.spec.destination.device_set
             staged = schedule.slab_bytes if schedule.num_slabs == 1 else chunk_bytes
         if devices is not None and devices == previous and staged <= room:
-            groups[-1].append(index)
+            bundles[-1].append(index)
         else:
-            groups.append([index])
+            bundles.append([index])
             room = chunk_bytes
         room, previous = room - staged, devices
-    return tuple(map(tuple, groups))
+    return tuple(map(tuple, bundles))
 
 
 def staged_bytes(plan: ReshardPlan, chunk_bytes: int) -> int:
-    """Returns the most bytes that a device holds beside its sources and destinations: those of two groups in a row."""
+    """Returns the most bytes that a device holds beside its sources and destinations: those of two bundles in a row."""
     sizes = [
-        sum(make_schedule(plan.leaves[i], chunk_bytes).slab_bytes for i in group)
-        if find_route(plan.leaves[group[0]]) == "exchange"
+        sum(make_schedule(plan.leaves[i], chunk_bytes).slab_bytes for i in bundle)
+        if find_route(plan.leaves[bundle[0]]) == "exchange"
         else 0
-        for group in make_groups(plan, chunk_bytes)
+        for bundle in make_bundles(plan, chunk_bytes)
     ]
     return max((first + second for first, second in pairwise([0, *sizes])), default=0)
 

@@ -10,13 +10,13 @@ from realjax.apps.quickstart import EXPERIMENTS
 from realjax.options.checks import list_notices
 from realjax.options.fields import Option, list_options
 from realjax.options.parsing import parse_overrides
-from realjax.options.void import VOID, spell_path, value_at, walk_groups
+from realjax.options.void import VOID, spell_path, value_at, walk_nested
 
 PLAIN = {name: experiment.config_cls() for name, experiment in EXPERIMENTS.items()}
 RULES = [
     pytest.param(name, prefix, rule, id=f"{name} {prefix}{rule.options[0]}")
     for name, config in PLAIN.items()
-    for prefix, node, _ in walk_groups(config, config, "")
+    for prefix, node, _ in walk_nested(config, config, "")
     for cls, rules in VOID.items()
     if isinstance(node, cls)
     for rule in rules

@@ -62,14 +62,14 @@ def test_a_slab_stages_no_more_than_the_chunk():
 def test_a_tree_stages_no_more_than_the_chunk_with_two_groups_under_way(monkeypatch):
     for module in (movers, apply):
         monkeypatch.setattr(module, "find_route", lambda leaf: "exchange")
-    movers.make_groups.cache_clear()
+    movers.make_bundles.cache_clear()
     host = make_host_tree("everything", DTYPES["float32"])
     source, destination = make_shardings("everything", "mixed"), make_shardings("everything", "tensor8")
     for chunk_bytes in (4096, 2**14):
         moved, report = apply.reshard(place(host, source), destination, chunk_bytes=chunk_bytes)
         check_equal(moved, host, destination)
         assert chunk_bytes / 8 < report.staged_bytes <= chunk_bytes
-    movers.make_groups.cache_clear()
+    movers.make_bundles.cache_clear()
 
 
 def test_shards_of_which_neither_divides_the_other_are_cut_into_common_cells():
