@@ -137,10 +137,11 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     group = find_process_group(os.environ)
     if group is not None:
         config = join_processes(config, group)
+    paths = run_paths(config)
     if not plan_only:
-        announce(name, config)
+        announce(name, config, paths)
     check_mode(config.mode)
-    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, run_paths(config))
+    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, paths)
     # Imported here: help and bad options should not wait for everything that a run needs.
     from realjax.allocation.allocate import allocate
     from realjax.runtime import loop
@@ -153,9 +154,8 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     return loop.run(spec, plan, console)
 
 
-def announce(name: str, config: CommonExperimentConfig) -> None:
+def announce(name: str, config: CommonExperimentConfig, paths: RunPaths) -> None:
     """Says where the run writes, and which options do not what they say. ValueError where nothing can be written."""
-    paths = run_paths(config)
     check_writable(paths)
     logger.info("Running %s experiment.", name)
     logger.info("Logs will be dumped to %s", paths.logs)

@@ -22,6 +22,20 @@ ONE = jax.make_mesh((1, 1), ("a", "b"), devices=jax.devices()[:1])
 FOUR = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
 
 
+def count_numbers(monkeypatch: pytest.MonkeyPatch, files: type[SafetensorsFile] | type[TorchFile]) -> list[int]:
+    """Returns a list to which every read of such files adds how many numbers it got."""
+    num_read: list[int] = []
+    read = files.read
+
+    def counted(file, name, window):
+        part = read(file, name, window)
+        num_read.append(part.size)
+        return part
+
+    monkeypatch.setattr(files, "read", counted)
+    return num_read
+
+
 @pytest.mark.parametrize(
     ("dtype", "mesh"),
     [pytest.param("float32", ONE, id="float32"), pytest.param("bfloat16", FOUR, id="bfloat16", marks=pytest.mark.slow)],
@@ -34,14 +48,7 @@ def test_every_tensor_is_in_a_leaf_once_and_the_way_back_is_bitwise(name, dtype,
     match_files(files, pieces)  # none is missing, left over or of another shape
     num_numbers = sum(prod(shape) for shape in files.shapes.values())
     assert sum(prod(shape) for shape in shapes.values()) == num_numbers
-    num_read, read = [], SafetensorsFile.read
-
-    def counted(file, name, window):
-        part = read(file, name, window)
-        num_read.append(part.size)
-        return part
-
-    monkeypatch.setattr(SafetensorsFile, "read", counted)
+    num_read = count_numbers(monkeypatch, SafetensorsFile)
     leaves = load_published(files, shapes, pieces, mesh)
     # Replicas share what is read. Gate and up of gpt-oss, number by number in one tensor, are read for each of both.
     twice = sum(prod(shape) for name, shape in files.shapes.items() if published.name == "GptOss" and "gate_up" in name)
@@ -56,14 +63,7 @@ def test_a_part_of_a_tensor_is_a_part_of_a_bin_file_too(tmp_path, monkeypatch):
     source = make_published(tmp_path / "hf", published, "bfloat16")
     make_bin(source, tmp_path / "bin", num_files=2)
     files, shapes, pieces = find_all(tmp_path / "bin", published)
-    num_read, read = [], TorchFile.read
-
-    def counted(file, name, window):
-        part = read(file, name, window)
-        num_read.append(part.size)
-        return part
-
-    monkeypatch.setattr(TorchFile, "read", counted)
+    num_read = count_numbers(monkeypatch, TorchFile)
     leaves = load_published(files, shapes, pieces, FOUR)
     assert sum(num_read) == sum(prod(shape) for shape in files.shapes.values())
     (tmp_path / "back").mkdir()
