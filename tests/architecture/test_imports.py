@@ -25,6 +25,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     # building a role before its engine.
     "record": frozenset({"core", "data", "dataflow"}),
     "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data", "record"}),
+    # What is compiled is what the runtime would run.
+    "aot": frozenset({"core", "models", "engine", "allocation", "dataflow", "data", "runtime"}),
     "apps": frozenset(
         {"core", "models", "algorithms", "data", "dataflow", "reshard", "engine", "hf", "allocation", "options"}
         | {"experiments", "rewards", "record", "runtime", "launch"}

@@ -1,0 +1,339 @@
+"""What a compiled program sends between devices and how much it multiplies, read from XLA's text of it.
+
+The text is that of `jax.stages.Compiled.as_text()`: after all passes of the backend, as a device runs it. What is in a
+loop counts as often as the loop turns, which XLA writes beside it.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from realjax.core.layout import Layout
+
+# Of a number, in bits. A shape of another type is an error: bytes would be missing.
+BITS = {
+    **dict.fromkeys(("token", "opaque"), 0),
+    **dict.fromkeys(("s1", "u1"), 1),
+    **dict.fromkeys(("s2", "u2"), 2),
+    **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 4),
+    **dict.fromkeys(("pred", "s8", "u8", "f8e5m2", "f8e4m3", "f8e4m3fn", "f8e8m0fnu"), 8),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 16),
+    **dict.fromkeys(("s32", "u32", "f32"), 32),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 64),
+    "c128": 128,
+}
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# Libraries' kernels that multiply two matrices, as XLA calls them.
+MATMUL_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
+
+_COMMENT = re.compile(r"/\*.*?\*/")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|async_wrapped)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}|\b(?:true|false)_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r"known_trip_count\D*?(\d+)")
+_IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_GROUPS = re.compile(
+    r"\b(?:replica_groups|source_target_pairs)="
+    r"(\{\{.*?\}\}|\{\}|mesh\[.*?\](?:, device_ids=\(.*?\))? \{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """An array on one device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return -(-math.prod(self.dims) * BITS[self.dtype] // 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Collective:
+    """One instruction that devices take part in together.
+
+    `bytes` is what it handles on one device in one run: of its operands and its results the larger, so what an
+    all-gather has gathered and what a reduce-scatter was given. It runs `times` in a run of the program. A group (a row
+    of `groups` `[G, S]`, devices by their place in the program's mesh) exchanges with itself alone; for a
+    collective-permute the rows are pairs of source and target.
+    """
+
+    kind: str
+    dtype: str
+    bytes: int
+    times: int
+    groups: np.ndarray
+    op_name: str  # which operation of the Python program it serves, as JAX names it; empty where XLA made it up
+    name: str
+    shapes: tuple[Shape, ...]  # of the larger of operands and results
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all times."""
+        return self.bytes * self.times
+
+    @property
+    def group_size(self) -> int:
+        """Devices that exchange with each other."""
+        return self.groups.shape[1]
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a device sends in all times, when a group is a ring: the least that its links have to carry."""
+        share = (self.group_size - 1) / self.group_size
+        factors = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        return self.total_bytes * factors.get(self.kind, share)
+
+    def axes(self, layout: Layout) -> tuple[str, ...]:
+        """Returns the mesh axes along which groups lie, outermost first. ValueError for another layout's program."""
+        mesh = layout.mesh
+        if self.groups.size and self.groups.max() >= mesh.size:
+            raise ValueError(f"{self.name}: device {self.groups.max()} is not among the {mesh.size} of {layout}")
+        # A program numbers its devices in the mesh's order, whatever their own numbers are.
+        places = np.stack(np.unravel_index(self.groups, mesh.devices.shape), axis=-1)  # [G, S, axes]
+        varies = np.any(places != places[:, :1], axis=(0, 1))
+        return tuple(name for name, vary in zip(mesh.axis_names, varies) if vary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What there is to know of a program from its text.
+
+    Loops whose turns XLA does not know (`open_loops`) count as one turn. Of branches, the one with the most to multiply
+    counts in `matmul_flops`, and the collectives of all. `opaque_calls` are kernels whose inside the text does not
+    show, by name, with their times: their multiplications are not in `matmul_flops`.
+    """
+
+    collectives: tuple[Collective, ...]
+    matmul_flops: int
+    open_loops: tuple[str, ...]
+    opaque_calls: Mapping[str, int]
+
+
+def collectives(text: str) -> list[Collective]:
+    """Returns the collectives of a program, in the order of its text."""
+    return list(read(text).collectives)
+
+
+def read(text: str) -> Reading:
+    """Returns what a program's text says; ValueError for one that holds no program."""
+    return _Reader(text).read()
+
+
+def bytes_along(found: Iterable[Collective], layout: Layout, *axes: str, kind: str | None = None) -> int:
+    """Returns the bytes of all times of the collectives along just these axes, of one kind or of all."""
+    return sum(c.total_bytes for c in found if c.axes(layout) == axes and kind in (None, c.kind))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Instruction:
+    name: str
+    shapes: tuple[Shape, ...]  # one, or those of a tuple
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @cached_property
+    def kind(self) -> str | None:
+        """The kind of collective that begins here, None for other instructions."""
+        base = self.opcode.removesuffix("-start")
+        return base if base in KINDS else None
+
+    @property
+    def target(self) -> str:
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def called(self) -> list[str]:
+        # What an async instruction calls runs once, from its start to its end.
+        return [] if self.opcode.endswith(("-done", "-update")) else _CALLED.findall(self.attributes)
+
+    @property
+    def branches(self) -> list[str]:
+        names = [several or one for several, one in _BRANCHES.findall(self.attributes)]
+        return [name.strip().lstrip("%") for text in names for name in text.split(",")]
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, _Instruction]] = {}
+        self.entry = ""
+        self._parse(text)
+        if not self.entry:
+            raise ValueError("hlo: the text holds no program; give that of Compiled.as_text()")
+        found = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
+        self.num_devices = int(found[1]) if found else 1
+        self.collectives: list[Collective] = []
+        self.open_loops: list[str] = []
+        self.opaque_calls: dict[str, int] = {}
+
+    def read(self) -> Reading:
+        flops = self._walk(self.entry, 1)
+        return Reading(
+            collectives=tuple(self.collectives),
+            matmul_flops=flops,
+            open_loops=tuple(dict.fromkeys(self.open_loops)),
+            opaque_calls=self.opaque_calls,
+        )
+
+    def _parse(self, text: str) -> None:
+        current: dict[str, _Instruction] | None = None
+        for line in text.splitlines():
+            if line.startswith("}"):
+                current = None
+            elif current is None:
+                if found := _COMPUTATION.match(line):
+                    current = self.computations[found[2]] = {}
+                    self.entry = found[2] if found[1] else self.entry
+            elif found := _INSTRUCTION.match(line):
+                current[found[1]] = _parse_instruction(found[1], _COMMENT.sub("", found[2]))
+
+    def _walk(self, computation: str, times: int) -> int:
+        """Notes what a computation does that runs `times`; returns its multiplications' FLOPs of all times."""
+        instructions, flops = self.computations[computation], 0
+        for one in instructions.values():
+            if one.kind is not None:
+                self.collectives.append(self._read_collective(one, instructions, times))
+                continue
+            flops += times * self._matmul_flops(one, instructions, times)
+            inner = times
+            if one.opcode == "while":
+                trips = _TRIPS.search(one.attributes)
+                inner = times * int(trips[1]) if trips else times
+                self.open_loops += [] if trips else [one.name]
+            flops += sum(self._walk(name, inner) for name in one.called)
+            flops += max((self._walk(name, times) for name in one.branches), default=0)
+        return flops
+
+    def _read_collective(self, one: _Instruction, beside: Mapping[str, _Instruction], times: int) -> Collective:
+        operands = tuple(shape for name in one.operands for shape in beside[name].shapes)
+        results = one.shapes
+        if one.opcode.endswith("-start") and len(results) > len(operands):
+            # The first half of what `-start` gives is its operands again.
+            results = results[len(operands) : 2 * len(operands)]
+        size = lambda shapes: sum(shape.num_bytes for shape in shapes)
+        larger = max(operands, results, key=size)
+        op_name = re.search(r'\bop_name="([^"]*)"', one.attributes)
+        groups = _GROUPS.search(one.attributes)
+        assert one.kind is not None
+        return Collective(
+            kind=one.kind,
+            dtype=max(larger, key=lambda shape: shape.num_bytes).dtype,
+            bytes=size(larger),
+            times=times,
+            groups=_read_groups(groups[1] if groups else "{}", self.num_devices),
+            op_name=op_name[1] if op_name else "",
+            name=one.name,
+            shapes=larger,
+        )
+
+    def _matmul_flops(self, one: _Instruction, beside: Mapping[str, _Instruction], times: int) -> int:
+        if one.opcode == "dot":
+            contracted = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+        elif one.opcode == "custom-call" and one.target.startswith(MATMUL_TARGETS):
+            contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.attributes)
+        else:
+            if one.opcode == "convolution" or (one.opcode == "custom-call" and _is_kernel(one.target)):
+                name = one.target or one.opcode
+                self.opaque_calls[name] = self.opaque_calls.get(name, 0) + times
+            return 0
+        dims = [int(dim) for dim in re.findall(r"\d+", contracted[1])] if contracted else []
+        left = beside[one.operands[0]].shapes[0].dims
+        return 2 * math.prod(one.shapes[0].dims) * math.prod(left[dim] for dim in dims)
+
+
+def _is_kernel(target: str) -> bool:
+    """Whether a custom call may multiply matrices: not those that only allocate, mark shardings, sort or call back."""
+    harmless = ("AllocateBuffer", "Sharding", "TopK", "Sort", "callback", "annotate", "Bitcast", "Pin", "Unpin", "Move")
+    return not any(word in target for word in harmless)
+
+
+def _parse_instruction(name: str, text: str) -> _Instruction:
+    """Reads `f32[8]{0} add(%a, %b), attribute=...`."""
+    shape, rest = _split_shape(text)
+    opcode, _, rest = rest.partition("(")
+    end = _closing(rest)
+    return _Instruction(
+        name=name,
+        shapes=tuple(_read_shapes(shape)),
+        opcode=opcode.strip(),
+        operands=tuple(re.findall(r"%([\w.\-]+)", rest[:end])),
+        attributes=rest[end + 1 :],
+    )
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    end = _closing(text[1:]) + 1
+    return text[: end + 1], text[end + 1 :]
+
+
+def _closing(text: str) -> int:
+    """Returns where the parenthesis ends that was opened before the text."""
+    depth = 1
+    for found in re.finditer(r"[()]", text):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
+    raise ValueError(f"hlo: a parenthesis is not closed in '{text[:80]}'")
+
+
+def _read_shapes(text: str) -> Iterator[Shape]:
+    # Layouts in braces, such as {1,0:T(8,128)S(1)}, are left out.
+    for dtype, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text)):
+        if dtype not in BITS:
+            raise ValueError(f"hlo: the type '{dtype}' of '{text[:80]}' is not known; enter its bits in BITS of hlo.py")
+        yield Shape(dtype=dtype, dims=_numbers(dims))
+
+
+def _read_groups(text: str, num_devices: int) -> np.ndarray:
+    """Returns the groups `[G, S]` that XLA writes as lists, as a permuted count, or as axes of a mesh."""
+    if text == "{}":
+        return np.arange(num_devices)[None]
+    if text.startswith("{{"):
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text)])
+    if not text.startswith("mesh"):
+        shape, order = text.split("<=")
+        return _read_iota(order).reshape(_numbers(shape.strip("[]")))
+    sizes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", text)]
+    given = re.search(r"device_ids=\((.*?)\)\s*\{", text)
+    ids = _read_iota(given[1]) if given else np.arange(math.prod(size for _, size in sizes))
+    inside = re.findall(r"'(\w+)'", text[text.rindex("{") :])
+    together = [place for place, (name, _) in enumerate(sizes) if name in inside]
+    grid = np.moveaxis(ids.reshape([size for _, size in sizes]), together, range(-len(together), 0))
+    return grid.reshape(-1, math.prod(sizes[place][1] for place in together))
+
+
+def _read_iota(text: str) -> np.ndarray:
+    found = _IOTA.search(text)
+    if found is None:
+        raise ValueError(f"hlo: devices are written as '{text}', which is no known form")
+    dims = _numbers(found[1])
+    grid = np.arange(math.prod(dims)).reshape(dims)
+    return (grid.transpose(_numbers(found[2])) if found[2] else grid).ravel()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
