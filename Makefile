@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format clean
+.PHONY: help demo test quick aot lint format clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,6 +22,10 @@ test: lint  ## lint, types and all tests
 quick: .venv/.dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not e2e"
 
+# An environment of its own: tests that run programs never meet the CUDA plugin.
+aot: .venv-aot/.installed  ## compile the real programs for GPUs, without one, and compare with their budgets
+	.venv-aot/bin/python -m pytest -n 2 -m aot
+
 lint: .venv/.dev  ## ruff and pyright, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,8 +35,8 @@ format: .venv/.dev  ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the environment and the demo's files
-	rm -rf .venv demo_run
+clean:  ## remove the environments and the demo's files
+	rm -rf .venv .venv-aot demo_run
 
 # The stamps make a second call quick; a changed pyproject.toml installs again.
 .venv/.installed: pyproject.toml
@@ -43,4 +47,10 @@ clean:  ## remove the environment and the demo's files
 .venv/.dev: .venv/.installed
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+.venv-aot/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install $(TORCH)
+	.venv-aot/bin/python -m pip install -e ".[dev,aot]"
 	touch $@

@@ -18,8 +18,14 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.given.commands import kept_log_settings  # noqa: E402
+from tests.given.gpus import skip_without_gpu_compiler  # noqa: E402
 from tests.given.models import quick_compiles  # noqa: E402
 from tests.given.runs import Given, write_given  # noqa: E402
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("aot") is not None:
+        skip_without_gpu_compiler()
 
 
 @pytest.fixture(scope="session", autouse=True)

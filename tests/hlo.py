@@ -6,14 +6,14 @@ Before the backend's passes, that is: a CPU's would widen 16-bit reductions, whe
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
+
+from tests.given.gpus import without_compilation_cache
 
 _REDUCTION = re.compile(
     r"= \(?(\w+)\[([\d,]*)\].*? (all-reduce|reduce-scatter)(?:-start)?\(.*replica_groups=(.*?), use_"
@@ -35,20 +35,10 @@ def reductions(fn: Callable[..., Any], *args: Any) -> list[Reduction]:
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
         options |= {"xla_backend_optimization_level": 0, "xla_dump_disable_metadata": True}
-        with _without_cache():
+        with without_compilation_cache():
             jax.jit(fn).lower(*args).compile(compiler_options=options)
         (path,) = Path(folder).glob("*after_spmd-partitioning*.txt")
         return list(_read(path.read_text()))
-
-
-@contextmanager
-def _without_cache() -> Iterator[None]:
-    """A program from the cache of compiled ones would leave nothing to read."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks once whether there is one
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 def _read(text: str) -> Iterator[Reduction]:
