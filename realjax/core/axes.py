@@ -66,6 +66,11 @@ def optimizer_rules(strategy: ParallelStrategy) -> Rules:
     return {**train_rules(strategy), "embed": "data" if strategy.zero_stage >= 1 else None}
 
 
+def in_use_rules(rules: Rules) -> Rules:
+    """Returns the table of parameters while a layer uses them: whole along data, as stage 3 does not keep them."""
+    return {**rules, "embed": None}
+
+
 def inference_rules(strategy: ParallelStrategy) -> Rules:
     """Returns the table of a forward pass without gradients."""
     return train_rules(strategy)
@@ -142,10 +147,14 @@ def tree_shardings(axes: Tree, abstract: Tree, rules: Rules, layout: Layout, mem
     return map_paths(one, abstract, axes)
 
 
+def size_per_device(name: str, size: int, rules: Rules, layout: Layout) -> int:
+    """Returns how much each device has of a dim of that name and size, as the code around sees it."""
+    return size // _num_shards(_choose(left_to_split(rules)[name], size, layout), layout)
+
+
 def rows_per_device(num_rows: int, layout: Layout) -> int:
     """Returns how many of the rows that the code around sees are on each device."""
-    rule = left_to_split(train_rules(layout.strategy))["rows"]
-    return num_rows // _num_shards(_choose(rule, num_rows, layout), layout)
+    return size_per_device("rows", num_rows, train_rules(layout.strategy), layout)
 
 
 def left_to_split(rules: Rules) -> Rules:

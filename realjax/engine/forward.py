@@ -1,6 +1,7 @@
 """One forward pass in one layout: parameters and a batch in, the outputs a loss or a caller reads out."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import Rules, make_constrain, rows_per_device, tree_shardings
+from realjax.core.axes import Rules, make_constrain, rows_per_device, size_per_device, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.compute import Compute
 from realjax.core.draw import Draw
@@ -17,9 +18,11 @@ from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention
 from realjax.engine.pipeline import make_run_layers
-from realjax.engine.products import make_products, unrolls_layers
+from realjax.engine.products import chunk_bytes, make_products, unrolls_layers
+from realjax.engine.shards import Shards, keep_shards, make_shards
 from realjax.models import heads
 from realjax.models.build import Model
+from realjax.models.products import MatmulFn
 from realjax.models.sums import collect
 from realjax.models.transformer import Forward, Transformer
 
@@ -65,8 +68,11 @@ def make_outputs(
     Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
     limits that head to these tokens, see `heads.token_logprobs`.
     """
-    forward = _make_forward(model, rules, layout, compute)
-    head_fn = _make_head(head, draw, needs_entropy, forward, partial(_chunk_len, model, layout, compute))
+    shards = make_shards(model, rules, layout)
+    forward = _make_forward(model, rules, layout, compute, shards)
+    gather = shards.gather_outer if shards else lambda tree: tree
+    chunks_fn = _make_chunks_fn(model, rules, layout, compute, forward)
+    head_fn = _make_head(head, draw, needs_entropy, forward.products.matmul, chunks_fn)
 
     def outputs(
         params: Tree, batch: Batch, sinks: Tree | None = None
@@ -76,17 +82,16 @@ def make_outputs(
         hidden, sums = _bind(model, params, sinks)(*inputs, forward, layer_sinks)
         terms = {name: Mean(sums[name], weight) for name, weight in term_weights(model, batch).items()}
         # Bound once more, so that the two gradients of a tied table meet in its sink.
-        return head_fn(hidden, _bind(model, params, sinks).head_kernel(), batch), terms
+        kernel = _bind(model, gather(params), None if sinks is None else gather(sinks)).head_kernel()
+        return head_fn(hidden, kernel, batch), terms
 
     return outputs
 
 
 def _make_head(
-    head: str, draw: Draw, needs_entropy: bool, forward: Forward, chunk_len_fn: Callable[..., int]
+    head: str, draw: Draw, needs_entropy: bool, matmul: MatmulFn, chunks_fn: Callable[..., heads.Chunks]
 ) -> Callable[[Array, Array, Batch], Mapping[str, Array]]:
-    """Returns `fn(hidden, kernel, batch) -> outputs`."""
-    matmul = forward.products.matmul
-    make_chunks = partial(heads.Chunks, constrain=forward.constrain, matmul=matmul)
+    """Returns `fn(hidden, kernel, batch) -> outputs`; hidden states may be split along the row."""
 
     def outputs(hidden: Array, kernel: Array, batch: Batch) -> Mapping[str, Array]:
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
@@ -94,29 +99,12 @@ def _make_head(
             return {"values": heads.token_values(hidden, kernel, matmul)}
         if head == "logprobs":
             targets = batch.get("targets")
-            num_targets = batch.row_len if targets is None else targets.shape[1]
-            return heads.token_logprobs(
-                hidden,
-                kernel,
-                tokens,
-                segment_ids,
-                # Half: XLA's CPU backend lets the backward pass not reuse the logits' memory of the forward pass.
-                make_chunks(size=chunk_len_fn(batch, num_targets, heads.CHUNK_BYTES // 2)),
-                heads.Wanted(
-                    draw=draw,
-                    kept=None if draw.kept is None else batch["kept"],
-                    needs_entropy=needs_entropy,
-                    targets=targets,
-                ),
-            )
-        nll, logprobs = heads.weighted_nll(
-            hidden,
-            kernel,
-            tokens,
-            segment_ids,
-            batch["loss_mask"],
-            make_chunks(size=chunk_len_fn(batch, batch.row_len)),
-        )
+            kept = None if draw.kept is None else batch["kept"]
+            wanted = heads.Wanted(draw=draw, kept=kept, needs_entropy=needs_entropy, targets=targets)
+            chunks = chunks_fn(batch, None if targets is None else targets.shape[1], is_kept=True)
+            return heads.token_logprobs(hidden, kernel, tokens, segment_ids, chunks, wanted)
+        chunks = chunks_fn(batch, None, is_kept=False)
+        nll, logprobs = heads.weighted_nll(hidden, kernel, tokens, segment_ids, batch["loss_mask"], chunks)
         return {"nll": nll, "logprobs": logprobs}
 
     return outputs
@@ -135,29 +123,36 @@ def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
     return model.bind({k: v if k == "layers" else jax.tree.map(collect, v, sinks[k]) for k, v in params.items()})
 
 
-def _make_forward(model: Model, rules: Rules, layout: Layout, compute: Compute) -> Forward:
+def _make_forward(model: Model, rules: Rules, layout: Layout, compute: Compute, shards: Shards | None) -> Forward:
     unroll = unrolls_layers(layout, remat=compute.remat) if compute.unroll is None else compute.unroll
     case = Case.of("rows", model.config, layout, compute.array_dtype)
-    return Forward(
+    forward = Forward(
         constrain=make_constrain(rules, layout),
         products=make_products(rules, layout),
         attention_fn=make_attention(compute.attention, case, layout.strategy.tp, compute.max_segment_len),
         run_layers_fn=make_run_layers(layout, unroll=unroll),
-        remat=compute.remat,
     )
+    if shards:
+        forward = replace(forward, gather_fn=shards.gather, look_up_fn=shards.look_up, remat_fn=keep_shards)
+    return replace(forward, remat_fn=jax.checkpoint) if compute.remat else forward
 
 
-def _chunk_len(
-    model: Model,
-    layout: Layout,
-    compute: Compute,
-    batch: Batch,
-    num_positions: int,
-    max_bytes: int = heads.CHUNK_BYTES,
-) -> int:
-    """Returns how many of a row's positions are one chunk of the head: by the option, or by memory."""
-    rows = max(1, rows_per_device(batch.num_rows, layout))
-    if compute.loss_chunk_tokens is not None:
-        return heads.chunk_len(num_positions, rows * layout.strategy.dp, 1, 4 * compute.loss_chunk_tokens)
-    vocab_per_device = max(1, model.config.vocab_size // (layout.strategy.tp * layout.strategy.pp))
-    return heads.chunk_len(num_positions, rows, vocab_per_device, max_bytes)
+def _make_chunks_fn(
+    model: Model, rules: Rules, layout: Layout, compute: Compute, forward: Forward
+) -> Callable[..., heads.Chunks]:
+    """Returns `fn(batch, num_targets, is_kept) -> chunks`: as long as the option says, or as memory allows.
+
+    Of `num_targets` positions a row, or of all (None); `is_kept` as for `chunk_bytes`.
+    """
+    vocab_per_device = size_per_device("act_vocab", model.config.vocab_size, rules, layout)
+
+    def make_chunks(batch: Batch, num_targets: int | None, is_kept: bool) -> heads.Chunks:
+        parts = 1 if num_targets else batch.row_len // size_per_device("residual_time", batch.row_len, rules, layout)
+        chunks = partial(heads.Chunks, parts=parts, constrain=forward.constrain, products=forward.products)
+        chunk_len = partial(heads.chunk_len, num_targets or batch.row_len, parts=parts)
+        rows = max(1, rows_per_device(batch.num_rows, layout))
+        if compute.loss_chunk_tokens is not None:
+            return chunks(size=chunk_len(rows * layout.strategy.dp, 1, 4 * compute.loss_chunk_tokens))
+        return chunks(size=chunk_len(rows, vocab_per_device, chunk_bytes(layout, is_kept=is_kept)))
+
+    return make_chunks

@@ -4,29 +4,112 @@ The other axes stay with XLA. Outside of the tables that place arrays, this is t
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.extend.core import Primitive
+from jax.sharding import NamedSharding, PartitionSpec
 
+from realjax.core.batch import Batch
 from realjax.core.layout import Layout
+from realjax.core.trees import Tree
 
-T = TypeVar("T")
+T, G = TypeVar("T"), TypeVar("G")
 WHOLE = PartitionSpec()
 
 
-def sum_over_data(fn: Callable[..., T], layout: Layout) -> Callable[..., T]:
-    """Returns `fn(whole, rows)`, run by each device along `data` on its own rows; its results are summed over them."""
-    of_each = jax.shard_map(
-        lambda *args: jax.tree.map(lambda x: x[None], fn(*args)),
+def find_data_parts(shardings: Tree) -> Tree:
+    """Returns the PartitionSpecs of how arrays are split over `data` alone, empty where they are not."""
+
+    def one(sharding: NamedSharding) -> PartitionSpec:
+        dims = ["data" if axes == "data" else None for axes in sharding.spec]
+        return PartitionSpec(*dims) if "data" in dims else WHOLE
+
+    return jax.tree.map(one, shardings)
+
+
+def sum_over_data(
+    fn: Callable[[G, Batch], tuple[Tree, T]], layout: Layout, given: G, parts: Tree
+) -> Callable[[G, Batch], tuple[Tree, T]]:
+    """Returns `fn(given, rows) -> (tree, sums)`, run by each device along `data` on its own rows.
+
+    `given` and `parts` are PartitionSpecs: how the first argument and the tree are split over `data`. Where a leaf of
+    the tree is, each device returns its part of the whole sum; all else is summed over the devices.
+    """
+
+    def of_each(given: G, rows: Batch) -> tuple[Tree, T]:
+        tree, sums = fn(given, rows)
+        stack = lambda x, part=WHOLE: x if part else x[None]
+        return jax.tree.map(stack, tree, parts), jax.tree.map(stack, sums)
+
+    over_data = PartitionSpec("data")
+    out_specs = jax.tree.map(lambda part: part or over_data, parts), over_data
+    run = jax.shard_map(
+        of_each,
         mesh=layout.mesh,
-        in_specs=(WHOLE, PartitionSpec("data")),
-        out_specs=PartitionSpec("data"),
+        in_specs=(given, over_data),
+        out_specs=out_specs,
         axis_names={"data"},
         check_vma=False,
     )
-    return lambda *args: jax.tree.map(lambda x: x.sum(axis=0), of_each(*args))
+
+    def summed(given: G, rows: Batch) -> tuple[Tree, T]:
+        tree, sums = run(given, rows)
+        add = lambda x, part=WHOLE: x if part else x.sum(axis=0)
+        return jax.tree.map(add, tree, parts), jax.tree.map(add, sums)
+
+    return summed
+
+
+def has_own_rows() -> bool:
+    """Returns whether the code around runs on each device along `data` by itself, inside `sum_over_data`."""
+    return "data" in jax.sharding.get_abstract_mesh().manual_axes
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_over_data(x: Array, dim: int, spec: PartitionSpec) -> Array:
+    """Returns the parts of all devices along `data`, joined at `dim`; its gradient is summed over them and split again.
+
+    `spec` says how x is split over the other axes, of which those count that are left to XLA.
+    """
+    return _with_all_axes(lambda x: jax.lax.all_gather(x, "data", axis=dim, tiled=True), x, spec)
+
+
+def _scatter(dim: int, spec: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
+    scatter = lambda x: jax.lax.psum_scatter(x, "data", scatter_dimension=dim, tiled=True)
+    return (_with_all_axes(scatter, grad, spec),)
+
+
+gather_over_data.defvjp(lambda x, dim, spec: (gather_over_data(x, dim, spec), None), _scatter)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def swap_over_data(x: Array, split: int, join: int, spec: PartitionSpec) -> Array:
+    """Returns x cut at dim `split`, a part for each device along `data`, and what came from each joined at `join`.
+
+    `spec` as for `gather_over_data`.
+    """
+    return _with_all_axes(lambda x: jax.lax.all_to_all(x, "data", split, join, tiled=True), x, spec)
+
+
+swap_over_data.defvjp(
+    lambda x, split, join, spec: (swap_over_data(x, split, join, spec), None),
+    lambda split, join, spec, _, grad: (swap_over_data(grad, join, split, spec),),
+)
+
+
+def _with_all_axes(fn: Callable[[Array], Array], x: Array, spec: PartitionSpec) -> Array:
+    """Returns fn(x), run with all mesh axes in our hands: XLA would make x whole along those that it has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rest = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=rest, check_vma=False)(x)
+
+
+def gathers_over_data(primitive: Primitive, *_: object, **params: Any) -> bool:
+    """Returns whether an operation is a `gather_over_data`, as a rule of what to keep for a backward pass is asked."""
+    return primitive.name == "shard_map" and any(eqn.primitive.name == "all_gather" for eqn in params["jaxpr"].eqns)
 
 
 def share_rows(fn: Callable[..., T], layout: Layout, num_rows: int) -> Callable[..., T]:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from realjax.core.axes import Rules
 from realjax.core.layout import Layout
-from realjax.models import sums
+from realjax.models import heads, sums
 from realjax.models.products import Products
 
 
@@ -31,6 +31,12 @@ def unrolls_layers(layout: Layout, *, remat: bool) -> bool:
     # The stacks' copies cost a CPU a sixth of a step. But what remat computes anew, XLA there merges with the first
     # time, unless a loop's border lies between.
     return layout.devices[0].platform == "cpu" and not remat
+
+
+def chunk_bytes(layout: Layout, *, is_kept: bool) -> int:
+    """Returns the float32 logits that a device may hold at once; `is_kept`: until a backward pass of XLA's making."""
+    # XLA's CPU backend lets that pass not reuse the logits' memory of the forward pass.
+    return heads.CHUNK_BYTES // 2 if is_kept and layout.devices[0].platform == "cpu" else heads.CHUNK_BYTES
 
 
 def merge_tokens(fn: Callable[[Array], Array], x: Array) -> Array:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from realjax.core.axes import make_constrain, optimizer_rules, resolve, train_rules
+from realjax.core.axes import make_constrain, optimizer_rules, resolve, train_rules, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout
@@ -17,7 +17,7 @@ from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Metric, finalize
 from realjax.core.trees import Tree
 from realjax.engine.forward import OutputsFn, make_compute_copy, make_outputs, term_weights
-from realjax.engine.manual_axes import sum_over_data
+from realjax.engine.manual_axes import WHOLE, find_data_parts, sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
 from realjax.engine.rows import deal_rows
 from realjax.engine.state import TrainState
@@ -37,23 +37,21 @@ class TrainOptions:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Given:
-    """What the gradients of all rows have in common."""
+    """What the gradients of all rows have in common; or one thing for each, as PartitionSpecs."""
 
     params: Tree  # in the compute dtype
-    shares: dict[str, Array]  # of the terms that layers add to the loss
+    shares: Any  # of the terms that layers add to the loss, float32 scalars by name
 
 
 def make_gradients(
     model: Model, loss: Loss, layout: Layout, options: TrainOptions
 ) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
     """Returns `fn(master, batch) -> (gradients of the summed loss, sums)`, float32, spread as the optimizer state."""
-    # Each device along `data` sums over its own rows, and the sums cross once. Not where parameters are split over it
-    # (stage 3): a whole gradient on each device is what was to be avoided.
-    is_local = layout.strategy.dp > 1 and layout.strategy.zero_stage < 3
     rules = train_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype)
     outputs_fn = make_outputs(model, loss.head, rules, layout, options.compute, loss.draw, loss.needs_entropy)
     constrain = make_constrain(optimizer_rules(layout.strategy), layout)
+    parts = find_data_parts(tree_shardings(model.axes, model.abstract, rules, layout))
 
     def summed_loss(sinks: Tree, given: Given, batch: Batch) -> tuple[Array, LossSums]:
         outputs, terms = outputs_fn(given.params, batch, sinks)
@@ -61,7 +59,7 @@ def make_gradients(
         return sums.loss.sum, sums
 
     def of_micro_batch(given: Given, batch: Batch) -> tuple[Tree, LossSums]:
-        sinks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model.abstract)
+        sinks = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), given.params)
         (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, given, batch)
         return constrain.tree(grads, model.axes), sums
 
@@ -77,11 +75,13 @@ def make_gradients(
     def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
         params = compute_copy(master)
         given = Given(params, _term_shares(term_weights(model, batch), loss, outputs_fn, params, batch))
-        if not is_local:
+        if layout.strategy.dp == 1:
             return of_rows(given, batch)
         rows_of_part = (batch.num_rows // options.num_mbs,)
         resolve(("rows",), rows_of_part, rules, layout, "micro-batch")  # refuses devices without a row
-        grads, sums = sum_over_data(of_rows, layout)(given, batch)
+        # Each device along `data` sums over its own rows, and the sums cross once; where parameters are split over it,
+        # once a layer and micro-batch: a whole gradient on each device is what was to be avoided.
+        grads, sums = sum_over_data(of_rows, layout, Given(parts, WHOLE), parts)(given, batch)
         return constrain.tree(grads, model.axes), sums
 
     return gradients

@@ -4,6 +4,7 @@ Results are aligned with the token they speak of: entry t is about `tokens[t]` g
 it, and is 0 at the first token of a segment and on padding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -15,7 +16,7 @@ from jax import Array
 from realjax.core.axes import Constrain
 from realjax.core.draw import REMOVED, Draw
 from realjax.core.segments import move_to_next, move_to_previous
-from realjax.models.products import MatmulFn
+from realjax.models.products import MatmulFn, Products
 from realjax.models.sums import collect, matmul
 
 # Largest float32 logits one chunk may hold on one device.
@@ -24,11 +25,37 @@ CHUNK_BYTES = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """How logits are made: of how many positions at once, which divides the row, and split and multiplied how."""
+    """How logits are made: of how many positions at once, which divides the row, and split and multiplied how.
+
+    Where hidden states come in `parts` along the row, a chunk is of as many positions of each. So it is gathered, and
+    its gradient summed, by each device for the part that it has.
+    """
 
     size: int
+    parts: int = 1
     constrain: Constrain = Constrain()
-    matmul: MatmulFn = matmul
+    products: Products = Products()
+
+    def split(self, x: Array) -> Array:
+        """`[R, T, ...]` -> `[T/size, R, size, ...]`: chunks along the row, so that rows stay where they are."""
+        R, T = x.shape[:2]
+        chunks = x.reshape(R, self.parts, T // self.size, self.size // self.parts, *x.shape[2:])
+        return jnp.moveaxis(chunks, 2, 0).reshape(-1, R, self.size, *x.shape[2:])
+
+    def join(self, x: Array) -> Array:
+        """The inverse of `split`."""
+        C, R, size = x.shape[:3]
+        chunks = x.reshape(C, R, self.parts, size // self.parts, *x.shape[3:])
+        return jnp.moveaxis(chunks, 0, 2).reshape(R, C * size, *x.shape[3:])
+
+    def gather(self, hidden: Array) -> Array:
+        """Returns a chunk's hidden states `[R, size, D]` whole along the row, of their parts."""
+        parts = self.constrain(hidden, ("rows", "residual_time", "act_embed"))
+        return self.constrain(parts, ("rows", "time", "act_embed"))
+
+    def over_tokens(self, fn: Callable[[Array], Array], x: Array) -> Array:
+        """Returns fn(x), which treats tokens alike, merged where the platform wants it and no part is split off."""
+        return self.products.over_tokens(fn, x, "residual_time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +72,16 @@ class Wanted:
     targets: Array | None = None
 
 
-def chunk_len(row_len: int, rows_per_device: int, vocab_per_device: int, max_bytes: int = CHUNK_BYTES) -> int:
-    """Returns the largest divisor of the row length whose chunk of logits stays under `max_bytes` (at least 1)."""
-    limit = max(1, max_bytes // (4 * rows_per_device * vocab_per_device))
-    return next(n for n in range(min(limit, row_len), 0, -1) if row_len % n == 0)
+def chunk_len(
+    row_len: int, rows_per_device: int, vocab_per_device: int, max_bytes: int = CHUNK_BYTES, parts: int = 1
+) -> int:
+    """Returns the largest divisor of the row length whose chunk of logits stays under `max_bytes`, or the least.
+
+    It is a multiple of `parts`, which divides the row length.
+    """
+    limit = max_bytes // (4 * rows_per_device * vocab_per_device) // parts
+    of_part = row_len // parts
+    return parts * next(n for n in range(min(max(limit, 1), of_part), 0, -1) if of_part % n == 0)
 
 
 def _next(x_RT: Array) -> Array:
@@ -67,21 +100,8 @@ def _put(x_RP: Array, index_RP: Array, row_len: int) -> Array:
     return jax.vmap(put)(x_RP, index_RP)
 
 
-def _split(x: Array, size: int) -> Array:
-    """`[R, T, ...]` -> `[T/size, R, size, ...]`: chunks along the row, so that rows stay where they are."""
-    R, T = x.shape[:2]
-    return jnp.moveaxis(x.reshape(R, T // size, size, *x.shape[2:]), 1, 0)
-
-
-def _join(x: Array) -> Array:
-    """The inverse of `_split`."""
-    C, R, size = x.shape[:3]
-    return jnp.moveaxis(x, 0, 1).reshape(R, C * size, *x.shape[3:])
-
-
 def _chunk_logits(hidden: Array, kernel: Array, chunks: Chunks, dim: str = "time") -> Array:
-    R, T, D = hidden.shape
-    logits = chunks.matmul(hidden.reshape(R * T, D), kernel, 1, jnp.float32).reshape(R, T, -1)
+    logits = chunks.over_tokens(lambda x: chunks.products.matmul(x, kernel, 1, jnp.float32), hidden)
     return chunks.constrain(logits, ("rows", dim, "act_vocab"))
 
 
@@ -112,12 +132,15 @@ def token_logprobs(
     if draw.kept is not None:
         assert wanted.kept is not None, "a draw that leaves tokens out needs the sets that it left"
         inputs.append(_next(wanted.kept))
+    gather_fn, dim = chunks.gather, "time"
     if targets is not None:
-        inputs = [_take(x, targets - 1) for x in inputs]
+        inputs = [_take(x, targets - 1) for x in (gather_fn(hidden), *inputs[1:])]
+        gather_fn, dim = lambda hidden_chunk: hidden_chunk, "targets"
 
-    sink, dim = kernel.astype(jnp.float32), "time" if targets is None else "targets"
+    sink = kernel.astype(jnp.float32)
 
     def chunk(hidden_chunk: Array, targets: Array, *sets: Array) -> dict[str, Array]:
+        hidden_chunk = gather_fn(hidden_chunk)
         logits = _chunk_logits(hidden_chunk, collect(kernel, sink), chunks, dim) / draw.temperature
         num_rows = logits.shape[-1]
         if draw.num_tokens is not None and draw.num_tokens < num_rows:
@@ -137,11 +160,11 @@ def token_logprobs(
         return {"logprobs": logprobs, "entropy": entropy}
 
     chunk_fn = chunk if chunks.size == inputs[0].shape[1] else jax.checkpoint(chunk)
-    outputs = jax.lax.map(lambda xs: chunk_fn(*xs), tuple(_split(x, chunks.size) for x in inputs))
+    outputs = jax.lax.map(lambda xs: chunk_fn(*xs), tuple(map(chunks.split, inputs)))
     if targets is not None:
         row_len = tokens.shape[1]
-        return {name: _put(_join(output), targets, row_len) for name, output in outputs.items()}
-    return {name: move_to_next(_join(output), segment_ids) for name, output in outputs.items()}
+        return {name: _put(chunks.join(output), targets, row_len) for name, output in outputs.items()}
+    return {name: move_to_next(chunks.join(output), segment_ids) for name, output in outputs.items()}
 
 
 def weighted_nll(
@@ -163,31 +186,31 @@ def weighted_nll(
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fused_nll(hidden: Array, kernel: Array, targets: Array, weights: Array, chunks: Chunks) -> tuple[Array, Array]:
     def chunk(hidden_chunk: Array, targets_chunk: Array) -> Array:
-        return _target_logprobs(_chunk_logits(hidden_chunk, kernel, chunks), targets_chunk)[0]
+        return _target_logprobs(_chunk_logits(chunks.gather(hidden_chunk), kernel, chunks), targets_chunk)[0]
 
-    logprobs = _join(jax.lax.map(lambda xs: chunk(*xs), (_split(hidden, chunks.size), _split(targets, chunks.size))))
+    logprobs = chunks.join(jax.lax.map(lambda xs: chunk(*xs), (chunks.split(hidden), chunks.split(targets))))
     return -jnp.sum(weights * logprobs), logprobs
 
 
 def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Array, chunks: Chunks):
     def chunk(grad_kernel: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         hidden_chunk, targets_chunk, weights_chunk = xs
+        hidden_chunk = chunks.gather(hidden_chunk)
         logits = _chunk_logits(hidden_chunk, kernel, chunks)
         logprobs, normaliser = _target_logprobs(logits, targets_chunk)
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_chunk[..., None]
         grad_logits = (jnp.exp(logits - normaliser[..., None]) - is_target) * weights_chunk[..., None]
         grad_logits = grad_logits.astype(hidden.dtype)
-        R, T, D = hidden_chunk.shape
-        flat_grad = grad_logits.reshape(R * T, -1)
-        grad_hidden = (flat_grad @ kernel.T).reshape(R, T, D)
-        flat_hidden = hidden_chunk.reshape(R * T, D)
+        grad_hidden = chunks.over_tokens(lambda grad: grad @ kernel.T, grad_logits)
+        grad_hidden = chunks.constrain(grad_hidden, ("rows", "residual_time", "act_embed"))
+        flat_hidden, flat_grad = (x.reshape(-1, x.shape[-1]) for x in (hidden_chunk, grad_logits))
         grad_kernel += jnp.matmul(flat_hidden.T, flat_grad, preferred_element_type=jnp.float32)
         return grad_kernel, (logprobs, grad_hidden)
 
-    parts = (_split(hidden, chunks.size), _split(targets, chunks.size), _split(weights, chunks.size))
+    parts = chunks.split(hidden), chunks.split(targets), chunks.split(weights)
     grad_kernel, (logprobs, grad_hidden) = jax.lax.scan(chunk, jnp.zeros(kernel.shape, jnp.float32), parts)
-    logprobs = _join(logprobs)
-    return (-jnp.sum(weights * logprobs), logprobs), (_join(grad_hidden), grad_kernel.astype(kernel.dtype))
+    logprobs = chunks.join(logprobs)
+    return (-jnp.sum(weights * logprobs), logprobs), (chunks.join(grad_hidden), grad_kernel.astype(kernel.dtype))
 
 
 def _fused_nll_backward(chunks: Chunks, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]):

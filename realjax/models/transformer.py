@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -25,6 +26,21 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+GatherFn = Callable[[str, Layer], Layer]  # (kind, layer) -> the layer's arrays as its block uses them
+# (embed_fn, tokens_RT) -> embed_fn(tokens_RT), x_RTD
+LookUpFn = Callable[[Callable[[Array], Array], Array], Array]
+
+
+def take_as_it_is(kind: str, layer: Layer) -> Layer:
+    """Returns a layer whose arrays are whole where they lie."""
+    return layer
+
+
+def look_up_alone(embed_fn: Callable[[Array], Array], tokens: Array) -> Array:
+    """Returns the embedded tokens of a table whose rows are whole where they lie."""
+    return embed_fn(tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forward:
     """How a forward pass runs: all that a layout or a platform decides and the weights do not."""
@@ -33,7 +49,9 @@ class Forward:
     constrain: Constrain = Constrain()
     products: Products = Products()
     run_layers_fn: RunLayersFn = scan_layers
-    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    gather_fn: GatherFn = take_as_it_is
+    look_up_fn: LookUpFn = look_up_alone
+    remat_fn: Callable[[BlockFn], BlockFn] = lambda block_fn: block_fn  # what the backward pass computes again
 
 
 class MLP(nnx.Module):
@@ -150,18 +168,21 @@ class Transformer(nnx.Module):
         stacks: dict[str, Layer] = {}
         for name, stack in self.stacks.items():
             graphdef, state = nnx.split(stack)
-            blocks[name] = self._make_block(graphdef, forward)
+            blocks[name] = self._make_block(name, graphdef, forward)
             own_sinks = None if sinks is None else split_kinds(config, sinks)[name]
             stacks[name] = Layer(nnx.to_pure_dict(state), own_sinks, is_real)
-        # Whole rows first: XLA aborts where a gather's result is split over an axis that its table is split over too.
-        x = forward.constrain(self.embed(tokens), ("rows", "time", "act_embed"))
-        x = forward.constrain(x, ("rows", "residual_time", "act_embed"))
+        x = forward.look_up_fn(partial(self._embed, constrain=forward.constrain), tokens)
         x, terms = forward.run_layers_fn(blocks, config.order, stacks, x, per_row)
-        normed = self.norm(x, forward.products, "residual_time")
-        return forward.constrain(normed, ("rows", "time", "act_embed")), terms
+        return self.norm(x, forward.products, "residual_time"), terms
 
-    def _make_block(self, graphdef: nnx.GraphDef[Block], forward: Forward) -> BlockFn:
+    def _embed(self, tokens: Array, constrain: Constrain) -> Array:
+        # Whole rows first: XLA aborts where a gather's result is split over an axis that its table is split over too.
+        x = constrain(self.embed(tokens), ("rows", "time", "act_embed"))
+        return constrain(x, ("rows", "residual_time", "act_embed"))
+
+    def _make_block(self, kind: str, graphdef: nnx.GraphDef[Block], forward: Forward) -> BlockFn:
         def block_fn(layer: Layer, x: Array, per_row: PerRow) -> tuple[Array, Aux]:
+            layer = forward.gather_fn(kind, layer)
             params = layer.params if layer.sinks is None else jax.tree.map(sums.collect, layer.params, layer.sinks)
             context = BlockContext(
                 rotations=dict(zip(self.config.ropes, per_row.rotations)),
@@ -172,7 +193,7 @@ class Transformer(nnx.Module):
             )
             return nnx.merge(graphdef, params)(x, context)
 
-        return jax.checkpoint(skip_empty(block_fn)) if forward.remat else skip_empty(block_fn)
+        return forward.remat_fn(skip_empty(block_fn))
 
     def head_kernel(self) -> Array:
         """Returns the head's matrix: `[D, V]`, the transposed embedding when tied, or `[D, 1]` for a critic."""

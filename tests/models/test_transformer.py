@@ -49,10 +49,10 @@ def test_recomputing_blocks_changes_no_gradient():
     params = random_tree(model)
     weights = np.random.default_rng(0).standard_normal((*TOKENS.shape, 32)).astype(np.float32)
     grads = [
-        quick_jit(jax.grad(lambda p, remat: (hidden_states(model, p, remat=remat) * weights).sum()), static_argnums=1)(
-            params, remat
+        quick_jit(jax.grad(lambda p, fn: (hidden_states(model, p, remat_fn=fn) * weights).sum()), static_argnums=1)(
+            params, remat_fn
         )
-        for remat in (False, True)
+        for remat_fn in (Forward.remat_fn, jax.checkpoint)
     ]
     for tree in grads:
         assert not tree.pop("head")["kernel"].any()  # the trunk alone was asked

@@ -1,0 +1,82 @@
+"""Parameters split over data (zero_stage 3, arXiv:1910.02054): whole only while a layer uses them.
+
+Each is gathered once a layer and pass. In training, where each device along `data` runs on its own rows, the gradient
+of such a gather sums over the devices, in float32, and splits the sum again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from realjax.core.axes import Names, Rules, in_use_rules, left_to_split, make_constrain, resolve
+from realjax.core.layout import Layout
+from realjax.core.trees import Tree
+from realjax.engine.manual_axes import gather_over_data, gathers_over_data, has_own_rows, swap_over_data
+from realjax.models.build import Model
+from realjax.models.stacks import BlockFn, Layer, split_kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """How parameters that are split over data become whole."""
+
+    model: Model
+    layout: Layout
+    rules: Rules
+
+    @property
+    def in_use(self) -> Rules:
+        """The table of parameters that a layer uses."""
+        return in_use_rules(self.rules)
+
+    def gather(self, kind: str, layer: Layer) -> Layer:
+        """Returns a layer's arrays whole, out of their stack."""
+        axes = split_kinds(self.model.config, self.model.axes["layers"])[kind]
+        one_layer = jax.tree.map(lambda names: names[1:], axes, is_leaf=_is_names)
+        sinks = None if layer.sinks is None else self._gather_tree(layer.sinks, one_layer)
+        return Layer(self._gather_tree(layer.params, one_layer), sinks, layer.is_real)
+
+    def gather_outer(self, params: Tree) -> Tree:
+        """Returns the parameters with those whole that are of no layer."""
+        outer = {name: tree for name, tree in params.items() if name != "layers"}
+        return {**params, **self._gather_tree(outer, {name: self.model.axes[name] for name in outer})}
+
+    def look_up(self, embed_fn: Callable[[Array], Array], tokens: Array) -> Array:
+        """Returns the embedded tokens: each device looks up its columns for all, then they swap columns for rows.
+
+        So what crosses is as large as the rows, not the table, and the columns' gradients are summed where they are.
+        """
+        if not has_own_rows():
+            return embed_fn(tokens)
+        x = embed_fn(gather_over_data(tokens, 0, PartitionSpec()))
+        return swap_over_data(x, 0, 2, self._spec(("rows", "residual_time", "act_embed"), x))
+
+    def _gather_tree(self, tree: Tree, axes: Tree) -> Tree:
+        return jax.tree.map(self._gather_array, tree, axes)
+
+    def _gather_array(self, x: Array, names: Names) -> Array:
+        if not has_own_rows():
+            return make_constrain(self.in_use, self.layout)(x, names)
+        split = [dim for dim, name in enumerate(names) if self.rules[name] != self.in_use[name]]
+        return gather_over_data(x, *split, self._spec(names, x)) if split else x
+
+    def _spec(self, names: Names, x: Array) -> PartitionSpec:
+        return resolve(names, x.shape, left_to_split(self.rules), self.layout, "what a layer uses")
+
+
+def make_shards(model: Model, rules: Rules, layout: Layout) -> Shards | None:
+    """Returns how parameters become whole that `rules` split over data; None where they are."""
+    is_whole = layout.strategy.dp == 1 or rules == in_use_rules(rules)
+    return None if is_whole else Shards(model=model, layout=layout, rules=rules)
+
+
+def keep_shards(block_fn: BlockFn) -> BlockFn:
+    """Returns the block that keeps all for its backward pass but the whole parameters, which it gathers again."""
+    return jax.checkpoint(block_fn, policy=lambda *op, **params: not gathers_over_data(*op, **params))
+
+
+def _is_names(node: object) -> bool:
+    return isinstance(node, tuple)
