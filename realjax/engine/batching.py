@@ -13,10 +13,11 @@ import numpy as np
 from jax import Array
 
 from realjax.core.trees import Tree
+from realjax.engine.admission import Entry, Parts, bucket_length
 from realjax.engine.sampling import Drawn
-from realjax.engine.slots import CHUNK_LEN, Chunk, Prompts, SlotPrograms, Slots
+from realjax.engine.slots import CHUNK_LEN, Chunk, SlotPrograms, Slots
 
-SHORTEST_CACHE, SHORTEST_PROMPTS = 128, 32
+SHORTEST_CACHE = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +51,17 @@ class Request:
     @property
     def num_begun(self) -> int:
         return 0 if self.begun is None else len(self.begun.tokens)
+
+    def enter(self) -> Entry:
+        """Returns what is put into a slot."""
+        begun = [] if self.begun is None else [self.begun.tokens]
+        return Entry(
+            tokens=np.concatenate([self.tokens, *begun]),
+            num_generated=self.num_begun,
+            row_id=self.row_id,
+            sample_id=self.sample_id,
+            is_greedy=self.is_greedy,
+        )
 
 
 # fetch_fn(chunk) -> the chunk's arrays, whole on each device of the layout, as numpy ones in every process.
@@ -123,11 +135,19 @@ class Batcher:
         """
         self.programs, self.stop_fn, self.chunk_len = programs, stop_fn, chunk_len
         self.fetch_fn: FetchFn = fetch_fn or (lambda chunk: jax.tree.map(np.asarray, chunk))
+        self.num_prompts = 0  # that were run; rows put into slots together share those that are the same
         self.num_rounds = 0  # of the chunks looked at; in each, every running row draws a token
         self._params = programs.prepare(params)
         self._slots: Slots | None = None
         self._num_submitted = 0
         self._waiting: deque[tuple[int, Request]] = deque()
+        strategy = programs.layout.strategy
+        self._parts = Parts(
+            num_parts=strategy.dp,
+            slots_per_part=programs.num_slots // strategy.dp,
+            rows_per_part=programs.num_admitted // strategy.dp,
+            prompt_multiple=strategy.pp,
+        )
         self._places: list[int] = []  # free slots that waiting rows are being put into
         self._active: dict[int, _Row] = {}  # by slot
         self._sent: deque[_Sent] = deque()  # not looked at
@@ -201,7 +221,7 @@ class Batcher:
 
     def _send(self) -> bool:
         """Sends off a program where there is something to do before the last one has been looked at."""
-        if not (self._waiting and self._places):
+        if not (self._waiting and self._goes_on()):
             self._places = []
             if self._is_due():
                 if self._sent:
@@ -215,6 +235,12 @@ class Batcher:
         else:
             return False
         return True
+
+    def _goes_on(self) -> bool:
+        """Returns whether more prompts follow those just put in: where they would leave many places empty, they wait
+        until more slots are free.
+        """
+        return 2 * self._parts.count_rows(self._places) >= self.programs.num_admitted
 
     def _is_due(self) -> bool:
         """Returns whether decoding has to be interrupted: for waiting rows, or for a cache that is full."""
@@ -233,7 +259,7 @@ class Batcher:
         """Makes the slots, or changes them, so that they hold the rows in them and those waiting, greedy ones too."""
         requests = [request for _, request in self._waiting]
         longest = max([self._most_cached(), *(len(r.tokens) + r.num_begun for r in requests)])
-        length, has_greedy = cache_length(longest + 1), any(request.is_greedy for request in requests)
+        length, has_greedy = bucket_length(longest + 1, SHORTEST_CACHE), any(request.is_greedy for request in requests)
         if self._slots is None:
             self._slots = self.programs.start(length, has_greedy)
             return
@@ -244,13 +270,15 @@ class Batcher:
 
     def _admit(self) -> None:
         assert self._slots is not None, "places are given after there is room"
-        num = min(len(self._places), len(self._waiting), self.programs.num_admitted)
-        rows = [_Row(*self._waiting.popleft(), slot) for slot in self._places[:num]]
-        self._places = self._places[num:]
+        num = min(self._parts.count_rows(self._places), len(self._waiting))
+        taken = [self._waiting.popleft() for _ in range(num)]
+        admission = self._parts.admit([request.enter() for _, request in taken], self._places)
+        rows = [_Row(number, request, slot) for (number, request), slot in zip(taken, admission.slots)]
+        self._places = [slot for slot in self._places if slot not in admission.slots]
         self._active |= {row.slot: row for row in rows}
-        prompts = _pack(rows, self.programs.num_admitted, self.programs.num_slots)
-        self._slots, chunk = self.programs.admit(self._params, self._slots, prompts)
-        self._sent.append(_Sent(chunk, dict(enumerate(rows))))
+        self._slots, chunk = self.programs.admit(self._params, self._slots, admission.prompts)
+        self._sent.append(_Sent(chunk, dict(zip(admission.indices, rows))))
+        self.num_prompts += admission.num_prompts
 
     def _decode(self) -> None:
         assert self._slots is not None, "rows are in slots"
@@ -310,36 +338,6 @@ def generate(
         if progress_fn is not None:
             progress_fn(len(found))
     return [found[number] for number in numbers]
-
-
-def cache_length(num_tokens: int, shortest: int = SHORTEST_CACHE) -> int:
-    """Returns the bucket of a length: `shortest` times a power of two."""
-    length = shortest
-    while length < num_tokens:
-        length *= 2
-    return length
-
-
-def _pack(rows: Sequence[_Row], num_prompts: int, num_slots: int) -> Prompts[np.ndarray]:
-    texts = [np.concatenate([row.request.tokens, *(part.tokens for part in row.parts)]) for row in rows]
-    tokens = np.zeros((num_prompts, cache_length(max(map(len, texts)), shortest=SHORTEST_PROMPTS)), np.int32)
-    for i, text in enumerate(texts):
-        tokens[i, : len(text)] = text
-    requests = [row.request for row in rows]
-
-    def fill(values: Iterable[int], rest: int = 0) -> np.ndarray:
-        values = list(values)
-        return np.array(values + [rest] * (num_prompts - len(values)), np.int32)
-
-    return Prompts(
-        tokens=tokens,
-        lengths=fill(map(len, texts), rest=1),
-        num_generated=fill(row.num_generated for row in rows),
-        places=fill((row.slot for row in rows), rest=num_slots),
-        row_ids=fill(request.row_id for request in requests),
-        sample_ids=fill(request.sample_id for request in requests),
-        is_greedy=fill(request.is_greedy for request in requests).astype(np.bool_),
-    )
 
 
 def _to_drawn(generation: Generation) -> Drawn[np.ndarray]:

@@ -11,6 +11,7 @@ from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.forward import make_compute_copy
+from realjax.engine.manual_axes import on_shards
 from realjax.engine.products import make_products
 from realjax.models.build import Model, unstack_layers
 from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
@@ -48,8 +49,11 @@ class CachedModel(Protocol):
         """Returns the cache with room for `length` tokens a slot."""
         ...
 
-    def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
-        """Returns the last hidden states `[A, D]` of prompts `[A, T]`, and the cache with them in the slots `places`.
+    def admit(
+        self, params: Tree, cache: Cache, tokens: Array, lengths: Array, sources: Array, places: Array
+    ) -> tuple[Array, Cache]:
+        """Returns the last hidden states `[P, D]` of prompts `[P, T]`, and the cache with prompt `sources` `[R]` in the
+        slots `places` `[R]`. Both are counted within a device's own part along `data`: no prompt leaves its device.
 
         A place beyond the last slot is dropped.
         """
@@ -102,11 +106,14 @@ class OneStage:
     def grow(self, cache: Cache, length: int) -> Cache:
         return (grow_cache(cache[0], length),)
 
-    def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
+    def admit(
+        self, params: Tree, cache: Cache, tokens: Array, lengths: Array, sources: Array, places: Array
+    ) -> tuple[Array, Cache]:
         """Whole prompts at once; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.forward)
-        return hidden, (write_rows(cache[0], prompts, places),)
+        write = on_shards(write_rows, self.cache_sharding, num_caches=2)
+        return hidden, (write(cache[0], prompts, sources, places),)
 
     def init_flight(self, num_slots: int) -> Flight:
         return ()

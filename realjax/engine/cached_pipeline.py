@@ -20,7 +20,7 @@ from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.cached_model import Cache, Flight
 from realjax.engine.forward import make_compute_copy
-from realjax.engine.manual_axes import data_index, hand_on, over_stages, stage_index
+from realjax.engine.manual_axes import hand_on, on_shards, over_stages, stage_index
 from realjax.engine.products import make_products
 from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.attention import BlockContext
@@ -66,8 +66,6 @@ class Stages:
         shape = (self.num_waves, layout.strategy.dp, config.num_kv_heads, 1, 1)
         names = ("layers", *CACHE_NAMES)
         self.cache_sharding = resolve_sharding(names, shape, rules, layout, "cache")
-        # Each device has all prompts and writes those of its own slots.
-        self.prompts_sharding = resolve_sharding(names, shape, {**rules, "rows": None}, layout, "prompts")
         shape = (self.num_waves, layout.strategy.dp, 1, config.hidden_size)
         self.flight_sharding = resolve_sharding(FLIGHT_NAMES, shape, rules, layout, "flight")
 
@@ -121,7 +119,9 @@ class Stages:
         out = transformer.norm(handed_on[0], self.forward.products)[:, 0]
         return out, (*cache[:wave], mine, *cache[wave + 1 :]), (handed_on,)
 
-    def admit(self, params: Tree, cache: Cache, tokens: Array, lengths: Array, places: Array) -> tuple[Array, Cache]:
+    def admit(
+        self, params: Tree, cache: Cache, tokens: Array, lengths: Array, sources: Array, places: Array
+    ) -> tuple[Array, Cache]:
         """The prompts go through the stages in P micro-batches; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_waves, self.model.config
@@ -142,28 +142,20 @@ class Stages:
 
         x = self.forward.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
         run = over_stages(stage, self.layout, num_split=1)
-        # Back from micro-batches to the order of the prompts: `[P, P, A/P, ...]` -> `[P, A, ...]`.
+        # Back from micro-batches to the order of the prompts, for each stage.
         last, prompts = jax.vmap(join_rows)(run(params["layers"], *deal_rows((x, lengths), num_stages)))
-        return transformer.norm(last[-1], self.forward.products)[:, 0], self._write_prompts(cache, prompts, places)
+        write = on_shards(self._write_prompts, self.cache_sharding, num_caches=2)
+        return transformer.norm(last[-1], self.forward.products)[:, 0], write(cache, prompts, sources, places)
 
-    def _write_prompts(self, caches: Cache, prompts: KVCache, slots: Array) -> Cache:
-        """Returns the caches with the prompts' rows at `slots`, see the class for which holds what."""
-        num_stages, spec, whole = self.num_waves, self.cache_sharding.spec, self.layout.replicated.spec
-        wave, row = slots % num_stages, slots // num_stages
-
-        def write(caches: Cache, prompts: KVCache, wave: Array, row: Array) -> Cache:
-            caches, prompts = _own((caches, prompts))
-            num_rows = caches[0].keys[0].shape[0]
-            row -= data_index() * num_rows
-            tick = (wave + stage_index()) % num_stages
-            is_own = (row >= 0) & (row < num_rows)
-            places = [jnp.where((tick == i) & is_own, row, num_rows) for i in range(num_stages)]
-            written = tuple(write_rows(cache, prompts, at) for cache, at in zip(caches, places))
-            return jax.tree.map(lambda x: x[None], written)
-
-        in_specs = (spec, self.prompts_sharding.spec, whole, whole)
-        run = jax.shard_map(write, mesh=self.layout.mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
-        return run(caches, prompts, wave, row)
+    def _write_prompts(self, caches: Cache, prompts: KVCache, sources: Array, places: Array) -> Cache:
+        """Returns a device's own caches with its prompts in them, see the class for which holds what."""
+        caches, prompts = _own((caches, prompts))
+        # A device has as many slots of each wave, one after the other.
+        wave, row, num_rows = places % self.num_waves, places // self.num_waves, caches[0].keys[0].shape[0]
+        tick = (wave + stage_index()) % self.num_waves
+        rows = [jnp.where(tick == i, row, num_rows) for i in range(self.num_waves)]
+        written = tuple(write_rows(cache, prompts, sources, at) for cache, at in zip(caches, rows))
+        return jax.tree.map(lambda x: x[None], written)
 
     def _own_blocks(self, graphdefs: Sequence[nnx.GraphDef[Block]], layers: Sequence[Tree]) -> list[BlockCall]:
         """Returns a stage's blocks; where a stage has an empty layer, its block hands on what it gets."""

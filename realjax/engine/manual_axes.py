@@ -122,9 +122,17 @@ def share_rows(fn: Callable[..., T], layout: Layout, num_rows: int) -> Callable[
     return jax.shard_map(fn, mesh=layout.mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
-def data_index() -> Array:
-    """Returns the number of this device along `data`, where that axis is in our hands."""
-    return jax.lax.axis_index("data")
+def on_shards(fn: Callable[..., T], cache: NamedSharding, num_caches: int) -> Callable[..., T]:
+    """Returns `fn`, run by every device on its own part of the arrays; results lie as a cache does.
+
+    The first `num_caches` arguments lie as a cache does; the others are of rows, and split along `data`.
+    """
+
+    def run(*args: object) -> T:
+        specs = tuple(cache.spec if i < num_caches else PartitionSpec("data") for i in range(len(args)))
+        return jax.shard_map(fn, mesh=cache.mesh, in_specs=specs, out_specs=cache.spec, check_vma=False)(*args)
+
+    return run
 
 
 def over_stages(fn: Callable[..., T], layout: Layout, num_split: int) -> Callable[..., T]:

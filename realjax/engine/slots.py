@@ -22,6 +22,7 @@ from realjax.engine.cached_model import Cache, CachedModel, Flight, OneStage
 from realjax.engine.cached_pipeline import Stages
 from realjax.engine.compiled import Compiled, CompileLog, place_array
 from realjax.engine.manual_axes import share_rows
+from realjax.engine.rows import put_rows, take_rows
 from realjax.engine.sampling import A, Drawn, Sampler
 from realjax.models.build import Model
 
@@ -51,25 +52,30 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Prompts(Generic[A]):
-    """A prompts to be put into slots; unused rows have the number of slots for a place."""
+    """P prompts to be put into slots, and the R rows that go on from them, perhaps several from one.
 
-    tokens: A  # [A, T] the prompt, and what has been generated after it
-    lengths: A  # [A]
-    num_generated: A  # [A] how many of the tokens are generated ones
-    places: A  # [A]
-    row_ids: A  # [A]
-    sample_ids: A  # [A]
-    is_greedy: A  # [A]
+    The devices along `data` have equal parts of both in turn, as they have of the slots: a row's prompt and its slot
+    are in its own part, and are counted there.
+    """
+
+    tokens: A  # [P, T] the prompt, and what has been generated after it
+    lengths: A  # [P]
+    sources: A  # [R] the row's prompt
+    places: A  # [R] its slot; of unused rows, the number of slots
+    num_generated: A  # [R] how many of the tokens are generated ones
+    row_ids: A  # [R]
+    sample_ids: A  # [R]
+    is_greedy: A  # [R]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chunk(Generic[A]):
-    """What a program drew, whole on every device: A prompts' next tokens (K is 1), or up to K tokens of each slot."""
+    """What a program drew, whole on every device: R rows' first tokens (K is 1), or up to K tokens of each slot."""
 
-    drawn: Drawn[A]  # [A or B, K]
-    counts: A  # [A or B] how many of K are drawn
-    is_running: A  # [A or B]
+    drawn: Drawn[A]  # [R or B, K]
+    counts: A  # [R or B] how many of K are drawn
+    is_running: A  # [R or B]
     num_rounds: A  # how often all slots were decoded
 
 
@@ -96,7 +102,7 @@ class SlotPrograms:
                 f"use a multiple of {multiple}"
             )
         self.model, self.layout, self.sampler, self.num_slots = model, layout, sampler, num_slots
-        # Prompts admitted at once: enough to keep the devices busy, few enough that free slots do not wait.
+        # Rows admitted at once: enough to keep the devices busy, few enough that free slots do not wait.
         self.num_admitted = max(multiple, num_slots // 4 // multiple * multiple)
         rules = generate_rules(layout.strategy)
         self._rows = resolve_sharding(("rows",), (num_slots,), rules, layout, "slots")
@@ -183,21 +189,24 @@ class SlotPrograms:
         return replace(slots, is_running=slots.is_running & ~is_stopped)
 
     def _admit_prompts(self, params: Tree, slots: Slots, prompts: Prompts[Array]) -> tuple[Slots, Chunk[Array]]:
-        places, num_before = prompts.places, prompts.num_generated
-        hidden, cache = self.cached.admit(params, slots.cache, prompts.tokens, prompts.lengths, places)
+        # Only tokens have come to all devices: each along `data` runs its own prompts and fills its own slots.
+        prompts, num_before = jax.lax.with_sharding_constraint(prompts, self._rows), prompts.num_generated
+        sources, places, num_parts = prompts.sources, prompts.places, self.layout.strategy.dp
+        hidden, cache = self.cached.admit(params, slots.cache, prompts.tokens, prompts.lengths, sources, places)
+        hidden, lengths = take_rows((hidden, prompts.lengths), sources, num_parts)
         keys = self.sampler.make_keys(prompts.row_ids, prompts.sample_ids)
         is_greedy = None if slots.is_greedy is None else prompts.is_greedy
         drawn = self._draw(params, hidden, keys, num_before, is_greedy)
         is_running = ~self.sampler.has_ended(drawn.tokens, num_before + 1)
 
         def put(whole: T, part: T) -> T:
-            return jax.tree.map(lambda x, new: x.at[places].set(new, mode="drop"), whole, part)
+            return put_rows(whole, part, places, num_parts)
 
         slots = Slots(
             cache=cache,
             flight=slots.flight,
             is_full=jnp.array(False),
-            lengths=put(slots.lengths, prompts.lengths),
+            lengths=put(slots.lengths, lengths),
             last_tokens=put(slots.last_tokens, drawn.tokens),
             num_generated=put(slots.num_generated, num_before + 1),
             is_running=put(slots.is_running, is_running),

@@ -53,10 +53,19 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
     return KVCache(tuple(pad(x, -1) for x in cache.keys), tuple(pad(x, -2) for x in cache.values))
 
 
-def write_rows(cache: KVCache, prompts: KVCache, slots: Array) -> KVCache:
-    """Returns the cache with the rows of `prompts` at `slots`; a slot beyond the last row is dropped."""
-    keys = (x.at[slots, :, :, : prompts.length].set(new, mode="drop") for x, new in zip(cache.keys, prompts.keys))
-    values = (x.at[slots, :, : prompts.length].set(new, mode="drop") for x, new in zip(cache.values, prompts.values))
+def write_rows(cache: KVCache, prompts: KVCache, sources: Array, slots: Array) -> KVCache:
+    """Returns the cache with the rows `sources` `[R]` of `prompts` at `slots` `[R]`; a slot beyond the last is dropped.
+
+    Prompts may be padded to more than the cache has room for, not longer.
+    """
+    length = min(prompts.length, cache.length)
+
+    def write(x: Array, new: Array, dim: int) -> Array:
+        at = (slots, *[slice(None)] * (x.ndim + dim - 1), slice(length))
+        return x.at[at].set(jax.lax.slice_in_dim(new, 0, length, axis=dim)[sources], mode="drop")
+
+    keys = (write(x, new, -1) for x, new in zip(cache.keys, prompts.keys))
+    values = (write(x, new, -2) for x, new in zip(cache.values, prompts.values))
     return KVCache(tuple(keys), tuple(values))
 
 

@@ -24,7 +24,7 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
     @quick_jit
     def admit(params, prompts, lengths, places):
         hidden, rows = prefill(*model.bind_layers(params), prompts, lengths, forward)
-        return hidden, write_rows(init_cache(model.config, 2, (4,), 8, jnp.float32), rows, places)
+        return hidden, write_rows(init_cache(model.config, 2, (4,), 8, jnp.float32), rows, np.arange(3), places)
 
     @quick_jit
     def advance(params, cache, tokens, lengths):
@@ -50,7 +50,7 @@ def test_a_prompt_without_a_slot_changes_nothing():
     cache = init_cache(model.config, 2, (2,), 8, jnp.float32)
     rows = init_cache(model.config, 2, (3,), 4, jnp.float32)
     rows = type(rows)(tuple(x + 1 for x in rows.keys), tuple(x + 2 for x in rows.values))
-    written = write_rows(cache, rows, jnp.array([2, 1, 2]))
+    written = write_rows(cache, rows, jnp.array([0, 1, 2]), jnp.array([2, 1, 2]))
     for layer in (*written.keys, *written.values):
         assert not layer[0].any()
     assert all((x[1, :, :, :4] == 1).all() and not x[1, :, :, 4:].any() for x in written.keys)

@@ -3,6 +3,7 @@
     python -m tools.bench.generate                                      # 10M and 135M parameters, float32, all cores
     python -m tools.bench.generate --sizes 135m --checkpoint FOLDER     # a Llama checkpoint's weights
     python -m tools.bench.generate --sizes 10m --batches 32 --work mixed --cores 1
+    python -m tools.bench.generate --sizes 10m --batches 32 --prompt-len 512 --group-size 8 --no-torch  # as in GRPO
 
 `equal`: as many prompts as the batch, all of one length, each continued by exactly --new-tokens tokens. `mixed`: four
 times as many prompts, of 8 to --prompt-len tokens, and a set of end-of-text tokens that about one draw in 32 hits;
@@ -78,6 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work", nargs="+", default=["equal", "mixed"], choices=["equal", "mixed"])
     parser.add_argument("--sampling", nargs="+", default=list(SAMPLING), choices=list(SAMPLING))
     parser.add_argument("--prompt-len", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=1, help="answers to each prompt, one after the other")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -138,10 +140,12 @@ def compare(size: str, args: argparse.Namespace, bandwidth: float) -> None:
 def make_job(vocab_size: int, batch: int, work: str, sampling: str, args: argparse.Namespace) -> Job:
     rng = np.random.default_rng(0)
     is_equal, longest, new = work == "equal", args.prompt_len, args.new_tokens
-    lengths = [longest] * batch if is_equal else rng.integers(min(8, longest), longest + 1, 4 * batch)
+    num_prompts = -(-(batch if is_equal else 4 * batch) // args.group_size)
+    lengths = [longest] * num_prompts if is_equal else rng.integers(min(8, longest), longest + 1, num_prompts)
+    prompts = [rng.integers(0, vocab_size, n).astype(np.int32) for n in lengths]
     return Job(
         batch=batch,
-        prompts=[rng.integers(0, vocab_size, n).astype(np.int32) for n in lengths],
+        prompts=[prompt for prompt in prompts for _ in range(args.group_size)],
         eos_ids=[0] if is_equal else list(range(0, vocab_size, END_EVERY)),
         config=GenerationConfig(
             max_new_tokens=new, min_new_tokens=new if is_equal else 0, **SAMPLING[sampling]
