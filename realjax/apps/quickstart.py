@@ -24,7 +24,9 @@ from realjax.apps.errors import report_errors
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.processes import is_first, text_from_first
 from realjax.dataflow.run import RunPaths, RunSpec
+from realjax.launch.accelerators import find_accelerator
 from realjax.launch.environment import ProcessGroup, end_with_launcher, find_process_group, join
+from realjax.launch.settings import choose_environment
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
@@ -135,8 +137,11 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     check_options(allocation_options(config))
     end_with_launcher()
     group = find_process_group(os.environ)
+    notices = prepare_environment(config, group)
     if group is not None:
         config = join_processes(config, group)
+    for notice in notices:  # only now is it known who logs
+        logger.info(notice)
     paths = run_paths(config)
     if not plan_only:
         announce(name, config, paths)
@@ -163,6 +168,20 @@ def announce(name: str, config: CommonExperimentConfig, paths: RunPaths) -> None
         logger.info("Model checkpoints will be saved to %s", paths.checkpoints)
     for notice in (*list_notices(config), *modes.list_notices(allocation_options(config))):
         logger.info(notice)
+
+
+def prepare_environment(config: CommonExperimentConfig, group: ProcessGroup | None) -> tuple[str, ...]:
+    """Sets what XLA, CUDA and NCCL read as they start, and returns what to log of it; ValueError if it cannot be."""
+    num_gpus = config.n_nodes * config.n_gpus_per_node // (1 if group is None else group.num_processes)
+    environment = choose_environment(
+        os.environ,
+        find_accelerator(os.environ),
+        num_gpus,
+        recommend=config.accelerator_settings == "recommended",
+        deterministic=config.deterministic,
+    )
+    os.environ.update(environment.variables)
+    return environment.notices
 
 
 def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> CommonExperimentConfig:

@@ -11,6 +11,8 @@ from typing import NoReturn
 
 import jax
 
+from realjax.launch.accelerators import find_accelerator
+
 logger = logging.getLogger("realjax.launch")
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "REALJAX_COORDINATOR", "REALJAX_NUM_PROCESSES", "REALJAX_PROCESS_ID"
 PROCESSES_PER_NODE = "REALJAX_PROCESSES_PER_NODE"
@@ -92,13 +94,14 @@ def join(group: ProcessGroup, devices_per_node: int) -> None:
     """Joins the group's processes; every one of them must call this before its first use of a device."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     num_visible = None if visible is None else len(visible.split(","))
+    has_gpu = find_accelerator(os.environ) is not None
     # It would take SIGTERM for itself, and a run could not be stopped before its first step.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=group.coordinator,
         num_processes=group.num_processes,
         process_id=group.process_id,
-        local_device_ids=group.local_device_ids(devices_per_node, num_visible) if _has_gpu() else None,
+        local_device_ids=group.local_device_ids(devices_per_node, num_visible) if has_gpu else None,
         initialization_timeout=JOIN_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
@@ -120,12 +123,6 @@ def end_with_launcher() -> None:
             os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _has_gpu() -> bool:
-    # Asking jax for its devices would start the backend too early; a GPU machine has this directory or variable.
-    is_there = os.path.exists("/proc/driver/nvidia") or "CUDA_VISIBLE_DEVICES" in os.environ
-    return is_there and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
 def leave(code: int) -> NoReturn:

@@ -66,6 +66,14 @@ class CommonExperimentConfig:
     seed: int = option(
         1, "seed of everything random: data order, initial weights, sampling", at_least=0, at_most=2**32 - 1
     )
+    accelerator_settings: Literal["recommended", "none"] = option(
+        "recommended",
+        "what XLA, CUDA and NCCL are told before they start, by the kind of accelerator; what the environment has "
+        "already stays, and none leaves it at that",
+    )
+    deterministic: bool = option(
+        False, "on GPUs, every run of a program gives the same bits, more slowly; on CPUs it does anyway"
+    )
     max_nonfinite_steps: int = option(5, "stop after so many updates in a row with nan or inf gradients", at_least=1)
     wandb_mode: Literal["disabled", "online", "offline"] = option(
         "disabled", "log to Weights & Biases too; needs the extra realjax[wandb]"

@@ -1,0 +1,53 @@
+"""The accelerator of this machine, told without starting JAX's backend, which reads its settings as it starts."""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHITECTURES = {
+    "ampere": re.compile(r"\bA(100|800|30)\b"),
+    "hopper": re.compile(r"\bG?H(100|200|800|20)\b"),
+    "blackwell": re.compile(r"\bG?B(100|200|300)\b"),
+}
+UNKNOWN = "NVIDIA GPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """A kind of GPU, named as its driver names it; no `architecture` for one that is not in the table."""
+
+    name: str
+    architecture: str | None
+
+
+def find_accelerator(environ: Mapping[str, str], root: Path = Path("/")) -> Accelerator | None:
+    """Returns the kind of GPU that JAX is going to use, None where it is going to use none.
+
+    JAX has no plugin for GPUs, or the environment hides them, or the driver (its files are below `root`) is not there.
+    """
+    platforms = environ.get("JAX_PLATFORMS", "").split(",")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    is_asked_for = platforms == [""] or not {"cuda", "gpu"}.isdisjoint(platforms)
+    if not is_asked_for or visible in ("", "-1") or not _has_plugin():
+        return None
+    driver = root / "proc/driver/nvidia"
+    names = {name for path in driver.glob("gpus/*/information") if (name := _read_model(path))}
+    if len(names) == 1:
+        (name,) = names
+        fitting = (one for one, pattern in ARCHITECTURES.items() if pattern.search(name))
+        return Accelerator(name=name, architecture=next(fitting, None))
+    # A container may hide what the GPUs are called; with several kinds none is every process's.
+    is_there = driver.exists() or (root / "dev/nvidiactl").exists() or (root / "dev/dxg").exists()
+    return Accelerator(name=UNKNOWN, architecture=None) if is_there or visible is not None else None
+
+
+def _has_plugin() -> bool:
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (12, 13))
+
+
+def _read_model(information: Path) -> str | None:
+    """Returns what stands behind "Model:" in a file of the driver."""
+    found = re.search(r"^Model:\s*(.*\S)", information.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found[1] if found else None

@@ -1,0 +1,80 @@
+"""The command tells XLA, CUDA and NCCL their settings before the backend starts, by what accelerator there is."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from realjax.apps import quickstart
+from realjax.launch.accelerators import Accelerator
+from realjax.launch.environment import ProcessGroup
+from realjax.options.supervised import SFTConfig
+
+HOPPER = Accelerator(name="NVIDIA H100 80GB HBM3", architecture="hopper")
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """An environment of the test's own, with a GPU's name to be found by the command."""
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(quickstart, "find_accelerator", lambda environ: HOPPER)
+    return environ
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, tmp_path, *words: str) -> dict[str, str]:
+    """Runs the command with --plan, without models, and returns the environment that its devices were prepared in."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "answer": "b"}\n')
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(quickstart, "prepare_devices", lambda *args: seen.update(os.environ))
+    monkeypatch.setattr(quickstart.Experiment, "build", lambda self, config: config)
+    planned = SimpleNamespace(describe=lambda: "the plan")
+    allocated = SimpleNamespace(allocate=lambda spec, devices: planned)
+    monkeypatch.setitem(sys.modules, "realjax.allocation.allocate", allocated)
+    paths = [f"fileroot={tmp_path}", "model.path=model", f"dataset.train_path={data}", f"dataset.valid_path={data}"]
+    assert quickstart.main(["sft", "--plan", "mode=local", "n_gpus_per_node=8", *paths, *words]) == 0
+    return seen
+
+
+def test_they_are_there_before_the_devices_and_printed_in_a_line(environ, monkeypatch, tmp_path, capsys):
+    seen = plan(monkeypatch, tmp_path)
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in seen["XLA_FLAGS"]
+    assert "deterministic" not in seen["XLA_FLAGS"]
+    assert seen["NCCL_LAUNCH_MODE"] == "GROUP"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Settings for NVIDIA H100" in line]
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in line
+
+
+def test_an_option_leaves_them_out_and_another_adds_determinism(environ, monkeypatch, tmp_path, capsys):
+    before = dict(environ)
+    assert plan(monkeypatch, tmp_path, "accelerator_settings=none") == before
+    assert "Settings" not in capsys.readouterr().out
+    seen = plan(monkeypatch, tmp_path, "accelerator_settings=none", "deterministic=True")
+    assert seen == before | {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
+
+
+def test_a_contradiction_is_an_error_of_the_users(environ, monkeypatch, tmp_path, capsys):
+    environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=false"
+    with pytest.raises(AssertionError):
+        plan(monkeypatch, tmp_path, "deterministic=True")
+    assert "realjax: error: deterministic: found True, but XLA_FLAGS has" in capsys.readouterr().err
+
+
+def test_a_process_of_several_counts_its_own_gpus(environ):
+    def prepare(num_processes: int) -> str | None:
+        environ.pop("NCCL_LAUNCH_MODE", None)
+        group = ProcessGroup(
+            coordinator=None, num_processes=num_processes, process_id=0, processes_per_node=num_processes, local_id=0
+        )
+        quickstart.prepare_environment(SFTConfig(n_gpus_per_node=8), group)
+        return environ.get("NCCL_LAUNCH_MODE")
+
+    assert prepare(8) is None and prepare(2) == "GROUP"
+
+
+def test_a_run_on_cpu_devices_sets_nothing():
+    before = dict(os.environ)
+    assert quickstart.prepare_environment(SFTConfig(deterministic=True), None) == ()
+    assert dict(os.environ) == before
