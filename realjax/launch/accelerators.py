@@ -11,15 +11,16 @@ ARCHITECTURES = {
     "hopper": re.compile(r"\bG?H(100|200|800|20)\b"),
     "blackwell": re.compile(r"\bG?B(100|200|300)\b"),
 }
+OTHER = "other"
 UNKNOWN = "NVIDIA GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """A kind of GPU, named as its driver names it; no `architecture` for one that is not in the table."""
+    """A kind of GPU, named as its driver names it; its `architecture` is one of the table's, or "other"."""
 
     name: str
-    architecture: str | None
+    architecture: str
 
 
 def find_accelerator(environ: Mapping[str, str], root: Path = Path("/")) -> Accelerator | None:
@@ -37,10 +38,10 @@ def find_accelerator(environ: Mapping[str, str], root: Path = Path("/")) -> Acce
     if len(names) == 1:
         (name,) = names
         fitting = (one for one, pattern in ARCHITECTURES.items() if pattern.search(name))
-        return Accelerator(name=name, architecture=next(fitting, None))
+        return Accelerator(name=name, architecture=next(fitting, OTHER))
     # A container may hide what the GPUs are called; with several kinds none is every process's.
     is_there = driver.exists() or (root / "dev/nvidiactl").exists() or (root / "dev/dxg").exists()
-    return Accelerator(name=UNKNOWN, architecture=None) if is_there or visible is not None else None
+    return Accelerator(name=UNKNOWN, architecture=OTHER) if is_there or visible is not None else None
 
 
 def _has_plugin() -> bool:

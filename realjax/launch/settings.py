@@ -1,7 +1,7 @@
 """What XLA, CUDA and NCCL are told before they start: recommended settings for each accelerator, and determinism.
 
 Each was found known to jaxlib 0.10.2, 0.11.2 and 0.12.0: an unknown flag ends the process. docs/accelerators.md has the
-sources, and what each changes in compiled programs.
+sources, what each changes in compiled programs, and what is left out because it changes nothing.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from realjax.launch.accelerators import Accelerator
+from realjax.launch.accelerators import OTHER, Accelerator
 
 XLA_FLAGS = "XLA_FLAGS"
 FLAG = re.compile(r"(?<!\S)--?(?P<name>\w+)(?:=(?P<value>\S*))?")
@@ -37,11 +37,6 @@ class Setting:
 
 RECOMMENDED = (
     Setting(
-        name="xla_gpu_enable_latency_hiding_scheduler",
-        value="true",
-        why="collectives start early and end late, with work between; XLA alone schedules for memory",
-    ),
-    Setting(
         name="XLA_CLIENT_MEM_FRACTION",
         value="0.9",
         why="JAX takes 75% of a GPU's memory if nothing is said; the rest is for NCCL's buffers and CUDA's own",
@@ -58,6 +53,12 @@ RECOMMENDED = (
         value="GROUP",
         why="a process that drives several GPUs may hang when their collectives are launched one by one",
         for_several=True,
+    ),
+    Setting(
+        name="xla_disable_hlo_passes",
+        value="triton-softmax-rewriter",
+        why="without cuDNN's attention XLA tries tiles for the softmax of every block: programs compile for minutes",
+        architectures=frozenset({"ampere", OTHER}),
     ),
 )
 DETERMINISTIC = Setting(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from realjax.launch import accelerators
-from realjax.launch.accelerators import UNKNOWN, Accelerator, find_accelerator
+from realjax.launch.accelerators import OTHER, UNKNOWN, Accelerator, find_accelerator
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def write_driver(root: Path, *models: str) -> Path:
         ("NVIDIA A100-SXM4-80GB", "ampere"),
         ("NVIDIA B200", "blackwell"),
         ("NVIDIA GB200", "blackwell"),
-        ("NVIDIA L40S", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA L40S", OTHER),
+        ("NVIDIA GeForce RTX 4090", OTHER),
     ],
 )
 def test_the_architecture_follows_from_the_drivers_name(tmp_path, model, architecture):
@@ -72,9 +72,9 @@ def test_without_a_driver_there_is_none(tmp_path):
 @pytest.mark.parametrize("sign", ["proc/driver/nvidia", "dev/nvidiactl", "dev/dxg"])
 def test_a_gpu_whose_name_is_hidden_is_one_of_no_known_architecture(tmp_path, sign):
     (tmp_path / sign).mkdir(parents=True)
-    assert find_accelerator({}, tmp_path) == Accelerator(name=UNKNOWN, architecture=None)
+    assert find_accelerator({}, tmp_path) == Accelerator(name=UNKNOWN, architecture=OTHER)
 
 
 def test_different_gpus_have_no_architecture_in_common(tmp_path):
     found = find_accelerator({}, write_driver(tmp_path, "NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
-    assert found == Accelerator(name=UNKNOWN, architecture=None)
+    assert found == Accelerator(name=UNKNOWN, architecture=OTHER)

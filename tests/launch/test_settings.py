@@ -6,27 +6,28 @@ import sys
 
 import pytest
 
-from realjax.launch.accelerators import UNKNOWN, Accelerator
+from realjax.launch.accelerators import OTHER, UNKNOWN, Accelerator
 from realjax.launch.settings import DETERMINISTIC, RECOMMENDED, XLA_FLAGS, Environment, choose_environment
 from tests.given.processes import ROOT
 
+AMPERE = Accelerator(name="NVIDIA A100-SXM4-80GB", architecture="ampere")
 HOPPER = Accelerator(name="NVIDIA H100 80GB HBM3", architecture="hopper")
 VARIABLES = [one for one in RECOMMENDED if not one.is_flag]
 FLAGS = " ".join(str(one) for one in RECOMMENDED if one.is_flag)
 
 
 def choose(
-    environ: dict[str, str], accelerator: Accelerator | None = HOPPER, num_gpus: int = 8, **changes: bool
+    environ: dict[str, str], accelerator: Accelerator | None = AMPERE, num_gpus: int = 8, **changes: bool
 ) -> Environment:
     options = {"recommend": True, "deterministic": False} | changes
     return choose_environment(environ, accelerator, num_gpus, **options)
 
 
-def test_a_hopper_gets_every_flag_and_variable_and_a_line_of_them():
+def test_an_a100_gets_every_flag_and_variable_and_a_line_of_them():
     found = choose({"HOME": "home"})
     assert found.variables == {XLA_FLAGS: FLAGS} | {one.name: one.value for one in VARIABLES}
     (line,) = found.notices
-    assert all(str(one) in line for one in RECOMMENDED) and HOPPER.name in line
+    assert all(str(one) in line for one in RECOMMENDED) and AMPERE.name in line
 
 
 def test_the_users_own_flags_stay_before_ours_and_ours_of_the_same_name_is_left_out():
@@ -66,8 +67,13 @@ def test_flags_in_a_file_go_on_in_the_variable(tmp_path):
 
 
 def test_an_unknown_gpu_gets_what_is_for_all():
-    found = choose({}, Accelerator(name=UNKNOWN, architecture=None))
+    found = choose({}, Accelerator(name=UNKNOWN, architecture=OTHER))
     assert found.variables.keys() == {XLA_FLAGS} | {one.name for one in VARIABLES if one.architectures is None}
+
+
+def test_where_cudnn_serves_attention_xla_keeps_its_passes():
+    assert XLA_FLAGS not in choose({}, HOPPER).variables
+    assert choose({}, HOPPER, deterministic=True).variables[XLA_FLAGS] == str(DETERMINISTIC)
 
 
 def test_a_blackwell_keeps_its_many_connections():
