@@ -70,7 +70,6 @@ def make_outputs(
     """
     shards = make_shards(model, rules, layout)
     forward = _make_forward(model, rules, layout, compute, shards)
-    gather = shards.gather_outer if shards else lambda tree: tree
     chunks_fn = _make_chunks_fn(model, rules, layout, compute, forward)
     head_fn = _make_head(head, draw, needs_entropy, forward.products.matmul, chunks_fn)
 
@@ -82,8 +81,8 @@ def make_outputs(
         hidden, sums = _bind(model, params, sinks)(*inputs, forward, layer_sinks)
         terms = {name: Mean(sums[name], weight) for name, weight in term_weights(model, batch).items()}
         # Bound once more, so that the two gradients of a tied table meet in its sink.
-        kernel = _bind(model, gather(params), None if sinks is None else gather(sinks)).head_kernel()
-        return head_fn(hidden, kernel, batch), terms
+        whole = shards.gather_outer(params, sinks) if shards else (params, sinks)
+        return head_fn(hidden, _bind(model, *whole).head_kernel(), batch), terms
 
     return outputs
 

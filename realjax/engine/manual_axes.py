@@ -5,7 +5,7 @@ The other axes stay with XLA. Outside of the tables that place arrays, this is t
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import jax
 from jax import Array
@@ -68,13 +68,22 @@ def has_own_rows() -> bool:
     return "data" in jax.sharding.get_abstract_mesh().manual_axes
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_over_data(x: Array, dim: int, spec: PartitionSpec) -> Array:
-    """Returns the parts of all devices along `data`, joined at `dim`; its gradient is summed over them and split again.
+    """Returns the parts of all devices along `data`, joined at `dim`.
 
     `spec` says how x is split over the other axes, of which those count that are left to XLA.
     """
     return _with_all_axes(lambda x: jax.lax.all_gather(x, "data", axis=dim, tiled=True), x, spec)
+
+
+def gather_sink(sink: Array, dim: int, spec: PartitionSpec) -> Array:
+    """As `gather_over_data`; the gradient is summed over the devices, each of which gets its part of the sum."""
+    return cast(Array, _gather_sink(sink, dim, spec))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_sink(sink: Array, dim: int, spec: PartitionSpec) -> Array:
+    return gather_over_data(sink, dim, spec)
 
 
 def _scatter(dim: int, spec: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
@@ -82,7 +91,7 @@ def _scatter(dim: int, spec: PartitionSpec, _: None, grad: Array) -> tuple[Array
     return (_with_all_axes(scatter, grad, spec),)
 
 
-gather_over_data.defvjp(lambda x, dim, spec: (gather_over_data(x, dim, spec), None), _scatter)
+_gather_sink.defvjp(lambda sink, dim, spec: (gather_over_data(sink, dim, spec), None), _scatter)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -107,9 +116,9 @@ def _with_all_axes(fn: Callable[[Array], Array], x: Array, spec: PartitionSpec) 
     return jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=rest, check_vma=False)(x)
 
 
-def gathers_over_data(primitive: Primitive, *_: object, **params: Any) -> bool:
-    """Returns whether an operation is a `gather_over_data`, as a rule of what to keep for a backward pass is asked."""
-    return primitive.name == "shard_map" and any(eqn.primitive.name == "all_gather" for eqn in params["jaxpr"].eqns)
+def gathers(primitive: Primitive) -> bool:
+    """Returns whether an operation is that of `gather_over_data`, for a rule of what a backward pass keeps."""
+    return primitive is jax.lax.all_gather_p
 
 
 def share_rows(fn: Callable[..., T], layout: Layout, num_rows: int) -> Callable[..., T]:

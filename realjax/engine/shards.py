@@ -6,6 +6,7 @@ of such a gather sums over the devices, in float32, and splits the sum again.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from jax import Array
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec
 from realjax.core.axes import Names, Rules, in_use_rules, left_to_split, make_constrain, resolve
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
-from realjax.engine.manual_axes import gather_over_data, gathers_over_data, has_own_rows, swap_over_data
+from realjax.engine.manual_axes import gather_over_data, gather_sink, gathers, has_own_rows, swap_over_data
 from realjax.models.build import Model
 from realjax.models.stacks import BlockFn, Layer, split_kinds
 
@@ -35,14 +36,15 @@ class Shards:
     def gather(self, kind: str, layer: Layer) -> Layer:
         """Returns a layer's arrays whole, out of their stack."""
         axes = split_kinds(self.model.config, self.model.axes["layers"])[kind]
-        one_layer = jax.tree.map(lambda names: names[1:], axes, is_leaf=_is_names)
-        sinks = None if layer.sinks is None else self._gather_tree(layer.sinks, one_layer)
-        return Layer(self._gather_tree(layer.params, one_layer), sinks, layer.is_real)
+        axes = jax.tree.map(lambda names: names[1:], axes, is_leaf=lambda node: isinstance(node, tuple))
+        params, sinks = self._gather_both(layer.params, layer.sinks, axes)
+        return Layer(params, sinks, layer.is_real)
 
-    def gather_outer(self, params: Tree) -> Tree:
-        """Returns the parameters with those whole that are of no layer."""
-        outer = {name: tree for name, tree in params.items() if name != "layers"}
-        return {**params, **self._gather_tree(outer, {name: self.model.axes[name] for name in outer})}
+    def gather_outer(self, params: Tree, sinks: Tree | None) -> tuple[Tree, Tree | None]:
+        """Returns the parameters, and their sinks, with those whole that are of no layer."""
+        take = lambda tree: {name: leaf for name, leaf in tree.items() if name != "layers"}
+        outer, outer_sinks = self._gather_both(take(params), sinks and take(sinks), take(self.model.axes))
+        return params | outer, sinks and sinks | (outer_sinks or {})
 
     def look_up(self, embed_fn: Callable[[Array], Array], tokens: Array) -> Array:
         """Returns the embedded tokens: each device looks up its columns for all, then they swap columns for rows.
@@ -54,14 +56,15 @@ class Shards:
         x = embed_fn(gather_over_data(tokens, 0, PartitionSpec()))
         return swap_over_data(x, 0, 2, self._spec(("rows", "residual_time", "act_embed"), x))
 
-    def _gather_tree(self, tree: Tree, axes: Tree) -> Tree:
-        return jax.tree.map(self._gather_array, tree, axes)
+    def _gather_both(self, params: Tree, sinks: Tree | None, axes: Tree) -> tuple[Tree, Tree | None]:
+        gathered = jax.tree.map(partial(self._gather, gather_over_data), params, axes)
+        return gathered, sinks and jax.tree.map(partial(self._gather, gather_sink), sinks, axes)
 
-    def _gather_array(self, x: Array, names: Names) -> Array:
+    def _gather(self, gather_fn: Callable[..., Array], x: Array, names: Names) -> Array:
         if not has_own_rows():
             return make_constrain(self.in_use, self.layout)(x, names)
         split = [dim for dim, name in enumerate(names) if self.rules[name] != self.in_use[name]]
-        return gather_over_data(x, *split, self._spec(names, x)) if split else x
+        return gather_fn(x, *split, self._spec(names, x)) if split else x
 
     def _spec(self, names: Names, x: Array) -> PartitionSpec:
         return resolve(names, x.shape, left_to_split(self.rules), self.layout, "what a layer uses")
@@ -75,8 +78,4 @@ def make_shards(model: Model, rules: Rules, layout: Layout) -> Shards | None:
 
 def keep_shards(block_fn: BlockFn) -> BlockFn:
     """Returns the block that keeps all for its backward pass but the whole parameters, which it gathers again."""
-    return jax.checkpoint(block_fn, policy=lambda *op, **params: not gathers_over_data(*op, **params))
-
-
-def _is_names(node: object) -> bool:
-    return isinstance(node, tuple)
+    return jax.checkpoint(block_fn, policy=lambda primitive, *_, **__: not gathers(primitive))
