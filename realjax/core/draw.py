@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.generation_config import GenerationConfig
+from realjax.core.largest import largest
 
 # The logit of a token left out of a draw. Finite, so that products with its probability, 0, stay 0.
 REMOVED = float(jnp.finfo(jnp.float32).min)
@@ -43,18 +44,19 @@ class KeptTokens:
         """Returns storage for `shape` draws."""
         return jnp.zeros((*shape, self.width), jnp.int32)
 
-    def pack(self, processed_BV: Array, drawn_B: Array) -> Array:
+    def pack(self, processed_BV: Array, drawn_B: Array, likeliest: Array | None = None) -> Array:
         """Returns the sets `[B, W]` that processed logits leave; the drawn token is always in its own.
 
-        Ties at the k-th largest logit may leave more than top_k tokens; `kept` holds `width` of them.
+        `likeliest` `[B, W]` are the ids of the largest logits, where they are known. Ties at the k-th largest may leave
+        more than top_k tokens; `kept` holds `width` of them.
         """
         if self.form == "bits":
             return self._pack_bits(processed_BV > REMOVED)
-        is_removed = self.form == "removed"
-        logits, ids = jax.lax.top_k(-processed_BV if is_removed else processed_BV, self.width)
-        packed = jnp.where(logits == -REMOVED if is_removed else logits > REMOVED, ids + 1, 0)
-        if is_removed:
-            return packed
+        if self.form == "removed":
+            logits, ids = largest(-processed_BV, self.width)
+            return jnp.where(logits == -REMOVED, ids + 1, 0)
+        ids = largest(processed_BV, self.width)[1] if likeliest is None else likeliest
+        packed = jnp.where(jnp.take_along_axis(processed_BV, ids, axis=1) > REMOVED, ids + 1, 0)
         is_there = jnp.any(packed == drawn_B[:, None] + 1, axis=1)
         return packed.at[:, -1].set(jnp.where(is_there, packed[:, -1], drawn_B + 1))
 

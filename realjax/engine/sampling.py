@@ -15,8 +15,11 @@ from jax import Array
 
 from realjax.core.draw import REMOVED, KeptTokens
 from realjax.core.generation_config import GenerationConfig
+from realjax.core.largest import largest
 
 DRAW_BLOCK = 256
+# What top-p leaves is looked for among so many tokens first. Trained models rarely leave more, and then few positions.
+MOST_LIKELY = 128
 
 A = TypeVar("A", Array, np.ndarray)  # on the devices, or on the host
 
@@ -50,11 +53,12 @@ class Sampler:
         says.
         """
         logits_BV = logits_BV[:, : self.num_tokens]
-        processed = process_logits(logits_BV, num_generated, self.eos_ids, self.config, is_greedy)
+        scaled = scale_logits(logits_BV, num_generated, self.eos_ids, self.config, is_greedy)
+        processed, ids = filter_logits(scaled, self.config, is_greedy)
         tokens, logprobs = draw_tokens(processed, keys, num_generated, is_greedy=self.config.greedy or is_greedy)
         if (stored := self.find_kept_form(logits_BV.shape[1])) is None:
             return Drawn(tokens, logprobs, None)
-        kept = stored.pack(processed, tokens)
+        kept = stored.pack(processed, tokens, ids)
         return Drawn(tokens, logprobs, kept if is_greedy is None else jnp.where(is_greedy[:, None], 0, kept))
 
     def find_kept_form(self, vocab_size: int) -> KeptTokens | None:
@@ -77,14 +81,14 @@ class Sampler:
         return is_eos | (num_generated >= self.config.max_new_tokens)
 
 
-def process_logits(
+def scale_logits(
     logits_BV: Array,
     num_generated: Array,
     eos_ids: tuple[int, ...],
     config: GenerationConfig,
     is_greedy: Array | None = None,
 ) -> Array:
-    """Returns the float32 logits `[B, V]` of the distribution to draw from; removed tokens are the least float.
+    """Returns the float32 logits `[B, V]` that are filtered: where end-of-text would be early, the least float is its.
 
     `num_generated` `[B]` is how many tokens each row has generated so far.
     """
@@ -95,32 +99,52 @@ def process_logits(
         too_early = (num_generated < config.min_new_tokens)[:, None]
         is_eos = jnp.isin(jnp.arange(logits.shape[1]), jnp.array(eos_ids))[None]
         logits = jnp.where(too_early & is_eos, REMOVED, logits)
-    if not config.filters(logits.shape[1]):
-        return logits
-    is_removed = logits < least_kept(logits, config.top_k, config.top_p)[:, None]
-    return jnp.where(is_removed if is_greedy is None else is_removed & ~is_greedy[:, None], REMOVED, logits)
+    return logits
 
 
-def least_kept(logits_BV: Array, top_k: int, top_p: float) -> Array:
-    """Returns the least logit of each row `[B]` that both filters keep; ties with it stay, and the largest always does.
+def filter_logits(
+    logits_BV: Array, config: GenerationConfig, is_greedy: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Returns the logits of the distribution to draw from, those of removed tokens the least float, and the ids
+    `[B, top_k]` of the likeliest tokens, in order: with top-k the only ones that are left, but for ties with the last.
+    """
+    if not config.filters(logits_BV.shape[1]):
+        return logits_BV, None
+    least, ids = least_kept(logits_BV, config.top_k, config.top_p)
+    is_removed = logits_BV < least[:, None]
+    is_removed = is_removed if is_greedy is None else is_removed & ~is_greedy[:, None]
+    return jnp.where(is_removed, REMOVED, logits_BV), ids
+
+
+def least_kept(logits_BV: Array, top_k: int, top_p: float) -> tuple[Array, Array | None]:
+    """Returns the least logit of each row `[B]` that both filters keep, and the ids `[B, top_k]` of the likeliest; ties
+    with it stay, and the largest always does.
 
     top-k keeps what is no less than the k-th largest; top-p keeps a token when the likelier ones hold less than top_p.
     """
-    if top_k >= logits_BV.shape[1]:
-        return top_p_bound(logits_BV, top_p)
-    largest = jax.lax.top_k(logits_BV, top_k)[0]
-    if top_p >= 1:
-        return largest[:, -1]
-    # The k largest, in order, tell where top-p would end if it ends among them.
-    probs = jnp.exp(largest - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
-    mass_above = jnp.cumsum(probs, axis=1) - probs
-    return jnp.min(jnp.where(mass_above < top_p, largest, jnp.inf), axis=1)
+    vocab_size = logits_BV.shape[1]
+    if top_k < vocab_size:
+        likeliest, ids = largest(logits_BV, top_k)
+        return (likeliest[:, -1] if top_p >= 1 else _least_of(likeliest, logits_BV, top_p)[0]), ids
+    if vocab_size <= MOST_LIKELY:
+        return bisect_top_p(logits_BV, top_p), None
+    least, is_found = _least_of(largest(logits_BV, MOST_LIKELY)[0], logits_BV, top_p)
+    return jax.lax.cond(jnp.all(is_found), lambda: least, lambda: bisect_top_p(logits_BV, top_p)), None
 
 
-def top_p_bound(logits_BV: Array, top_p: float) -> Array:
+def _least_of(likeliest: Array, logits_BV: Array, top_p: float) -> tuple[Array, Array]:
+    """Returns the least logit of the likeliest `[B, K]`, in order, that top-p keeps, and whether it keeps no others."""
+    probs = jnp.exp(likeliest - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
+    running = jnp.cumsum(probs, axis=1)
+    least = jnp.min(jnp.where(running - probs < top_p, likeliest, jnp.inf), axis=1)
+    return least, running[:, -1] >= top_p
+
+
+def bisect_top_p(logits_BV: Array, top_p: float) -> Array:
     """Returns the least logit of each row `[B]` that top-p keeps; ties with it stay, and the largest always does.
 
-    Found by bisection on the ordered bits of the floats, which is exact and needs no sort of the vocabulary.
+    Found by bisection on the ordered bits of the floats, which is exact and needs no order of the vocabulary, in 32
+    passes over it: for rows whose distribution is flat.
     """
     probs = jax.nn.softmax(logits_BV, axis=-1)
     keys = _ordered_bits(logits_BV)
@@ -134,8 +158,8 @@ def top_p_bound(logits_BV: Array, top_p: float) -> Array:
         is_kept = mass_above(middle) < top_p
         return (jnp.where(is_kept, low, middle), jnp.where(is_kept, middle, high)), None
 
-    largest = jnp.max(keys, axis=1)
-    start = (jnp.full_like(largest, jnp.iinfo(jnp.int32).min), largest)
+    most = jnp.max(keys, axis=1)
+    start = (jnp.full_like(most, jnp.iinfo(jnp.int32).min), most)
     (_, least), _ = jax.lax.scan(halve, start, None, length=32)
     # The bisection ends between two logits: the bound is the least logit at or above it.
     return jnp.min(jnp.where(keys >= least[:, None], logits_BV, jnp.inf), axis=1)

@@ -7,10 +7,11 @@ import pytest
 
 from realjax.core.draw import REMOVED
 from realjax.core.generation_config import GenerationConfig
-from realjax.engine.sampling import draw_tokens, process_logits, row_keys
+from realjax.engine.sampling import draw_tokens, filter_logits, row_keys, scale_logits
 
 V = 1000
 CASES = [(50, 0.9, 0.7), (V, 0.8, 1.0), (5, 1.0, 1.3), (2 * V, 0.5, 1.0), (200, 0.99, 2.0), (V, 1.0, 1.0)]
+CASES += [(V, 0.95, 20.0)]  # so flat that top-p leaves more than are looked at first
 
 
 def config(top_k: int, top_p: float, temperature: float, **changes) -> GenerationConfig:
@@ -22,6 +23,11 @@ def random_logits(seed: int = 0) -> np.ndarray:
     logits = np.random.default_rng(seed).normal(size=V).astype(np.float32) * 3
     logits[10] = logits[11]  # a tie
     return logits
+
+
+def process_logits(logits: jax.Array, num_generated: jax.Array, eos: tuple[int, ...], config: GenerationConfig):
+    """Returns the logits of the distribution that is drawn from."""
+    return filter_logits(scale_logits(logits, num_generated, eos, config), config)[0]
 
 
 def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float, temperature: float) -> tuple[np.ndarray, np.ndarray]:
