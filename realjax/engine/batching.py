@@ -76,7 +76,7 @@ class _Row:
 
     def __init__(self, number: int, request: Request, slot: int) -> None:
         self.number, self.request, self.slot = number, request, slot
-        self.parts = [] if request.begun is None else [_to_drawn(request.begun)]
+        self.parts = [] if request.begun is None else [_to_drawn(request.begun)]  # views of what chunks hold
         self.num_generated = request.num_begun
         self.num_checked = 0  # of them, by the stop function
 
@@ -85,12 +85,12 @@ class _Row:
         return len(self.request.tokens) + max(0, self.num_generated - 1)
 
     def add(self, drawn: Drawn[np.ndarray], count: int) -> None:
-        self.parts.append(jax.tree.map(lambda x: x[:count].copy(), drawn))
+        self.parts.append(jax.tree.map(lambda x: x[:count], drawn))
         self.num_generated += count
 
     def find_stop(self, stop_fn: StopFn) -> int | None:
         """Returns how many tokens there are up to the end of the first stop text, None where there is none."""
-        tokens, seen = self.join().tokens, self.num_checked
+        tokens, seen = np.concatenate([part.tokens for part in self.parts]), self.num_checked
         if not stop_fn(self.request.tokens, tokens, seen):
             self.num_checked = self.num_generated
             return None
@@ -101,12 +101,9 @@ class _Row:
             least, most = (least, middle) if found else (middle + 1, most)
         return most
 
-    def join(self) -> Drawn[np.ndarray]:
-        self.parts = [jax.tree.map(lambda *parts: np.concatenate(parts), *self.parts)]
-        return self.parts[0]
-
     def finish(self, num_tokens: int, ended: bool) -> Generation:
-        drawn = jax.tree.map(lambda x: x[:num_tokens], self.join())
+        # Once, at the end: sets of kept tokens are large.
+        drawn = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_tokens], *self.parts)
         return Generation(tokens=drawn.tokens, logprobs=drawn.logprobs, ended=ended, kept=drawn.kept)
 
 
@@ -303,7 +300,7 @@ class Batcher:
                 self._results[row.number] = row.finish(num_tokens, ended=True)
                 stopped.append(row)
             elif not chunk.is_running[place]:
-                is_eos = int(row.join().tokens[-1]) in self.programs.sampler.eos_ids
+                is_eos = int(row.parts[-1].tokens[-1]) in self.programs.sampler.eos_ids
                 self._results[row.number] = row.finish(row.num_generated, ended=is_eos)
                 del self._active[row.slot]
         self._free(stopped)

@@ -6,7 +6,7 @@ import numpy as np
 
 from realjax.allocation.plan import RolloutShape
 from realjax.core.batch import Batch
-from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
+from realjax.data.packing import PackPlan, bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation, Request
 
@@ -55,11 +55,24 @@ def pack_rollout(
         }
         if mfc.has_baseline:
             example["is_baseline"] = np.array(request.is_greedy)
-        if generation.kept is not None:
-            example["kept"] = after_prompt(generation.kept)
         examples.append(example)
     num_rows = bucket_rows(_num_rows(examples, shape.row_len), shape.row_multiple)
-    return _pack(examples, shape.row_len, num_rows, shape.row_multiple)
+    plan = _plan(examples, shape.row_len, num_rows, shape.row_multiple)
+    batch, kept = pack(examples, plan), [generation.kept for generation in generations]
+    return batch if kept[0] is None else batch.with_arrays(kept=_place_kept(kept, plan))
+
+
+def _place_kept(kept: Sequence[np.ndarray | None], plan: PackPlan) -> np.ndarray:
+    """Returns the sets `[N, W]` of responses at the ends of their sequences, `[R, T, W]`.
+
+    They are most of what a batch holds, and are copied once.
+    """
+    arrays = [array for array in kept if array is not None]
+    assert len(arrays) == len(plan.lengths), "of one call, all responses have sets, or none"
+    placed = np.zeros((len(plan.rows), plan.row_len, arrays[0].shape[1]), arrays[0].dtype)
+    for index, row, _, tokens in plan.places():
+        placed[row, tokens.stop - len(arrays[index]) : tokens.stop] = arrays[index]
+    return placed
 
 
 def make_minibatches(
@@ -88,16 +101,16 @@ def make_minibatches(
             parts[part].append(int(index))
     chosen = [[sequences[i] for i in sorted(part)] for part in parts]
     num_rows = bucket_rows(max(_num_rows(part, rollout.row_len) for part in chosen), row_multiple)
-    return [_pack(part, rollout.row_len, num_rows, row_multiple) for part in chosen]
+    return [pack(part, _plan(part, rollout.row_len, num_rows, row_multiple)) for part in chosen]
 
 
 def _num_rows(examples: Sequence[dict[str, np.ndarray]], row_len: int) -> int:
     return len(pack_rows([len(example["tokens"]) for example in examples], row_len).rows)
 
 
-def _pack(examples: Sequence[dict[str, np.ndarray]], row_len: int, num_rows: int, num_shards: int) -> Batch:
+def _plan(examples: Sequence[dict[str, np.ndarray]], row_len: int, num_rows: int, num_shards: int) -> PackPlan:
     lengths = [len(example["tokens"]) for example in examples]
-    return pack(examples, pack_rows(lengths, row_len, num_rows=num_rows, num_shards=num_shards))
+    return pack_rows(lengths, row_len, num_rows=num_rows, num_shards=num_shards)
 
 
 def target_indices(mask: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
