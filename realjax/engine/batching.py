@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from realjax.core.trees import Tree
-from realjax.engine.admission import Entry, Parts, bucket_length
+from realjax.engine.admission import SHORTEST_PROMPTS, Entry, Parts, bucket_length
 from realjax.engine.sampling import Drawn
 from realjax.engine.slots import CHUNK_LEN, Chunk, SlotPrograms, Slots
 
@@ -256,7 +256,9 @@ class Batcher:
         """Makes the slots, or changes them, so that they hold the rows in them and those waiting, greedy ones too."""
         requests = [request for _, request in self._waiting]
         longest = max([self._most_cached(), *(len(r.tokens) + r.num_begun for r in requests)])
-        length, has_greedy = bucket_length(longest + 1, SHORTEST_CACHE), any(request.is_greedy for request in requests)
+        everyone = [*requests, *(row.request for row in self._active.values())]
+        length = min(bucket_length(longest + 1, SHORTEST_CACHE), self._most_needed(everyone))
+        has_greedy = any(request.is_greedy for request in requests)
         if self._slots is None:
             self._slots = self.programs.start(length, has_greedy)
             return
@@ -264,6 +266,12 @@ class Batcher:
             self._slots = self.programs.grow(self._slots, length)
         if has_greedy:
             self._slots = self.programs.allow_greedy(self._slots)
+
+    def _most_needed(self, requests: Iterable[Request]) -> int:
+        """Returns a length that no row outgrows. For long answers it is far below the next power of two."""
+        num_new = self.programs.sampler.config.max_new_tokens
+        longest = bucket_length(max(len(request.tokens) for request in requests), SHORTEST_PROMPTS)
+        return longest + -(-num_new // SHORTEST_CACHE) * SHORTEST_CACHE
 
     def _admit(self) -> None:
         assert self._slots is not None, "places are given after there is room"

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
@@ -10,11 +11,11 @@ from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
-from realjax.engine.forward import make_compute_copy
 from realjax.engine.manual_axes import on_shards
 from realjax.engine.products import make_products
-from realjax.models.build import Model, unstack_layers
-from realjax.models.cache import CACHE_NAMES, KVCache, decode, grow_cache, init_cache, prefill, write_rows
+from realjax.models.build import Model
+from realjax.models.cache import CACHE_NAMES, KVCache, PadFn, decode, grow_cache, init_cache, prefill, write_rows
+from realjax.models.stacks import list_layers
 from realjax.models.transformer import Forward
 
 # One cache for each tick of a round.
@@ -29,12 +30,17 @@ class CachedModel(Protocol):
     """
 
     num_waves: int
+    dtype: jnp.dtype
     cache_sharding: NamedSharding
     flight_sharding: NamedSharding
     forward: Forward
 
-    def prepare(self, params: Tree) -> Tree:
-        """Returns the parameters in the compute dtype and in the form that the other functions take."""
+    def split_layers(self, stack: Array) -> list[Array]:
+        """Returns a leaf of a kind's stack of layers as parts, see `join_layers`."""
+        ...
+
+    def join_layers(self, by_kind: dict[str, Tree]) -> list[Tree]:
+        """Returns `layers` in the form that the other functions take, of trees of what `split_layers` returned."""
         ...
 
     def init_cache(self, num_slots: int, length: int) -> Cache:
@@ -45,8 +51,8 @@ class CachedModel(Protocol):
         """Returns the tokens a slot has room for."""
         ...
 
-    def grow(self, cache: Cache, length: int) -> Cache:
-        """Returns the cache with room for `length` tokens a slot."""
+    def grow(self, cache: Cache, length: int, pad_fn: PadFn) -> Cache:
+        """Returns the cache with room for `length` tokens a slot, padded array by array."""
         ...
 
     def admit(
@@ -81,7 +87,6 @@ class OneStage:
     def __init__(self, model: Model, layout: Layout, compute: Compute) -> None:
         rules, config = generate_rules(layout.strategy), model.config
         self.model, self.dtype = model, compute.array_dtype
-        self.compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.forward = Forward(
             attention_fn=make_attention(compute.attention, prompts, layout.strategy.tp),
@@ -93,8 +98,12 @@ class OneStage:
         self.cache_sharding = resolve_sharding(CACHE_NAMES, shape, rules, layout, "cache")
         self.flight_sharding = layout.replicated  # there is nothing to place
 
-    def prepare(self, params: Tree) -> Tree:
-        return unstack_layers(self.model.config, self.compute_copy(params))
+    def split_layers(self, stack: Array) -> list[Array]:
+        return list(stack)
+
+    def join_layers(self, by_kind: dict[str, Tree]) -> list[Tree]:
+        config = self.model.config
+        return list_layers(by_kind, config.order[: config.num_layers], lambda parts, layer: parts[layer])
 
     def init_cache(self, num_slots: int, length: int) -> Cache:
         config = self.model.config
@@ -103,8 +112,8 @@ class OneStage:
     def cache_length(self, cache: Cache) -> int:
         return cache[0].length
 
-    def grow(self, cache: Cache, length: int) -> Cache:
-        return (grow_cache(cache[0], length),)
+    def grow(self, cache: Cache, length: int, pad_fn: PadFn) -> Cache:
+        return (grow_cache(cache[0], length, pad_fn),)
 
     def admit(
         self, params: Tree, cache: Cache, tokens: Array, lengths: Array, sources: Array, places: Array

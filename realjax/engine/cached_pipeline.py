@@ -19,7 +19,6 @@ from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.attention.choose import Case, make_attention, make_decoding
 from realjax.engine.cached_model import Cache, Flight
-from realjax.engine.forward import make_compute_copy
 from realjax.engine.manual_axes import hand_on, on_shards, over_stages, stage_index
 from realjax.engine.products import make_products
 from realjax.engine.rows import deal_rows, join_rows
@@ -29,6 +28,7 @@ from realjax.models.cache import (
     CACHE_NAMES,
     BlockCall,
     KVCache,
+    PadFn,
     decode_blocks,
     grow_cache,
     init_cache,
@@ -36,7 +36,7 @@ from realjax.models.cache import (
     write_rows,
 )
 from realjax.models.config import cut_order
-from realjax.models.stacks import Aux, list_layers, split_kinds
+from realjax.models.stacks import Aux, list_layers
 from realjax.models.transformer import Block, Forward
 
 FLIGHT_NAMES = ("layers", "rows", "time", "act_embed")
@@ -54,7 +54,6 @@ class Stages:
         rules, config = generate_rules(layout.strategy), model.config
         self.model, self.layout, self.dtype = model, layout, compute.array_dtype
         self.num_waves = layout.strategy.pp
-        self.compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
         self.stage_order = cut_order(config.order, self.num_waves)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.forward = Forward(
@@ -69,12 +68,13 @@ class Stages:
         shape = (self.num_waves, layout.strategy.dp, 1, config.hidden_size)
         self.flight_sharding = resolve_sharding(FLIGHT_NAMES, shape, rules, layout, "flight")
 
-    def prepare(self, params: Tree) -> Tree:
-        """Returns `layers` as a list of trees `[P, ...]`: the j-th holds layer j of every stage."""
-        params = self.compute_copy(params)
-        by_stage = jax.tree.map(lambda x: x.reshape(self.num_waves, -1, *x.shape[1:]), params["layers"])
-        stacks = split_kinds(self.model.config, by_stage)
-        return {**params, "layers": list_layers(stacks, self.stage_order, lambda x, layer: x[:, layer])}
+    def split_layers(self, stack: Array) -> list[Array]:
+        by_stage = stack.reshape(self.num_waves, -1, *stack.shape[1:])
+        return [by_stage[:, layer] for layer in range(by_stage.shape[1])]
+
+    def join_layers(self, by_kind: dict[str, Tree]) -> list[Tree]:
+        """Returns a list of trees `[P, ...]`: the j-th holds layer j of every stage."""
+        return list_layers(by_kind, self.stage_order, lambda parts, layer: parts[layer])
 
     def init_cache(self, num_slots: int, length: int) -> Cache:
         """Returns the empty caches of a round's ticks."""
@@ -86,8 +86,8 @@ class Stages:
     def cache_length(self, cache: Cache) -> int:
         return cache[0].length
 
-    def grow(self, cache: Cache, length: int) -> Cache:
-        return tuple(grow_cache(part, length) for part in cache)
+    def grow(self, cache: Cache, length: int, pad_fn: PadFn) -> Cache:
+        return tuple(grow_cache(part, length, pad_fn) for part in cache)
 
     def init_flight(self, num_slots: int) -> Flight:
         """Returns hidden states `[P, B/P, 1, D]`, what each stage has received."""

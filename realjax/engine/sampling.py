@@ -125,14 +125,14 @@ def least_kept(logits_BV: Array, top_k: int, top_p: float) -> tuple[Array, Array
     vocab_size = logits_BV.shape[1]
     if top_k < vocab_size:
         likeliest, ids = largest(logits_BV, top_k)
-        return (likeliest[:, -1] if top_p >= 1 else _least_of(likeliest, logits_BV, top_p)[0]), ids
+        return (likeliest[:, -1] if top_p >= 1 else _find_least(likeliest, logits_BV, top_p)[0]), ids
     if vocab_size <= MOST_LIKELY:
         return bisect_top_p(logits_BV, top_p), None
-    least, is_found = _least_of(largest(logits_BV, MOST_LIKELY)[0], logits_BV, top_p)
+    least, is_found = _find_least(largest(logits_BV, MOST_LIKELY)[0], logits_BV, top_p)
     return jax.lax.cond(jnp.all(is_found), lambda: least, lambda: bisect_top_p(logits_BV, top_p)), None
 
 
-def _least_of(likeliest: Array, logits_BV: Array, top_p: float) -> tuple[Array, Array]:
+def _find_least(likeliest: Array, logits_BV: Array, top_p: float) -> tuple[Array, Array]:
     """Returns the least logit of the likeliest `[B, K]`, in order, that top-p keeps, and whether it keeps no others."""
     probs = jnp.exp(likeliest - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
     running = jnp.cumsum(probs, axis=1)

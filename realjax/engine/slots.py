@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
-from realjax.core.axes import generate_rules, resolve_sharding
+from realjax.core.axes import generate_rules, resolve_sharding, tree_shardings
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout
-from realjax.core.trees import Tree
+from realjax.core.trees import Tree, flatten_paths, map_paths
 from realjax.engine.cached_model import Cache, CachedModel, Flight, OneStage
 from realjax.engine.cached_pipeline import Stages
 from realjax.engine.compiled import Compiled, CompileLog, place_array
@@ -25,6 +26,8 @@ from realjax.engine.manual_axes import share_rows
 from realjax.engine.rows import put_rows, take_rows
 from realjax.engine.sampling import A, Drawn, Sampler
 from realjax.models.build import Model
+from realjax.models.cache import pad_dim
+from realjax.models.stacks import split_kinds
 
 # Tokens a row draws in a chunk at most. With fewer, the host sees sooner which rows have ended. With more, fewer chunks
 # have to be started.
@@ -94,6 +97,8 @@ class SlotPrograms:
         """Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head."""
         if model.config.is_critic:
             raise ValueError("generate: the model has a scalar head; generation needs a language model's")
+        rules = generate_rules(layout.strategy)
+        self._shardings = flatten_paths(tree_shardings(model.axes, model.abstract, rules, layout))
         self.cached: CachedModel = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, compute)
         multiple = layout.strategy.row_multiple
         if num_slots % multiple:
@@ -104,7 +109,6 @@ class SlotPrograms:
         self.model, self.layout, self.sampler, self.num_slots = model, layout, sampler, num_slots
         # Rows admitted at once: enough to keep the devices busy, few enough that free slots do not wait.
         self.num_admitted = max(multiple, num_slots // 4 // multiple * multiple)
-        rules = generate_rules(layout.strategy)
         self._rows = resolve_sharding(("rows",), (num_slots,), rules, layout, "slots")
         self._make_programs(log or CompileLog())
 
@@ -113,12 +117,12 @@ class SlotPrograms:
         places: dict[str, Any] = {field.name: self._rows for field in fields(Slots)}
         places |= {"cache": self.cached.cache_sharding, "flight": self.cached.flight_sharding, "is_full": whole}
         slots = Slots(**places)
-        self._prepare = jax.jit(self.cached.prepare)
+        self._prepare = jax.jit(self._make_leaf, static_argnums=(1, 2))
         self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
         out = {"out_shardings": (slots, whole), "donate_argnums": 1}
         self._admit = Compiled("generate: admit", self._admit_prompts, log, **out)
         self._decode = Compiled("generate: decode", self._decode_slots, log, **out)
-        self._grow = jax.jit(self._grow_cache, static_argnums=1, out_shardings=slots)
+        self._pad = jax.jit(pad_dim, static_argnums=(1, 2), out_shardings=self.cached.cache_sharding)
         self._stop = jax.jit(self._stop_rows, donate_argnums=0, out_shardings=slots)
 
     @property
@@ -127,8 +131,20 @@ class SlotPrograms:
         return max(self._admit.device_bytes, self._decode.device_bytes)
 
     def prepare(self, params: Tree) -> Tree:
-        """Returns the parameters in the form that `admit` and `decode` take."""
-        return self._prepare(params)
+        """Returns the parameters in the form that `admit` and `decode` take; in that form, returns them themselves."""
+        return params if isinstance(params["layers"], list) else self.join(map_paths(self.prepare_leaf, params))
+
+    def prepare_leaf(self, path: str, leaf: Array) -> Array | list[Array]:
+        """Returns the parameter at a path in the compute dtype, of a stack of layers a list of parts, for `join`."""
+        is_stack, sharding = path.startswith("layers/"), self._shardings[path]
+        if not is_stack and leaf.dtype == self.cached.dtype and leaf.sharding == sharding:
+            return leaf
+        return self._prepare(leaf, sharding, is_stack)
+
+    def join(self, leaves: Tree) -> Tree:
+        """Returns the parameters as `prepare` does, of the tree of what `prepare_leaf` returned."""
+        by_kind = split_kinds(self.model.config, leaves["layers"])
+        return {**leaves, "layers": self.cached.join_layers(by_kind)}
 
     def start(self, length: int, has_greedy: bool) -> Slots:
         """Returns free slots with room for `length` tokens each; `has_greedy`: some rows may differ from the options in
@@ -141,8 +157,18 @@ class SlotPrograms:
         return self.cached.cache_length(slots.cache)
 
     def grow(self, slots: Slots, length: int) -> Slots:
-        """Returns the slots with room for `length` tokens each."""
-        return self._grow(slots, length)
+        """Returns the slots, which are given up, with room for `length` tokens each.
+
+        Two sizes cannot be one buffer. Array by array, the old cache goes as the new one comes.
+        """
+
+        def pad(x: Array, dim: int, length: int) -> Array:
+            grown = self._pad(x, dim, length)
+            x.delete()  # its memory is free when the copy has been made
+            return grown
+
+        is_full = place_array(np.array(False), self.layout.replicated)
+        return replace(slots, cache=self.cached.grow(slots.cache, length, pad), is_full=is_full)
 
     def allow_greedy(self, slots: Slots) -> Slots:
         """Returns the slots where rows may be greedy that are put in from now on."""
@@ -168,6 +194,11 @@ class SlotPrograms:
     def _put(self, array: np.ndarray) -> Array:
         return place_array(array, self.layout.replicated)
 
+    def _make_leaf(self, leaf: Array, sharding: NamedSharding, is_stack: bool) -> Array | list[Array]:
+        # Cast first: what ZeRO gathers from its shards is then half as many bytes in bf16.
+        copy = jax.lax.with_sharding_constraint(leaf.astype(self.cached.dtype), sharding)
+        return self.cached.split_layers(copy) if is_stack else copy
+
     def _empty_slots(self, length: int, has_greedy: bool) -> Slots:
         zeros = jnp.zeros(self.num_slots, jnp.int32)
         return Slots(
@@ -181,9 +212,6 @@ class SlotPrograms:
             keys=self.sampler.make_keys(zeros, zeros),
             is_greedy=zeros > 0 if has_greedy else None,
         )
-
-    def _grow_cache(self, slots: Slots, length: int) -> Slots:
-        return replace(slots, cache=self.cached.grow(slots.cache, length), is_full=jnp.array(False))
 
     def _stop_rows(self, slots: Slots, is_stopped: Array) -> Slots:
         return replace(slots, is_running=slots.is_running & ~is_stopped)

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 
 from realjax.core.trees import Tree, map_paths, num_params
 from realjax.models.config import ModelConfig
-from realjax.models.stacks import join_kinds, list_layers, split_kinds
+from realjax.models.stacks import join_kinds
 from realjax.models.transformer import FEED_FORWARDS, Block, Transformer
 
 
@@ -40,8 +40,9 @@ class Model:
         return nnx.merge(self.graphdef, params)
 
     def bind_layers(self, params: Tree) -> tuple[Transformer, list[Block]]:
-        """Returns the module and its blocks one by one, of parameters whose `layers` is a list, see `unstack_layers`.
+        """Returns the module and its blocks one by one, of parameters whose `layers` is a list of trees, one for each.
 
+        A loop that reads every weight once a token cannot afford a slice of a stack in front of each product.
         The module's own `layers` are the first block of each kind: only embedding, final norm and head may be used.
         """
         layers, order = params["layers"], self.config.order
@@ -54,15 +55,6 @@ class Model:
         """Returns how many layers have each of the terms that blocks add to the loss, see `models.stacks`."""
         names = [FEED_FORWARDS[type(kind.feed_forward)].TERMS for kind in self.config.layers]
         return dict(Counter(chain.from_iterable(names)))
-
-
-def unstack_layers(config: ModelConfig, params: Tree) -> Tree:
-    """Returns the parameters with `layers` as a list of trees, one for each of the model's layers.
-
-    A loop that reads every weight once a token cannot afford a slice of the stack in front of each product.
-    """
-    stacks = split_kinds(config, params["layers"])
-    return {**params, "layers": list_layers(stacks, config.order[: config.num_layers], lambda x, layer: x[layer])}
 
 
 @lru_cache(maxsize=32)

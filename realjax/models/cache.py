@@ -13,6 +13,7 @@ from realjax.models.layers import rope_tables
 from realjax.models.stacks import Aux
 from realjax.models.transformer import Block, Forward, Transformer
 
+PadFn = Callable[[Array, int, int], Array]
 BlockCall = Callable[[Array, BlockContext], tuple[Array, Aux]]  # as a `Block` is called
 
 
@@ -43,14 +44,16 @@ def init_cache(config: ModelConfig, num_layers: int, rows: tuple[int, ...], leng
     return KVCache(keys, tuple(jnp.zeros((*heads, length, size), dtype) for _ in range(num_layers)))
 
 
-def grow_cache(cache: KVCache, length: int) -> KVCache:
-    """Returns the cache with room for `length` tokens a row."""
-    more = (0, length - cache.length)
+def pad_dim(x: Array, dim: int, length: int) -> Array:
+    """Returns the array with zeros at the end of `dim`, counted from the last as -1, up to `length`."""
+    more = (0, length - x.shape[dim])
+    return jnp.pad(x, [more if i == x.ndim + dim else (0, 0) for i in range(x.ndim)])
 
-    def pad(x: Array, dim: int) -> Array:
-        return jnp.pad(x, [more if i == x.ndim + dim else (0, 0) for i in range(x.ndim)])
 
-    return KVCache(tuple(pad(x, -1) for x in cache.keys), tuple(pad(x, -2) for x in cache.values))
+def grow_cache(cache: KVCache, length: int, pad_fn: PadFn = pad_dim) -> KVCache:
+    """Returns the cache with room for `length` tokens a row; `pad_fn`, called as `pad_dim`, makes one array each."""
+    keys, values = (pad_fn(x, -1, length) for x in cache.keys), (pad_fn(x, -2, length) for x in cache.values)
+    return KVCache(tuple(keys), tuple(values))
 
 
 def write_rows(cache: KVCache, prompts: KVCache, sources: Array, slots: Array) -> KVCache:

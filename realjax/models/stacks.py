@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class PerRow:
 BlockFn = Callable[[Layer, Array, PerRow], tuple[Array, Aux]]  # (layer, x_RTD, per_row) -> (x_RTD, aux)
 Blocks = Mapping[str, BlockFn]  # by kind
 Stacks = Mapping[str, Layer]  # by kind
-TakeFn = Callable[[Array, int], Array]
+TakeFn = Callable[[Any, int], Array]
 
 
 class RunLayersFn(Protocol):
@@ -138,5 +138,10 @@ def join_kinds(by_kind: Mapping[str, Tree]) -> Tree:
 
 
 def list_layers(by_kind: Mapping[str, Tree], order: tuple[str, ...], take_fn: TakeFn) -> list[Tree]:
-    """Returns the trees of single layers in their order; `take_fn(stack, i)` takes the i-th of its kind."""
-    return [jax.tree.map(lambda x, i=i: take_fn(x, i), by_kind[name]) for name, i in number_layers(order)]
+    """Returns the trees of single layers in their order; `take_fn(leaf, i)` takes the i-th of its kind, of an array or
+    a list of arrays.
+    """
+    is_leaf = lambda x: isinstance(x, list)
+    return [
+        jax.tree.map(lambda x, i=i: take_fn(x, i), by_kind[name], is_leaf=is_leaf) for name, i in number_layers(order)
+    ]

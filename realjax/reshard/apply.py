@@ -1,10 +1,10 @@
 """Carries a tree of arrays from one set of shardings to another, within memory and bit for bit."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,12 @@ def reshard(
     free_source: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     block: bool = False,
+    arrived_fn: Callable[[str, Array], Any] | None = None,
 ) -> tuple[Arrays, ReshardReport]:
     """Returns the tree in `destination_shardings`, bit for bit, and a report; `dtype` becomes that of floating leaves.
+
+    `arrived_fn(path, array)` makes what stands for a leaf in the result, as soon as it has arrived: of a whole tree in
+    another form, only the leaves of two bundles are there twice.
 
     A leaf that is in place is returned itself, and one whose destination shards all exist shares them: drop such a
     result, never `delete()` it. `free_source` deletes a source as soon as it is read, but for what the result shares.
@@ -62,10 +66,11 @@ def reshard(
     arrays, treedef = jax.tree.flatten(tree)
     plan = plan_reshard(tree, jax.tree.map(lambda a: a.sharding, tree), destination_shardings, dtype=dtype)
     start = time.perf_counter()
-    moved: list[Array | None] = [None] * len(arrays)
+    moved: list[Any] = [None] * len(arrays)
     for bundle in _move_bundles(plan, arrays, free_source, chunk_bytes):
         for index, array in bundle.items():
-            moved[index] = array
+            moved[index] = array if arrived_fn is None else arrived_fn(plan.leaves[index].spec.path, array)
+        del array, bundle
     if block:
         jax.block_until_ready(moved)
     report = ReshardReport(

@@ -46,7 +46,9 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
     """Makes the batch of prompts with their continuations, in place of the prompts."""
     requests, shape = make_requests(prompts, mfc, step or 0), executor.plan.rollouts[mfc.name]
     slots = executor.programs.slots(mfc)
-    params, bytes_moved = executor.params_for(mfc)
+    # Each is made ready as it arrives: the call has no second copy of them.
+    leaves, bytes_moved = executor.params_for(mfc, slots.prepare_leaf)
+    params = slots.join(leaves)
     generations = batching.generate(slots, params, requests, stop_fn=mfc.stop_fn, fetch_fn=fetch)
     refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")
     rollout = pack_rollout(requests, generations, mfc, shape)

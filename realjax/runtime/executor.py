@@ -1,17 +1,19 @@
 """Runs a dataflow graph: take inputs, bring parameters to the call's layout, call, merge outputs."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import networkx as nx
+from jax import Array
 
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.loss import LossSums
-from realjax.core.trees import Tree
+from realjax.core.trees import Tree, map_paths
 from realjax.dataflow.graph import Call, Host, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.engine.compiled import CompileLog
@@ -91,17 +93,20 @@ class Executor:
         state = self.states[role]
         return state.params if isinstance(state, TrainState) else state
 
-    def params_for(self, mfc: ModelCall) -> tuple[Tree, int]:
-        """Returns the role's parameters where the call needs them, and the bytes that had to move for it."""
+    def params_for(self, mfc: ModelCall, leaf_fn: Callable[[str, Array], Any] | None = None) -> tuple[Tree, int]:
+        """Returns the role's parameters where the call needs them, and the bytes that had to move for it.
+
+        `leaf_fn(path, array)` makes what stands for each of them, as they arrive.
+        """
         role, layout, params = self.roles[mfc.role], self.plan.layouts[mfc.name], self.params(mfc.role)
         if layout == role.home and not role.is_offloaded:
-            return params, 0
+            return params if leaf_fn is None else map_paths(leaf_fn, params), 0
         shardings = tree_shardings(role.model.axes, role.model.abstract, inference_rules(layout.strategy), layout)
         is_first = mfc.name not in self._moved
         if is_first:
             self._moved.add(mfc.name)
             jax.block_until_ready(params)  # so that the seconds logged are those of the move
-        copy, report = reshard(params, shardings, dtype=role.compute.array_dtype, block=is_first)
+        copy, report = reshard(params, shardings, dtype=role.compute.array_dtype, block=is_first, arrived_fn=leaf_fn)
         if is_first:
             source = "host memory" if role.is_offloaded else f"its home {role.home}"
             logger.info("%s: %s from %s: %s", mfc.name, mfc.role, source, report)

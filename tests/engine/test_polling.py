@@ -110,6 +110,18 @@ def test_a_poll_sends_one_program_and_waits_for_those_before_alone(setup, monkey
     assert num_ahead > len(sent) / 2 and len(sent) > 20
 
 
+@pytest.mark.parametrize(("num_prompt", "num_new", "length"), [(30, 230, 288), (30, 300, 416), (100, 8, 128)])
+def test_a_cache_grows_to_what_its_rows_can_need_and_no_further(num_prompt, num_new, length):
+    model, layout = make_model(max_positions=512), make_layout()
+    config = GenerationConfig(max_new_tokens=num_new, min_new_tokens=num_new, top_k=5)
+    programs = make_programs(model, config, layout, num_slots=4)
+    params = place_params(model, random_tree(model, scale=0.4), layout, generate_rules(layout.strategy))
+    batcher = Batcher(programs, params)
+    (number,) = batcher.submit(make_requests(96, [num_prompt]))
+    assert len(drain(batcher)[number].tokens) == num_new
+    assert batcher._slots is not None and programs.cache_length(batcher._slots) == length
+
+
 def is_stop(tokens: np.ndarray) -> np.ndarray:
     return tokens % 8 == 3
 

@@ -1,11 +1,11 @@
 """Prompts and then tokens one by one, through the cache, give the hidden states of a whole forward pass."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from realjax.engine.attention.reference import dense_attention, dense_decoding
-from realjax.models.build import unstack_layers
 from realjax.models.cache import decode, grow_cache, init_cache, prefill, write_rows
 from realjax.models.transformer import Forward
 from tests.given.models import FULL, make_model, quick_jit, random_tree
@@ -30,7 +30,8 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
     def advance(params, cache, tokens, lengths):
         return decode(*model.bind_layers(params), cache, tokens, lengths, dense_decoding, forward)
 
-    unstacked, places = unstack_layers(model.config, params), np.array([2, 0, 3])
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(model.config.num_layers)]
+    unstacked, places = {**params, "layers": layers}, np.array([2, 0, 3])
     hidden, cache = admit(unstacked, tokens[:, :7], np.array(LENGTHS), places)
     np.testing.assert_allclose(hidden, [whole[i, n - 1] for i, n in enumerate(LENGTHS)], atol=1e-5, rtol=1e-5)
     for step in range(ROW_LEN - max(LENGTHS)):
