@@ -10,7 +10,8 @@ from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
-from realjax.engine.attention.choose import Case, make_attention, make_decoding
+from realjax.engine.attention.cases import Case
+from realjax.engine.attention.choose import make_attention, make_decoding
 from realjax.engine.manual_axes import on_shards
 from realjax.engine.products import make_products
 from realjax.models.build import Model
@@ -89,7 +90,7 @@ class OneStage:
         self.model, self.dtype = model, compute.array_dtype
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.forward = Forward(
-            attention_fn=make_attention(compute.attention, prompts, layout.strategy.tp),
+            attention_fn=make_attention(compute.attention, prompts, layout),
             constrain=make_constrain(rules, layout),
             products=make_products(rules, layout),
         )

@@ -17,7 +17,8 @@ from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
-from realjax.engine.attention.choose import Case, make_attention, make_decoding
+from realjax.engine.attention.cases import Case
+from realjax.engine.attention.choose import make_attention, make_decoding
 from realjax.engine.cached_model import Cache, Flight
 from realjax.engine.manual_axes import hand_on, on_shards, over_stages, stage_index
 from realjax.engine.products import make_products
@@ -57,7 +58,7 @@ class Stages:
         self.stage_order = cut_order(config.order, self.num_waves)
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
         self.forward = Forward(
-            attention_fn=make_attention(compute.attention, prompts, layout.strategy.tp),
+            attention_fn=make_attention(compute.attention, prompts, layout),
             constrain=make_constrain(rules, layout),
             products=make_products(rules, layout),
         )

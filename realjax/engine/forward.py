@@ -16,7 +16,8 @@ from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
-from realjax.engine.attention.choose import Case, make_attention
+from realjax.engine.attention.cases import Case
+from realjax.engine.attention.choose import make_attention
 from realjax.engine.pipeline import make_run_layers
 from realjax.engine.products import chunk_bytes, make_products, unrolls_layers
 from realjax.engine.shards import Shards, keep_shards, make_shards
@@ -128,7 +129,7 @@ def _make_forward(model: Model, rules: Rules, layout: Layout, compute: Compute, 
     forward = Forward(
         constrain=make_constrain(rules, layout),
         products=make_products(rules, layout),
-        attention_fn=make_attention(compute.attention, case, layout.strategy.tp, compute.max_segment_len),
+        attention_fn=make_attention(compute.attention, case, layout, compute.max_segment_len),
         run_layers_fn=make_run_layers(layout, unroll=unroll),
     )
     if shards:

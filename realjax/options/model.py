@@ -55,8 +55,8 @@ class ModelTrainEvalConfig:
     enable_fp16: bool | None = option(None, "half precision; computed in bfloat16, which needs no loss scale")
     attention: Literal["auto", "dense", "blocked", "xla", "cudnn"] = option(
         "auto",
-        "attention kernel: blocks of queries (blocked), all scores at once (dense), JAX's own (xla) or cuDNN's; where "
-        "it has no form for decoding, auto's serves there, and the log says so",
+        "attention kernel: blocks of queries (blocked), all scores at once (dense), JAX's own (xla) or cuDNN's (cudnn, "
+        "Hopper and later); where it has no form for decoding, auto's serves there, and the log says so",
     )
     unroll_layers: bool | None = option(
         None,

@@ -14,7 +14,8 @@ from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, map_paths
 from realjax.dataflow.run import RoleSpec, RunSpec
-from realjax.engine.attention.choose import Case, choose
+from realjax.engine.attention.cases import Case
+from realjax.engine.attention.choose import choose
 from realjax.engine.optim import Optimizer
 from realjax.engine.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
 from realjax.hf.load import has_critic_head, load_params

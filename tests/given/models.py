@@ -12,7 +12,8 @@ from jax.sharding import SingleDeviceSharding
 from realjax.core.axes import Rules, optimizer_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
-from realjax.engine.attention.choose import KERNELS, Case
+from realjax.engine.attention.cases import Case
+from realjax.engine.attention.choose import KERNELS
 from realjax.hf.families import FAMILIES, config_from_hf
 from realjax.models.build import Model, build_model
 from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig

@@ -7,7 +7,9 @@ from jax import Array
 from realjax.engine.attention.reference import packed_mask
 
 
-def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+def blocked_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, max_segment_len: int | None = None
+) -> Array:
     """Blocks of queries against the keys they may reach: a fraction of the work and the memory of `dense`.
 
     A row much longer than the window is cut into chunks, which are then rows like the others, with the chunk before
@@ -16,6 +18,8 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: 
     """
     R, T, N, H = q.shape
     K = k.shape[2]
+    # Segments of at most so many tokens are a window that no token reaches beyond.
+    window = min((bound for bound in (window, max_segment_len) if bound is not None and bound < T), default=None)
     size = _block_len(T, T if window is None else window)
     chunk = _chunk_len(T, T if window is None else window, size)
     past = 0 if chunk == T else chunk

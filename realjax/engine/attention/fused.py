@@ -1,6 +1,4 @@
-"""JAX's own attention, by XLA or by cuDNN, under our masks."""
-
-from typing import Literal
+"""JAX's own attention, by XLA, under our masks."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +8,11 @@ from realjax.engine.attention.reference import cache_mask, packed_mask
 
 
 def fused_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, *, implementation: Literal["xla", "cudnn"]
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, max_segment_len: int | None = None
 ) -> Array:
-    """Packed rows; cuDNN takes the mask as a bias of one head, `[R, 1, T, T]` of memory, and T must be even."""
+    """Packed rows; one `[T, T]` matrix of scores per row and head."""
     mask = packed_mask(segment_ids, segment_ids, 0, window)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
 
 
 def fused_decoding(q_BNH: Array, k_BKHS: Array, v_BKSH: Array, lengths: Array, window: int | None) -> Array:

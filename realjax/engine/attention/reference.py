@@ -24,7 +24,9 @@ def masked_attention(q_RTNH: Array, k_RSKH: Array, v_RSKH: Array, mask_RTS: Arra
     return jnp.einsum("RKGTS,RSKH->RTKGH", probs, v_RSKH).reshape(R, T, N, H)
 
 
-def dense_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+def dense_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, max_segment_len: int | None = None
+) -> Array:
     """One `[T, T]` matrix of scores per row and head."""
     return masked_attention(q, k, v, packed_mask(segment_ids, segment_ids, 0, window))
 

@@ -1,0 +1,48 @@
+"""What an attention kernel is to serve."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from realjax.core.layout import Layout
+from realjax.models.config import ModelConfig
+
+# Packed rows of a training step or of inference; whole prompts, one a row; one new token a row against the cache.
+Use = Literal["rows", "prefill", "decoding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A use of a model's attention on a kind of device."""
+
+    use: Use
+    platform: str  # "cpu", "gpu", "tpu"
+    dtype: str
+    head_dim: int
+    num_q_heads: int = 1
+    num_kv_heads: int = 1
+    window: int | None = None  # the shortest of the model's layers, None where none has one
+    capability: tuple[int, int] | None = None  # CUDA's compute capability, None where it is not known
+
+    @classmethod
+    def of(cls, use: Use, config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> "Case":
+        """Returns the case of a model that computes in `dtype` on a layout's devices."""
+        windows = [kind.mixer.window for kind in config.pattern if kind.mixer.window is not None]
+        return cls(
+            use=use,
+            platform=layout.devices[0].platform,
+            dtype=dtype.name,
+            head_dim=config.head_dim,
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            window=min(windows, default=None),
+            capability=find_capability(layout.devices[0]),
+        )
+
+
+def find_capability(device: jax.Device) -> tuple[int, int] | None:
+    """Returns a device's CUDA compute capability, None for any other device."""
+    numbers = str(getattr(device, "compute_capability", "")).split(".")
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(n.isdigit() for n in numbers) else None
