@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.given.gpus import without_compilation_cache
+from realjax.aot.targets import without_compilation_cache
 
 _REDUCTION = re.compile(
     r"= \(?(\w+)\[([\d,]*)\].*? (all-reduce|reduce-scatter)(?:-start)?\(.*replica_groups=(.*?), use_"

@@ -72,15 +72,17 @@ class Collective:
     """One instruction that devices take part in together.
 
     `bytes` is what it handles on one device in one run: of its operands and its results the larger, so what an
-    all-gather has gathered and what a reduce-scatter was given. It runs `times` in a run of the program. A group (a row
-    of `groups` `[G, S]`, devices by their place in the program's mesh) exchanges with itself alone; for a
-    collective-permute the rows are pairs of source and target.
+    all-gather has gathered and what a reduce-scatter was given. It runs `times` in a run of the program, or, if it
+    `is_open`, in a turn of a loop whose turns are not known. A group (a row of `groups` `[G, S]`, devices by their
+    place in the program's mesh) exchanges with itself alone; for a collective-permute rows are pairs of source and
+    target.
     """
 
     kind: str
     dtype: str
     bytes: int
     times: int
+    is_open: bool
     groups: np.ndarray
     op_name: str  # which operation of the Python program it serves, as JAX names it; empty where XLA made it up
     name: str
@@ -118,13 +120,14 @@ class Collective:
 class Reading:
     """What there is to know of a program from its text.
 
-    Loops whose turns XLA does not know (`open_loops`) count as one turn. Of branches, the one with the most to multiply
-    counts in `matmul_flops`, and the collectives of all. `opaque_calls` are kernels whose inside the text does not
-    show, by name, with their times: their multiplications are not in `matmul_flops`.
+    Loops whose turns XLA does not know (`open_loops`) count as one turn; `open_flops` are those of `matmul_flops` that
+    are inside them. Of branches, the one with the most to multiply counts, and the collectives of all. `opaque_calls`
+    are kernels whose inside the text does not show, by name, with their times: what they multiply is not counted.
     """
 
     collectives: tuple[Collective, ...]
     matmul_flops: int
+    open_flops: int
     open_loops: tuple[str, ...]
     opaque_calls: Mapping[str, int]
 
@@ -185,13 +188,15 @@ class _Reader:
         self.num_devices = int(found[1]) if found else 1
         self.collectives: list[Collective] = []
         self.open_loops: list[str] = []
+        self.open_flops = 0
         self.opaque_calls: dict[str, int] = {}
 
     def read(self) -> Reading:
-        flops = self._walk(self.entry, 1)
+        flops = self._walk(self.entry, 1, is_open=False)
         return Reading(
             collectives=tuple(self.collectives),
             matmul_flops=flops,
+            open_flops=self.open_flops,
             open_loops=tuple(dict.fromkeys(self.open_loops)),
             opaque_calls=self.opaque_calls,
         )
@@ -208,24 +213,28 @@ class _Reader:
             elif found := _INSTRUCTION.match(line):
                 current[found[1]] = _parse_instruction(found[1], _COMMENT.sub("", found[2]))
 
-    def _walk(self, computation: str, times: int) -> int:
+    def _walk(self, computation: str, times: int, *, is_open: bool) -> int:
         """Notes what a computation does that runs `times`; returns its multiplications' FLOPs of all times."""
         instructions, flops = self.computations[computation], 0
         for one in instructions.values():
             if one.kind is not None:
-                self.collectives.append(self._read_collective(one, instructions, times))
+                self.collectives.append(self._read_collective(one, instructions, times, is_open))
                 continue
             flops += times * self._matmul_flops(one, instructions, times)
-            inner = times
-            if one.opcode == "while":
-                trips = _TRIPS.search(one.attributes)
-                inner = times * int(trips[1]) if trips else times
-                self.open_loops += [] if trips else [one.name]
-            flops += sum(self._walk(name, inner) for name in one.called)
-            flops += max((self._walk(name, times) for name in one.branches), default=0)
+            trips = _TRIPS.search(one.attributes) if one.opcode == "while" else None
+            begins_open = one.opcode == "while" and trips is None
+            inner = times * int(trips[1]) if trips else times
+            called = sum(self._walk(name, inner, is_open=is_open or begins_open) for name in one.called)
+            if begins_open:
+                self.open_loops.append(one.name)
+                self.open_flops += 0 if is_open else called
+            flops += called
+            flops += max((self._walk(name, times, is_open=is_open) for name in one.branches), default=0)
         return flops
 
-    def _read_collective(self, one: _Instruction, beside: Mapping[str, _Instruction], times: int) -> Collective:
+    def _read_collective(
+        self, one: _Instruction, beside: Mapping[str, _Instruction], times: int, is_open: bool
+    ) -> Collective:
         operands = tuple(shape for name in one.operands for shape in beside[name].shapes)
         results = one.shapes
         if one.opcode.endswith("-start") and len(results) > len(operands):
@@ -241,6 +250,7 @@ class _Reader:
             dtype=max(larger, key=lambda shape: shape.num_bytes).dtype,
             bytes=size(larger),
             times=times,
+            is_open=is_open,
             groups=_read_groups(groups[1] if groups else "{}", self.num_devices),
             op_name=op_name[1] if op_name else "",
             name=one.name,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from realjax.engine.slots import Prompts
+from realjax.engine.slots import Prompts, SlotPrograms
 
 SHORTEST_PROMPTS = 32
 
@@ -44,6 +44,17 @@ class Parts:
     slots_per_part: int
     rows_per_part: int  # that one program puts into slots
     prompt_multiple: int  # of the prompts of a part
+
+    @classmethod
+    def of(cls, programs: SlotPrograms) -> "Parts":
+        """Returns the parts of the programs' slots."""
+        strategy = programs.layout.strategy
+        return cls(
+            num_parts=strategy.dp,
+            slots_per_part=programs.num_slots // strategy.dp,
+            rows_per_part=programs.num_admitted // strategy.dp,
+            prompt_multiple=strategy.pp,
+        )
 
     def count_rows(self, free: Sequence[int]) -> int:
         """Returns how many rows one program can put into the slots `free`."""

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from realjax.core.generation_config import GenerationConfig
 from realjax.core.trees import Tree
 from realjax.engine.admission import SHORTEST_PROMPTS, Entry, Parts, bucket_length
 from realjax.engine.sampling import Drawn
@@ -138,13 +139,7 @@ class Batcher:
         self._slots: Slots | None = None
         self._num_submitted = 0
         self._waiting: deque[tuple[int, Request]] = deque()
-        strategy = programs.layout.strategy
-        self._parts = Parts(
-            num_parts=strategy.dp,
-            slots_per_part=programs.num_slots // strategy.dp,
-            rows_per_part=programs.num_admitted // strategy.dp,
-            prompt_multiple=strategy.pp,
-        )
+        self._parts = Parts.of(programs)
         self._places: list[int] = []  # free slots that waiting rows are being put into
         self._active: dict[int, _Row] = {}  # by slot
         self._sent: deque[_Sent] = deque()  # not looked at
@@ -269,9 +264,7 @@ class Batcher:
 
     def _most_needed(self, requests: Iterable[Request]) -> int:
         """Returns a length that no row outgrows. For long answers it is far below the next power of two."""
-        num_new = self.programs.sampler.config.max_new_tokens
-        longest = bucket_length(max(len(request.tokens) for request in requests), SHORTEST_PROMPTS)
-        return longest + -(-num_new // SHORTEST_CACHE) * SHORTEST_CACHE
+        return most_needed(max(len(request.tokens) for request in requests), self.programs.sampler.config)
 
     def _admit(self) -> None:
         assert self._slots is not None, "places are given after there is room"
@@ -343,6 +336,12 @@ def generate(
         if progress_fn is not None:
             progress_fn(len(found))
     return [found[number] for number in numbers]
+
+
+def most_needed(longest_prompt: int, config: GenerationConfig) -> int:
+    """Returns tokens a slot that no row outgrows."""
+    num_new = -(-config.max_new_tokens // SHORTEST_CACHE) * SHORTEST_CACHE
+    return bucket_length(longest_prompt, SHORTEST_PROMPTS) + num_new
 
 
 def _to_drawn(generation: Generation) -> Drawn[np.ndarray]:

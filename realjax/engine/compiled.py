@@ -52,9 +52,13 @@ class Compiled:
         self.device_bytes = self._bytes[key]
         return self.programs[key](*args)
 
+    def lower(self, *args: object) -> jax.stages.Lowered:
+        """Returns the program for arguments like these, not compiled yet. They may be shapes with shardings."""
+        return self.jitted.lower(*args)
+
     def _compile(self, args: tuple[object, ...]) -> jax.stages.Compiled:
         start = time.perf_counter()
-        program = self.jitted.lower(*args).compile()
+        program = self.lower(*args).compile()
         seconds = time.perf_counter() - start
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
         self.log.entries.append((self.name, shapes, seconds))
@@ -83,6 +87,16 @@ def place_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
     """Returns the batch of host arrays on the layout's devices; ValueError as for `batch_shardings`."""
     places = batch_shardings(batch, rules, layout)
     return Batch(arrays={key: place_array(batch[key], sharding) for key, sharding in places.items()})
+
+
+def abstract_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:
+    """Returns what `place_batch` does, as shapes with shardings, which a program can be lowered for."""
+    places = batch_shardings(batch, rules, layout)
+    shapes: dict[str, Any] = {
+        key: jax.ShapeDtypeStruct(batch[key].shape, batch[key].dtype, sharding=sharding)
+        for key, sharding in places.items()
+    }
+    return Batch(arrays=shapes)
 
 
 def place_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -6,6 +6,7 @@ model says how the layers are spread over devices. A sequence-parallel flag has 
 sequence to split.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
@@ -190,6 +191,31 @@ class SlotPrograms:
     def stop(self, slots: Slots, is_stopped: np.ndarray) -> Slots:
         """Returns the slots, which are donated, with the rows `is_stopped` `[B]` ended."""
         return self._stop(slots, self._put(is_stopped))
+
+    def abstract_params(self, params: Tree, compile_fn: Callable[[jax.stages.Lowered], jax.stages.Compiled]) -> Tree:
+        """Returns what `prepare` does for shapes with shardings; `compile_fn` compiles for where the results lie."""
+
+        def one(path: str, leaf: Any) -> Any:
+            is_stack, sharding = path.startswith("layers/"), self._shardings[path]
+            if not is_stack and leaf.dtype == self.cached.dtype and leaf.sharding == sharding:
+                return leaf
+            made = compile_fn(self._prepare.lower(leaf, sharding, is_stack)).out_info
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), made)
+
+        return self.join(map_paths(one, params))
+
+    def lower(
+        self, params: Tree, length: int, prompts: Prompts[np.ndarray], *, has_greedy: bool
+    ) -> dict[str, jax.stages.Lowered]:
+        """Returns the programs `admit` and `decode` by name, for `abstract_params`, such prompts and `length` tokens a
+        slot.
+        """
+        slots = self._start.eval_shape(length, has_greedy and not self.sampler.config.greedy)
+        whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.replicated)
+        return {
+            "admit": self._admit.lower(params, slots, jax.tree.map(whole, prompts)),
+            "decode": self._decode.lower(params, slots, whole(np.zeros(2, np.int32))),
+        }
 
     def _put(self, array: np.ndarray) -> Array:
         return place_array(array, self.layout.replicated)

@@ -121,11 +121,17 @@ def _on_host(batch: Batch, keys: Iterable[str]) -> dict[str, np.ndarray]:
 
 def _place(executor: "Executor", mfc: Inference | Train, batch: Batch) -> Batch:
     """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
+    layout = executor.plan.layouts[mfc.name]
+    return put_batch(select_inputs(mfc, batch), train_rules(layout.strategy), layout)
+
+
+def select_inputs(mfc: Inference | Train, batch: Batch) -> Batch:
+    """Returns what a call reads of a batch. Raises ValueError for a sequence longer than the call was told."""
     refuse_longer(batch, mfc.max_seqlen, mfc.name)
-    layout, inputs = executor.plan.layouts[mfc.name], batch.select({*PACKING_KEYS, *mfc.inputs})
+    inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
     if mfc.mask and (targets := target_indices(batch[mfc.mask], batch["positions"])) is not None:
         inputs = inputs.with_arrays(targets=targets)
-    return put_batch(inputs, train_rules(layout.strategy), layout)
+    return inputs
 
 
 def put_batch(batch: Batch, rules: Rules, layout: Layout) -> Batch:

@@ -10,7 +10,7 @@ import networkx as nx
 from jax import Array
 
 from realjax.allocation.plan import AllocationPlan
-from realjax.core.axes import inference_rules, tree_shardings
+from realjax.core.axes import inference_rules
 from realjax.core.batch import Batch
 from realjax.core.loss import LossSums
 from realjax.core.trees import Tree, map_paths
@@ -98,10 +98,9 @@ class Executor:
 
         `leaf_fn(path, array)` makes what stands for each of them, as they arrive.
         """
-        role, layout, params = self.roles[mfc.role], self.plan.layouts[mfc.name], self.params(mfc.role)
-        if layout == role.home and not role.is_offloaded:
+        role, params = self.roles[mfc.role], self.params(mfc.role)
+        if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
             return params if leaf_fn is None else map_paths(leaf_fn, params), 0
-        shardings = tree_shardings(role.model.axes, role.model.abstract, inference_rules(layout.strategy), layout)
         is_first = mfc.name not in self._moved
         if is_first:
             self._moved.add(mfc.name)

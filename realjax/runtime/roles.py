@@ -52,6 +52,12 @@ class Role:
         """The dtype they are kept in: the calls' own, or float32 where small changes are added to them."""
         return np.dtype(np.float32) if self.spec.is_averaged else self.compute.array_dtype
 
+    def copy_shardings(self, layout: Layout) -> Tree | None:
+        """Returns where a call in `layout` has its own copy of the parameters; None where it reads those at home."""
+        if layout == self.home and not self.is_offloaded:
+            return None
+        return tree_shardings(self.model.axes, self.model.abstract, inference_rules(layout.strategy), layout)
+
     def abstract_state(self) -> TrainState | Tree:
         """Returns the shapes and shardings of the role's state; a saved state is restored into this."""
         if self.optimizer is not None:

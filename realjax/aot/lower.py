@@ -1,0 +1,289 @@
+"""The programs of a run's calls from shapes alone: what is lowered is what the runtime would compile and run.
+
+A step is gone through as `runtime.executor` does, with stand-ins for what only a run knows. Answers are as long as they
+can be, after prompts as long as the data's longest, and all of them are learned from: of memory and of work this is the
+most that a step can take. Batches of files are the run's own, the largest of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+from jax import Array
+from jax.stages import Compiled, Lowered
+
+from realjax.allocation.plan import AllocationPlan
+from realjax.core.axes import Rules, inference_rules, train_rules
+from realjax.core.batch import Batch, is_per_token
+from realjax.core.layout import Layout
+from realjax.core.trees import Tree
+from realjax.data.loader import Loader
+from realjax.dataflow.graph import Call, Generate, Inference, ModelCall, Train
+from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec
+from realjax.engine.admission import Parts, bucket_length
+from realjax.engine.batching import SHORTEST_CACHE, Generation, Request, most_needed
+from realjax.engine.compiled import abstract_batch
+from realjax.engine.slots import CHUNK_LEN
+from realjax.engine.state import TrainState
+from realjax.runtime.calls import PACKING_KEYS, select_inputs
+from realjax.runtime.memory import device_bytes
+from realjax.runtime.programs import Programs, num_micro_batches
+from realjax.runtime.roles import Role, build_roles
+from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
+
+CompileFn = Callable[[Lowered], Compiled]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A call's program, lowered, and what there is to know of it before it is compiled.
+
+    It runs `runs` times in a step, or in an evaluation if `is_evaluation`. Where it loops for as long as rows are
+    running (decode), `turns` are those of the loop in all runs. `held` are bytes of the fullest device that other
+    arrays take meanwhile, by name.
+    """
+
+    call: str
+    name: str  # 'train', 'inference', 'evaluation', or which one of a generate call
+    role: str
+    options: str  # the name of the options that say how the call runs
+    layout: Layout
+    num_params: int  # of the role's model on a device, when only tensor and pipeline parallelism split it
+    shape: str
+    lowered: Lowered
+    runs: int
+    turns: int = 0
+    num_mbs: int = 1
+    is_evaluation: bool = False
+    held: Mapping[str, int] = field(default_factory=dict)
+
+
+def lower_run(spec: RunSpec, plan: AllocationPlan, compile_fn: CompileFn) -> Iterator[Program]:
+    """Yields the programs of a step's calls in order, then those of an evaluation. Nothing is read but the data.
+
+    `compile_fn` compiles what has to be compiled for its results' places to be known. Raises ValueError for a run that
+    the runtime would refuse before its first step.
+    """
+    run = AbstractRun(spec, plan, compile_fn)
+    yield from run.lower(spec.graph.order, largest_batch(plan.loader))
+    if isinstance(spec.evaluation, Evaluation) and plan.held_out is not None:
+        yield from run.lower_evaluation(spec.evaluation, largest_batch(plan.held_out))
+    elif isinstance(spec.evaluation, RolloutEvaluation):
+        for calls in spec.evaluation.variants.values():
+            yield from run.lower(calls, largest_batch(spec.evaluation.loader), is_evaluation=True)
+
+
+def largest_batch(loader: Loader) -> Batch:
+    """Returns the first of the batches with the most rows."""
+    return loader.batch(int(np.argmax(loader.shapes.num_rows)))
+
+
+class AbstractRun:
+    """A run's roles and programs without arrays: every role's state is shapes with shardings."""
+
+    def __init__(self, spec: RunSpec, plan: AllocationPlan, compile_fn: CompileFn) -> None:
+        self.spec, self.plan, self.compile_fn = spec, plan, compile_fn
+        self.roles = build_roles(spec, plan)
+        self.programs = Programs(plan, self.roles, spec.seed)
+        self.states = {name: role.abstract_state() for name, role in self.roles.items()}
+        self._kept_width = 0  # of the answers made last
+
+    def lower(self, calls: Sequence[Call], batch: Batch, *, is_evaluation: bool = False) -> Iterator[Program]:
+        """Yields the programs of `calls`, which read the batch and what those before them add to it."""
+        for call in calls:
+            for program in self.lower_call(call, batch):
+                yield replace(program, is_evaluation=is_evaluation)
+            batch = self.stand_in(call, batch)
+
+    def lower_call(self, call: Call, batch: Batch) -> Iterator[Program]:
+        """Yields the programs of one call on a batch of host arrays that has all its inputs."""
+        if isinstance(call, Generate):
+            yield from self._lower_generate(call, batch)
+        elif isinstance(call, Inference):
+            yield self._lower_inference(call, batch)
+        elif isinstance(call, Train):
+            yield self._lower_train(call, batch)
+
+    def lower_evaluation(self, evaluation: Evaluation, batch: Batch) -> Iterator[Program]:
+        """Yields the programs that measure a held-out loss: those of the calls that it reads, then its own."""
+        yield from self.lower(evaluation.calls, batch, is_evaluation=True)
+        for call in evaluation.calls:
+            batch = self.stand_in(call, batch)
+        home, trained = self.roles[evaluation.role].home, self.spec.graph.train_call(evaluation.role)
+        num_mbs, params = num_micro_batches(evaluation, batch, home), self._params(evaluation.role)
+        inputs = self._abstract(batch, inference_rules(home.strategy), home)
+        yield Program(
+            call="evaluation",
+            name="evaluation",
+            role=evaluation.role,
+            options=trained.placement if trained else evaluation.name,
+            layout=home,
+            num_params=self._num_params(evaluation.role, home),
+            shape=_shape(inputs),
+            lowered=self.programs.evaluation(evaluation, num_mbs).lower(params, inputs),
+            runs=evaluation.loader.total_steps,
+            num_mbs=num_mbs,
+            is_evaluation=True,
+            held=self._held(home, params),
+        )
+
+    def stand_in(self, call: Call, batch: Batch) -> Batch:
+        """Returns the batch after a call, as the runtime would leave it, its values made up."""
+        if isinstance(call, Generate):
+            return self._make_answers(call, batch)
+        if isinstance(call, Train):
+            return batch
+        made: dict[str, np.ndarray] = {}
+        for key in call.outputs:
+            like = batch["tokens"] if is_per_token(key) else batch["prompt_id"]
+            made[key] = _all_answers(batch) if key.endswith("_mask") else np.zeros(like.shape, np.float32)
+        return batch.with_arrays(**made)
+
+    def _make_answers(self, mfc: Generate, prompts: Batch) -> Batch:
+        num_new = mfc.config.max_new_tokens
+        kept = self.programs.slots(mfc).sampler.find_kept_form(self.roles[mfc.role].model.config.vocab_size)
+        self._kept_width = 0 if kept is None else kept.width
+        answer = Generation(
+            tokens=np.zeros(num_new, np.int32),
+            logprobs=np.zeros(num_new, np.float32),
+            ended=False,
+            # One word stands for all of them, which may be gigabytes.
+            kept=None if kept is None else np.zeros((num_new, 1), np.int32),
+        )
+        requests = _longest_requests(prompts, mfc)
+        return pack_rollout(requests, [answer] * len(requests), mfc, self.plan.rollouts[mfc.name])
+
+    def _abstract(self, batch: Batch, rules: Rules, layout: Layout) -> Batch:
+        if "kept" in batch:
+            one = batch["kept"]
+            batch = batch.replace_arrays(kept=np.broadcast_to(one[..., :1], (*one.shape[:-1], self._kept_width)))
+        return abstract_batch(batch, rules, layout)
+
+    def _lower_train(self, mfc: Train, batch: Batch) -> Program:
+        layout, state = self.plan.layouts[mfc.name], self.states[mfc.role]
+        if mfc.minibatches is not None:
+            batch, *_ = make_minibatches(
+                batch.select({*PACKING_KEYS, *mfc.inputs}),
+                mfc.minibatches,
+                row_multiple=self.plan.row_multiples[mfc.name],
+                seed=(self.spec.seed, 0, 0),
+            )
+        batch = select_inputs(mfc, batch)
+        num_mbs = num_micro_batches(mfc, batch, layout)
+        inputs = self._abstract(batch, train_rules(layout.strategy), layout)
+        return Program(
+            call=mfc.name,
+            name="train",
+            role=mfc.role,
+            options=mfc.placement,
+            layout=layout,
+            num_params=self._num_params(mfc.role, layout),
+            shape=_shape(inputs),
+            lowered=self.programs.train_step(mfc, num_mbs).lower(state, inputs),
+            runs=mfc.num_updates,
+            num_mbs=num_mbs,
+            held=self._held(layout, state),
+        )
+
+    def _lower_inference(self, mfc: Inference, batch: Batch) -> Program:
+        layout, batch = self.plan.layouts[mfc.name], select_inputs(mfc, batch)
+        num_mbs, params = num_micro_batches(mfc, batch, layout), self._params_for(mfc)
+        inputs = self._abstract(batch, train_rules(layout.strategy), layout)
+        return Program(
+            call=mfc.name,
+            name="inference",
+            role=mfc.role,
+            options=mfc.placement,
+            layout=layout,
+            num_params=self._num_params(mfc.role, layout),
+            shape=_shape(inputs),
+            lowered=self.programs.inference(mfc, num_mbs).lower(params, inputs),
+            runs=1,
+            num_mbs=num_mbs,
+            held=self._held(layout, params),
+        )
+
+    def _lower_generate(self, mfc: Generate, prompts: Batch) -> Iterator[Program]:
+        layout, slots = self.plan.layouts[mfc.name], self.programs.slots(mfc)
+        params = slots.abstract_params(self._params_for(mfc), self.compile_fn)
+        longest, num_new = _longest_prompt(mfc), mfc.config.max_new_tokens
+        length = min(bucket_length(longest + num_new - 1, SHORTEST_CACHE), most_needed(longest, mfc.config))
+        parts, entries = Parts.of(slots), [request.enter() for request in _longest_requests(prompts, mfc)]
+        admission = parts.admit(entries[: parts.count_rows(range(slots.num_slots))], range(slots.num_slots))
+        lowered = slots.lower(params, length, admission.prompts, has_greedy=mfc.has_baseline)
+        turns = math.ceil(mfc.num_answers / slots.num_slots) * num_new
+        runs = {"admit": math.ceil(mfc.num_answers / slots.num_admitted), "decode": math.ceil(turns / CHUNK_LEN)}
+        for name, one in lowered.items():
+            yield Program(
+                call=mfc.name,
+                name=name,
+                role=mfc.role,
+                options=mfc.placement,
+                layout=layout,
+                num_params=self._num_params(mfc.role, layout),
+                shape=f"{slots.num_slots} slots x {length} tokens",
+                lowered=one,
+                runs=runs[name],
+                turns=turns if name == "decode" else 0,
+                held=self._held(layout, params),
+            )
+
+    def _num_params(self, role: str, layout: Layout) -> int:
+        return self.roles[role].model.num_params // (layout.strategy.tp * layout.strategy.pp)
+
+    def _params(self, role: str) -> Tree:
+        state = self.states[role]
+        return state.params if isinstance(state, TrainState) else state
+
+    def _params_for(self, mfc: ModelCall) -> Tree:
+        """Returns what the call reads as parameters: those at home, or a copy of its own."""
+        role, params = self.roles[mfc.role], self._params(mfc.role)
+        if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
+            return params
+        dtype = role.compute.array_dtype
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), params, shardings)
+
+    def _held(self, layout: Layout, given: object) -> dict[str, int]:
+        """Returns what the fullest device of a layout holds of the roles' states, but for the arrays `given`."""
+        own = {id(leaf) for leaf in jax.tree.leaves(given)}
+        parts: dict[str, Sequence[Array]] = {}
+        for name, state in self.states.items():
+            for what, tree in _split_state(self.roles[name], state).items():
+                parts[f"{name}: {what}"] = [leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in own]
+        by_device = ({what: device_bytes(part, device) for what, part in parts.items()} for device in layout.devices)
+        fullest = max(by_device, key=lambda held: sum(held.values()))
+        return {what: size for what, size in fullest.items() if size}
+
+
+def _all_answers(batch: Batch) -> np.ndarray:
+    """Returns the mask of the most that can be learned from: all that was answered, but for baselines."""
+    if "is_baseline" not in batch:
+        return batch["loss_mask"].copy()
+    # Segments count from 1; 0 is padding.
+    of_segments = np.pad(batch["is_baseline"], ((0, 0), (1, 0)))
+    return batch["loss_mask"] & ~np.take_along_axis(of_segments, batch["segment_ids"], axis=1)
+
+
+def _split_state(role: Role, state: TrainState | Tree) -> dict[str, object]:
+    if isinstance(state, TrainState):
+        return {"masters": state.params, "moments": (state.opt_state, state.num_updates, state.num_skipped)}
+    return {} if role.is_offloaded else {"parameters": state}
+
+
+def _longest_prompt(mfc: Generate) -> int:
+    assert mfc.max_seqlen, f"{mfc.name}: a generate call says how long answers can be"
+    return mfc.max_seqlen - mfc.config.max_new_tokens
+
+
+def _longest_requests(prompts: Batch, mfc: Generate) -> list[Request]:
+    """Returns the requests of a batch, of prompts that are all the longest and all different."""
+    requests = make_requests(prompts, mfc, step=0)
+    of_prompt = lambda number: np.full(_longest_prompt(mfc), number // mfc.answers_per_prompt, np.int32)
+    return [replace(request, tokens=of_prompt(number)) for number, request in enumerate(requests)]
+
+
+def _shape(batch: Batch) -> str:
+    rows, tokens = batch["tokens"].shape
+    return f"{rows} rows x {tokens}"
