@@ -24,8 +24,9 @@ from realjax.engine.shards import Shards, keep_shards, make_shards
 from realjax.models import heads
 from realjax.models.build import Model
 from realjax.models.products import MatmulFn
+from realjax.models.stacks import Blocks, Stacks, scan_layers
 from realjax.models.sums import collect
-from realjax.models.transformer import Forward, Transformer
+from realjax.models.transformer import Forward, Transformer, read_positions
 
 
 class OutputsFn(Protocol):
@@ -69,23 +70,54 @@ def make_outputs(
     Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
     limits that head to these tokens, see `heads.token_logprobs`.
     """
-    shards = make_shards(model, rules, layout)
-    forward = _make_forward(model, rules, layout, compute, shards)
-    chunks_fn = _make_chunks_fn(model, rules, layout, compute, forward)
-    head_fn = _make_head(head, draw, needs_entropy, forward.products.matmul, chunks_fn)
+    parts = Parts(model, head, rules, layout, compute, draw, needs_entropy)
+    run_layers_fn = make_run_layers(layout, parts.forward.run_layers_fn)
 
     def outputs(
         params: Tree, batch: Batch, sinks: Tree | None = None
     ) -> tuple[Mapping[str, Array], Mapping[str, Mean]]:
-        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
-        layer_sinks = None if sinks is None else sinks["layers"]
-        hidden, sums = _bind(model, params, sinks)(*inputs, forward, layer_sinks)
+        blocks, stacks = parts.make_stacks(params, None if sinks is None else sinks["layers"])
+        x = parts.embed(params, batch, sinks)
+        per_row = read_positions(model.config, batch["positions"], batch["segment_ids"])
+        x, sums = run_layers_fn(blocks, model.config.order, stacks, x, per_row)
         terms = {name: Mean(sums[name], weight) for name, weight in term_weights(model, batch).items()}
-        # Bound once more, so that the two gradients of a tied table meet in its sink.
-        whole = shards.gather_outer(params, sinks) if shards else (params, sinks)
-        return head_fn(hidden, _bind(model, *whole).head_kernel(), batch), terms
+        return parts.read_out(params, x, batch, sinks), terms
 
     return outputs
+
+
+class Parts:
+    """A forward pass in parts, with the arguments of `make_outputs`: layers are run between `embed` and `read_out`."""
+
+    def __init__(
+        self,
+        model: Model,
+        head: str,
+        rules: Rules,
+        layout: Layout,
+        compute: Compute,
+        draw: Draw = Draw(),  # noqa: B008 - frozen
+        needs_entropy: bool = False,
+    ) -> None:
+        self.model, self._shards = model, make_shards(model, rules, layout)
+        self.forward = _make_forward(model, rules, layout, compute, self._shards)
+        chunks_fn = _make_chunks_fn(model, rules, layout, compute, self.forward)
+        self._head_fn = _make_head(head, draw, needs_entropy, self.forward.products.matmul, chunks_fn)
+
+    def embed(self, params: Tree, batch: Batch, sinks: Tree | None = None) -> Array:
+        """Returns what the first layer reads, `[R, T, D]`; `sinks` of `embed` at least."""
+        return _bind(self.model, params, sinks).embed_rows(batch["tokens"], self.forward)
+
+    def make_stacks(self, params: Tree, sinks: Tree | None = None) -> tuple[Blocks, Stacks]:
+        """Returns the blocks and the stacked layers, by kind; `sinks` of `layers`."""
+        return self.model.bind(params).make_stacks(self.forward, sinks)
+
+    def read_out(self, params: Tree, x: Array, batch: Batch, sinks: Tree | None = None) -> Mapping[str, Array]:
+        """Returns the head's outputs of what the last layer gives, `[R, T, D]`; `sinks` of all but the layers."""
+        hidden = _bind(self.model, params, sinks).norm(x, self.forward.products, "residual_time")
+        # Bound once more, so that the two gradients of a tied table meet in its sink.
+        whole = self._shards.gather_outer(params, sinks) if self._shards else (params, sinks)
+        return self._head_fn(hidden, _bind(self.model, *whole).head_kernel(), batch)
 
 
 def _make_head(
@@ -118,9 +150,8 @@ def term_weights(model: Model, batch: Batch) -> dict[str, Array]:
 
 def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
     """Returns the module whose parameters have their gradients in the sinks; `layers` looks after its own."""
-    if sinks is None:
-        return model.bind(params)
-    return model.bind({k: v if k == "layers" else jax.tree.map(collect, v, sinks[k]) for k, v in params.items()})
+    outer = {k: sink for k, sink in (sinks or {}).items() if k != "layers"}
+    return model.bind({k: jax.tree.map(collect, v, outer[k]) if k in outer else v for k, v in params.items()})
 
 
 def _make_forward(model: Model, rules: Rules, layout: Layout, compute: Compute, shards: Shards | None) -> Forward:
@@ -130,7 +161,7 @@ def _make_forward(model: Model, rules: Rules, layout: Layout, compute: Compute, 
         constrain=make_constrain(rules, layout),
         products=make_products(rules, layout),
         attention_fn=make_attention(compute.attention, case, layout, compute.max_segment_len),
-        run_layers_fn=make_run_layers(layout, unroll=unroll),
+        run_layers_fn=partial(scan_layers, unroll=unroll),
     )
     if shards:
         forward = replace(forward, gather_fn=shards.gather, look_up_fn=shards.look_up, remat_fn=keep_shards)

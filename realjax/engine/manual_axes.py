@@ -198,3 +198,8 @@ def hand_on(x: Array, num_stages: int, *, is_ring: bool) -> Array:
     """Returns what the stage before hands on; the first gets it from the last in a ring, else zeros."""
     receivers = range(1, num_stages + is_ring)
     return jax.lax.ppermute(x, "pipe", [(stage - 1, stage % num_stages) for stage in receivers])
+
+
+def hand_back(x: Array, num_stages: int) -> Array:
+    """Returns what the stage behind hands back; the last gets zeros."""
+    return jax.lax.ppermute(x, "pipe", [(stage + 1, stage) for stage in range(num_stages - 1)])

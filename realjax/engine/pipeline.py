@@ -1,11 +1,9 @@
-"""Pipeline parallelism: layers in stages over the `pipe` axis, micro-batches of rows handed from stage to stage.
+"""Forward passes on P pipeline stages: layers over the `pipe` axis, micro-batches of rows handed from stage to stage.
 
-One SPMD program (as in GPipe, arXiv:1811.06965): at tick t stage s works on micro-batch t - s, so M micro-batches
-through P stages take M + P - 1 ticks. The other mesh axes stay with XLA. The embedding and the head are outside: the
-vocabulary is split over `tensor` and `pipe`, so that no stage computes them for nothing.
+One SPMD program: at tick t stage s works on micro-batch t - s, so M of them take M + P - 1 ticks. The other mesh axes
+stay with XLA. The embedding and the head are outside: the vocabulary is split over `tensor` and `pipe`, so that no
+stage computes them for nothing. Training goes through the stages and back, see `pipeline_gradients.py`.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +14,29 @@ from realjax.core.layout import Layout
 from realjax.engine.manual_axes import hand_on, over_stages, stage_index
 from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.config import cut_order
-from realjax.models.stacks import Aux, Blocks, PerRow, RunLayersFn, Stacks, scan_layers
+from realjax.models.stacks import Aux, Blocks, PerRow, RunLayersFn, Stacks
 
 
-def make_run_layers(layout: Layout, *, unroll: bool = False) -> RunLayersFn:
-    """Returns how stacked layers run in `layout`: one after another, or in stages; `unroll` as for `scan_layers`."""
-    scan_fn = partial(scan_layers, unroll=unroll)
-    return scan_fn if layout.strategy.pp == 1 else make_pipeline(layout, scan_fn)
+def make_run_layers(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
+    """Returns how stacked layers run in `layout`, in stages where it has several; `run_stage_fn` runs those of one."""
+    return run_stage_fn if layout.strategy.pp == 1 else make_pipeline(layout, run_stage_fn)
 
 
 def num_stage_batches(num_rows: int, layout: Layout) -> int:
     """Returns the number of micro-batches of a pass: the most, up to two a stage, that leave each device whole rows."""
     num_local = rows_per_device(num_rows, layout)
     return next(n for n in range(2 * layout.strategy.pp, 0, -1) if num_local % n == 0)
+
+
+def num_step_batches(num_rows: int, num_mbs: int, layout: Layout) -> int:
+    """Returns the number of micro-batches of a training step, which is cut in `num_mbs` parts as large as a pass."""
+    return num_mbs * num_stage_batches(num_rows // num_mbs, layout)
+
+
+def bubble_share(num_rows: int, num_mbs: int, layout: Layout) -> float:
+    """Returns the share of a training step in which a stage has nothing to do: (P-1) / (M+P-1) of M micro-batches."""
+    num_bubbles = layout.strategy.pp - 1
+    return num_bubbles / (num_step_batches(num_rows, num_mbs, layout) + num_bubbles)
 
 
 def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
@@ -48,7 +56,7 @@ def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
 
             def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, Aux]]:
                 turn = jnp.clip(t - index, 0, num_batches - 1)
-                x = jnp.where(index == 0, inputs[0, turn], received)
+                x = jnp.where(index == 0, inputs[turn], received)
                 own_rows = jax.tree.map(lambda rows: rows[turn], per_row)
                 x, terms = run_stage_fn(blocks, stage_order, stacks, x, own_rows)
                 # Before its first micro-batch comes, and after its last, a stage computes for nothing.
@@ -56,15 +64,13 @@ def make_pipeline(layout: Layout, run_stage_fn: RunLayersFn) -> RunLayersFn:
                 return hand_on(x, num_stages, is_ring=False), (x, terms)
 
             ticks = jnp.arange(num_batches + num_stages - 1)
-            outputs, terms = jax.lax.scan(tick, jnp.zeros_like(inputs[0, 0]), ticks)[1]
+            outputs, terms = jax.lax.scan(tick, jnp.zeros_like(inputs[0]), ticks)[1]
             return outputs[None, num_stages - 1 :], jax.tree.map(lambda term: term.sum(axis=0)[None], terms)
 
-        # Only the first stage's input and the last stage's output count. Stacking them over the stages, instead of
-        # replicating, leaves no sum over `pipe` to the backward pass (in bf16 that sum aborts on CPU).
-        inputs = deal_rows(x, num_batches)[None]
-        inputs = jnp.concatenate([inputs, jnp.zeros((num_stages - 1, *inputs.shape[1:]), x.dtype)])
-        per_row = jax.lax.stop_gradient(deal_rows(per_row, num_batches))
-        outputs, terms = over_stages(stage, layout, num_split=2)(stacks, inputs, per_row)
-        return join_rows(outputs[-1]), jax.tree.map(lambda term: term.sum(axis=0), terms)
+        inputs, per_row = deal_rows((x, per_row), num_batches)
+        outputs, terms = over_stages(stage, layout, num_split=1)(stacks, inputs, per_row)
+        # As they are: XLA would widen 16-bit numbers before it sends them to all devices.
+        last = jax.lax.optimization_barrier(outputs[-1])
+        return join_rows(last), jax.tree.map(lambda term: term.sum(axis=0), terms)
 
     return run_layers

@@ -19,6 +19,8 @@ from realjax.core.trees import Tree
 from realjax.engine.forward import OutputsFn, make_compute_copy, make_outputs, term_weights
 from realjax.engine.manual_axes import WHOLE, find_data_parts, sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
+from realjax.engine.pipeline import bubble_share
+from realjax.engine.pipeline_gradients import make_pipeline_gradients
 from realjax.engine.rows import deal_rows
 from realjax.engine.state import TrainState
 from realjax.models.build import Model
@@ -50,6 +52,7 @@ def make_gradients(
     rules = train_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype)
     outputs_fn = make_outputs(model, loss.head, rules, layout, options.compute, loss.draw, loss.needs_entropy)
+    in_stages = make_pipeline_gradients(model, loss, layout, options.compute, options.num_mbs)
     constrain = make_constrain(optimizer_rules(layout.strategy), layout)
     parts = find_data_parts(tree_shardings(model.axes, model.abstract, rules, layout))
 
@@ -64,6 +67,8 @@ def make_gradients(
         return constrain.tree(grads, model.axes), sums
 
     def of_rows(given: Given, batch: Batch) -> tuple[Tree, LossSums]:
+        if layout.strategy.pp > 1:
+            return in_stages(given.params, given.shares, batch)
         if options.num_mbs == 1:
             return of_micro_batch(given, batch)
         micro_batches = deal_rows(batch, options.num_mbs)
@@ -133,6 +138,8 @@ def make_train_step(
         once = lambda value: Mean(value, jnp.ones(()))
         metrics: dict[str, Metric] = {"loss": sums.loss, **sums.metrics, "grad_norm": once(grad_norm)}
         metrics["lr"] = once(optimizer.learning_rate(state.num_updates))
+        if layout.strategy.pp > 1:
+            metrics["bubble_share"] = once(jnp.float32(bubble_share(batch.num_rows, options.num_mbs, layout)))
         state = jax.tree.map(lambda new, old: jnp.where(is_finite & ~is_refused, new, old), updated, skipped)
         if loss.skip_fn is not None:
             metrics["early_stop"] = once(is_refused.astype(jnp.float32))

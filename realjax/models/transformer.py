@@ -17,7 +17,18 @@ from realjax.models.attention import Attention, AttentionFn, BlockContext
 from realjax.models.config import LayerKind, MLPConfig, ModelConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
 from realjax.models.products import Products
-from realjax.models.stacks import Aux, BlockFn, Layer, PerRow, RunLayersFn, scan_layers, skip_empty, split_kinds
+from realjax.models.stacks import (
+    Aux,
+    BlockFn,
+    Blocks,
+    Layer,
+    PerRow,
+    RunLayersFn,
+    Stacks,
+    scan_layers,
+    skip_empty,
+    split_kinds,
+)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -119,6 +130,11 @@ class StackedKinds(nnx.Module):
             setattr(self, name, stack)
 
 
+def read_positions(config: ModelConfig, positions: Array, segment_ids: Array) -> PerRow:
+    """Returns what every layer reads of packed rows `[R, T]`."""
+    return PerRow(tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes), segment_ids)
+
+
 class Transformer(nnx.Module):
     """Tokens to final hidden states. `layers` holds the parameters of all blocks of a kind stacked on a leading dim.
 
@@ -148,20 +164,23 @@ class Transformer(nnx.Module):
         kinds, layers = self.config.kinds, self.layers
         return {name: layers if isinstance(layers, Block) else getattr(layers, name) for name in kinds}
 
-    def __call__(
-        self,
-        tokens: Array,
-        positions: Array,
-        segment_ids: Array,
-        forward: Forward,
-        sinks: Tree | None = None,
-    ) -> tuple[Array, Aux]:
-        """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`, and the layers' terms.
+    def __call__(self, tokens: Array, positions: Array, segment_ids: Array, forward: Forward) -> tuple[Array, Aux]:
+        """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`, and the layers' terms."""
+        blocks, stacks = self.make_stacks(forward)
+        x, per_row = self.embed_rows(tokens, forward), read_positions(self.config, positions, segment_ids)
+        x, terms = forward.run_layers_fn(blocks, self.config.order, stacks, x, per_row)
+        return self.norm(x, forward.products, "residual_time"), terms
+
+    def embed_rows(self, tokens: Array, forward: Forward) -> Array:
+        """Returns what the first layer reads of the tokens `[R, T]`: `[R, T, D]`."""
+        return forward.look_up_fn(partial(self._embed, constrain=forward.constrain), tokens)
+
+    def make_stacks(self, forward: Forward, sinks: Tree | None = None) -> tuple[Blocks, Stacks]:
+        """Returns the blocks and the stacked layers by kind.
 
         `sinks` are float32 arrays of the shapes of `layers`: where its gradients are summed, see `sums.collect`.
         """
         config, is_real = self.config, None
-        per_row = PerRow(tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes), segment_ids)
         if config.num_empty_layers:
             is_real = jnp.arange(config.num_stacked_layers) < config.num_layers
         blocks: dict[str, BlockFn] = {}
@@ -171,9 +190,7 @@ class Transformer(nnx.Module):
             blocks[name] = self._make_block(name, graphdef, forward)
             own_sinks = None if sinks is None else split_kinds(config, sinks)[name]
             stacks[name] = Layer(nnx.to_pure_dict(state), own_sinks, is_real)
-        x = forward.look_up_fn(partial(self._embed, constrain=forward.constrain), tokens)
-        x, terms = forward.run_layers_fn(blocks, config.order, stacks, x, per_row)
-        return self.norm(x, forward.products, "residual_time"), terms
+        return blocks, stacks
 
     def _embed(self, tokens: Array, constrain: Constrain) -> Array:
         # Whole rows first: XLA aborts where a gather's result is split over an axis that its table is split over too.
