@@ -10,6 +10,9 @@ micro-batch's hidden states on a device:
 - over `tensor`, sequence parallel: a layer gathers A twice in each of forward, recomputation and backward, and scatters
   it twice, once and twice. The embedding scatters A and its gradient gathers it; the head the other way round, and it
   gathers once more where its logits are computed again. A critic's head needs no whole rows.
+- in P pipeline stages a device has 1/P of all that, M is larger, and layers and embedding run F = M + P - 1 times.
+  Hidden states are handed on, and back. They cross all stages from the embedding, where the sum over the parts of the
+  vocabulary is one over the stages too, to the head, and both ways back as gradients.
 """
 
 import math
@@ -30,6 +33,7 @@ from realjax.core.metrics import Mean
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import num_params
 from realjax.engine.optim import Optimizer
+from realjax.engine.pipeline import num_step_batches
 from realjax.engine.state import abstract_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
 from realjax.models.build import Model
@@ -72,27 +76,35 @@ def train_traffic(model: Model, loss: Loss, layout: Layout, num_rows: int, remat
 
 
 def expected_traffic(model: Model, head: str, layout: Layout, num_rows: int) -> dict[tuple, float]:
-    """Returns the formula's bytes, without a pipeline."""
-    s, M, config, data, tensor = layout.strategy, NUM_MBS, model.config, ("data",), ("tensor",)
-    layers, table = num_params(model.abstract["layers"]) / s.tp, config.vocab_size * config.hidden_size / s.tp
+    """Returns the formula's bytes."""
+    s, config, data, tensor, pipe = layout.strategy, model.config, ("data",), ("tensor",), ("pipe",)
+    M = num_step_batches(num_rows, NUM_MBS, layout) if s.pp > 1 else NUM_MBS
+    F, L = M + s.pp - 1, config.num_layers // s.pp
+    layers = num_params(model.abstract["layers"]) / (s.tp * s.pp)
+    table = config.vocab_size * config.hidden_size / (s.tp * s.pp)
     kernel = 0 if config.is_critic else table
     params = layers + (table if config.tied else table + kernel)
     hidden = num_rows // s.dp // M * ROW_LEN * config.hidden_size * 2  # A
-    L, traffic = config.num_layers, {}
+    split = hidden / (s.tp if s.sequence_parallel else 1)
+    traffic: Counter[tuple] = Counter()
     if s.dp > 1 and s.zero_stage == 0:
         traffic[data, "all-reduce", "f32"] = 4 * params
     elif s.zero_stage in (1, 2):
         traffic |= {(data, "reduce-scatter", "f32"): 4 * params, (data, "all-gather", "bf16"): 2 * params}
     elif s.zero_stage == 3:
-        traffic[data, "all-gather", "bf16"] = 2 * M * (2 * layers + kernel)
-        traffic[data, "reduce-scatter", "f32"] = 4 * M * (layers + kernel)
-        traffic[data, "all-to-all", "bf16"] = 2 * M * hidden / (s.tp if s.sequence_parallel else 1)
+        traffic[data, "all-gather", "bf16"] = 2 * (2 * F * layers + M * kernel)
+        traffic[data, "reduce-scatter", "f32"] = 4 * (F * layers + M * kernel)
+        traffic[data, "all-to-all", "bf16"] = 2 * F * split
+    if s.pp > 1:
+        traffic[(*pipe, *tensor), "all-reduce", "bf16"] = F * hidden
+        traffic[pipe, "all-reduce", "bf16"] = (2 * M + F) * split
+        traffic[pipe, "collective-permute", "bf16"] = (2 * M + F) * split
     gathers, scatters = {"nll": (1, 1), "logprobs": (2, 1), "values": (0, 0)}[head]
     if s.sequence_parallel:
-        traffic[tensor, "all-gather", "bf16"] = M * hidden * (6 * L + 1 + gathers)
-        traffic[tensor, "reduce-scatter", "bf16"] = M * hidden * (5 * L + 1 + scatters)
+        traffic[tensor, "all-gather", "bf16"] = hidden * (6 * L * F + F + gathers * M)
+        traffic[tensor, "reduce-scatter", "bf16"] = hidden * (5 * L * F + (F if s.pp == 1 else 0) + scatters * M)
     elif s.tp > 1:
-        traffic[tensor, "all-reduce", "bf16"] = M * hidden * (5 * L + 1 + scatters)
+        traffic[tensor, "all-reduce", "bf16"] = hidden * (5 * L * F + F + scatters * M)
     return traffic
 
 
@@ -121,6 +133,8 @@ CASES = [
     ("nll", {}, {"dp": 8, "zero_stage": 3}, True),
     ("nll", {}, {"dp": 8, "zero_stage": 3}, False),  # whole parameters are not kept: gathered in the backward pass too
     ("nll", {}, {"dp": 4, "tp": 4, "sequence_parallel": True}, True),  # on two hosts
+    ("nll", {}, {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True}, True),
+    ("nll", {}, {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True, "zero_stage": 3}, True),
     ("nll", {"tied": True}, SPLIT, True),
     ("logprobs", {}, SPLIT, True),
     ("logprobs", {"tied": True}, SPLIT | {"zero_stage": 3}, True),
