@@ -39,16 +39,21 @@ class OutputsFn(Protocol):
         ...
 
 
-def make_compute_copy(model: Model, rules: Rules, layout: Layout, dtype: jnp.dtype) -> Callable[[Tree], Tree]:
+def make_compute_copy(
+    model: Model, rules: Rules, layout: Layout, dtype: jnp.dtype, stored: Rules | None = None
+) -> Callable[[Tree], Tree]:
     """Returns `fn(master) -> params`: cast to the compute dtype, then spread as the layout's rules say.
 
-    The cast comes first, so that what ZeRO gathers from its shards is half as many bytes in bf16.
+    The cast comes first, so that what ZeRO gathers from its shards is half as many bytes in bf16: XLA is told so where
+    the masters are spread by `stored` rules.
     """
-    shardings = tree_shardings(model.axes, model.abstract, rules, layout)
+    shardings = [tree_shardings(model.axes, model.abstract, r, layout) for r in (stored or rules, rules)]
 
     def compute_copy(master: Tree) -> Tree:
-        cast = jax.tree.map(lambda x: x.astype(dtype), master)
-        return jax.tree.map(jax.lax.with_sharding_constraint, cast, shardings)
+        copy = jax.tree.map(lambda x: x.astype(dtype), master)
+        for tree in shardings:
+            copy = jax.tree.map(jax.lax.with_sharding_constraint, copy, tree)
+        return copy
 
     return compute_copy
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import inference_rules, make_constrain
+from realjax.core.axes import inference_rules, make_constrain, optimizer_rules
 from realjax.core.batch import PER_TOKEN, Batch
 from realjax.core.compute import Compute
 from realjax.core.draw import Draw
@@ -55,7 +55,7 @@ def make_evaluation(
     once. Terms that layers add to the loss in training are reported beside it.
     """
     rules, compute = inference_rules(layout.strategy), replace(compute, remat=False)
-    compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
+    compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype, optimizer_rules(layout.strategy))
     outputs_fn = make_outputs(model, loss.head, rules, layout, compute, loss.draw, loss.needs_entropy)
 
     def evaluation(params: Tree, batch: Batch) -> LossSums:

@@ -50,10 +50,11 @@ def make_gradients(
 ) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
     """Returns `fn(master, batch) -> (gradients of the summed loss, sums)`, float32, spread as the optimizer state."""
     rules = train_rules(layout.strategy)
-    compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype)
+    stored = optimizer_rules(layout.strategy)
+    compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype, stored)
     outputs_fn = make_outputs(model, loss.head, rules, layout, options.compute, loss.draw, loss.needs_entropy)
     in_stages = make_pipeline_gradients(model, loss, layout, options.compute, options.num_mbs)
-    constrain = make_constrain(optimizer_rules(layout.strategy), layout)
+    constrain = make_constrain(stored, layout)
     parts = find_data_parts(tree_shardings(model.axes, model.abstract, rules, layout))
 
     def summed_loss(sinks: Tree, given: Given, batch: Batch) -> tuple[Array, LossSums]:

@@ -17,6 +17,7 @@ micro-batch's hidden states on a device:
 
 import math
 from collections import Counter
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -51,34 +52,68 @@ WIDTHS = {
     "ffn_size": 11008,
     "max_positions": 4096,
 }
-NUM_MBS, ROW_LEN = 4, 1024
+ROW_LEN = 1024
 # A device's numbers for a few scalars and vectors: norms, masks, loss sums.
 SMALL = 5e6
 
 
-def train_traffic(model: Model, loss: Loss, layout: Layout, num_rows: int, remat: bool) -> Counter[tuple]:
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A training step: of eight rows a device and micro-batch."""
+
+    head: str = "nll"
+    changes: dict = field(default_factory=dict)  # of the model
+    num_mbs: int = 4
+    remat: bool = True
+    dp: int = 4
+    pp: int = 1
+    tp: int = 2
+    sp: bool = True
+    zero: int = 0
+
+    @property
+    def model(self) -> Model:
+        return make_model(**WIDTHS | self.changes)
+
+    @property
+    def layout(self) -> Layout:
+        strategy = ParallelStrategy(dp=self.dp, pp=self.pp, tp=self.tp, sequence_parallel=self.sp, zero_stage=self.zero)
+        return Layout.of(strategy, h100s(min(8, strategy.size), math.ceil(strategy.size / 8)))
+
+    @property
+    def num_rows(self) -> int:
+        return 8 * self.dp * self.num_mbs
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value != getattr(Step(), name)}
+        return ", ".join(f"{name} {value}" for name, value in given.items()) or "dp 4, tp 2, sp"
+
+
+def train_traffic(step: Step, layout: Layout) -> Counter[tuple]:
     """Returns the bytes a step of each `(axes, kind, dtype)` of collectives, those of a few vectors left out."""
+    model, loss = step.model, LOSSES[step.head]
     rules, keys = train_rules(layout.strategy), {"loss_mask": jnp.bool_}
     keys |= dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)
-    shape = (num_rows, ROW_LEN)
+    shape = (step.num_rows, ROW_LEN)
     place = lambda key: resolve_sharding(find_dims(key), shape, rules, layout, key)
     batch = Batch(arrays={key: jax.ShapeDtypeStruct(shape, dtype, sharding=place(key)) for key, dtype in keys.items()})
     optimizer = Optimizer(config=OptimizerConfig(), total_updates=100)
-    compute = Compute(dtype="bfloat16", remat=remat, max_segment_len=ROW_LEN)
-    step = make_train_step(model, loss, optimizer, layout, TrainOptions(compute=compute, num_mbs=NUM_MBS))
+    compute = Compute(dtype="bfloat16", remat=step.remat, max_segment_len=ROW_LEN)
+    step_fn = make_train_step(model, loss, optimizer, layout, TrainOptions(compute=compute, num_mbs=step.num_mbs))
     places = train_state_shardings(model, optimizer, layout), layout.replicated
     state = abstract_train_state(model, optimizer, layout)
-    lowered = jax.jit(step, donate_argnums=0, out_shardings=places).lower(state, batch)
+    lowered = jax.jit(step_fn, donate_argnums=0, out_shardings=places).lower(state, batch)
     traffic: Counter[tuple] = Counter()
     for one in collectives(compile_for_gpus(lowered).as_text() or ""):
         traffic[one.axes(layout), one.kind, one.dtype] += one.total_bytes
     return Counter({key: size for key, size in traffic.items() if size > SMALL})
 
 
-def expected_traffic(model: Model, head: str, layout: Layout, num_rows: int) -> dict[tuple, float]:
+def expected_traffic(step: Step, layout: Layout) -> dict[tuple, float]:
     """Returns the formula's bytes."""
-    s, config, data, tensor, pipe = layout.strategy, model.config, ("data",), ("tensor",), ("pipe",)
-    M = num_step_batches(num_rows, NUM_MBS, layout) if s.pp > 1 else NUM_MBS
+    model, num_rows, data, tensor, pipe = step.model, step.num_rows, ("data",), ("tensor",), ("pipe",)
+    s, config = layout.strategy, model.config
+    M = num_step_batches(num_rows, step.num_mbs, layout) if s.pp > 1 else step.num_mbs
     F, L = M + s.pp - 1, config.num_layers // s.pp
     layers = num_params(model.abstract["layers"]) / (s.tp * s.pp)
     table = config.vocab_size * config.hidden_size / (s.tp * s.pp)
@@ -99,7 +134,7 @@ def expected_traffic(model: Model, head: str, layout: Layout, num_rows: int) -> 
         traffic[(*pipe, *tensor), "all-reduce", "bf16"] = F * hidden
         traffic[pipe, "all-reduce", "bf16"] = (2 * M + F) * split
         traffic[pipe, "collective-permute", "bf16"] = (2 * M + F) * split
-    gathers, scatters = {"nll": (1, 1), "logprobs": (2, 1), "values": (0, 0)}[head]
+    gathers, scatters = {"nll": (1, 1), "logprobs": (2, 1), "values": (0, 0)}[step.head]
     if s.sequence_parallel:
         traffic[tensor, "all-gather", "bf16"] = hidden * (6 * L * F + F + gathers * M)
         traffic[tensor, "reduce-scatter", "bf16"] = hidden * (5 * L * F + (F if s.pp == 1 else 0) + scatters * M)
@@ -124,31 +159,28 @@ LOSSES = {
     "logprobs": Loss(head="logprobs", fn=logprobs_of, needs_entropy=True),
     "values": Loss(head="values", fn=values_of),
 }
-SPLIT = {"dp": 4, "tp": 2, "sequence_parallel": True}
-CASES = [
-    ("nll", {}, SPLIT, True),
-    ("nll", {}, {"dp": 4, "tp": 2}, True),
-    ("nll", {}, SPLIT | {"zero_stage": 1}, True),
-    ("nll", {}, SPLIT | {"zero_stage": 3}, True),
-    ("nll", {}, {"dp": 8, "zero_stage": 3}, True),
-    ("nll", {}, {"dp": 8, "zero_stage": 3}, False),  # whole parameters are not kept: gathered in the backward pass too
-    ("nll", {}, {"dp": 4, "tp": 4, "sequence_parallel": True}, True),  # on two hosts
-    ("nll", {}, {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True}, True),
-    ("nll", {}, {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True, "zero_stage": 3}, True),
-    ("nll", {"tied": True}, SPLIT, True),
-    ("logprobs", {}, SPLIT, True),
-    ("logprobs", {"tied": True}, SPLIT | {"zero_stage": 3}, True),
-    ("values", {"is_critic": True}, SPLIT, True),
+STEPS = [
+    Step(),
+    Step(sp=False),
+    Step(tp=4),  # on two hosts
+    Step(zero=1),
+    Step(zero=1, num_mbs=1),  # XLA would gather in float32 where the copy is used once
+    Step(zero=3),
+    Step(zero=3, dp=8, tp=1, sp=False),
+    Step(zero=3, dp=8, tp=1, sp=False, remat=False),  # whole parameters are gathered again, not kept
+    Step(pp=2, dp=2),
+    Step(pp=2, dp=2, zero=3),
+    Step(changes={"tied": True}),
+    Step(head="logprobs"),
+    Step(head="logprobs", changes={"tied": True}, zero=3),
+    Step(head="values", changes={"is_critic": True}),
 ]
 
 
-@pytest.mark.parametrize(("head", "changes", "strategy", "remat"), CASES, ids=str)
-def test_a_training_step_sends_what_the_formula_says(head, changes, strategy, remat, capfd):
-    strategy = ParallelStrategy(**strategy)
-    layout = Layout.of(strategy, h100s(min(8, strategy.size), math.ceil(strategy.size / 8)))
-    model, num_rows = make_model(**WIDTHS | changes), 8 * strategy.dp * NUM_MBS
-    found = train_traffic(model, LOSSES[head], layout, num_rows, remat)
-    expected = expected_traffic(model, head, layout, num_rows)
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_a_training_step_sends_what_the_formula_says(step, capfd):
+    layout = step.layout
+    found, expected = train_traffic(step, layout), expected_traffic(step, layout)
     assert found.keys() == expected.keys(), (found, expected)
     for key, size in expected.items():
         assert 0.95 * size <= found[key] <= 1.05 * size, (key, found[key], size)
