@@ -140,7 +140,8 @@ class SlotPrograms:
         is_stack, sharding = path.startswith("layers/"), self._shardings[path]
         if not is_stack and leaf.dtype == self.cached.dtype and leaf.sharding == sharding:
             return leaf
-        return self._prepare(leaf, sharding, is_stack)
+        # Cast where it lies: what ZeRO gathers from its shards is then half as many bytes in bf16.
+        return self._prepare(leaf.astype(self.cached.dtype), sharding, is_stack)
 
     def join(self, leaves: Tree) -> Tree:
         """Returns the parameters as `prepare` does, of the tree of what `prepare_leaf` returned."""
@@ -199,6 +200,7 @@ class SlotPrograms:
             is_stack, sharding = path.startswith("layers/"), self._shardings[path]
             if not is_stack and leaf.dtype == self.cached.dtype and leaf.sharding == sharding:
                 return leaf
+            leaf = jax.ShapeDtypeStruct(leaf.shape, self.cached.dtype, sharding=leaf.sharding)
             made = compile_fn(self._prepare.lower(leaf, sharding, is_stack)).out_info
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), made)
 
@@ -221,8 +223,7 @@ class SlotPrograms:
         return place_array(array, self.layout.replicated)
 
     def _make_leaf(self, leaf: Array, sharding: NamedSharding, is_stack: bool) -> Array | list[Array]:
-        # Cast first: what ZeRO gathers from its shards is then half as many bytes in bf16.
-        copy = jax.lax.with_sharding_constraint(leaf.astype(self.cached.dtype), sharding)
+        copy = jax.lax.with_sharding_constraint(leaf, sharding)
         return self.cached.split_layers(copy) if is_stack else copy
 
     def _empty_slots(self, length: int, has_greedy: bool) -> Slots:
