@@ -58,41 +58,14 @@ def make_compute_copy(
     return compute_copy
 
 
-def make_outputs(
-    model: Model,
-    head: str,
-    rules: Rules,
-    layout: Layout,
-    compute: Compute,
-    draw: Draw = Draw(),  # noqa: B008 - frozen
-    needs_entropy: bool = False,
-) -> OutputsFn:
-    """Returns `fn(params, batch, sinks=None) -> (outputs, terms)`: outputs of the head as in `core.loss.Loss`, terms of
-    the loss as in `models.stacks`, as means over the tokens and the layers that have them.
+class ForwardParts:
+    """A forward pass up to a head, in parts: layers are run between `embed` and `read_out`.
 
     Params are in the compute dtype. Their gradients are those of `sinks`, float32 arrays of their shapes that are not
     read, where given, see `models.sums.collect`.
     Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
     limits that head to these tokens, see `heads.token_logprobs`.
     """
-    parts = Parts(model, head, rules, layout, compute, draw, needs_entropy)
-    run_layers_fn = make_run_layers(layout, parts.forward.run_layers_fn)
-
-    def outputs(
-        params: Tree, batch: Batch, sinks: Tree | None = None
-    ) -> tuple[Mapping[str, Array], Mapping[str, Mean]]:
-        blocks, stacks = parts.make_stacks(params, None if sinks is None else sinks["layers"])
-        x = parts.embed(params, batch, sinks)
-        per_row = read_positions(model.config, batch["positions"], batch["segment_ids"])
-        x, sums = run_layers_fn(blocks, model.config.order, stacks, x, per_row)
-        terms = {name: Mean(sums[name], weight) for name, weight in term_weights(model, batch).items()}
-        return parts.read_out(params, x, batch, sinks), terms
-
-    return outputs
-
-
-class Parts:
-    """A forward pass in parts, with the arguments of `make_outputs`: layers are run between `embed` and `read_out`."""
 
     def __init__(
         self,
@@ -123,6 +96,25 @@ class Parts:
         # Bound once more, so that the two gradients of a tied table meet in its sink.
         whole = self._shards.gather_outer(params, sinks) if self._shards else (params, sinks)
         return self._head_fn(hidden, _bind(self.model, *whole).head_kernel(), batch)
+
+
+def make_outputs(parts: ForwardParts, layout: Layout) -> OutputsFn:
+    """Returns `fn(params, batch, sinks=None) -> (outputs, terms)`: outputs of the head as in `core.loss.Loss`, terms of
+    the loss as in `models.stacks`, as means over the tokens and the layers that have them.
+    """
+    model, run_layers_fn = parts.model, make_run_layers(layout, parts.forward.run_layers_fn)
+
+    def outputs(
+        params: Tree, batch: Batch, sinks: Tree | None = None
+    ) -> tuple[Mapping[str, Array], Mapping[str, Mean]]:
+        blocks, stacks = parts.make_stacks(params, None if sinks is None else sinks["layers"])
+        x = parts.embed(params, batch, sinks)
+        per_row = read_positions(model.config, batch["positions"], batch["segment_ids"])
+        x, sums = run_layers_fn(blocks, model.config.order, stacks, x, per_row)
+        terms = {name: Mean(sums[name], weight) for name, weight in term_weights(model, batch).items()}
+        return parts.read_out(params, x, batch, sinks), terms
+
+    return outputs
 
 
 def _make_head(

@@ -14,7 +14,7 @@ from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.trees import Tree
-from realjax.engine.forward import make_compute_copy, make_outputs
+from realjax.engine.forward import ForwardParts, make_compute_copy, make_outputs
 from realjax.engine.rows import deal_rows, join_rows
 from realjax.models.build import Model
 
@@ -33,7 +33,7 @@ def make_inference(
     """
     rules, compute = inference_rules(layout.strategy), replace(compute, remat=False)
     compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
-    outputs_fn = make_outputs(model, head, rules, layout, compute, draw)
+    outputs_fn = make_outputs(ForwardParts(model, head, rules, layout, compute, draw), layout)
     constrain = make_constrain(rules, layout)
 
     def inference(params: Tree, batch: Batch) -> Mapping[str, Array]:
@@ -56,7 +56,8 @@ def make_evaluation(
     """
     rules, compute = inference_rules(layout.strategy), replace(compute, remat=False)
     compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype, optimizer_rules(layout.strategy))
-    outputs_fn = make_outputs(model, loss.head, rules, layout, compute, loss.draw, loss.needs_entropy)
+    parts = ForwardParts(model, loss.head, rules, layout, compute, loss.draw, loss.needs_entropy)
+    outputs_fn = make_outputs(parts, layout)
 
     def evaluation(params: Tree, batch: Batch) -> LossSums:
         params = compute_copy(params)

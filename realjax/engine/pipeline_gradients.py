@@ -13,19 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import make_constrain, optimizer_rules, train_rules
+from realjax.core.axes import make_constrain, optimizer_rules
 from realjax.core.batch import Batch
-from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
-from realjax.engine.forward import Parts, term_weights
+from realjax.engine.forward import ForwardParts, term_weights
 from realjax.engine.manual_axes import over_stages
 from realjax.engine.pipeline import num_step_batches
 from realjax.engine.rows import deal_rows
 from realjax.engine.stage import Halves, Stage, make_sink, take_batch
-from realjax.models.build import Model
 from realjax.models.config import cut_order
 from realjax.models.stacks import Aux, PerRow, Stacks, join_kinds, split_kinds
 from realjax.models.transformer import read_positions
@@ -46,18 +44,16 @@ class Flow:
     terms: Aux  # [P]
 
 
-def make_pipeline_gradients(model: Model, loss: Loss, layout: Layout, compute: Compute, num_mbs: int) -> GradientsFn:
+def make_pipeline_gradients(parts: ForwardParts, loss: Loss, layout: Layout, num_mbs: int) -> GradientsFn:
     """Returns `fn(params, shares, batch) -> (gradients of the summed loss, sums)`, float32.
 
     `shares` are those of `LossSums.with_terms`. There are at least `num_mbs` micro-batches, see `num_step_batches`.
     """
-    rules = train_rules(layout.strategy)
-    parts = Parts(model, loss.head, rules, layout, compute, loss.draw, loss.needs_entropy)
 
     def gradients(params: Tree, shares: Mapping[str, Array], batch: Batch) -> tuple[Tree, LossSums]:
         num_batches = num_step_batches(batch.num_rows, num_mbs, layout)
         flow = Schedule(parts, loss, layout, params, shares, deal_rows(batch, num_batches)).run()
-        weights = term_weights(model, batch)
+        weights = term_weights(parts.model, batch)
         terms = {name: Mean(term.sum(), weights[name]) for name, term in flow.terms.items()}
         return flow.grads, flow.sums.with_terms(terms, shares)
 
@@ -68,7 +64,7 @@ class Schedule:
     """The ticks of a step of M micro-batches, arrays `[M, R, ...]`."""
 
     def __init__(
-        self, parts: Parts, loss: Loss, layout: Layout, params: Tree, shares: Mapping[str, Array], batches: Batch
+        self, parts: ForwardParts, loss: Loss, layout: Layout, params: Tree, shares: Mapping[str, Array], batches: Batch
     ) -> None:
         self.parts, self.loss, self.layout, self.params, self.shares = parts, loss, layout, params, dict(shares)
         self.num_stages, self.num_batches, self.batches = layout.strategy.pp, batches.num_rows, batches

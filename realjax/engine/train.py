@@ -16,7 +16,7 @@ from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Metric, finalize
 from realjax.core.trees import Tree
-from realjax.engine.forward import OutputsFn, make_compute_copy, make_outputs, term_weights
+from realjax.engine.forward import ForwardParts, OutputsFn, make_compute_copy, make_outputs, term_weights
 from realjax.engine.manual_axes import WHOLE, find_data_parts, sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
 from realjax.engine.pipeline import bubble_share
@@ -52,10 +52,11 @@ def make_gradients(
     rules = train_rules(layout.strategy)
     stored = optimizer_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype, stored)
-    outputs_fn = make_outputs(model, loss.head, rules, layout, options.compute, loss.draw, loss.needs_entropy)
-    in_stages = make_pipeline_gradients(model, loss, layout, options.compute, options.num_mbs)
+    parts = ForwardParts(model, loss.head, rules, layout, options.compute, loss.draw, loss.needs_entropy)
+    outputs_fn = make_outputs(parts, layout)
+    in_stages = make_pipeline_gradients(parts, loss, layout, options.num_mbs)
     constrain = make_constrain(stored, layout)
-    parts = find_data_parts(tree_shardings(model.axes, model.abstract, rules, layout))
+    split = find_data_parts(tree_shardings(model.axes, model.abstract, rules, layout))
 
     def summed_loss(sinks: Tree, given: Given, batch: Batch) -> tuple[Array, LossSums]:
         outputs, terms = outputs_fn(given.params, batch, sinks)
@@ -87,7 +88,7 @@ def make_gradients(
         resolve(("rows",), rows_of_part, rules, layout, "micro-batch")  # refuses devices without a row
         # Each device along `data` sums over its own rows, and the sums cross once; where parameters are split over it,
         # once a layer and micro-batch: a whole gradient on each device is what was to be avoided.
-        grads, sums = sum_over_data(of_rows, layout, Given(parts, WHOLE), parts)(given, batch)
+        grads, sums = sum_over_data(of_rows, layout, Given(split, WHOLE), split)(given, batch)
         return constrain.tree(grads, model.axes), sums
 
     return gradients
