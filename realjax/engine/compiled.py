@@ -58,7 +58,7 @@ class Compiled:
 
     def _compile(self, args: tuple[object, ...]) -> jax.stages.Compiled:
         start = time.perf_counter()
-        program = self.lower(*args).compile()
+        program = self.jitted.lower(*args).compile()
         seconds = time.perf_counter() - start
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
         self.log.entries.append((self.name, shapes, seconds))

@@ -124,4 +124,5 @@ def test_the_number_of_minibatches_changes_the_updates_alone(steps_of):
 def assert_same(found: list[Any], expected: list[Any]) -> None:
     """Fails unless a call's updates have the same metrics, to what rounding may do to the first few of them."""
     for ours, theirs in zip(as_numbers(found), as_numbers(expected), strict=True):
+        ours = {name: value for name, value in ours.items() if name != "bubble_share"}  # of a layout, not of its result
         assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5)
