@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from realjax.aot.hlo import read_groups
 from realjax.aot.targets import without_compilation_cache
 
 _REDUCTION = re.compile(
     r"= \(?(\w+)\[([\d,]*)\].*? (all-reduce|reduce-scatter)(?:-start)?\(.*replica_groups=(.*?), use_"
 )
-_IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,4 @@ def reductions(fn: Callable[..., Any], *args: Any) -> list[Reduction]:
 
 def _read(text: str) -> Iterator[Reduction]:
     for dtype, shape, _, groups in _REDUCTION.findall(text):
-        yield Reduction(dtype, tuple(map(int, filter(None, shape.split(",")))), _groups(groups))
-
-
-def _groups(text: str) -> np.ndarray:
-    """Returns the groups that XLA writes as lists, as a permuted count, or as axes of a mesh."""
-    if text.startswith("{{"):
-        return np.array([group.split(",") for group in re.findall(r"\{([\d,]+)\}", text)], int)
-    if not text.startswith("mesh"):
-        shape, order = text.split("<=")
-        return _iota(order).reshape([int(n) for n in shape.strip("[]").split(",")])
-    sizes = re.findall(r"'(\w+)'=(\d+)", text)
-    given = re.search(r"device_ids=\((.*?)\)\s*\{", text)
-    ids = _iota(given[1]) if given else np.arange(np.prod([int(size) for _, size in sizes]))
-    summed = [i for i, (name, _) in enumerate(sizes) if name in re.findall(r"'(\w+)'", text.rpartition("{")[2])]
-    grid = np.moveaxis(ids.reshape([int(size) for _, size in sizes]), summed, range(-len(summed), 0))
-    return grid.reshape(-1, np.prod(grid.shape[-len(summed) :]))
-
-
-def _iota(text: str) -> np.ndarray:
-    found = _IOTA.search(text)
-    assert found, text
-    dims = [int(n) for n in found[1].split(",")]
-    grid = np.arange(np.prod(dims)).reshape(dims)
-    return (grid.transpose([int(n) for n in found[2].split(",")]) if found[2] else grid).ravel()
+        yield Reduction(dtype, tuple(map(int, filter(None, shape.split(",")))), read_groups(groups, jax.device_count()))

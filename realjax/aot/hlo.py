@@ -251,7 +251,7 @@ class _Reader:
             bytes=size(larger),
             times=times,
             is_open=is_open,
-            groups=_read_groups(groups[1] if groups else "{}", self.num_devices),
+            groups=read_groups(groups[1] if groups else "{}", self.num_devices),
             op_name=op_name[1] if op_name else "",
             name=one.name,
             shapes=larger,
@@ -318,7 +318,7 @@ def _read_shapes(text: str) -> Iterator[Shape]:
         yield Shape(dtype=dtype, dims=_numbers(dims))
 
 
-def _read_groups(text: str, num_devices: int) -> np.ndarray:
+def read_groups(text: str, num_devices: int) -> np.ndarray:
     """Returns the groups `[G, S]` that XLA writes as lists, as a permuted count, or as axes of a mesh."""
     if text == "{}":
         return np.arange(num_devices)[None]

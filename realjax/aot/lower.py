@@ -8,6 +8,7 @@ most that a step can take. Batches of files are the run's own, the largest of th
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -173,40 +174,32 @@ class AbstractRun:
         batch = select_inputs(mfc, batch)
         num_mbs = num_micro_batches(mfc, batch, layout)
         inputs = self._abstract(batch, train_rules(layout.strategy), layout)
-        return Program(
-            call=mfc.name,
+        return self._describe(
+            mfc,
+            state,
             name="train",
-            role=mfc.role,
-            options=mfc.placement,
-            layout=layout,
-            num_params=self._num_params(mfc.role, layout),
             shape=_shape(inputs),
             lowered=self.programs.train_step(mfc, num_mbs).lower(state, inputs),
             runs=mfc.num_updates,
             num_mbs=num_mbs,
-            held=self._held(layout, state),
         )
 
     def _lower_inference(self, mfc: Inference, batch: Batch) -> Program:
         layout, batch = self.plan.layouts[mfc.name], select_inputs(mfc, batch)
         num_mbs, params = num_micro_batches(mfc, batch, layout), self._params_for(mfc)
         inputs = self._abstract(batch, train_rules(layout.strategy), layout)
-        return Program(
-            call=mfc.name,
+        return self._describe(
+            mfc,
+            params,
             name="inference",
-            role=mfc.role,
-            options=mfc.placement,
-            layout=layout,
-            num_params=self._num_params(mfc.role, layout),
             shape=_shape(inputs),
             lowered=self.programs.inference(mfc, num_mbs).lower(params, inputs),
             runs=1,
             num_mbs=num_mbs,
-            held=self._held(layout, params),
         )
 
     def _lower_generate(self, mfc: Generate, prompts: Batch) -> Iterator[Program]:
-        layout, slots = self.plan.layouts[mfc.name], self.programs.slots(mfc)
+        slots = self.programs.slots(mfc)
         params = slots.abstract_params(self._params_for(mfc), self.compile_fn)
         longest, num_new = _longest_prompt(mfc), mfc.config.max_new_tokens
         length = min(bucket_length(longest + num_new - 1, SHORTEST_CACHE), most_needed(longest, mfc.config))
@@ -216,19 +209,28 @@ class AbstractRun:
         turns = math.ceil(mfc.num_answers / slots.num_slots) * num_new
         runs = {"admit": math.ceil(mfc.num_answers / slots.num_admitted), "decode": math.ceil(turns / CHUNK_LEN)}
         for name, one in lowered.items():
-            yield Program(
-                call=mfc.name,
+            yield self._describe(
+                mfc,
+                params,
                 name=name,
-                role=mfc.role,
-                options=mfc.placement,
-                layout=layout,
-                num_params=self._num_params(mfc.role, layout),
                 shape=f"{slots.num_slots} slots x {length} tokens",
                 lowered=one,
                 runs=runs[name],
                 turns=turns if name == "decode" else 0,
-                held=self._held(layout, params),
             )
+
+    def _describe(self, mfc: ModelCall, given: object, **rest: Any) -> Program:
+        """Returns a program of a call that is given these of the role's arrays."""
+        layout = self.plan.layouts[mfc.name]
+        return Program(
+            call=mfc.name,
+            role=mfc.role,
+            options=mfc.placement,
+            layout=layout,
+            num_params=self._num_params(mfc.role, layout),
+            held=self._held(layout, given),
+            **rest,
+        )
 
     def _num_params(self, role: str, layout: Layout) -> int:
         return self.roles[role].model.num_params // (layout.strategy.tp * layout.strategy.pp)

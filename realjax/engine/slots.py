@@ -137,11 +137,10 @@ class SlotPrograms:
 
     def prepare_leaf(self, path: str, leaf: Array) -> Array | list[Array]:
         """Returns the parameter at a path in the compute dtype, of a stack of layers a list of parts, for `join`."""
-        is_stack, sharding = path.startswith("layers/"), self._shardings[path]
-        if not is_stack and leaf.dtype == self.cached.dtype and leaf.sharding == sharding:
+        if self._is_ready(path, leaf):
             return leaf
         # Cast where it lies: what ZeRO gathers from its shards is then half as many bytes in bf16.
-        return self._prepare(leaf.astype(self.cached.dtype), sharding, is_stack)
+        return self._prepare(leaf.astype(self.cached.dtype), self._shardings[path], _is_stack(path))
 
     def join(self, leaves: Tree) -> Tree:
         """Returns the parameters as `prepare` does, of the tree of what `prepare_leaf` returned."""
@@ -197,11 +196,10 @@ class SlotPrograms:
         """Returns what `prepare` does for shapes with shardings; `compile_fn` compiles for where the results lie."""
 
         def one(path: str, leaf: Any) -> Any:
-            is_stack, sharding = path.startswith("layers/"), self._shardings[path]
-            if not is_stack and leaf.dtype == self.cached.dtype and leaf.sharding == sharding:
+            if self._is_ready(path, leaf):
                 return leaf
             leaf = jax.ShapeDtypeStruct(leaf.shape, self.cached.dtype, sharding=leaf.sharding)
-            made = compile_fn(self._prepare.lower(leaf, sharding, is_stack)).out_info
+            made = compile_fn(self._prepare.lower(leaf, self._shardings[path], _is_stack(path))).out_info
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), made)
 
         return self.join(map_paths(one, params))
@@ -221,6 +219,9 @@ class SlotPrograms:
 
     def _put(self, array: np.ndarray) -> Array:
         return place_array(array, self.layout.replicated)
+
+    def _is_ready(self, path: str, leaf: Array) -> bool:
+        return not _is_stack(path) and leaf.dtype == self.cached.dtype and leaf.sharding == self._shardings[path]
 
     def _make_leaf(self, leaf: Array, sharding: NamedSharding, is_stack: bool) -> Array | list[Array]:
         copy = jax.lax.with_sharding_constraint(leaf, sharding)
@@ -346,3 +347,7 @@ class SlotPrograms:
         # Only the draw is spread like that: fixed on both sides, it does not spread to what comes before and after.
         fix = lambda tree: jax.lax.with_sharding_constraint(tree, self._rows)
         return fix(run(logits, *fix((keys, index, is_greedy))))
+
+
+def _is_stack(path: str) -> bool:
+    return path.startswith("layers/")

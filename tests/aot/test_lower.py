@@ -31,16 +31,24 @@ CASES = [
 
 @contextmanager
 def seen_programs() -> Iterator[Seen]:
-    """Yields a set that is filled with the programs that are lowered."""
+    """Yields a set that is filled with the programs that are lowered, and those that a run compiles."""
     seen: Seen = set()
-    lower = Compiled.lower
+    lower, compile_args = Compiled.lower, Compiled._compile
 
-    def note(self: Compiled, *args: object) -> jax.stages.Lowered:
+    def note(self: Compiled, args: tuple[object, ...]) -> None:
         seen.add((self.name, tuple(_describe(leaf) for leaf in jax.tree.leaves(args))))
+
+    def note_lower(self: Compiled, *args: object) -> jax.stages.Lowered:
+        note(self, args)
         return lower(self, *args)
 
+    def note_compile(self: Compiled, args: tuple[object, ...]) -> jax.stages.Compiled:
+        note(self, args)
+        return compile_args(self, args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Compiled, "lower", note)
+        patch.setattr(Compiled, "lower", note_lower)
+        patch.setattr(Compiled, "_compile", note_compile)
         yield seen
 
 
