@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     for model in (config.actor, config.critic, config.ref, config.rew):
         model.type._class = "llama"
         model.type.size = 7
+    config.actor.gradient_checkpointing = True
+    config.critic.gradient_checkpointing = True
 
     config.dataset.max_prompt_len = 256
     config.dataset.train_bs_n_seqs = 128

@@ -61,22 +61,31 @@ def choose_devices(options: AllocationOptions, name: str, strategy: ParallelStra
 
     Raises ValueError when mesh and strategy differ in size.
     """
-    text = options.calls[name].device_mesh
-    if text is None or options.mode != "manual":
+    mesh = read_mesh(options, name) if options.mode == "manual" else None
+    if mesh is None:
         return tuple(range(options.num_devices))
+    if len(mesh) != strategy.size:
+        raise ValueError(
+            f"{name}.device_mesh: '{options.calls[name].device_mesh}' has {len(mesh)} devices, but {name}.parallel "
+            f"needs {strategy.size}; make the product of its sizes the number of devices"
+        )
+    return mesh
+
+
+def read_mesh(options: AllocationOptions, name: str) -> tuple[int, ...] | None:
+    """Returns the devices of a call's `device_mesh`, by number in the run's list; None where it has none.
+
+    Raises ValueError for a mesh that names what is not there.
+    """
+    if (text := options.calls[name].device_mesh) is None:
+        return None
     nodes = expand_nodes(options.nodelist, "nodelist") if options.nodelist else default_nodes(options.n_nodes)
     if len(nodes) != options.n_nodes:
         raise ValueError(
             f"nodelist: '{options.nodelist}' names {len(nodes)} nodes, but n_nodes={options.n_nodes}; make them equal"
         )
-    subject, per_node = f"{name}.device_mesh", options.n_gpus_per_node
-    mesh = parse_device_mesh(text, nodes=nodes, num_devices_per_node=per_node, subject=subject)
-    if len(mesh) != strategy.size:
-        raise ValueError(
-            f"{subject}: '{text}' has {len(mesh)} devices, but {name}.parallel needs {strategy.size}; make the product "
-            "of its sizes the number of devices"
-        )
-    return mesh
+    per_node = options.n_gpus_per_node
+    return parse_device_mesh(text, nodes=nodes, num_devices_per_node=per_node, subject=f"{name}.device_mesh")
 
 
 def list_notices(options: AllocationOptions) -> Iterable[str]:

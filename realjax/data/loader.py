@@ -170,7 +170,7 @@ class Loader:
     @cached_property
     def shapes(self) -> Shapes:
         """The shapes of all batches. Raises ValueError for more tokens in a batch than XLA can count."""
-        batches = [self._lengths[self._indices(step)] for step in range(self.total_steps)]
+        batches = [self.lengths(step) for step in range(self.total_steps)]
         multiple, row_len, max_shapes = self._rows.step, self._rows.row_len, self._rows.max_shapes
         if row_len is None:
             shapes = plan_shapes(batches, multiple, max_shapes)
@@ -223,6 +223,10 @@ class Loader:
     def ids(self, step: int) -> list[str | int]:
         """Ids of the step's examples, in the stream's order; a batch that straddles two epochs may hold one twice."""
         return [self._dataset.ids[i] for i in self._indices(step)]
+
+    def lengths(self, step: int) -> np.ndarray:
+        """Tokens of the step's examples, int32 [N], in the stream's order."""
+        return self._lengths[self._indices(step)]
 
     def position(self, step: int) -> Position:
         """Where the run stands when this step (from 0) is done; `ends_epoch` when it used its epoch's last sample."""

@@ -34,6 +34,8 @@ class RoleSpec:
     zero_stage: int = 0  # where it is trained, see `core.layout.ParallelStrategy`
     is_averaged: bool = False  # follows another role (`MovingAverage`): kept in float32, or small steps would be lost
     offload: bool | None = None  # parameters in host memory between calls; None: where roles share devices
+    # Which of `zero_stage` and `compute.remat` nobody asked for: a planner may decide otherwise.
+    undecided: frozenset[str] = frozenset()
     ends: EndTokens | None = None  # of the texts that it is trained on; its checkpoints name them
 
     @property

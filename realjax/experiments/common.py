@@ -49,8 +49,9 @@ def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -
         init_critic_from_actor=model.init_critic_from_actor,
         compute=model.compute,
         optimizer=model.optimizer if is_trained else None,
-        zero_stage=model.zero_stage if is_trained else 0,
+        zero_stage=model.zero_stage_or_default if is_trained else 0,
         offload=model.offload,
+        undecided=model.undecided,
     )
 
 

@@ -48,7 +48,10 @@ class ModelTrainEvalConfig:
     init_critic_from_actor: bool = option(
         False, "path holds a language model: drop its head and start a new scalar head; implies a critic"
     )
-    gradient_checkpointing: bool = option(True, "recompute each layer in the backward pass instead of keeping it")
+    gradient_checkpointing: bool | None = option(
+        None,
+        "recompute each layer in the backward pass instead of keeping it; null does, or as search allocation finds",
+    )
     enable_bf16: bool | None = option(
         None, "compute in bfloat16 (True) or float32 (False); null is bfloat16 on accelerators, float32 on CPUs"
     )
@@ -66,8 +69,10 @@ class ModelTrainEvalConfig:
     loss_chunk_tokens: int | None = option(
         None, "tokens whose logits are in memory at once while the loss is computed; null chooses", at_least=1
     )
-    zero_stage: Literal[0, 1, 2, 3] = option(
-        2, "what data parallelism shards: 0 nothing, 1 and 2 the optimizer state, 3 the parameters too"
+    zero_stage: Literal[0, 1, 2, 3] | None = option(
+        None,
+        "what data parallelism shards: 0 nothing, 1 and 2 the optimizer state, 3 the parameters too; null is 2, or as "
+        "search allocation finds",
     )
     offload: bool | None = option(None, "keep parameters in host memory between calls; null decides by need")
     lora: str | None = option(None, "only null: low-rank adapters are not available, all parameters are trained")
@@ -97,10 +102,21 @@ class ModelTrainEvalConfig:
         return Compute(
             dtype=self.dtype,
             attention=self.attention,
-            remat=self.gradient_checkpointing,
+            remat=self.gradient_checkpointing is not False,
             unroll=self.unroll_layers,
             loss_chunk_tokens=self.loss_chunk_tokens,
         )
+
+    @property
+    def zero_stage_or_default(self) -> int:
+        """`zero_stage`, 2 where it is null."""
+        return 2 if self.zero_stage is None else self.zero_stage
+
+    @property
+    def undecided(self) -> frozenset[str]:
+        """What allocation may decide, by its name in `RoleSpec` or `Compute`."""
+        open_options = {"remat": self.gradient_checkpointing, "zero_stage": self.zero_stage}
+        return frozenset(name for name, value in open_options.items() if value is None)
 
     @property
     def is_critic(self) -> bool:

@@ -133,7 +133,7 @@ def lay_out(config):
     for name in MANUAL_LAYOUTS:
         role, _, kind = name.partition("_")
         strategy = choose_strategy(options, name, is_train=kind == "train")
-        zero_stage = getattr(config, role).zero_stage if kind == "train" else 0
+        zero_stage = getattr(config, role).zero_stage_or_default if kind == "train" else 0
         devices = [jax.devices()[i] for i in choose_devices(options, name, strategy)]
         layouts[name] = Layout(dataclasses.replace(strategy, zero_stage=zero_stage), tuple(devices))
     return layouts

@@ -1,0 +1,134 @@
+"""From the description of a run to the workload of one of its steps."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import networkx as nx
+import numpy as np
+
+from realjax.allocation.modes import read_mesh
+from realjax.allocation.workload import CallWork, Fixed, Lengths, ModelShape, PackFn, RoleWork, Workload
+from realjax.core.layout import ParallelStrategy
+from realjax.data.loader import Loader, plan_shapes
+from realjax.data.packing import bucket_rows, pack_rows, rollout_row_len
+from realjax.dataflow.graph import Generate, Host, Inference, Train
+from realjax.dataflow.run import RoleSpec, RunSpec
+
+MOST_STEPS = 8  # whose lengths stand for those of all
+
+
+def read_workload(spec: RunSpec, platform: str, answers: Lengths | None = None) -> Workload:
+    """Returns what a step of the run computes on devices of a platform (as JAX names it).
+
+    `answers` are the lengths of answers; without them each is as long as the options allow.
+    """
+    batches = list(sample_lengths(spec.loader))
+    roles = {name: describe_role(spec, spec.roles[name], platform) for name in spec.graph.roles}
+    generate = next((call for call in spec.graph.calls if isinstance(call, Generate)), None)
+    reader = Reader(spec, batches, generate, answers)
+    calls = tuple(reader.describe(call, roles[call.role]) for call in spec.graph.order if not isinstance(call, Host))
+    return Workload(calls=calls, roles=roles)
+
+
+def describe_role(spec: RunSpec, role: RoleSpec, platform: str) -> RoleWork:
+    """Returns what the planner needs to know of a role."""
+    return RoleWork(
+        name=role.name,
+        model=ModelShape.of(role.config),
+        dtype=role.compute.on(platform).dtype,
+        is_trained=spec.graph.train_call(role.name) is not None,
+        is_averaged=role.is_averaged,
+        offload=role.offload,
+    )
+
+
+def sample_lengths(loader: Loader) -> Sequence[np.ndarray]:
+    """Returns the lengths of the examples of the run's first steps."""
+    return [loader.lengths(step) for step in range(min(MOST_STEPS, loader.total_steps))]
+
+
+class Reader:
+    """Describes the calls of one run."""
+
+    def __init__(
+        self, spec: RunSpec, batches: Sequence[np.ndarray], generate: Generate | None, answers: Lengths | None
+    ) -> None:
+        self.spec, self.generate, self.batches = spec, generate, batches
+        self.examples = Lengths.measure(np.concatenate(batches))
+        new = Lengths.all(generate.config.max_new_tokens) if generate else None
+        self.answers = answers if generate and answers else new
+
+    def describe(self, call: Generate | Inference | Train, role: RoleWork) -> CallWork:
+        """Returns the work of a call on a role."""
+        minibatches = call.minibatches if isinstance(call, Train) else None
+        num_updates = call.num_updates if isinstance(call, Train) else 1
+        passes = minibatches.passes if minibatches else 1
+        gen, num_parts = self.generate, num_updates // passes
+        is_generate = isinstance(call, Generate)
+        lengths = self.examples if is_generate or self.answers is None else self.examples + self.answers
+        head = call.loss.head if isinstance(call, Train) else call.head if isinstance(call, Inference) else "logprobs"
+        return CallWork(
+            name=call.name,
+            role=call.role,
+            kind="generate" if is_generate else "inference" if isinstance(call, Inference) else "train",
+            model=role.model,
+            dtype=role.dtype,
+            num_sequences=gen.num_answers if gen else round(float(np.mean([len(one) for one in self.batches]))),
+            prompts=lengths,
+            answers=self.answers if is_generate else None,
+            num_updates=num_updates,
+            passes=passes,
+            pack_fn=self.pack_answers(gen, num_parts) if gen else pack_examples(self.batches),
+            scores_vocab=head != "values",
+            after=tuple(self.find_sources(call.name)),
+            fixed=self.find_fixed(call),
+        )
+
+    def pack_answers(self, generate: Generate, num_parts: int) -> PackFn:
+        """Returns how answers with their prompts lie in rows, as `pack_rollout` and `make_minibatches` lay them."""
+        assert generate.max_seqlen and self.answers
+        num_sequences = generate.num_answers // num_parts
+        longest, per_prompt, added = generate.max_seqlen, generate.answers_per_prompt, round(self.answers.mean)
+        lengths = np.repeat(np.concatenate(self.batches), per_prompt)
+        lengths = np.minimum(np.resize(lengths, num_sequences) + added, longest)
+
+        @lru_cache
+        def pack(multiple: int) -> tuple[float, int]:
+            row_len = rollout_row_len(longest, num_sequences, multiple)
+            return bucket_rows(len(pack_rows(lengths, row_len).rows), multiple), row_len
+
+        return pack
+
+    def find_sources(self, call: str) -> list[str]:
+        """Returns the model calls of the same step whose results a call needs."""
+        names = {mfc.name for mfc in self.spec.graph.mfcs}
+        return [one.name for one in self.spec.graph.order if one.name in names & self.ancestors(call)]
+
+    def ancestors(self, call: str) -> set[str]:
+        """Returns the calls before a call, host calls among them."""
+        return nx.ancestors(self.spec.graph.edges, call)
+
+    def find_fixed(self, call: Generate | Inference | Train) -> Fixed:
+        """Returns what the user has decided about a call."""
+        role, options = self.spec.roles[call.role], self.spec.allocation
+        placed = options.calls[call.placement].strategy
+        of_call = call.micro_batches if isinstance(call, Inference | Train) else None
+        return Fixed(
+            strategy=None if placed == ParallelStrategy() else placed,
+            devices=read_mesh(options, call.placement),
+            zero_stage=None if "zero_stage" in role.undecided else role.zero_stage,
+            micro_batches=of_call if of_call and (of_call.count or of_call.max_tokens) else None,
+            remat=None if "remat" in role.undecided else role.compute.remat,
+            num_slots=call.num_slots if isinstance(call, Generate) else None,
+        )
+
+
+def pack_examples(batches: Sequence[np.ndarray]) -> PackFn:
+    """Returns how a dataset's examples lie in rows, as the loader lays them."""
+
+    @lru_cache
+    def pack(multiple: int) -> tuple[float, int]:
+        shapes = plan_shapes(batches, multiple, max_shapes=3)
+        return float(shapes.num_rows.mean()), shapes.row_len
+
+    return pack
