@@ -1,4 +1,7 @@
-"""The command line: `python3 -m realjax.apps.quickstart <experiment> key=value ...`, also installed as `realjax`."""
+"""The command line: `python3 -m realjax.apps.quickstart <experiment> key=value ...`, also installed as `realjax`.
+
+Beside the experiments it knows a few other commands: `COMMANDS`.
+"""
 
 import signal
 
@@ -88,11 +91,28 @@ EXPERIMENTS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What is started beside the experiments: `main(words)` of its module returns the exit code."""
+
+    module: str
+    summary: str
+
+    def run(self, words: list[str]) -> int:
+        """Carries it out. ValueError for whatever the user can mend."""
+        return importlib.import_module(self.module).main(words)
+
+
+COMMANDS: dict[str, Command] = {}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     with report_errors() as end:
-        if (command := read_command(args)) is not None:
+        if args and args[0] in COMMANDS:
+            end.code = COMMANDS[args[0]].run(args[1:])
+        elif (command := read_command(args)) is not None:
             end.code = run_experiment(*command, plan_only=PLAN_FLAG in args)
         elif not args:
             end.code = 2
@@ -119,7 +139,7 @@ def read_command(args: list[str]) -> tuple[str, CommonExperimentConfig] | None:
 def find_experiment(name: str) -> Experiment:
     """Returns the experiment called `name`; ValueError with the nearest name if there is none."""
     if name not in EXPERIMENTS:
-        near = nearest_names(name, EXPERIMENTS, count=1)
+        near = nearest_names(name, [*EXPERIMENTS, *COMMANDS], count=1)
         hint = f"did you mean {near[0]}?" if near else "see realjax --help"
         raise ValueError(f"unknown experiment '{name}': the experiments are {', '.join(EXPERIMENTS)}; {hint}")
     return EXPERIMENTS[name]
@@ -282,6 +302,8 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, paths: RunPaths) -> tupl
 
 def _usage() -> str:
     lines = [f"  {name:8} {experiment.summary}" for name, experiment in EXPERIMENTS.items()]
+    if COMMANDS:
+        lines += ["", "Other commands:", *(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())]
     return "\n".join(
         [
             "Usage: realjax <experiment> key=value ...",

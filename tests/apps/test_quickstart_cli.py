@@ -73,6 +73,19 @@ def test_the_recipe_starts_the_same_run(runs, command):
     assert runs[0] == runs[1]
 
 
+def test_another_command_gets_its_words_and_stands_in_the_help(monkeypatch, capsys):
+    given = []
+    monkeypatch.setitem(sys.modules, "other_command", SimpleNamespace(main=lambda words: given.append(words) or 3))
+    other = quickstart.Command(module="other_command", summary="does something else")
+    monkeypatch.setitem(quickstart.COMMANDS, "other", other)
+    assert quickstart.main(["other", "a=1", "--b"]) == 3
+    assert given == [["a=1", "--b"]]
+    assert quickstart.main(["--help"]) == 0
+    assert "other    does something else" in capsys.readouterr().out
+    assert quickstart.main(["othr"]) == 2
+    assert "did you mean other?" in capsys.readouterr().err
+
+
 def test_help_lists_experiments_and_options(capsys):
     assert quickstart.main(["--help"]) == 0
     listed = capsys.readouterr().out
