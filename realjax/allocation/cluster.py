@@ -7,11 +7,24 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from realjax.allocation.measured import CollectivePoint, LayerPoint, Measured, ProductPoint
+from realjax.allocation.measured import (
+    CollectivePoint,
+    HeadPoint,
+    LayerPoint,
+    Measured,
+    ProductPoint,
+    UpdatePoint,
+)
 
 FOLDER = Path(__file__).parent / "clusters"
 LINKS = ("within_node", "between_nodes", "to_host")
-TABLES = {"products": ProductPoint, "collectives": CollectivePoint, "layers": LayerPoint}
+TABLES = {
+    "products": ProductPoint,
+    "collectives": CollectivePoint,
+    "layers": LayerPoint,
+    "heads": HeadPoint,
+    "updates": UpdatePoint,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

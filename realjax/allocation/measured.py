@@ -5,6 +5,7 @@ from typing import Literal
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "permute", "all_to_all"]
 Span = Literal["within_node", "between_nodes"]
+LayerUse = Literal["forward", "backward", "backward_remat", "nll", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,15 @@ class CollectivePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPoint:
-    """One layer of a model, whole, on one device. `decode` is a step of one token a row."""
+    """One layer of a model on the devices along `tensor`, what they tell each other included.
 
-    use: Literal["forward", "backward", "decode"]  # backward: of the way back alone, nothing is computed again
+    `decode` is a step of one token a row. `backward` is of the way back alone, where nothing is computed again; in
+    `backward_remat` the layer is, and that is part of it. `nll` is both ways, of a program whose head is `nll`.
+    """
+
+    use: LayerUse
     dtype: str
+    tp: int
     hidden_size: int
     num_q_heads: int
     num_kv_heads: int
@@ -50,9 +56,36 @@ class LayerPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadPoint:
+    """All that a program does beside its layers: embedding, final norm, head and loss, or the draw; and its start.
+
+    Uses are those of a `LayerPoint`.
+    """
+
+    use: LayerUse
+    dtype: str
+    tp: int
+    hidden_size: int
+    vocab_size: int
+    rows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatePoint:
+    """An update of so many parameters of one device: the gradients' norm, clipping and AdamW, in float32."""
+
+    num_params: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """All tables; an empty one is replaced by the data sheet's rates."""
 
     products: tuple[ProductPoint, ...] = ()
     collectives: tuple[CollectivePoint, ...] = ()
     layers: tuple[LayerPoint, ...] = ()
+    heads: tuple[HeadPoint, ...] = ()
+    updates: tuple[UpdatePoint, ...] = ()

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 
 from realjax.allocation.cluster import FOLDER, Cluster, find_cluster
-from realjax.allocation.measured import CollectivePoint, LayerPoint, Measured, ProductPoint
+from realjax.allocation.measured import CollectivePoint, HeadPoint, LayerPoint, Measured, ProductPoint, UpdatePoint
 
 LAYER = {"hidden_size": 8, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 4, "ffn_size": 16}
 TABLES = Measured(
     products=(ProductPoint(dtype="float32", rows=4, inner=8, columns=16, seconds=0.5),),
     collectives=(CollectivePoint(kind="all_gather", span="within_node", num_devices=2, num_bytes=1024, seconds=0.25),),
-    layers=(LayerPoint(use="decode", dtype="float32", rows=2, tokens=64, seconds=0.125, **LAYER),),
+    layers=(LayerPoint(use="decode", dtype="float32", tp=1, rows=2, tokens=64, seconds=0.125, **LAYER),),
+    heads=(HeadPoint(use="nll", dtype="float32", tp=2, hidden_size=8, vocab_size=32, rows=2, tokens=64, seconds=0.5),),
+    updates=(UpdatePoint(num_params=1000, seconds=0.25),),
 )
 
 
