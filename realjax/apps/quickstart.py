@@ -16,7 +16,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 from rich.console import Console
@@ -103,7 +104,9 @@ class Command:
         return importlib.import_module(self.module).main(words)
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS = {
+    "profile": Command(module="realjax.apps.profile", summary="measures this machine for the planner"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,7 +169,7 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     if not plan_only:
         announce(name, config, paths)
     check_mode(config.mode)
-    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, paths)
+    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, paths.compilation_cache)
     # Imported here: help and bad options should not wait for everything that a run needs.
     from realjax.allocation.allocate import allocate
     from realjax.runtime import loop
@@ -190,7 +193,20 @@ def announce(name: str, config: CommonExperimentConfig, paths: RunPaths) -> None
         logger.info(notice)
 
 
-def prepare_environment(config: CommonExperimentConfig, group: ProcessGroup | None) -> tuple[str, ...]:
+class Machine(Protocol):
+    """The options that say what a command runs on."""
+
+    @property
+    def n_nodes(self) -> int: ...
+    @property
+    def n_gpus_per_node(self) -> int: ...
+    @property
+    def accelerator_settings(self) -> str: ...
+    @property
+    def deterministic(self) -> bool: ...
+
+
+def prepare_environment(config: Machine, group: ProcessGroup | None) -> tuple[str, ...]:
     """Sets what XLA, CUDA and NCCL read as they start, and returns what to log of it; ValueError if it cannot be."""
     num_gpus = config.n_nodes * config.n_gpus_per_node // (1 if group is None else group.num_processes)
     environment = choose_environment(
@@ -205,7 +221,13 @@ def prepare_environment(config: CommonExperimentConfig, group: ProcessGroup | No
 
 
 def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> CommonExperimentConfig:
-    """Joins the run's processes and returns `config` with the first one's trial name; only that one logs its progress.
+    """Joins the run's processes and returns `config` with the first one's trial name. ValueError as `join_group`."""
+    join_group(config, group)
+    return dataclasses.replace(config, trial_name=text_from_first(str(config.trial_name)))
+
+
+def join_group(config: Machine, group: ProcessGroup) -> None:
+    """Joins the processes of a command; only the first one logs its progress.
 
     ValueError when the devices do not divide over the processes.
     """
@@ -220,7 +242,6 @@ def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> Commo
     join(group, config.n_gpus_per_node)
     if not is_first():
         logging.getLogger("realjax").setLevel(logging.WARNING)
-    return dataclasses.replace(config, trial_name=text_from_first(str(config.trial_name)))
 
 
 def configure_logging() -> Console:
@@ -274,15 +295,15 @@ def check_num_devices(num_devices: int) -> None:
         )
 
 
-def prepare_devices(n_nodes: int, n_gpus_per_node: int, paths: RunPaths) -> tuple[jax.Device, ...]:
+def prepare_devices(n_nodes: int, n_gpus_per_node: int, cache: Path) -> tuple[jax.Device, ...]:
     """Returns the first n_nodes*n_gpus_per_node devices, virtual ones where there is no accelerator.
 
-    ValueError when there are accelerators, but too few. Programs compiled earlier come from the cache of `paths`.
+    ValueError when there are accelerators, but too few. Programs compiled earlier come from `cache`.
     """
     needed = n_nodes * n_gpus_per_node
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(paths.compilation_cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     if settings.jax_num_cpu_devices < needed and not jax.distributed.is_initialized():
         check_num_devices(needed)
         # Only possible before the first use of a device.
@@ -302,8 +323,7 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, paths: RunPaths) -> tupl
 
 def _usage() -> str:
     lines = [f"  {name:8} {experiment.summary}" for name, experiment in EXPERIMENTS.items()]
-    if COMMANDS:
-        lines += ["", "Other commands:", *(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())]
+    lines += ["", "Other commands:", *(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())]
     return "\n".join(
         [
             "Usage: realjax <experiment> key=value ...",

@@ -9,7 +9,6 @@ import pytest
 from realjax.apps import quickstart, recipe
 from realjax.apps.errors import report_errors
 from realjax.options.fields import list_options
-from tests.given.specs import make_paths
 from tests.options.test_config_dict import RECIPE
 from tests.options.test_parsing import QUICKSTART_SFT
 
@@ -171,18 +170,18 @@ def jax_settings():
 
 def test_virtual_cpu_devices_stand_in(jax_settings, tmp_path, capsys):
     quickstart.configure_logging()
-    devices = quickstart.prepare_devices(2, 4, make_paths(tmp_path))
+    devices = quickstart.prepare_devices(2, 4, tmp_path)
     assert len(set(devices)) == 8
     assert devices[0].platform == "cpu"
     assert "No accelerator found: 8 virtual CPU devices stand in." in capsys.readouterr().out
-    assert quickstart.prepare_devices(1, 2, make_paths(tmp_path)) == devices[:2]
+    assert quickstart.prepare_devices(1, 2, tmp_path) == devices[:2]
 
 
 def test_too_few_accelerators_are_refused(jax_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.jax, "devices", lambda: ["gpu0"])
     monkeypatch.setattr(quickstart.jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match=r"^n_nodes\*n_gpus_per_node: 1\*8 = 8 devices wanted, but .* has 1 \(gpu\)"):
-        quickstart.prepare_devices(1, 8, make_paths(tmp_path))
+        quickstart.prepare_devices(1, 8, tmp_path)
 
 
 def test_more_devices_than_a_process_can_have_are_refused_before_there_are_any():

@@ -25,11 +25,13 @@ ALLOWED: dict[str, frozenset[str]] = {
     # building a role before its engine.
     "record": frozenset({"core", "data", "dataflow"}),
     "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data", "record"}),
+    # Measures what runs are made of: no run, no runtime.
+    "profiling": frozenset({"core", "models", "engine", "allocation.cluster", "allocation.measured"}),
     # What is compiled is what the runtime would run.
     "aot": frozenset({"core", "models", "engine", "allocation", "dataflow", "data", "runtime"}),
     "apps": frozenset(
         {"core", "models", "algorithms", "data", "dataflow", "reshard", "engine", "hf", "allocation", "options"}
-        | {"experiments", "rewards", "record", "runtime", "launch"}
+        | {"experiments", "rewards", "record", "runtime", "launch", "profiling"}
     ),
 }
 
