@@ -10,14 +10,13 @@ from typing import Any
 
 from jax.stages import Compiled, Lowered
 
+from realjax.allocation.simulate import USABLE_SHARE
 from realjax.aot import hlo
 from realjax.aot.lower import Program
 from realjax.aot.targets import Target
 from realjax.core.layout import ParallelStrategy
 
 GIB = 2**30
-# What programs may take of a device's memory, as runs set it (`launch/settings.py`): CUDA and NCCL need the rest.
-USABLE_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
