@@ -1,0 +1,121 @@
+"""The memory model: against what the compiler says of whole calls, and against the arrays that a run really has."""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import jax
+import pytest
+
+from realjax.allocation import memory
+from realjax.allocation.memory import MicroBatch, call_memory, find_smallest_change, home_memory, smallest_change
+from realjax.core.axes import inference_rules, tree_shardings
+from realjax.core.generation_config import GenerationConfig
+from realjax.core.layout import Layout
+from realjax.core.optimizer_config import OptimizerConfig
+from realjax.core.trees import map_paths
+from realjax.engine import admission, batching
+from realjax.engine.attention import cudnn
+from realjax.engine.optim import Optimizer
+from realjax.engine.pipeline import num_stage_batches
+from realjax.engine.state import abstract_train_state
+from realjax.models import heads
+from realjax.models.build import build_model
+from realjax.reshard import apply
+from realjax.runtime.memory import device_bytes
+from tools.bench.memory_model import Case, read_cases
+
+# Made by `python -m tools.bench.memory_model tests/allocation/memory_cases.csv --compile`, with the extra `aot`.
+COMPILED = [(case, known) for case, known in read_cases(Path(__file__).with_name("memory_cases.csv")) if known]
+GIB = 2**30
+LAYOUTS = [
+    {"tp": 8, "sp": True},
+    {"dp": 4, "tp": 2, "zero": 2},
+    {"dp": 8, "zero": 3},
+    {"dp": 2, "pp": 2, "tp": 2, "zero": 1},
+    {"pp": 8},
+]
+
+
+def errors() -> list[float]:
+    return [case.predict().bytes / compiled.bytes - 1 for case, compiled in COMPILED]
+
+
+def test_the_model_is_close_to_the_compiler():
+    assert statistics.median(map(abs, errors())) <= 0.07
+    assert max(map(abs, errors())) <= 0.15
+
+
+@pytest.mark.parametrize(("case", "compiled"), COMPILED, ids=str)
+def test_the_margin_covers_what_the_model_leaves_out(case, compiled):
+    assert case.predict().bytes * (1 + memory.MARGIN) >= compiled.bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("model", "head"), [("7B", "nll"), ("8B", "values"), ("1B", "nll")])
+def test_homes_hold_what_a_run_puts_there(layout, model, head):
+    case = Case(kind="train", model=model, head=head, rows=64, row_len=128, **layout)
+    built, place = build_model(case.config), Layout.of(case.strategy)
+    state = abstract_train_state(built, Optimizer(config=OptimizerConfig(), total_updates=1), place)
+    found = home_memory(case.role, case.work, case.choice)
+    assert found.bytes == pytest.approx(device_bytes(jax.tree.leaves(state), place.devices[0]), rel=1e-6)
+    frozen = dataclasses.replace(case.role, is_trained=False)
+    shardings = tree_shardings(built.axes, built.abstract, inference_rules(case.strategy), place)
+    params = map_paths(lambda _, x, s: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=s), built.abstract, shardings)
+    held = device_bytes(jax.tree.leaves(params), place.devices[0])
+    assert home_memory(frozen, case.work, case.choice).bytes == pytest.approx(held, rel=1e-6)
+    averaged = dataclasses.replace(frozen, is_averaged=True)
+    assert home_memory(averaged, case.work, case.choice).bytes == pytest.approx(2 * held, rel=1e-6)
+    assert home_memory(dataclasses.replace(frozen, offload=True), case.work, case.choice).bytes == 0
+
+
+def test_figures_of_the_engine_are_its_own():
+    assert heads.CHUNK_BYTES == memory.LOGITS_BYTES
+    assert apply.CHUNK_BYTES == memory.MOVED_BYTES
+    assert cudnn.ROOM == memory.ROOM
+    assert (admission.SHORTEST_PROMPTS, batching.SHORTEST_CACHE) == (memory.SHORTEST_PROMPTS, memory.SHORTEST_CACHE)
+
+
+@pytest.mark.parametrize("num_rows", [8, 24, 56, 64])
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_stages_get_the_micro_batches_that_the_engine_cuts(num_rows, pp):
+    case = Case(kind="train", model="7B", rows=num_rows, row_len=128, pp=pp)
+    rows = MicroBatch.of(case.work, case.choice)
+    assert rows.num_parts == num_stage_batches(rows.num_rows, Layout.of(case.strategy))
+
+
+@pytest.mark.parametrize("prompt", [1, 31, 32, 100, 128, 129, 1000])
+@pytest.mark.parametrize("num_new", [1, 20, 128, 200, 1024])
+def test_a_slot_has_the_room_that_the_engine_gives_it(prompt, num_new):
+    config = GenerationConfig(max_new_tokens=num_new)
+    bucket = admission.bucket_length(prompt + num_new - 1, batching.SHORTEST_CACHE)
+    assert memory.cache_length(prompt, num_new) == min(bucket, batching.most_needed(prompt, config))
+
+
+def test_the_smallest_change_saves_what_it_says():
+    case = Case(kind="train", model="7B", dp=4, tp=2, rows=256, row_len=1024, remat=False)
+    work, role, choice = case.work, case.role, case.choice
+    total = lambda choice: home_memory(role, work, choice).bytes + call_memory(work, role, choice, at_home=True).bytes
+    texts = []
+    for excess in (1, 300 * GIB, 360 * GIB):
+        change = find_smallest_change(work, role, choice, at_home=True, excess_bytes=excess)
+        assert total(choice) - total(change.choice) == change.saves >= excess
+        texts.append(change.text)
+        assert change.text in smallest_change(work, role, choice, at_home=True, excess_bytes=excess)
+    assert texts[0] == "n_mbs=2"
+    assert len(set(texts)) == len(texts)
+
+
+def test_where_nothing_is_enough_more_devices_are_asked_for():
+    case = Case(kind="generate", model="70B", tp=1, slots=1, prompt=32, new=32, at_home=False)
+    text = smallest_change(case.work, case.role, case.choice, at_home=False, excess_bytes=80 * GIB)
+    assert text == "call: more devices; no option of it saves 80.0 GiB a device"
+
+
+def test_each_option_that_a_call_has_makes_it_smaller():
+    train = Case(kind="train", model="7B", dp=4, tp=2, rows=256, row_len=1024, remat=False)
+    for change in ({"remat": True}, {"num_mbs": 4}, {"zero": 3}, {"tp": 4}):
+        less = dataclasses.replace(train, **change)
+        assert less.predict().bytes < train.predict().bytes, change
+    decode = Case(kind="generate", model="7B", dp=4, tp=2, slots=128, prompt=256, new=256, at_home=False)
+    assert dataclasses.replace(decode, slots=64).predict().bytes < decode.predict().bytes
