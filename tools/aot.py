@@ -29,14 +29,13 @@ from realjax.aot.report import Compiler, ProgramReport, RunReport, describe
 from realjax.aot.targets import Target, find_target, list_targets
 from realjax.apps import quickstart
 from realjax.apps.errors import report_errors
+from realjax.apps.weightless import without_weights
 from realjax.dataflow.run import RunSpec
 from realjax.options.checks import resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import allocation_options
 
 logger = logging.getLogger("realjax.aot")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,24 +95,6 @@ def compile_run(
         layers={role: (compiled[role], num) for role, num in whole.items() if compiled[role] != num},
     )
     return report, spec
-
-
-def without_weights(config: CommonExperimentConfig) -> CommonExperimentConfig:
-    """Returns the options with models from scratch where their directories hold no weights: shapes are the same."""
-    changes: dict[str, ModelTrainEvalConfig] = {}
-    for name, model in vars(config).items():
-        if isinstance(model, ModelTrainEvalConfig) and name not in config.unused and _lacks_weights(model):
-            logger.info("%s.path has no weights: its shapes follow from config.json", name)
-            critic = dataclasses.replace(model.type, is_critic=model.is_critic)
-            changes[name] = dataclasses.replace(
-                model, type=critic, init_from_scratch=True, init_critic_from_actor=False
-            )
-    return dataclasses.replace(config, **changes)
-
-
-def _lacks_weights(model: ModelTrainEvalConfig) -> bool:
-    path = Path(model.path).expanduser()
-    return path.is_dir() and not any(True for pattern in WEIGHTS for _ in path.glob(pattern))
 
 
 def cut_layers(spec: RunSpec, num_layers: int) -> RunSpec:

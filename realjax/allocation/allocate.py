@@ -7,9 +7,10 @@ from dataclasses import replace
 import jax
 
 from realjax.allocation import heuristic, modes, shapes
-from realjax.allocation.plan import AllocationPlan
+from realjax.allocation.choice import Choice
+from realjax.allocation.plan import AllocationPlan, RolloutShape
 from realjax.core.layout import Layout, number_ranges
-from realjax.dataflow.graph import Train
+from realjax.dataflow.graph import Generate, Train
 from realjax.dataflow.run import RunSpec
 
 
@@ -23,8 +24,9 @@ def allocate(spec: RunSpec, devices: Sequence[jax.Device]) -> AllocationPlan:
 
 def make_plan(spec: RunSpec, layouts: Mapping[str, Layout], devices: Sequence[jax.Device]) -> AllocationPlan:
     """Returns the plan that follows from the calls' layouts."""
-    homes = {role: find_home(spec, role, layouts) for role in spec.graph.roles}
     loader, held_out = shapes.shape_batches(spec, layouts)
+    rollouts = shapes.shape_rollouts(spec, layouts)
+    homes = {role: find_home(spec, role, layouts) for role in spec.graph.roles}
     used = {device for layout in layouts.values() for device in layout.devices}
     return AllocationPlan(
         layouts=layouts,
@@ -33,31 +35,61 @@ def make_plan(spec: RunSpec, layouts: Mapping[str, Layout], devices: Sequence[ja
         offloaded=frozenset(role for role in spec.graph.roles if is_offloaded(spec, role, layouts)),
         empty_layers={role: count_empty_layers(spec, role, layouts) for role in spec.graph.roles},
         row_multiples={mfc.name: shapes.row_multiple(mfc, layouts[mfc.name]) for mfc in spec.mfcs},
-        rollouts=shapes.shape_rollouts(spec, layouts),
+        rollouts=rollouts,
         loader=loader,
         held_out=held_out,
+        choices=read_choices(spec, layouts, rollouts, devices),
         idle=number_ranges([device.id for device in devices if device not in used]),
     )
 
 
+def read_choices(
+    spec: RunSpec,
+    layouts: Mapping[str, Layout],
+    rollouts: Mapping[str, RolloutShape],
+    devices: Sequence[jax.Device],
+) -> dict[str, Choice]:
+    """Returns how each call of the graph runs, in the planner's words."""
+    numbers = {device: number for number, device in enumerate(devices)}
+    return {
+        mfc.name: Choice(
+            strategy=layouts[mfc.name].strategy,
+            devices=tuple(numbers[device] for device in layouts[mfc.name].devices),
+            num_mbs=shapes.count_micro_batches(mfc),
+            remat=isinstance(mfc, Train) and spec.roles[mfc.role].compute.remat,
+            num_slots=rollouts[mfc.name].num_slots if isinstance(mfc, Generate) else None,
+        )
+        for mfc in spec.graph.mfcs
+    }
+
+
 def lay_out(spec: RunSpec, devices: Sequence[jax.Device]) -> dict[str, Layout]:
     """Returns the layout of every call, by name, as the mode says."""
+    return {
+        name: Layout(placement.strategy, tuple(devices[i] for i in placement.devices))
+        for name, placement in place_calls(spec).items()
+    }
+
+
+def place_calls(spec: RunSpec) -> dict[str, heuristic.Placement]:
+    """Returns where every call runs, by name, as the mode says; devices by number."""
     options, trained = spec.allocation, {mfc.placement for mfc in spec.mfcs if isinstance(mfc, Train)}
     rules: Mapping[str, heuristic.Placement] = {}
     if options.mode == "heuristic":
         machine = {"n_nodes": options.n_nodes, "n_gpus_per_node": options.n_gpus_per_node}
         rules = heuristic.place({name: spec.roles[name] for name in spec.graph.roles}, **machine)
-    layouts = {}
+    placements = {}
     for mfc in spec.mfcs:
         name, is_train = mfc.placement, mfc.placement in trained
-        if options.mode == "heuristic":
+        if rules:
             strategy, numbers = rules[name].strategy, rules[name].devices
         else:
             strategy = modes.choose_strategy(options, name, is_train=is_train)
             numbers = modes.choose_devices(options, name, strategy)
-        zero_stage = spec.roles[mfc.role].zero_stage if is_train else 0
-        layouts[mfc.name] = Layout(replace(strategy, zero_stage=zero_stage), tuple(devices[i] for i in numbers))
-    return layouts
+        if options.calls[name].devices is None:  # a planner has said that too
+            strategy = replace(strategy, zero_stage=spec.roles[mfc.role].zero_stage if is_train else 0)
+        placements[mfc.name] = heuristic.Placement(strategy=strategy, devices=tuple(numbers))
+    return placements
 
 
 def find_home(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) -> Layout:

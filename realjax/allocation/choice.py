@@ -1,8 +1,13 @@
 """How a call could run: what the planner weighs, and what it decides for the calls that leave it open."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
+from realjax.core.json_text import JsonObject, parse_json
 from realjax.core.layout import ParallelStrategy
+
+PLAN_FILE = "plan.json"  # of a run's log directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +32,26 @@ class Choice:
         more += ["remat"] if self.remat else []
         more += [f"{self.num_slots} slots"] if self.num_slots else []
         return ", ".join([str(self.strategy), *more])
+
+    def to_json(self) -> JsonObject:
+        """Returns it as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> "Choice":
+        """Returns what `to_json` was made of."""
+        own = {**values, "strategy": ParallelStrategy(**values["strategy"]), "devices": tuple(values["devices"])}
+        return cls(**own)
+
+
+Choices = Mapping[str, Choice]  # by call
+
+
+def dump_choices(choices: Choices) -> str:
+    """Returns choices as JSON."""
+    return json.dumps({"calls": {name: choice.to_json() for name, choice in choices.items()}}, indent=1)
+
+
+def load_choices(text: str) -> Choices:
+    """Returns what `dump_choices` was made of."""
+    return {name: Choice.from_json(values) for name, values in parse_json(text.encode())["calls"].items()}

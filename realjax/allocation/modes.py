@@ -21,12 +21,15 @@ def check_options(options: AllocationOptions) -> None:
     """
     if options.mode == "heuristic" and has_rules(options.calls):
         return
+    if options.mode == "search":
+        for name in options.calls:
+            read_mesh(options, name)
+        return
     for name, call in options.calls.items():
-        if options.mode in ("heuristic", "search"):
-            lacking = "has no rules for this experiment" if options.mode == "heuristic" else "is not available"
+        if options.mode == "heuristic":
             raise ValueError(
-                f"allocation_mode: {options.mode} {lacking}; use manual with {name}.parallel.*, pipe_model, pipe_data, "
-                "or sizes such as d2p1m4"
+                f"allocation_mode: heuristic has no rules for this experiment; use search, manual with "
+                f"{name}.parallel.*, pipe_model, pipe_data, or sizes such as d2p1m4"
             )
         strategy = choose_strategy(options, name, is_train=False)
         if call.device_mesh is None:
@@ -61,6 +64,8 @@ def choose_devices(options: AllocationOptions, name: str, strategy: ParallelStra
 
     Raises ValueError when mesh and strategy differ in size.
     """
+    if (planned := options.calls[name].devices) is not None:
+        return planned
     mesh = read_mesh(options, name) if options.mode == "manual" else None
     if mesh is None:
         return tuple(range(options.num_devices))
@@ -91,12 +96,12 @@ def read_mesh(options: AllocationOptions, name: str) -> tuple[int, ...] | None:
 def list_notices(options: AllocationOptions) -> Iterable[str]:
     """Yields a line for every option of the calls that the mode passes over."""
     calls = options.calls
-    if options.mode != "manual":
+    if options.mode not in ("manual", "search"):
         for name, call in calls.items():
             if call.strategy != ParallelStrategy():
                 yield f"{name}.parallel is not used: allocation_mode={options.mode} sets the sizes."
     if options.nodelist is not None and (
-        options.mode != "manual" or not any(call.device_mesh for call in calls.values())
+        options.mode not in ("manual", "search") or not any(call.device_mesh for call in calls.values())
     ):
         yield "nodelist has no effect: no call has a device_mesh that names nodes."
 

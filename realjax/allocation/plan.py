@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from realjax.allocation.choice import Choices
 from realjax.core.layout import Layout
 from realjax.data.loader import Loader
 
@@ -29,6 +30,7 @@ class AllocationPlan:
     rollouts: Mapping[str, RolloutShape]  # by generate call
     loader: Loader  # of batches that divide over the calls that read them
     held_out: Loader | None
+    choices: Choices  # by call of the graph: what the planner calls the same
     idle: str  # numbers of the devices that no call uses, as '6,7'
 
     def describe(self) -> str:

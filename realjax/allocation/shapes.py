@@ -17,8 +17,12 @@ MOST_SLOTS = 256
 
 def row_multiple(mfc: ModelCall, layout: Layout) -> int:
     """Returns what a batch's rows must be a multiple of, to divide over the call's devices and micro-batches."""
-    num_mbs = mfc.micro_batches.count if isinstance(mfc, Inference | Train) else None
-    return layout.strategy.row_multiple * (num_mbs or 1)
+    return layout.strategy.row_multiple * count_micro_batches(mfc)
+
+
+def count_micro_batches(mfc: ModelCall) -> int:
+    """Returns how many micro-batches a call was asked to make of a batch; 1 where it goes by their tokens."""
+    return (mfc.micro_batches.count or 1) if isinstance(mfc, Inference | Train) else 1
 
 
 def shape_rollouts(spec: RunSpec, layouts: Mapping[str, Layout]) -> dict[str, RolloutShape]:

@@ -149,7 +149,7 @@ class CallWork:
     answers: Lengths | None = None  # generate: the new tokens
     num_updates: int = 1  # train: of a step
     passes: int = 1  # train: over the sequences; an update has num_sequences * passes / num_updates of them
-    pack_fn: PackFn = field(compare=False)  # the rows that the sequences lie in
+    pack_fn: PackFn = field(compare=False, repr=False)  # the rows that the sequences lie in
     scores_vocab: bool = True  # the head is over the vocabulary
     after: tuple[str, ...] = ()  # calls of the step whose results it needs, through host calls too
     fixed: Fixed = Fixed()

@@ -10,6 +10,7 @@ from realjax.core.identity import Identity
 from realjax.core.layout import ParallelStrategy
 from realjax.core.loss import Loss
 from realjax.core.optimizer_config import OptimizerConfig
+from realjax.core.planner_config import PlannerConfig
 from realjax.data.loader import Loader
 from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, MicroBatches, Train
 from realjax.models.config import ModelConfig
@@ -115,6 +116,7 @@ class RunPaths:
     checkpoints: Path
     recover: Path
     compilation_cache: Path
+    plans: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class CallPlacement:
 
     strategy: ParallelStrategy
     device_mesh: str | None = None  # such as NODE01:0,1; None: all
+    devices: tuple[int, ...] | None = None  # by number, of a call that a planner has placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,8 @@ class AllocationOptions:
     n_gpus_per_node: int
     nodelist: str | None = None
     calls: Mapping[str, CallPlacement]  # by the name of the call's options
+    planner: PlannerConfig = PlannerConfig()
+    use_cache: bool = False  # of plans that were searched before
 
     @property
     def num_devices(self) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from realjax.core.option import check_ranges, nested, option
+from realjax.core.planner_config import PlannerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class CommonExperimentConfig:
         "how calls are laid out: manual (each call's own sizes), pipe_model, pipe_data, sizes such as d2p1m4 "
         "(data, pipeline, model), heuristic, search",
     )
+    allocation_use_cache: bool = option(
+        False, "search: take the plan that an earlier search found, if nothing that it goes by has changed"
+    )
+    planner: PlannerConfig = nested(PlannerConfig)
     n_nodes: int = option(1, "machines", at_least=1, at_most=65_536)
     n_gpus_per_node: int = option(
         8, "accelerators of one machine; without any, as many virtual CPU devices", at_least=1, at_most=4096
@@ -109,7 +114,6 @@ class CommonExperimentConfig:
         "cache_clear_freq": "XLA manages device memory, there is no cache to clear",
         "recover_retries": "a failed run is continued by starting it again with recover_mode=auto",
         "ignore_worker_error": "there are no worker processes",
-        "allocation_use_cache": "there is no saved search result to use",
     }
     # What an experiment class can do; the checks read it.
     EVALUATES: ClassVar[bool] = False
@@ -121,6 +125,11 @@ class CommonExperimentConfig:
     def places_by_size(self) -> bool:
         """True when the sizes that models are declared with decide where calls run."""
         return self.allocation_mode == "heuristic"
+
+    @property
+    def is_planned(self) -> bool:
+        """True when a search decides where calls run."""
+        return self.allocation_mode == "search"
 
     @property
     def unused(self) -> frozenset[str]:

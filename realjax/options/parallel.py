@@ -74,6 +74,8 @@ def allocation_options(config: CommonExperimentConfig) -> AllocationOptions:
         n_nodes=config.n_nodes,
         n_gpus_per_node=config.n_gpus_per_node,
         nodelist=config.nodelist,
+        planner=config.planner,
+        use_cache=config.allocation_use_cache,
         calls={
             name: CallPlacement(strategy=call.parallel.strategy(), device_mesh=call.device_mesh)
             for name, call in calls.items()

@@ -29,6 +29,7 @@ def run_paths(config: CommonExperimentConfig) -> RunPaths:
         checkpoints=root / "checkpoints" / run,
         recover=root / "recover" / run,
         compilation_cache=root / ".cache" / "jax",
+        plans=root / ".cache" / "plans",
     )
 
 

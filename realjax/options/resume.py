@@ -12,7 +12,7 @@ from realjax.options.fields import list_options
 HARMLESS = (
     *("experiment_name", "trial_name", "fileroot", "mode", "recover_mode", "max_recover_saves_to_keep", "wandb_mode"),
     *("allocation_mode", "n_nodes", "n_gpus_per_node", "nodelist", "max_nonfinite_steps", "output_file"),
-    *("accelerator_settings", "deterministic"),
+    *("accelerator_settings", "deterministic", "allocation_use_cache", "planner.*"),
     *("exp_ctrl.save_freq_*", "exp_ctrl.eval_freq_*", "exp_ctrl.benchmark_steps"),
     *("*.path", "*.train_path", "*.valid_path", "*.valid_bs_n_seqs", "reward.classifier"),
     *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots"),

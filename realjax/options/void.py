@@ -67,6 +67,13 @@ _MOMENTS = ("value_norm_beta", "value_norm_eps")
 _LENGTH = Void(when={"loss_aggregation": ("token", "sequence")}, options=("max_response_len",))
 
 VOID: dict[type, tuple[Void, ...]] = {
+    CommonExperimentConfig: (
+        Void(
+            when={"is_planned": False},
+            options=("allocation_use_cache", *(f"planner.{name}" for name in ("evaluations", "seed", "replan"))),
+            reason="only allocation_mode=search looks for a plan",
+        ),
+    ),
     OptimizerConfig: (Void(when={"lr_scheduler_type": "constant"}, options=("min_lr_ratio",)),),
     ParallelismConfig: (Void(when={"model_parallel_size": 1}, options=("use_sequence_parallel",)),),
     GenerationConfig: (

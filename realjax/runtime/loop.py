@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
+from realjax.allocation.choice import PLAN_FILE, dump_choices
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.faults import explain_faults
 from realjax.core.processes import is_first
 from realjax.dataflow.picture import describe_graph
 from realjax.dataflow.run import RunSpec
 from realjax.record.answers import AnswerWriter
-from realjax.record.metrics import MetricsWriter, import_wandb
+from realjax.record.metrics import MetricsWriter, import_wandb, replace_text
 from realjax.record.report import REPORT_FILE
 from realjax.record.rundir import write_log
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
@@ -44,6 +45,8 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
         # What may refuse the run comes first: it then leaves an earlier one's files where they are.
         state = first_state(spec, roles, save)
         open_run_directory(spec, continues_after=None if save is None else save.step)
+        if is_first():
+            replace_text(spec.paths.logs / PLAN_FILE, dump_choices(plan.choices))
         with (
             write_log(spec.paths.logs),
             RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer,

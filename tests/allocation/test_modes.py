@@ -61,8 +61,8 @@ def test_other_modes_are_refused(mode):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (make_options("heuristic"), "^allocation_mode: heuristic has no rules for this experiment; use manual with"),
-        (make_options("search"), "^allocation_mode: search is not available"),
+        (make_options("heuristic"), "^allocation_mode: heuristic has no rules for this experiment; use search, manual"),
+        (make_options("search", mesh="NODE03"), "^train.device_mesh: "),
         (
             make_options("d2p1m2", n_nodes=1, n_gpus_per_node=8),
             r"^allocation_mode: d2p1m2: .* = 2\*1\*2 = 4 devices, .* = 8; set n_gpus_per_node=4",

@@ -47,7 +47,7 @@ ONE_DEVICE = AllocationOptions(
 
 def make_paths(root: Path) -> RunPaths:
     folders = {kind: root / kind / "t" for kind in ("logs", "checkpoints", "recover")}
-    return RunPaths(**folders, compilation_cache=root / "cache")
+    return RunPaths(**folders, compilation_cache=root / "cache", plans=root / "plans")
 
 
 def make_spec(paths: RunPaths, **changes) -> RunSpec:

@@ -53,7 +53,7 @@ model.optimizer.beta2=0.99 model.optimizer.eps=1e-8 model.optimizer.min_lr_ratio
 model.optimizer.lr_scheduler_type=linear model.optimizer.warmup_steps_proportion=0.1 model.optimizer.offload=True
 allocation.parallel.model_parallel_size=2 allocation.parallel.pipeline_parallel_size=2
 allocation.parallel.data_parallel_size=2 allocation.parallel.use_sequence_parallel=True allocation.n_mbs=4
-allocation.device_mesh=NODE01
+allocation.device_mesh=NODE01 allocation_use_cache=True
 dataset.train_path=a.jsonl dataset.valid_path=b.jsonl dataset.max_seqlen=128 dataset.train_bs_n_seqs=16
 dataset.valid_bs_n_seqs=8 dataset.pad_to_max_length=True
 """)
@@ -63,7 +63,6 @@ V03_WITHOUT_EFFECT = [
     "image_name=null",
     "recover_retries=3",
     "ignore_worker_error=True",
-    "allocation_use_cache=True",
     "cache_clear_freq=10",
     "model.backend=deepspeed",
 ]
