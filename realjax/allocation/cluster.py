@@ -58,6 +58,10 @@ class Cluster:
     measured: Measured = Measured()
     source: str = ""  # of the figures
 
+    def __hash__(self) -> int:
+        """By name and size alone, so that functions of a cluster can be cached."""
+        return hash((self.name, self.num_nodes, self.devices_per_node))
+
     @property
     def num_devices(self) -> int:
         return self.num_nodes * self.devices_per_node

@@ -1,0 +1,117 @@
+"""Seconds of generation: prompts put into slots, and a token a row in every round until all answers have ended."""
+
+import math
+
+from realjax.allocation.choice import Choice
+from realjax.allocation.cluster import Cluster
+from realjax.allocation.collectives import collective_seconds, find_groups
+from realjax.allocation.rates import Split, find_rates
+from realjax.allocation.workload import CallWork, Lengths
+
+CHUNK_LEN = 32  # rounds of a decode program, see `engine/slots.py`
+MOST_SLOTS = 256
+SHORTEST_CACHE = 128
+
+
+def count_slots(work: CallWork, choice: Choice) -> int:
+    """Returns how many answers are decoded at once, all devices together: as many as there are, up to 256, or as the
+    choice says, rounded up to what the devices share out."""
+    multiple = choice.strategy.row_multiple
+    return -(-min(work.num_sequences, choice.num_slots or MOST_SLOTS) // multiple) * multiple
+
+
+def count_rounds(num_sequences: int, num_slots: int, answers: Lengths) -> float:
+    """Returns the rounds in which every slot that runs draws a token, where a waiting prompt takes the place of an
+    answer that has ended.
+
+    Slots are full for (sequences / slots) x mean rounds. At the end they run empty: the longest answer outlasts the
+    mean, and where all are as long, the last wave is not full.
+    """
+    waves = num_sequences / num_slots
+    if waves <= 1:
+        return answers.longest
+    last = max(answers.longest - answers.mean, (math.ceil(waves) - waves) * answers.mean)
+    return waves * answers.mean + last
+
+
+def mean_context(work: CallWork, is_paged: bool) -> float:
+    """Returns the cached tokens of a row that a round reads.
+
+    Pages hold what is there. realjax reads the room it has: the next of 128, 256, 512 and so on, at most the longest
+    that answers can come to, see `docs/generation.md`.
+    """
+    assert work.answers
+    first, last = work.prompts.mean, work.prompts.mean + work.answers.mean
+    if is_paged:
+        # A longer answer is in its slot for longer.
+        return first + work.answers.mean_square / work.answers.mean / 2
+    first, last = float(work.prompts.longest), float(work.prompts.longest + work.answers.longest)
+    total, at, room = 0.0, first, SHORTEST_CACHE
+    while at < last:
+        if (top := min(room, last)) > at:
+            total, at = total + (top - at) * top, top
+        room *= 2
+    return total / (last - first)
+
+
+def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, float]:
+    """Returns the terms of a generate call: rounds of P ticks, in which each of P stages takes a token of each row of a
+    P-th of the slots through its layers; and the prompts."""
+    assert work.answers
+    s, rates, model = choice.strategy, find_rates(cluster, work.dtype), work.model
+    groups, num_layers = find_groups(choice, cluster.devices_per_node), -(-model.num_layers // s.pp)
+    slots = count_slots(work, choice)
+    rounds = count_rounds(work.num_sequences, slots, work.answers)
+    rows, ticks = slots / (s.dp * s.pp), rounds * s.pp
+    layer = rates.decode(model, rows, mean_context(work, bool(cluster.factor("paged", 0.0))), Split(s.tp))
+    factor = rates.measured_factor("decode", model, rows, 0)
+    floor = max(0.0, rates.least_layer - factor * layer.seconds)
+    runs = num_layers * ticks
+    terms = {
+        "weights": runs * factor * layer.products,
+        "cache": runs * factor * layer.attention,
+        "memory": runs * factor * layer.memory,
+        "least": runs * floor,
+        "head": ticks * rates.product(rows, model.hidden_size, model.vocab_size / (s.tp * s.pp)),
+        "draw": ticks * rates.passes(DRAW_BYTES * rows * s.dp * model.vocab_size / s.size),
+    }
+    size = rows * model.hidden_size * rates.itemsize
+    collective = lambda kind, num_bytes, group: collective_seconds(kind, num_bytes, group, cluster)
+    if s.tp > 1:
+        reduce = collective("all_reduce", size, groups.tensor) + cluster.factor("call_seconds", 0.0)
+        terms["tp"] = 2 * runs * reduce + ticks * collective("all_reduce", size, groups.vocab)
+        logits = 4 * rows * model.vocab_size / (s.tp * s.pp)
+        terms["tp"] += ticks * collective("all_to_all", logits, groups.vocab)
+    if s.pp > 1:
+        terms["pp"] = ticks * (collective("permute", size, groups.pipe) + cluster.factor("call_seconds", 0.0))
+    if choice.experts > 1:
+        swap = collective("all_to_all", size * model.experts_per_token, groups.experts)
+        terms["ep"] = 2 * runs * swap
+    terms |= _prefill_terms(work, choice, cluster, slots)
+    admissions = max(1, math.ceil(work.num_sequences / max(1, slots // 4)))
+    terms["dispatch"] = cluster.dispatch_seconds * (admissions + math.ceil(rounds / CHUNK_LEN))
+    return {name: seconds for name, seconds in terms.items() if seconds}
+
+
+# Float32 logits of a row, written, divided, and read by the search for the likeliest and by the softmax.
+DRAW_BYTES = 4 * 5
+
+
+def _prefill_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int) -> dict[str, float]:
+    """Returns the prompts' forward passes: a quarter of the slots at a time, in P micro-batches of 2P - 1 ticks."""
+    s, rates, model = choice.strategy, find_rates(cluster, work.dtype), work.model
+    is_paged = bool(cluster.factor("paged", 0.0))
+    length = work.prompts.mean if is_paged else work.prompts.longest
+    admissions = math.ceil(work.num_sequences / max(1, slots // 4))
+    prompts = work.num_sequences / (s.dp * s.pp * admissions)  # of a micro-batch
+    tokens, split = prompts * length, Split(s.tp)
+    squares = prompts * (work.prompts.mean_square if is_paged else length**2)
+    layer = rates.forward(model, tokens, squares, split)
+    seconds = layer.seconds * rates.measured_factor("forward", model, 1, tokens)
+    runs = -(-model.num_layers // s.pp) * admissions * (2 * s.pp - 1)
+    terms = {"prefill": runs * max(seconds, rates.least_layer)}
+    if s.tp > 1:
+        group = find_groups(choice, cluster.devices_per_node).tensor
+        size = tokens * model.hidden_size * rates.itemsize
+        terms["prefill"] += 2 * runs * collective_seconds("all_reduce", size, group, cluster)
+    return terms

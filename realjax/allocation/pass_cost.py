@@ -1,0 +1,255 @@
+"""Seconds of passes over rows: inference, and training with its gradients and updates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from realjax.allocation.choice import Choice
+from realjax.allocation.cluster import Cluster
+from realjax.allocation.collectives import Group, Groups, collective_seconds, exposed, find_groups
+from realjax.allocation.measured import Collective
+from realjax.allocation.rates import Layer, Rates, Split, find_rates
+from realjax.allocation.workload import CallWork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """A pass over rows on one device: what it works on, and how often."""
+
+    choice: Choice
+    cluster: Cluster
+    rates: Rates
+    groups: Groups
+    work: CallWork
+    num_layers: int  # of a stage, empty ones among them
+    tokens: float  # of a micro-batch on a device
+    squares: float  # of its sequences' lengths
+    num_batches: int  # micro-batches of a pass or an update
+    ticks: float  # that it takes as long as, bubbles among them
+
+    @property
+    def split(self) -> Split:
+        s = self.choice.strategy
+        return Split(s.tp, s.sequence_parallel, self.choice.experts)
+
+    @property
+    def hidden_bytes(self) -> float:
+        """Of a micro-batch's hidden states, whole."""
+        return self.tokens * self.work.model.hidden_size * self.rates.itemsize
+
+    def collective(self, kind: Collective, num_bytes: float, group: Group) -> float:
+        """Returns seconds of one collective."""
+        return collective_seconds(kind, num_bytes, group, self.cluster)
+
+
+def plan_passes(work: CallWork, choice: Choice, cluster: Cluster, *, is_train: bool) -> Passes:
+    """Returns the passes of an update, or of an inference call.
+
+    The micro-batches are those of `num_stage_batches` in `engine/pipeline.py`: up to two a stage of each of `num_mbs`
+    parts. Training runs them all in one 1F1B schedule, whose M micro-batches take M + (P-1)/v ticks in P stages of v
+    parts (arXiv:2104.04473); an inference pass runs a part at a time.
+    """
+    s, num_mbs = choice.strategy, choice.num_mbs
+    rows, row_len = work.pack_fn(s.row_multiple * num_mbs)
+    local = rows / s.dp / num_mbs
+    per_part = _stage_batches(local, s.pp)
+    bubbles = (s.pp - 1) / choice.interleave
+    sequences = work.num_sequences * (work.passes / work.num_updates if is_train else 1)
+    num_batches = num_mbs * per_part
+    # Row length is not sequence length: attention goes by the squares of what lies in the rows.
+    squares = sequences * work.lengths.mean_square / (s.dp * choice.context * num_batches)
+    if work.model.window:
+        squares = min(squares, 2 * local / per_part * row_len / choice.context * work.model.window)
+    return Passes(
+        choice=choice,
+        cluster=cluster,
+        rates=find_rates(cluster, work.dtype),
+        groups=find_groups(choice, cluster.devices_per_node),
+        work=work,
+        num_layers=-(-work.model.num_layers // s.pp),
+        tokens=local / per_part * row_len / choice.context,
+        squares=squares,
+        num_batches=num_batches,
+        ticks=num_batches + bubbles if is_train else num_mbs * (per_part + bubbles),
+    )
+
+
+def _stage_batches(num_rows: float, pp: int) -> int:
+    """Returns the most micro-batches, up to two a stage, that a part's rows on a device divide into."""
+    if pp == 1:
+        return 1
+    whole = max(1, round(num_rows))
+    return next(n for n in range(2 * pp, 0, -1) if whole % n == 0)
+
+
+def inference_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, float]:
+    """Returns the terms of an inference call: forward passes in stages, and the head."""
+    passes = plan_passes(work, choice, cluster, is_train=False)
+    layer = _measured(passes, passes.rates.forward(work.model, passes.tokens, passes.squares, passes.split), "forward")
+    layer = _at_least(layer, passes.rates.least_layer)
+    terms = _layer_terms(passes, layer)
+    terms["head"] = passes.num_batches * head_seconds(passes, num_products=1, num_reads=3)
+    terms |= _tensor_terms(passes, gathers=2, scatters=2, reduces=2)
+    terms |= _pipe_terms(passes, ways=1) | _context_terms(passes, layer, times=1) | _expert_terms(passes, times=1)
+    terms |= _shard_terms(passes, layer, gathers=1, scatters=0)
+    return _finish(passes, terms, num_calls=1)
+
+
+def train_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, float]:
+    """Returns the terms of a training call: passes there and back of all updates, gradients' sums, the optimizer."""
+    passes = plan_passes(work, choice, cluster, is_train=True)
+    rates, again = passes.rates, 1 if choice.remat else 0
+    forward = _measured(passes, rates.forward(work.model, passes.tokens, passes.squares, passes.split), "forward")
+    backward = _measured(passes, rates.backward(work.model, forward), "backward", like=forward)
+    forward = _at_least(forward, rates.least_layer)
+    backward = _at_least(backward, 2 * rates.least_layer)
+    both = Layer(*(a + b for a, b in zip(_values(forward), _values(backward))))
+    terms = _layer_terms(passes, both)
+    if again:
+        terms["remat"] = passes.num_layers * passes.num_batches * forward.seconds
+        terms["bubbles"] += passes.num_layers * (passes.ticks - passes.num_batches) * forward.seconds
+    terms["head"] = passes.num_batches * head_seconds(passes, num_products=3, num_reads=6)
+    terms |= _tensor_terms(passes, gathers=4 + 2 * again, scatters=4 + again, reduces=4 + again)
+    terms |= _pipe_terms(passes, ways=2) | _context_terms(passes, both, times=3 + again)
+    terms |= _expert_terms(passes, times=2 + again) | _shard_terms(passes, both, gathers=2, scatters=1)
+    terms |= {"dp": _gradient_seconds(passes), "optimizer": _optimizer_seconds(passes)}
+    return _finish(passes, terms, num_calls=work.num_updates)
+
+
+def _values(layer: Layer) -> tuple[float, float, float]:
+    return layer.products, layer.attention, layer.memory
+
+
+def _measured(passes: Passes, layer: Layer, use: str, like: Layer | None = None) -> Layer:
+    """Returns a layer as long as the profile's layers were; the way back is predicted from an uncorrected forward."""
+    factor = passes.rates.measured_factor(use, passes.work.model, 1, passes.tokens)
+    return layer if factor == 1 else Layer(*(factor * value for value in _values(layer)))
+
+
+def _at_least(layer: Layer, least: float) -> Layer:
+    """Returns a layer that takes at least as long as starting its kernels one by one."""
+    return Layer(layer.products, layer.attention, layer.memory + max(0.0, least - layer.seconds))
+
+
+def _layer_terms(passes: Passes, layer: Layer) -> dict[str, float]:
+    """Returns the stage's layers over all micro-batches, and the ticks in which it has none."""
+    runs, bubbles = passes.num_layers * passes.num_batches, passes.ticks - passes.num_batches
+    return {
+        "products": runs * layer.products,
+        "attention": runs * layer.attention,
+        "memory": runs * layer.memory,
+        "bubbles": passes.num_layers * bubbles * layer.seconds,
+    }
+
+
+def head_seconds(passes: Passes, *, num_products: int, num_reads: int) -> float:
+    """Returns the head over a micro-batch, with the vocabulary split over tensor and pipe: its products, and float32
+    logits that are written once and read by maximum, sum and gradients."""
+    work, s = passes.work, passes.choice.strategy
+    if not work.scores_vocab:
+        return 0.0
+    columns = work.model.vocab_size / (s.tp * s.pp)
+    product = passes.rates.product(passes.tokens, work.model.hidden_size, columns)
+    return num_products * product + num_reads * passes.rates.passes(4 * passes.tokens * columns)
+
+
+def _tensor_terms(passes: Passes, *, gathers: int, scatters: int, reduces: int) -> dict[str, float]:
+    """Returns collectives over `tensor`: each layer gathers and scatters its hidden states with sequence parallelism,
+    else it all-reduces them; `tests/aot/test_budgets.py` counts the same in compiled programs."""
+    s, runs = passes.choice.strategy, passes.num_layers * passes.ticks
+    if s.tp == 1:
+        return {}
+    share = 1 - passes.cluster.factor("tensor_overlap", 0.0)
+    size = passes.hidden_bytes
+    if not s.sequence_parallel:
+        return {
+            "tp": share * (runs * reduces + passes.ticks) * passes.collective("all_reduce", size, passes.groups.tensor)
+        }
+    gather, scatter = (passes.collective(kind, size, passes.groups.tensor) for kind in ("all_gather", "reduce_scatter"))
+    return {"tp": share * (gather * (runs * gathers + passes.ticks) + scatter * (runs * scatters + passes.ticks))}
+
+
+def _pipe_terms(passes: Passes, *, ways: int) -> dict[str, float]:
+    """Returns what goes between stages: each tick hands hidden states on (and gradients back), v times with v parts a
+    stage; they come in from the embedding and go out to the head, whose vocabulary is split over all stages."""
+    s = passes.choice.strategy
+    if s.pp == 1:
+        return {}
+    size = passes.hidden_bytes / (s.tp if s.sequence_parallel else 1)
+    on = passes.choice.interleave * passes.collective("permute", size, passes.groups.pipe)
+    out = passes.collective("all_reduce", size, passes.groups.pipe)
+    return {"pp": passes.ticks * ways * on + (passes.ticks + passes.num_batches * (ways - 1)) * out}
+
+
+def _context_terms(passes: Passes, layer: Layer, *, times: int) -> dict[str, float]:
+    """Returns ring attention's keys and values (arXiv:2310.01889), which attention partly hides."""
+    cp, tp, model = passes.choice.context, passes.choice.strategy.tp, passes.work.model
+    if cp == 1:
+        return {}
+    size = 2 * passes.tokens * max(model.num_kv_heads / tp, 1) * model.head_dim * passes.rates.itemsize
+    seconds = times * passes.collective("all_gather", cp * size, passes.groups.context)
+    hidden = exposed(seconds, layer.attention, passes.cluster.factor("overlap", 0.0))
+    return {"cp": passes.num_layers * passes.ticks * hidden}
+
+
+def _expert_terms(passes: Passes, *, times: int) -> dict[str, float]:
+    """Returns the exchange of tokens between experts: each goes to k of them, and comes back."""
+    if passes.choice.experts == 1:
+        return {}
+    size = passes.hidden_bytes * passes.work.model.experts_per_token
+    seconds = 2 * times * passes.collective("all_to_all", size, passes.groups.experts)
+    return {"ep": passes.num_layers * passes.ticks * seconds}
+
+
+def _shard_terms(passes: Passes, layer: Layer, *, gathers: int, scatters: int) -> dict[str, float]:
+    """Returns what ZeRO's third stage gathers and scatters: a layer's parameters in every pass, its float32 gradients
+    in every micro-batch, behind what is computed meanwhile."""
+    s, model = passes.choice.strategy, passes.work.model
+    if s.zero_stage < 3 or passes.groups.data.size == 1:
+        return {}
+    width = passes.rates.weight_bytes
+    size = model.layer_params / s.tp
+    comm = gathers * passes.collective("all_gather", width * size, passes.groups.data)
+    comm += scatters * passes.collective("reduce_scatter", 4 * size, passes.groups.data)
+    overlap = passes.cluster.factor("overlap", 0.0)
+    # The head's and the first layer's have nothing to hide behind.
+    head = model.head_params / (s.tp * s.pp)
+    outer = passes.collective("all_gather", width * head, passes.groups.data)
+    outer += scatters * passes.collective("reduce_scatter", 4 * head, passes.groups.data)
+    return {"zero": passes.ticks * (passes.num_layers * exposed(comm, layer.seconds, overlap) + outer)}
+
+
+def _stage_params(passes: Passes) -> float:
+    """Returns parameters of a device before ZeRO splits them."""
+    s, model = passes.choice.strategy, passes.work.model
+    experts = model.num_experts * model.expert_params
+    layer = (model.layer_params - experts) / s.tp + experts / (s.tp * passes.choice.experts)
+    outer = model.num_params - model.num_layers * model.layer_params
+    return passes.num_layers * layer + outer / (s.tp * s.pp)
+
+
+def _gradient_seconds(passes: Passes) -> float:
+    """Returns the sum over `data` once an update: float32 gradients all-reduced, or with ZeRO's stages 1 and 2
+    scattered and the parameters gathered in the compute dtype."""
+    s, size = passes.choice.strategy, _stage_params(passes)
+    if s.zero_stage == 3:
+        return 0.0
+    if s.zero_stage == 0:
+        return passes.collective("all_reduce", 4 * size, passes.groups.data)
+    gathered = passes.collective("all_gather", passes.rates.weight_bytes * size, passes.groups.data)
+    return passes.collective("reduce_scatter", 4 * size, passes.groups.data) + gathered
+
+
+def _optimizer_seconds(passes: Passes) -> float:
+    """Returns an update's passes over memory: Adam reads and writes masters, two moments and gradients (32 bytes), the
+    norm reads gradients (4), the compute copy is written (2); every further micro-batch adds its gradients (12)."""
+    s, size = passes.choice.strategy, _stage_params(passes)
+    parts = passes.groups.data.size if s.zero_stage else 1
+    summed = size / (parts if s.zero_stage == 3 else 1)
+    added = 12 * summed * (passes.num_batches - 1)
+    return passes.rates.passes(36 * size / parts + passes.rates.weight_bytes * size + added)
+
+
+def _finish(passes: Passes, terms: Mapping[str, float], num_calls: int) -> dict[str, float]:
+    """Returns the terms of all updates, with what it takes to start their programs."""
+    scaled = {name: num_calls * seconds for name, seconds in terms.items() if seconds}
+    return scaled | {"dispatch": num_calls * passes.cluster.dispatch_seconds}
