@@ -1,70 +1,28 @@
 """What a compiled program sends between devices and how much it multiplies, read from XLA's text of it.
 
 The text is that of `jax.stages.Compiled.as_text()`: after all passes of the backend, as a device runs it. What is in a
-loop counts as often as the loop turns, which XLA writes beside it.
+loop counts as often as the loop turns, see `turns.py`.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
+from realjax.aot.instructions import Instruction, Shape, parse, read_numbers
+from realjax.aot.turns import Counter, count_turns, find_counter
 from realjax.core.layout import Layout
 
-# Of a number, in bits. A shape of another type is an error: bytes would be missing.
-BITS = {
-    **dict.fromkeys(("token", "opaque"), 0),
-    **dict.fromkeys(("s1", "u1"), 1),
-    **dict.fromkeys(("s2", "u2"), 2),
-    **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 4),
-    **dict.fromkeys(("pred", "s8", "u8", "f8e5m2", "f8e4m3", "f8e4m3fn", "f8e8m0fnu"), 8),
-    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 16),
-    **dict.fromkeys(("s32", "u32", "f32"), 32),
-    **dict.fromkeys(("s64", "u64", "f64", "c64"), 64),
-    "c128": 128,
-}
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 # Libraries' kernels that multiply two matrices, as XLA calls them.
 MATMUL_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
 
-_COMMENT = re.compile(r"/\*.*?\*/")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|async_wrapped)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}|\b(?:true|false)_computation=%?([\w.\-]+)")
-_TRIPS = re.compile(r"known_trip_count\D*?(\d+)")
 _IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _GROUPS = re.compile(
     r"\b(?:replica_groups|source_target_pairs)="
     r"(\{\{.*?\}\}|\{\}|mesh\[.*?\](?:, device_ids=\(.*?\))? \{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """An array on one device."""
-
-    dtype: str
-    dims: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return -(-math.prod(self.dims) * BITS[self.dtype] // 8)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,9 +78,9 @@ class Collective:
 class Reading:
     """What there is to know of a program from its text.
 
-    Loops whose turns XLA does not know (`open_loops`) count as one turn; `open_flops` are those of `matmul_flops` that
-    are inside them. Of branches, the one with the most to multiply counts, and the collectives of all. `opaque_calls`
-    are kernels whose inside the text does not show, by name, with their times: what they multiply is not counted.
+    Loops whose turns are not known (`open_loops`) count as one turn; `open_flops` are those of `matmul_flops` that are
+    inside them. Of branches, the one with the most to multiply counts, and the collectives of all. `opaque_calls` are
+    kernels whose inside the text does not show, by name, with their times: what they multiply is not counted.
     """
 
     collectives: tuple[Collective, ...]
@@ -147,43 +105,9 @@ def bytes_along(found: Iterable[Collective], layout: Layout, *axes: str, kind: s
     return sum(c.total_bytes for c in found if c.axes(layout) == axes and kind in (None, c.kind))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Instruction:
-    name: str
-    shapes: tuple[Shape, ...]  # one, or those of a tuple
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-
-    @cached_property
-    def kind(self) -> str | None:
-        """The kind of collective that begins here, None for other instructions."""
-        base = self.opcode.removesuffix("-start")
-        return base if base in KINDS else None
-
-    @property
-    def target(self) -> str:
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found[1] if found else ""
-
-    @property
-    def called(self) -> list[str]:
-        # What an async instruction calls runs once, from its start to its end.
-        return [] if self.opcode.endswith(("-done", "-update")) else _CALLED.findall(self.attributes)
-
-    @property
-    def branches(self) -> list[str]:
-        names = [several or one for several, one in _BRANCHES.findall(self.attributes)]
-        return [name.strip().lstrip("%") for text in names for name in text.split(",")]
-
-
 class _Reader:
     def __init__(self, text: str) -> None:
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.entry = ""
-        self._parse(text)
-        if not self.entry:
-            raise ValueError("hlo: the text holds no program; give that of Compiled.as_text()")
+        self.computations, self.entry = parse(text)
         found = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
         self.num_devices = int(found[1]) if found else 1
         self.collectives: list[Collective] = []
@@ -201,30 +125,24 @@ class _Reader:
             opaque_calls=self.opaque_calls,
         )
 
-    def _parse(self, text: str) -> None:
-        current: dict[str, _Instruction] | None = None
-        for line in text.splitlines():
-            if line.startswith("}"):
-                current = None
-            elif current is None:
-                if found := _COMPUTATION.match(line):
-                    current = self.computations[found[2]] = {}
-                    self.entry = found[2] if found[1] else self.entry
-            elif found := _INSTRUCTION.match(line):
-                current[found[1]] = _parse_instruction(found[1], _COMMENT.sub("", found[2]))
+    def _walk(self, computation: str, times: int, *, is_open: bool, counter: Counter | None = None) -> int:
+        """Notes what a computation does that runs `times`, in turns of a loop that `counter` counts.
 
-    def _walk(self, computation: str, times: int, *, is_open: bool) -> int:
-        """Notes what a computation does that runs `times`; returns its multiplications' FLOPs of all times."""
+        Returns its multiplications' FLOPs of all times.
+        """
         instructions, flops = self.computations[computation], 0
         for one in instructions.values():
             if one.kind is not None:
                 self.collectives.append(self._read_collective(one, instructions, times, is_open))
                 continue
             flops += times * self._matmul_flops(one, instructions, times)
-            trips = _TRIPS.search(one.attributes) if one.opcode == "while" else None
-            begins_open = one.opcode == "while" and trips is None
-            inner = times * int(trips[1]) if trips else times
-            called = sum(self._walk(name, inner, is_open=is_open or begins_open) for name in one.called)
+            own = find_counter(one) if one.opcode == "while" else None
+            inner, begins_open = times * own.turns if own else times, False
+            if one.opcode == "while" and own is None:
+                turns = counter and count_turns(one, computation, self.computations, counter)
+                begins_open = turns is None
+                inner = times * turns // counter.turns if counter and turns is not None else times
+            called = sum(self._walk(name, inner, is_open=is_open or begins_open, counter=own) for name in one.called)
             if begins_open:
                 self.open_loops.append(one.name)
                 self.open_flops += 0 if is_open else called
@@ -233,7 +151,7 @@ class _Reader:
         return flops
 
     def _read_collective(
-        self, one: _Instruction, beside: Mapping[str, _Instruction], times: int, is_open: bool
+        self, one: Instruction, beside: Mapping[str, Instruction], times: int, is_open: bool
     ) -> Collective:
         operands = tuple(shape for name in one.operands for shape in beside[name].shapes)
         results = one.shapes
@@ -257,7 +175,7 @@ class _Reader:
             shapes=larger,
         )
 
-    def _matmul_flops(self, one: _Instruction, beside: Mapping[str, _Instruction], times: int) -> int:
+    def _matmul_flops(self, one: Instruction, beside: Mapping[str, Instruction], times: int) -> int:
         if one.opcode == "dot":
             contracted = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", one.attributes)
         elif one.opcode == "custom-call" and one.target.startswith(MATMUL_TARGETS):
@@ -278,55 +196,15 @@ def _is_kernel(target: str) -> bool:
     return not any(word in target for word in harmless)
 
 
-def _parse_instruction(name: str, text: str) -> _Instruction:
-    """Reads `f32[8]{0} add(%a, %b), attribute=...`."""
-    shape, rest = _split_shape(text)
-    opcode, _, rest = rest.partition("(")
-    end = _closing(rest)
-    return _Instruction(
-        name=name,
-        shapes=tuple(_read_shapes(shape)),
-        opcode=opcode.strip(),
-        operands=tuple(re.findall(r"%([\w.\-]+)", rest[:end])),
-        attributes=rest[end + 1 :],
-    )
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    end = _closing(text[1:]) + 1
-    return text[: end + 1], text[end + 1 :]
-
-
-def _closing(text: str) -> int:
-    """Returns where the parenthesis ends that was opened before the text."""
-    depth = 1
-    for found in re.finditer(r"[()]", text):
-        depth += 1 if found[0] == "(" else -1
-        if depth == 0:
-            return found.start()
-    raise ValueError(f"hlo: a parenthesis is not closed in '{text[:80]}'")
-
-
-def _read_shapes(text: str) -> Iterator[Shape]:
-    # Layouts in braces, such as {1,0:T(8,128)S(1)}, are left out.
-    for dtype, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text)):
-        if dtype not in BITS:
-            raise ValueError(f"hlo: the type '{dtype}' of '{text[:80]}' is not known; enter its bits in BITS of hlo.py")
-        yield Shape(dtype=dtype, dims=_numbers(dims))
-
-
 def read_groups(text: str, num_devices: int) -> np.ndarray:
     """Returns the groups `[G, S]` that XLA writes as lists, as a permuted count, or as axes of a mesh."""
     if text == "{}":
         return np.arange(num_devices)[None]
     if text.startswith("{{"):
-        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text)])
+        return np.array([read_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text)])
     if not text.startswith("mesh"):
         shape, order = text.split("<=")
-        return _read_iota(order).reshape(_numbers(shape.strip("[]")))
+        return _read_iota(order).reshape(read_numbers(shape.strip("[]")))
     sizes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", text)]
     given = re.search(r"device_ids=\((.*?)\)\s*\{", text)
     ids = _read_iota(given[1]) if given else np.arange(math.prod(size for _, size in sizes))
@@ -340,10 +218,6 @@ def _read_iota(text: str) -> np.ndarray:
     found = _IOTA.search(text)
     if found is None:
         raise ValueError(f"hlo: devices are written as '{text}', which is no known form")
-    dims = _numbers(found[1])
+    dims = read_numbers(found[1])
     grid = np.arange(math.prod(dims)).reshape(dims)
-    return (grid.transpose(_numbers(found[2])) if found[2] else grid).ravel()
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(",") if number)
+    return (grid.transpose(read_numbers(found[2])) if found[2] else grid).ravel()

@@ -19,8 +19,9 @@ from realjax.core.trees import Tree
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import make_attention
 from realjax.engine.pipeline import make_run_layers
-from realjax.engine.products import chunk_bytes, make_products, unrolls_layers
+from realjax.engine.products import adds_in_place, chunk_bytes, make_products, unrolls_layers
 from realjax.engine.shards import Shards, keep_shards, make_shards
+from realjax.engine.totals import AddFn, add_after, add_in_place
 from realjax.models import heads
 from realjax.models.build import Model
 from realjax.models.products import MatmulFn
@@ -78,7 +79,9 @@ class ForwardParts:
         needs_entropy: bool = False,
     ) -> None:
         self.model, self._shards = model, make_shards(model, rules, layout)
-        self.forward = _make_forward(model, rules, layout, compute, self._shards)
+        unroll = unrolls_layers(layout, remat=compute.remat) if compute.unroll is None else compute.unroll
+        self.forward = _make_forward(model, rules, layout, compute, self._shards, unroll)
+        self.add_gradients: AddFn = add_in_place if adds_in_place(layout, unroll=unroll) else add_after
         chunks_fn = _make_chunks_fn(model, rules, layout, compute, self.forward)
         self._head_fn = _make_head(head, draw, needs_entropy, self.forward.products.matmul, chunks_fn)
 
@@ -151,8 +154,9 @@ def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
     return model.bind({k: jax.tree.map(collect, v, outer[k]) if k in outer else v for k, v in params.items()})
 
 
-def _make_forward(model: Model, rules: Rules, layout: Layout, compute: Compute, shards: Shards | None) -> Forward:
-    unroll = unrolls_layers(layout, remat=compute.remat) if compute.unroll is None else compute.unroll
+def _make_forward(
+    model: Model, rules: Rules, layout: Layout, compute: Compute, shards: Shards | None, unroll: bool
+) -> Forward:
     case = Case.of("rows", model.config, layout, compute.array_dtype)
     forward = Forward(
         constrain=make_constrain(rules, layout),

@@ -8,6 +8,7 @@ have their place in each tick, on all devices, which split the vocabulary.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from realjax.engine.forward import ForwardParts, term_weights
 from realjax.engine.manual_axes import over_stages
 from realjax.engine.pipeline import num_step_batches
 from realjax.engine.rows import deal_rows
-from realjax.engine.stage import Halves, Stage, make_sink, take_batch
+from realjax.engine.stage import Halves, Stage, take_batch
+from realjax.engine.totals import make_sink
 from realjax.models.config import cut_order
 from realjax.models.stacks import Aux, PerRow, Stacks, join_kinds, split_kinds
 from realjax.models.transformer import read_positions
@@ -78,29 +80,33 @@ class Schedule:
             return parts.forward.run_layers_fn(blocks, order, stacks, x, given[1])
 
         read = lambda batch: read_positions(self.config, batch["positions"], batch["segment_ids"])
-        self.stage = Stage(Halves(run_layers), read, self.num_stages, self.num_batches)
+        self.stage = Stage(Halves(run_layers, parts.add_gradients), read, self.num_stages, self.num_batches)
 
     def run(self) -> Flow:
         """Returns what is summed when all micro-batches are back."""
         P, M = self.num_stages, self.num_batches
-        forward = lambda flow, t: (self.forward(flow, t)[0], None)
-        both = lambda flow, t: (self.backward(*self.turn_round(*self.forward(flow, t), t), t), None)
-        backward = lambda flow, t: (self.backward(flow, jnp.zeros_like(flow.received[0]), t), None)
-        flow, _ = jax.lax.scan(forward, self.start(), jnp.arange(0, P - 1))
-        flow, _ = jax.lax.scan(both, flow, jnp.arange(P - 1, P - 1 + M))
-        flow, _ = jax.lax.scan(backward, flow, jnp.arange(P - 1 + M, 2 * P - 2 + M))
-        return flow
+
+        def tick(t: Array, flow: Flow) -> Flow:
+            outputs, grad_x = jnp.zeros_like(flow.received), jnp.zeros_like(flow.received[0])
+            is_last_in = (t >= P - 1) & (t < P - 1 + M)
+            flow, outputs = _run_if(t < P - 1 + M, lambda flow, _: self.forward(flow, t), (flow, outputs))
+            flow, grad_x = _run_if(is_last_in, lambda flow, _: self.turn_round(flow, outputs, t), (flow, grad_x))
+            (flow,) = _run_if(t >= P - 1, lambda flow: (self.backward(flow, grad_x, t),), (flow,))
+            return flow
+
+        # One loop, not one each for ticks with other halves: each half is compiled once.
+        return jax.lax.fori_loop(0, 2 * P - 2 + M, tick, self.start())
 
     def forward(self, flow: Flow, t: Array) -> tuple[Flow, Array]:
-        """Returns the flow after a forward half, and what comes out of the last stage, `[R, T, D]`."""
+        """Returns the flow after a forward half, and what comes out of the stages, `[P, R, T, D]`."""
         x = self.parts.embed(self.params, take_batch(self.batches, t))
         run = over_stages(self.stage.forward, self.layout, num_split=3)
         outputs, received, kept, terms = run(self.stacks, flow.received, flow.kept, x, self.batches, t)
-        # As they are: XLA would widen 16-bit numbers before it sends them, and read what is kept from a copy.
-        out, kept = jax.lax.optimization_barrier((outputs[-1], kept))
-        return replace(flow, received=received, kept=kept, terms=jax.tree.map(jnp.add, flow.terms, terms)), out
+        terms = jax.tree.map(jnp.add, flow.terms, terms)
+        # As it is: XLA would read what is kept from a copy.
+        return replace(flow, received=received, kept=jax.lax.optimization_barrier(kept), terms=terms), outputs
 
-    def turn_round(self, flow: Flow, x: Array, t: Array) -> tuple[Flow, Array]:
+    def turn_round(self, flow: Flow, outputs: Array, t: Array) -> tuple[Flow, Array]:
         """Returns the flow with the loss of what came out of the last stage, and its gradient, `[R, T, D]`."""
         batch = take_batch(self.batches, t - (self.num_stages - 1))
 
@@ -108,9 +114,12 @@ class Schedule:
             sums = self.loss.fn(self.parts.read_out(self.params, x, batch, sinks), batch)
             return sums.loss.sum, sums
 
-        sinks = jax.tree.map(make_sink, {name: leaf for name, leaf in self.params.items() if name != "layers"})
-        (grads, grad_x), sums = jax.grad(summed_loss, argnums=(0, 1), has_aux=True)(sinks, x)
-        return replace(flow, grads=_add(flow.grads, grads), sums=jax.tree.map(jnp.add, flow.sums, sums)), grad_x
+        # As they are: XLA would widen 16-bit numbers before it sends them.
+        x = jax.lax.optimization_barrier(outputs[-1])
+        outer = {name: total for name, total in flow.grads.items() if name != "layers"}
+        loss, pullback, sums = jax.vjp(summed_loss, jax.tree.map(make_sink, outer), x, has_aux=True)
+        outer, (grad_x,) = self.parts.add_gradients(outer, pullback, jnp.ones_like(loss), num_others=1)
+        return replace(flow, grads=flow.grads | outer, sums=jax.tree.map(jnp.add, flow.sums, sums)), grad_x
 
     def backward(self, flow: Flow, grad_x: Array, t: Array) -> Flow:
         """Returns the flow after a backward half; `grad_x` comes into the last stage."""
@@ -120,8 +129,8 @@ class Schedule:
         batch = take_batch(self.batches, t - 2 * (self.num_stages - 1))
         embed = lambda sink: self.parts.embed(self.params, batch, {"embed": sink})
         _, pullback = jax.vjp(embed, jax.tree.map(make_sink, self.params["embed"]))
-        (of_table,) = pullback(jax.lax.optimization_barrier(grads_x[0]))
-        totals = _add({**totals, "layers": join_kinds(of_layers)}, {"embed": of_table})
+        of_table, _ = self.parts.add_gradients(totals["embed"], pullback, jax.lax.optimization_barrier(grads_x[0]))
+        totals = totals | {"layers": join_kinds(of_layers), "embed": of_table}
         return replace(flow, returned=returned, grads=self.constrain.tree(totals, self.axes))
 
     def start(self) -> Flow:
@@ -140,6 +149,10 @@ class Schedule:
         return Flow(flight, flight, kept, grads, zeros(sums), zeros(terms))
 
 
-def _add(total: Tree, grads: Tree) -> Tree:
-    """Returns the sums of all parameters, with the gradients of some added."""
-    return {**total, **{name: jax.tree.map(jnp.add, total[name], grad) for name, grad in grads.items()}}
+def _run_if(condition: Array, fn: Callable[..., tuple[Any, ...]], state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns `fn(*state)`, which is like the state, where the condition holds on all devices, else the state.
+
+    A loop of at most one turn: around conditionals, XLA copies what it updates in place in loops.
+    """
+    carry = (condition, state)
+    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (jnp.zeros((), bool), fn(*carry[1])), carry)[1]

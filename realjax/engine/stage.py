@@ -15,32 +15,34 @@ from jax import Array
 from realjax.core.batch import Batch
 from realjax.core.trees import Tree
 from realjax.engine.manual_axes import hand_back, hand_on, stage_index
+from realjax.engine.totals import AddFn, make_sink
 from realjax.models.stacks import Aux, PerRow, Stacks
 
 
 class Halves:
-    """`fn(given, *args)` as a forward and a backward half, with arrays that a loop can carry in between.
+    """`fn(given, sinks, x)` as a forward and a backward half, with arrays that a loop can carry in between.
 
     `given` is at hand in both, so none of its arrays are kept. `forward` is traced first: the function says what is.
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
+    def __init__(self, fn: Callable[[Any, Tree, Array], Any], add_fn: AddFn) -> None:
+        self.fn, self.add_fn = fn, add_fn
 
-    def forward(self, given: Any, *args: Any) -> tuple[Any, list[Array]]:
+    def forward(self, given: Any, sinks: Tree, x: Array) -> tuple[Any, list[Array]]:
         """Returns the function's outputs, and what the backward half needs beside `given`."""
-        outputs, pullback = jax.vjp(lambda *args: self.fn(given, *args), *args)
+        outputs, pullback = jax.vjp(lambda sinks, x: self.fn(given, sinks, x), sinks, x)
         leaves, self._structure = jax.tree.flatten(pullback)
         # What JAX keeps of an input is the input itself.
         numbers = {id(x): number for number, x in enumerate(jax.tree.leaves(given))}
         self._numbers = [numbers.get(id(leaf)) for leaf in leaves]
         return outputs, [leaf for leaf, number in zip(leaves, self._numbers) if number is None]
 
-    def backward(self, given: Any, kept: list[Array], grads: Any) -> tuple[Any, ...]:
-        """Returns the gradients of `args`, from those of the outputs."""
+    def backward(self, given: Any, kept: list[Array], totals: Tree, grads: Any) -> tuple[Tree, Array]:
+        """Returns the totals with the gradients of `sinks` added, and that of `x`, from those of the outputs."""
         own, inputs = iter(kept), jax.tree.leaves(given)
         leaves = [next(own) if number is None else inputs[number] for number in self._numbers]
-        return jax.tree.unflatten(self._structure, leaves)(grads)
+        totals, (grad_x,) = self.add_fn(totals, jax.tree.unflatten(self._structure, leaves), grads, num_others=1)
+        return totals, grad_x
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,11 @@ class Stage:
         """
         turn, (grad_y, of_terms) = t - 2 * (self.num_stages - 1) + stage_index(), grads
         grad_y = jnp.where(stage_index() == self.num_stages - 1, grad_y, returned[0])
+        # Where it has no turn, nothing comes back through what is kept of the nearest micro-batch.
+        grads = jax.tree.map(lambda grad: jnp.where(self._is_turn(turn), grad, 0), (grad_y, of_terms))
+        turn = jnp.clip(turn, 0, self.num_batches - 1)
         own = [ring[0, turn % ring.shape[1]] for ring in kept]
-        of_layers, grad_x = self.halves.backward(self._given(stacks, batches, turn), own, (grad_y, of_terms))
-        is_turn = self._is_turn(turn)
-        # So, and not plus 0: XLA would keep zeros of that size.
-        totals = jax.tree.map(lambda total, grad: jnp.where(is_turn, total + grad, total), totals, of_layers)
-        grad_x = jnp.where(is_turn, grad_x, 0)
+        totals, grad_x = self.halves.backward(self._given(stacks, batches, turn), own, totals, grads)
         return grad_x[None], hand_back(grad_x, self.num_stages)[None], totals
 
     def _given(self, stacks: Stacks, batches: Batch, turn: Array) -> tuple[Stacks, PerRow]:
@@ -111,8 +112,3 @@ class Stage:
 def take_batch(batches: Batch, turn: Array) -> Batch:
     """Returns a micro-batch; the first or the last where there is none of that number."""
     return jax.tree.map(lambda x: jnp.take(x, turn, axis=0, mode="clip"), batches)
-
-
-def make_sink(param: Array) -> Array:
-    """Returns what `sums.collect` gathers a parameter's gradient in."""
-    return jnp.zeros(param.shape, jnp.float32)

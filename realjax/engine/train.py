@@ -23,6 +23,7 @@ from realjax.engine.pipeline import bubble_share
 from realjax.engine.pipeline_gradients import make_pipeline_gradients
 from realjax.engine.rows import deal_rows
 from realjax.engine.state import TrainState
+from realjax.engine.totals import make_sink
 from realjax.models.build import Model
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Metric]]]
@@ -63,21 +64,25 @@ def make_gradients(
         sums = loss.fn(outputs, batch).with_terms(terms, given.shares)
         return sums.loss.sum, sums
 
-    def of_micro_batch(given: Given, batch: Batch) -> tuple[Tree, LossSums]:
-        sinks = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), given.params)
-        (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, given, batch)
-        return constrain.tree(grads, model.axes), sums
-
     def of_rows(given: Given, batch: Batch) -> tuple[Tree, LossSums]:
         if layout.strategy.pp > 1:
             return in_stages(given.params, given.shares, batch)
+        sinks = jax.tree.map(make_sink, given.params)
         if options.num_mbs == 1:
-            return of_micro_batch(given, batch)
+            (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, given, batch)
+            return constrain.tree(grads, model.axes), sums
+        of_sinks = lambda batch: lambda sinks: summed_loss(sinks, given, batch)
         micro_batches = deal_rows(batch, options.num_mbs)
-        first = jax.eval_shape(of_micro_batch, given, jax.tree.map(lambda x: x[0], micro_batches))
+        _, first = jax.eval_shape(lambda batch: of_sinks(batch)(sinks), jax.tree.map(lambda x: x[0], micro_batches))
+
+        def add(so_far: tuple[Tree, LossSums], batch: Batch) -> tuple[tuple[Tree, LossSums], None]:
+            totals, sums = so_far
+            loss, pullback, own = jax.vjp(of_sinks(batch), sinks, has_aux=True)
+            totals, _ = parts.add_gradients(totals, pullback, jnp.ones_like(loss))
+            return (constrain.tree(totals, model.axes), jax.tree.map(jnp.add, sums, own)), None
+
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        add = lambda total, mb: (jax.tree.map(jnp.add, total, of_micro_batch(given, mb)), None)
-        return jax.lax.scan(add, zeros, micro_batches)[0]
+        return jax.lax.scan(add, (constrain.tree(sinks, model.axes), zeros), micro_batches)[0]
 
     def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
         params = compute_copy(master)

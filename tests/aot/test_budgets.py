@@ -133,7 +133,7 @@ def expected_traffic(step: Step, layout: Layout) -> dict[tuple, float]:
     if s.pp > 1:
         traffic[(*pipe, *tensor), "all-reduce", "bf16"] = F * hidden
         traffic[pipe, "all-reduce", "bf16"] = (2 * M + F) * split
-        traffic[pipe, "collective-permute", "bf16"] = (2 * M + F) * split
+        traffic[pipe, "collective-permute", "bf16"] = (M + 2 * F) * split
     gathers, scatters = {"nll": (1, 1), "logprobs": (2, 1), "values": (0, 0)}[step.head]
     if s.sequence_parallel:
         traffic[tensor, "all-gather", "bf16"] = hidden * (6 * L * F + F + gathers * M)

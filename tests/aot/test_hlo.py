@@ -150,6 +150,21 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told():
     assert (reading.matmul_flops, reading.open_flops) == (3 * 2 * 16**3, 2 * 16**3)
 
 
+@pytest.mark.parametrize(
+    ("is_due", "num_open", "turns"),
+    [(lambda i, x: (i > 1) & (i + 1 < 6), 0, 3), (lambda i, x: (i > 1) & (x[0, 0] > 0), 1, 8)],
+    ids=["of the counter alone", "of an array too"],
+)
+def test_a_loop_of_at_most_one_turn_counts_as_often_as_the_counter_around_lets_it(is_due, num_open, turns):
+    def turn(i, x):
+        once = lambda state: (jnp.zeros((), bool), state[1] @ state[1])
+        return jax.lax.while_loop(lambda state: state[0], once, (is_due(i, x), x))[1]
+
+    reading = read(lambda x: jax.lax.fori_loop(0, 8, turn, x), jnp.zeros((16, 16)))
+    assert len(reading.open_loops) == num_open
+    assert reading.matmul_flops == turns * 2 * 16**3
+
+
 def test_a_gpus_text():
     reading = hlo.read(GPU_TEXT)
     found = {c.kind: c for c in reading.collectives}
