@@ -9,6 +9,7 @@ import jax
 from realjax.allocation import heuristic, modes, shapes
 from realjax.allocation.choice import Choice
 from realjax.allocation.plan import AllocationPlan, RolloutShape
+from realjax.allocation.predict import predict_run
 from realjax.core.layout import Layout, number_ranges
 from realjax.dataflow.graph import Generate, Train
 from realjax.dataflow.run import RunSpec
@@ -19,7 +20,8 @@ def allocate(spec: RunSpec, devices: Sequence[jax.Device]) -> AllocationPlan:
 
     Raises ValueError for layouts that do not fit the options, the models or the batches.
     """
-    return make_plan(spec, lay_out(spec, devices), devices)
+    plan = make_plan(spec, lay_out(spec, devices), devices)
+    return replace(plan, predicted=predict_run(spec, plan.choices, devices))
 
 
 def make_plan(spec: RunSpec, layouts: Mapping[str, Layout], devices: Sequence[jax.Device]) -> AllocationPlan:

@@ -9,6 +9,7 @@ from realjax.allocation.cluster import Cluster
 from realjax.allocation.decode_cost import generate_terms
 from realjax.allocation.move_cost import fetch_terms, move_terms
 from realjax.allocation.pass_cost import inference_terms, train_terms
+from realjax.allocation.run_prediction import kind_factor
 from realjax.allocation.workload import CallWork, RoleWork
 
 
@@ -25,8 +26,12 @@ class Cost:
 
 
 def call_cost(work: CallWork, choice: Choice, cluster: Cluster) -> Cost:
-    """Returns what a call takes in a step, all its updates together. Raises ValueError for a dtype without a rate."""
-    return Cost(TERMS[work.kind](work, choice, cluster))
+    """Returns what a call takes in a step, all its updates together. Raises ValueError for a dtype without a rate.
+
+    Measured runs refine the cluster by a factor for each kind of call.
+    """
+    factor = cluster.factor(kind_factor(work.kind))
+    return Cost({name: factor * seconds for name, seconds in TERMS[work.kind](work, choice, cluster).items()})
 
 
 TERMS = {"train": train_terms, "inference": inference_terms, "generate": generate_terms}

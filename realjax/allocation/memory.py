@@ -117,7 +117,7 @@ def _infer_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
         parameters=0 if at_home else params,
         compute_copy=params if is_cast else 0,
         layer=max(layer.forward, _head_bytes(work, choice, split, rows)) + handed_on,
-        reallocation=0 if at_home else MOVED_BYTES,
+        reallocation=0 if at_home else min(MOVED_BYTES, params),
         batch=rows.batch_bytes,
     )
 
@@ -145,7 +145,7 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
         parameters=(split.params() if is_copied else split.layers) * size,
         cache=cache,
         admit_or_decode=max(layer.forward + prompt_caches, decode),
-        reallocation=0 if at_home else MOVED_BYTES,
+        reallocation=0 if at_home else min(MOVED_BYTES, split.params() * size),
     )
 
 

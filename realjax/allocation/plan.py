@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from realjax.allocation.choice import Choices
+from realjax.allocation.run_prediction import RunPrediction
 from realjax.core.layout import Layout
 from realjax.data.loader import Loader
 
@@ -32,11 +33,16 @@ class AllocationPlan:
     held_out: Loader | None
     choices: Choices  # by call of the graph: what the planner calls the same
     idle: str  # numbers of the devices that no call uses, as '6,7'
+    predicted: RunPrediction | None = None
 
     def describe(self) -> str:
         """Returns a line per call, its layout and how its role's parameters get there; then the shapes of batches."""
         width = max(map(len, self.roles))
-        lines = [f"{call:<{width}}  {self.layouts[call]}  {self._source(call)}" for call in self.roles]
+        lines = [
+            f"{call:<{width}}  {self.layouts[call]}  {self._source(call)}{self._predicted(call)}" for call in self.roles
+        ]
+        if self.predicted is not None:
+            lines.append(f"predicted by {self.predicted.source}: {self.predicted.step_seconds:.3g} s a step")
         lines += [
             f"{call}: {shape.num_slots} answers decoded at once; rows of {shape.row_len} tokens, in multiples of "
             f"{shape.row_multiple}"
@@ -46,6 +52,10 @@ class AllocationPlan:
             lines.append(f"batches: {self.loader.shapes} rows x tokens")
         lines += [f"{role}: {n} empty layers, so that stages are equal" for role, n in self.empty_layers.items() if n]
         return "\n".join([*lines, f"idle devices: {self.idle}"] if self.idle else lines)
+
+    def _predicted(self, call: str) -> str:
+        is_known = self.predicted is not None and call in self.predicted.seconds
+        return f"; {self.predicted.describe(call)}" if self.predicted is not None and is_known else ""
 
     def _source(self, call: str) -> str:
         role, home = self.roles[call], self.homes[self.roles[call]]

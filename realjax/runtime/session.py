@@ -4,12 +4,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import numpy as np
 from rich.console import Console
 
+from realjax.allocation.cluster import find_cluster
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.batch import Batch
 from realjax.core.metrics import summarize
@@ -19,8 +20,9 @@ from realjax.dataflow.picture import draw_graph
 from realjax.dataflow.run import RolloutEvaluation, RunSpec
 from realjax.engine.state import TrainState
 from realjax.record.answers import AnswerWriter, make_lines
+from realjax.record.comparison import Comparison
 from realjax.record.console import ProgressDisplay, StepLine, format_seconds
-from realjax.record.metrics import MetricsWriter
+from realjax.record.metrics import MetricsWriter, replace_text
 from realjax.record.report import MAIN_METRICS, Section, metric_rank, write_report
 from realjax.record.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
 from realjax.reshard.fetch import fetch
@@ -37,6 +39,7 @@ from realjax.runtime.stop import FAILED, StopSignal, signal_name
 from realjax.runtime.triggers import Trigger
 
 logger = logging.getLogger("realjax.loop")
+CLUSTER_FILE = "cluster.json"  # of the log directory: the machine's description with this run's factors
 MOST_SHOWN = 12  # metrics in a line; of more, the main ones, and all of them are in the record
 
 
@@ -67,6 +70,8 @@ class Session:
         self.save_trigger, self.evaluate_trigger = Trigger(spec.save), Trigger(spec.evaluate)
         self.last_step = min(spec.loader.total_steps, state.step + (spec.benchmark_steps or spec.loader.total_steps))
         self.step_seconds: list[float] = []
+        predicted = plan.predicted
+        self.comparison = None if predicted is None else Comparison(predicted.metrics(), predicted.source)
         self.num_tokens = self.num_compiled = 0
         self.step_start = 0.0
         self.fault: OSError | None = None  # what this process cannot go on with
@@ -131,6 +136,10 @@ class Session:
         if len(self.executor.compile_log.entries) == self.num_compiled:
             self.step_seconds.append(seconds)
             self.num_tokens += num_tokens
+            if self.comparison is not None:
+                self.comparison.add(values)
+        if self.comparison is not None:
+            values |= self.comparison.metrics()
         if self.outputs.answers is not None and self.spec.answers and self.spec.decode_fn:
             self.outputs.answers.append(make_lines(result.batch, self.spec.answers, self.spec.decode_fn))
         self._record(step + 1, {**values, "epoch": position.epoch}, kind="train")
@@ -235,6 +244,9 @@ class Session:
             logger.info(
                 "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
             )
+        if self.comparison is not None:
+            logger.info("%s", self.comparison.text())
+            self._refine_cluster(self.comparison)
         if self.outputs.answers is not None:
             self.outputs.answers.finish()
             logger.info("answers: %s", self.outputs.answers.path)
@@ -247,6 +259,19 @@ class Session:
             )
             logger.info("report: %s", report)
         return tell_stalled(self._stalled())
+
+    def _refine_cluster(self, comparison: Comparison) -> None:
+        """Writes the description of the cluster with the factors of the run; where asked for, into its own file too."""
+        predicted, measured = self.plan.predicted, comparison.measured()
+        if predicted is None or not measured or not is_first():
+            return
+        replace_text(self.spec.paths.logs / CLUSTER_FILE, predicted.refined_cluster(measured).to_json())
+        planner = self.spec.allocation.planner
+        if planner.update_cluster and planner.cluster is not None:
+            # Of its own size, which the run's devices may be a part of.
+            described = replace(find_cluster(planner.cluster), factors=predicted.refine(measured))
+            replace_text(planner.cluster, described.to_json())
+            logger.info("%s: factors of this run's measured steps were written", planner.cluster)
 
     def _summary(self) -> dict[str, str]:
         spec, log = self.spec, self.executor.compile_log
@@ -266,7 +291,8 @@ class Session:
     def _sections(self) -> list[Section]:
         rows = tuple((name, shapes, f"{seconds:.1f}") for name, shapes, seconds in self.executor.compile_log.entries)
         compiled = Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)
-        return [*sample_sections(self.samples), compiled]
+        compared = [] if self.comparison is None else [self.comparison.section()]
+        return [*sample_sections(self.samples), *compared, compiled]
 
     def _watch_rates(self, step: int, values: Mapping[str, float]) -> None:
         """Says with which learning rates a run goes on, beside those that it left off with."""
