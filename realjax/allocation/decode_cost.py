@@ -5,6 +5,7 @@ import math
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.collectives import collective_seconds, find_groups
+from realjax.allocation.measured_layers import At, find_measured
 from realjax.allocation.rates import Split, find_rates
 from realjax.allocation.workload import CallWork, Lengths
 
@@ -63,23 +64,28 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
     slots = count_slots(work, choice)
     rounds = count_rounds(work.num_sequences, slots, work.answers)
     rows, ticks = slots / (s.dp * s.pp), rounds * s.pp
-    layer = rates.decode(model, rows, mean_context(work, bool(cluster.factor("paged", 0.0))), Split(s.tp))
-    factor = rates.measured_factor("decode", model, rows, 0)
-    floor = max(0.0, rates.least_layer - factor * layer.seconds)
+    measured, context = find_measured(cluster, work.dtype), mean_context(work, bool(cluster.factor("paged", 0.0)))
+    at = At(rows, context)
+    layer = rates.decode(model, rows, context, Split(s.tp))
+    factor = measured.factor("decode", model, at, s.tp)
+    layer = layer.scale(factor.layer)
+    floor = max(0.0, rates.least_layer - layer.seconds)
     runs = num_layers * ticks
     terms = {
-        "weights": runs * factor * layer.products,
-        "cache": runs * factor * layer.attention,
-        "memory": runs * factor * layer.memory,
+        "weights": runs * layer.products,
+        "cache": runs * layer.attention,
+        "memory": runs * layer.memory,
         "least": runs * floor,
         "head": ticks * rates.product(rows, model.hidden_size, model.vocab_size / (s.tp * s.pp)),
         "draw": ticks * rates.passes(DRAW_BYTES * rows * s.dp * model.vocab_size / s.size),
     }
+    if (head := measured.head("decode", model, at, s.tp)) is not None:
+        terms |= {"head": ticks * head / s.pp, "draw": 0.0}
     size = rows * model.hidden_size * rates.itemsize
     collective = lambda kind, num_bytes, group: collective_seconds(kind, num_bytes, group, cluster)
     if s.tp > 1:
         reduce = collective("all_reduce", size, groups.tensor) + cluster.factor("call_seconds", 0.0)
-        terms["tp"] = 2 * runs * reduce + ticks * collective("all_reduce", size, groups.vocab)
+        terms["tp"] = 2 * runs * factor.tensor * reduce + ticks * collective("all_reduce", size, groups.vocab)
         logits = 4 * rows * model.vocab_size / (s.tp * s.pp)
         terms["tp"] += ticks * collective("all_to_all", logits, groups.vocab)
     if s.pp > 1:
@@ -107,7 +113,8 @@ def _prefill_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int)
     tokens, split = prompts * length, Split(s.tp)
     squares = prompts * (work.prompts.mean_square if is_paged else length**2)
     layer = rates.forward(model, tokens, squares, split)
-    seconds = layer.seconds * rates.measured_factor("forward", model, 1, tokens)
+    factor = find_measured(cluster, work.dtype).factor("forward", model, At(tokens, length), s.tp)
+    seconds = layer.seconds * factor.layer
     runs = -(-model.num_layers // s.pp) * admissions * (2 * s.pp - 1)
     terms = {"prefill": runs * max(seconds, rates.least_layer)}
     if s.tp > 1:

@@ -1,12 +1,13 @@
 """Seconds of passes over rows: inference, and training with its gradients and updates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.collectives import Group, Groups, collective_seconds, exposed, find_groups
-from realjax.allocation.measured import Collective
+from realjax.allocation.measured import Collective, LayerUse
+from realjax.allocation.measured_layers import At, Factor, MeasuredLayers, find_measured
 from realjax.allocation.rates import Layer, Rates, Split, find_rates
 from realjax.allocation.workload import CallWork
 
@@ -21,6 +22,7 @@ class Passes:
     groups: Groups
     work: CallWork
     num_layers: int  # of a stage, empty ones among them
+    row_len: float
     tokens: float  # of a micro-batch on a device
     squares: float  # of its sequences' lengths
     num_batches: int  # micro-batches of a pass or an update
@@ -30,6 +32,19 @@ class Passes:
     def split(self) -> Split:
         s = self.choice.strategy
         return Split(s.tp, s.sequence_parallel, self.choice.experts)
+
+    @property
+    def measured(self) -> MeasuredLayers:
+        return find_measured(self.cluster, self.work.dtype)
+
+    @property
+    def at(self) -> At:
+        """Where in the profile's tables a micro-batch is."""
+        return At(self.tokens, self.row_len)
+
+    def factor(self, use: LayerUse) -> Factor:
+        """Returns how much longer a layer takes than the sum of its parts."""
+        return self.measured.factor(use, self.work.model, self.at, self.choice.strategy.tp)
 
     @property
     def hidden_bytes(self) -> float:
@@ -66,6 +81,7 @@ def plan_passes(work: CallWork, choice: Choice, cluster: Cluster, *, is_train: b
         groups=find_groups(choice, cluster.devices_per_node),
         work=work,
         num_layers=-(-work.model.num_layers // s.pp),
+        row_len=row_len,
         tokens=local / per_part * row_len / choice.context,
         squares=squares,
         num_batches=num_batches,
@@ -84,11 +100,12 @@ def _stage_batches(num_rows: float, pp: int) -> int:
 def inference_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, float]:
     """Returns the terms of an inference call: forward passes in stages, and the head."""
     passes = plan_passes(work, choice, cluster, is_train=False)
-    layer = _measured(passes, passes.rates.forward(work.model, passes.tokens, passes.squares, passes.split), "forward")
-    layer = _at_least(layer, passes.rates.least_layer)
+    rates, factor = passes.rates, passes.factor("forward")
+    layer = rates.forward(work.model, passes.tokens, passes.squares, passes.split)
+    layer = layer.scale(factor.layer).at_least(rates.least_layer)
     terms = _layer_terms(passes, layer)
-    terms["head"] = passes.num_batches * head_seconds(passes, num_products=1, num_reads=3)
-    terms |= _tensor_terms(passes, gathers=2, scatters=2, reduces=2)
+    terms["head"] = passes.num_batches * head_seconds(passes, ("forward",), num_products=1, num_reads=3)
+    terms |= _tensor_terms(passes, gathers=2, scatters=2, reduces=2, factor=factor.tensor)
     terms |= _pipe_terms(passes, ways=1) | _context_terms(passes, layer, times=1) | _expert_terms(passes, times=1)
     terms |= _shard_terms(passes, layer, gathers=1, scatters=0)
     return _finish(passes, terms, num_calls=1)
@@ -98,36 +115,24 @@ def train_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, f
     """Returns the terms of a training call: passes there and back of all updates, gradients' sums, the optimizer."""
     passes = plan_passes(work, choice, cluster, is_train=True)
     rates, again = passes.rates, 1 if choice.remat else 0
-    forward = _measured(passes, rates.forward(work.model, passes.tokens, passes.squares, passes.split), "forward")
-    backward = _measured(passes, rates.backward(work.model, forward), "backward", like=forward)
-    forward = _at_least(forward, rates.least_layer)
-    backward = _at_least(backward, 2 * rates.least_layer)
-    both = Layer(*(a + b for a, b in zip(_values(forward), _values(backward))))
+    there, back = passes.factor("forward"), passes.factor("backward_remat" if again else "backward")
+    plain = rates.forward(work.model, passes.tokens, passes.squares, passes.split)
+    forward = plain.scale(there.layer).at_least(rates.least_layer)
+    both = forward + rates.backward(work.model, plain).scale(back.layer).at_least(2 * rates.least_layer)
     terms = _layer_terms(passes, both)
     if again:
-        terms["remat"] = passes.num_layers * passes.num_batches * forward.seconds
-        terms["bubbles"] += passes.num_layers * (passes.ticks - passes.num_batches) * forward.seconds
-    terms["head"] = passes.num_batches * head_seconds(passes, num_products=3, num_reads=6)
-    terms |= _tensor_terms(passes, gathers=4 + 2 * again, scatters=4 + again, reduces=4 + again)
+        repeated = plain.scale(back.layer).at_least(rates.least_layer)
+        terms["remat"] = passes.num_layers * passes.num_batches * repeated.seconds
+        terms["bubbles"] += passes.num_layers * (passes.ticks - passes.num_batches) * repeated.seconds
+    # A call that needs no other's results learns by `nll`, whose gradients come with the forward pass.
+    uses: tuple[LayerUse, ...] = ("forward", "backward") if work.after else ("nll",)
+    terms["head"] = passes.num_batches * head_seconds(passes, uses, num_products=3, num_reads=6)
+    factor = (2 * there.tensor + (2 + again) * back.tensor) / (4 + again)
+    terms |= _tensor_terms(passes, gathers=4 + 2 * again, scatters=4 + again, reduces=4 + again, factor=factor)
     terms |= _pipe_terms(passes, ways=2) | _context_terms(passes, both, times=3 + again)
     terms |= _expert_terms(passes, times=2 + again) | _shard_terms(passes, both, gathers=2, scatters=1)
     terms |= {"dp": _gradient_seconds(passes), "optimizer": _optimizer_seconds(passes)}
     return _finish(passes, terms, num_calls=work.num_updates)
-
-
-def _values(layer: Layer) -> tuple[float, float, float]:
-    return layer.products, layer.attention, layer.memory
-
-
-def _measured(passes: Passes, layer: Layer, use: str, like: Layer | None = None) -> Layer:
-    """Returns a layer as long as the profile's layers were; the way back is predicted from an uncorrected forward."""
-    factor = passes.rates.measured_factor(use, passes.work.model, 1, passes.tokens)
-    return layer if factor == 1 else Layer(*(factor * value for value in _values(layer)))
-
-
-def _at_least(layer: Layer, least: float) -> Layer:
-    """Returns a layer that takes at least as long as starting its kernels one by one."""
-    return Layer(layer.products, layer.attention, layer.memory + max(0.0, least - layer.seconds))
 
 
 def _layer_terms(passes: Passes, layer: Layer) -> dict[str, float]:
@@ -141,24 +146,27 @@ def _layer_terms(passes: Passes, layer: Layer) -> dict[str, float]:
     }
 
 
-def head_seconds(passes: Passes, *, num_products: int, num_reads: int) -> float:
-    """Returns the head over a micro-batch, with the vocabulary split over tensor and pipe: its products, and float32
-    logits that are written once and read by maximum, sum and gradients."""
+def head_seconds(passes: Passes, uses: Sequence[LayerUse], *, num_products: int, num_reads: int) -> float:
+    """Returns the head over a micro-batch, with the vocabulary split over tensor and pipe: measured for such uses, else
+    its products, and float32 logits that are written once and read by maximum, sum and gradients."""
     work, s = passes.work, passes.choice.strategy
     if not work.scores_vocab:
         return 0.0
+    found = [passes.measured.head(use, work.model, passes.at, s.tp) for use in uses]
+    if all(seconds is not None for seconds in found):
+        return sum(filter(None, found)) / s.pp
     columns = work.model.vocab_size / (s.tp * s.pp)
     product = passes.rates.product(passes.tokens, work.model.hidden_size, columns)
     return num_products * product + num_reads * passes.rates.passes(4 * passes.tokens * columns)
 
 
-def _tensor_terms(passes: Passes, *, gathers: int, scatters: int, reduces: int) -> dict[str, float]:
+def _tensor_terms(passes: Passes, *, gathers: int, scatters: int, reduces: int, factor: float) -> dict[str, float]:
     """Returns collectives over `tensor`: each layer gathers and scatters its hidden states with sequence parallelism,
     else it all-reduces them; `tests/aot/test_budgets.py` counts the same in compiled programs."""
     s, runs = passes.choice.strategy, passes.num_layers * passes.ticks
     if s.tp == 1:
         return {}
-    share = 1 - passes.cluster.factor("tensor_overlap", 0.0)
+    share = factor * (1 - passes.cluster.factor("tensor_overlap", 0.0))
     size = passes.hidden_bytes
     if not s.sequence_parallel:
         return {
@@ -245,8 +253,9 @@ def _optimizer_seconds(passes: Passes) -> float:
     s, size = passes.choice.strategy, _stage_params(passes)
     parts = passes.groups.data.size if s.zero_stage else 1
     summed = size / (parts if s.zero_stage == 3 else 1)
-    added = 12 * summed * (passes.num_batches - 1)
-    return passes.rates.passes(36 * size / parts + passes.rates.weight_bytes * size + added)
+    added = passes.rates.passes(12 * summed * (passes.num_batches - 1) + passes.rates.weight_bytes * size)
+    measured = passes.measured.update(size / parts)
+    return added + (passes.rates.passes(36 * size / parts) if measured is None else measured)
 
 
 def _finish(passes: Passes, terms: Mapping[str, float], num_calls: int) -> dict[str, float]:

@@ -5,10 +5,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from statistics import median
 
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.measured import LayerPoint, ProductPoint
+from realjax.allocation.measured import ProductPoint
 from realjax.allocation.workload import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -26,6 +25,17 @@ class Layer:
     @property
     def seconds(self) -> float:
         return self.products + self.attention + self.memory
+
+    def __add__(self, other: "Layer") -> "Layer":
+        return Layer(self.products + other.products, self.attention + other.attention, self.memory + other.memory)
+
+    def scale(self, factor: float) -> "Layer":
+        """Returns a layer that takes so much longer, whatever it does."""
+        return Layer(factor * self.products, factor * self.attention, factor * self.memory)
+
+    def at_least(self, seconds: float) -> "Layer":
+        """Returns a layer that takes no less than starting its kernels one by one."""
+        return Layer(self.products, self.attention, self.memory + max(0.0, seconds - self.seconds))
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,9 @@ class Rates:
         return known[dtype] * products * self.cluster.factor("attention")
 
     def product(self, rows: float, inner: float, columns: float) -> float:
-        """Returns seconds of [rows, inner] x [inner, columns]: measured, else by the roofline (Williams et al., 2009),
-        the longer of computing and of moving all three matrices once."""
+        """Returns seconds of [rows, inner] x [inner, columns]: measured, else by the roofline (Williams et al., 2009)
+        of computing and of moving all three matrices once. Near its ridge they hide each other in part: the root of the
+        sum of squares, not the longer of the two."""
         key = rows, inner, columns
         if (found := self._products.get(key)) is None:
             tables = self._tables
@@ -73,7 +84,7 @@ class Rates:
 
     def _roofline(self, rows: float, inner: float, columns: float) -> float:
         moved = self.itemsize * rows * (inner + columns) + self.weight_bytes * inner * columns
-        return max(2 * rows * inner * columns / self.flops, moved / self.bandwidth)
+        return math.hypot(2 * rows * inner * columns / self.flops, moved / self.bandwidth)
 
     @cached_property
     def _tables(self) -> Mapping[tuple[int, int], list[ProductPoint]]:
@@ -93,6 +104,9 @@ class Rates:
         heads = model.num_q_heads * model.head_dim / split.tp
         attention = 2 * squares * heads / self.attention_flops
         memory = self.passes(tokens * self.itemsize * _values_passed(model, split))
+        if scored := self.cluster.factor("score_bytes", 0.0):
+            # Attention of several kernels, before arXiv:2205.14135, writes and reads all scores, and masked ones too.
+            attention, memory = 2 * attention, memory + self.passes(scored * squares * model.num_q_heads / split.tp)
         return Layer(self.products(model, tokens, split), attention, memory)
 
     def products(self, model: ModelShape, tokens: float, split: Split) -> float:
@@ -125,46 +139,11 @@ class Rates:
         """Of a cached number."""
         return self.weight_bytes if self.cluster.factor("small_cache", 0.0) else self.itemsize
 
-    def measured_factor(self, use: str, model: ModelShape, rows: float, tokens: float) -> float:
-        """Returns how much longer a layer took when it was measured than this file says, at the nearest size; 1 where
-        no layer of the dtype was."""
-        points = self._layer_factors.get(use)
-        if not points:
-            return 1.0
-        like = [at for at in points if at[0] == (model.hidden_size, model.ffn_size)] or points
-        size = math.log(max(1.0, rows * tokens if use != "decode" else rows))
-        distances = [abs(at[1] - size) for at in like]
-        closest = min(distances)
-        return median(at[2] for at, distance in zip(like, distances) if distance <= closest + 1e-9)
-
-    @cached_property
-    def _layer_factors(self) -> Mapping[str, list[tuple[tuple[int, int], float, float]]]:
-        """By use: sizes of the model, log of tokens or rows, and how much longer it took."""
-        found = defaultdict(list)
-        for point in self.cluster.measured.layers:
-            if point.dtype == self.dtype:
-                model, size = _find_shape(point), point.rows * (1 if point.use == "decode" else point.tokens)
-                factor = point.seconds / self._predict(point, model)
-                found[point.use].append(((model.hidden_size, model.ffn_size), math.log(size), factor))
-        return found
-
-    def _predict(self, point: LayerPoint, model: ModelShape) -> float:
-        if point.use == "decode":
-            return self.decode(model, point.rows, point.tokens, Split()).seconds
-        tokens = point.rows * point.tokens
-        layer = self.forward(model, tokens, tokens * point.tokens, Split())
-        return (layer if point.use == "forward" else self.backward(model, layer)).seconds
-
 
 @lru_cache(maxsize=64)
 def find_rates(cluster: Cluster, dtype: str) -> Rates:
     """Returns the rates of a cluster's devices in a dtype."""
     return Rates(cluster, dtype)
-
-
-def _find_shape(point: LayerPoint) -> ModelShape:
-    names = ("hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "ffn_size")
-    return ModelShape(num_layers=1, vocab_size=1, **{name: getattr(point, name) for name in names})
 
 
 def _values_passed(model: ModelShape, split: Split) -> float:

@@ -1,19 +1,38 @@
 """What the cost model says of calls, against sums by hand and properties that hold of any machine."""
 
+import time
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from realjax.allocation.choice import Choice
-from realjax.allocation.cluster import find_cluster
+from realjax.allocation.cluster import Cluster, Link, find_cluster
 from realjax.allocation.cost import call_cost, fetch_cost, move_cost
+from realjax.allocation.decode_cost import count_rounds, mean_context
+from realjax.allocation.measured import HeadPoint, LayerPoint, Measured, UpdatePoint
 from realjax.allocation.workload import CallWork, Lengths, ModelShape, RoleWork
-from realjax.core.layout import ParallelStrategy
+from realjax.core.layout import Layout, ParallelStrategy
+from realjax.reshard.plan import plan_reshard
 
 LLAMA = ModelShape(
     hidden_size=4096, num_layers=32, num_q_heads=32, num_kv_heads=32, head_dim=128, ffn_size=11008, vocab_size=32000
 )
 KINDS = ("train", "inference", "generate")
+# Everything but products is free, and they run at their peak of 1 operation a second.
+PRODUCTS = Cluster(
+    name="products",
+    num_nodes=1,
+    devices_per_node=8,
+    memory_bytes=2**40,
+    matmul_flops={"bfloat16": 1.0},
+    memory_bandwidth=1e30,
+    within_node=Link(bandwidth=1e30, latency=0.0),
+    between_nodes=Link(bandwidth=1e30, latency=0.0),
+    to_host=Link(bandwidth=1e30, latency=0.0),
+)
+H100S = find_cluster("h100x128")
 
 
 def make_work(kind: str, **changes) -> CallWork:
@@ -32,30 +51,205 @@ def make_work(kind: str, **changes) -> CallWork:
     return replace(work, **{**given, **changes})
 
 
-def choose(num: int | None = None, first: int = 0, **sizes) -> Choice:
+def choose(first: int = 0, **sizes) -> Choice:
     """Returns a choice of consecutive devices."""
     own = {name: sizes.pop(name) for name in list(sizes) if name in ParallelStrategy.__dataclass_fields__}
     strategy = ParallelStrategy(**own)
-    num = num or strategy.size * sizes.get("context", 1)
+    num = strategy.size * sizes.get("context", 1)
     return Choice(strategy=strategy, devices=tuple(range(first, first + num)), **sizes)
 
 
-H100S = find_cluster("h100x128")
+LAYOUTS = [{}, {"tp": 8, "sequence_parallel": True}, {"dp": 4, "pp": 2}, {"pp": 4, "tp": 4}, {"dp": 8, "zero_stage": 3}]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [{}, {"tp": 8, "sequence_parallel": True}, {"dp": 4, "pp": 2}, {"pp": 4, "tp": 4}])
+@pytest.mark.parametrize("sizes", LAYOUTS)
 def test_terms_are_seconds_and_add_up(kind, sizes):
-    if kind == "generate":
-        sizes = {name: size for name, size in sizes.items() if name != "sequence_parallel"}
     cost = call_cost(make_work(kind), choose(**sizes), H100S)
     assert all(seconds > 0 for seconds in cost.terms.values())
     assert cost.seconds == pytest.approx(sum(cost.terms.values()))
 
 
-def test_a_copy_in_the_same_layout_moves_nothing():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", LAYOUTS)
+@pytest.mark.parametrize("better", ["memory_bandwidth", "matmul_flops", "within_node", "between_nodes"])
+def test_a_better_machine_is_never_slower(kind, sizes, better):
+    """By twice the rate or bandwidth; no term rises."""
+    value = getattr(H100S, better)
+    if isinstance(value, Link):
+        value = replace(value, bandwidth=2 * value.bandwidth)
+    else:
+        value = {dtype: 2 * rate for dtype, rate in value.items()} if better == "matmul_flops" else 2 * value
+    before = call_cost(make_work(kind), choose(first=4, **sizes), H100S)
+    after = call_cost(make_work(kind), choose(first=4, **sizes), replace(H100S, name="better", **{better: value}))
+    assert after.seconds <= before.seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_more_tokens_are_never_faster(kind, sizes):
+    work = make_work(kind)
+    longer = replace(work, prompts=Lengths.all(2 * work.prompts.longest), pack_fn=lambda m: (-(-16 // m) * m, 4096))
+    more = replace(work, num_sequences=128, pack_fn=lambda m: (-(-32 // m) * m, 2048))
+    few, *many = (call_cost(one, choose(**sizes), H100S).seconds for one in (work, longer, more))
+    assert all(seconds > few for seconds in many)
+
+
+def test_training_multiplies_what_it_should():
+    """Six operations for each parameter of the products and token, two more where layers are computed again, and
+    7 x heads x head size x length for each token and layer, of which 2 are forward and 5 back, of causal attention."""
+    tokens, work, attended = 16 * 2048, make_work("train"), 64 * 512**2 * 4096 * 32
+    layers, head = 2 * LLAMA.num_layers * LLAMA.active_layer_params * tokens, 2 * LLAMA.head_params * tokens
+    plain = call_cost(work, choose(), PRODUCTS).terms
+    assert plain["products"] == pytest.approx(3 * layers) and plain["head"] == pytest.approx(3 * head)
+    assert plain["attention"] == pytest.approx((2 + 5) * attended)
+    again = call_cost(work, choose(remat=True), PRODUCTS)
+    assert again.terms["remat"] == pytest.approx(layers + 2 * attended)
+    inference = call_cost(make_work("inference"), choose(), PRODUCTS)
+    assert inference.seconds == pytest.approx(layers + head + 2 * attended)
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 8}, {"tp": 8}, {"pp": 8}, {"pp": 2, "dp": 2, "tp": 2}])
+def test_devices_share_the_products(sizes):
+    """And stages wait for each other: P - 1 of M micro-batches."""
+    one, terms = (call_cost(make_work("train"), choose(**s), PRODUCTS).terms for s in ({}, sizes))
+    assert 8 * terms["products"] == pytest.approx(one["products"])
+    pp = sizes.get("pp", 1)
+    bubbles = terms.get("bubbles", 0.0)
+    num_batches = next(n for n in range(2 * pp, 0, -1) if 16 // sizes.get("dp", 1) % n == 0) if pp > 1 else 1
+    assert bubbles == pytest.approx((pp - 1) / num_batches * (terms["products"] + terms["attention"]))
+
+
+def test_interleaving_divides_the_bubbles():
+    plain, parted = (call_cost(make_work("train"), choose(pp=4, interleave=v), H100S).terms for v in (1, 4))
+    assert 4 * parted["bubbles"] == pytest.approx(plain["bubbles"])
+
+
+def test_what_the_model_multiplies_is_what_jax_multiplies():
+    """The operations of a compiled forward pass of products of one layer and a head."""
+    small = replace(LLAMA, hidden_size=64, num_q_heads=4, num_kv_heads=2, head_dim=16, ffn_size=96, vocab_size=128)
+    small, tokens = replace(small, num_layers=1), 32
+    shapes = [(64, 128), (64, 64), (64, 192), (96, 64), (64, 128)]
+    count = 0.0
+    for inner, columns in shapes:
+        args = (jnp.ones((tokens, inner)), jnp.ones((inner, columns)))
+        analysis = jax.jit(jnp.matmul).lower(*args).compile().cost_analysis()
+        count += analysis["flops"]
+    work = make_work("inference", model=small, num_sequences=1, prompts=Lengths.all(1), pack_fn=lambda m: (1, tokens))
+    terms = call_cost(work, choose(), PRODUCTS).terms
+    assert terms["products"] + terms["head"] == pytest.approx(count)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "slots", "answers", "rounds"),
+    [
+        (64, 64, Lengths.all(100), 100),
+        (64, 32, Lengths.all(100), 200),
+        (65, 32, Lengths.all(100), 300),  # the last wave is nearly empty
+        (64, 64, Lengths(mean=50, mean_square=3000, longest=100), 100),
+        (640, 64, Lengths(mean=50, mean_square=3000, longest=100), 550),  # full for 500, then the longest ends
+    ],
+)
+def test_rounds_until_all_answers_have_ended(sequences, slots, answers, rounds):
+    assert count_rounds(sequences, slots, answers) == pytest.approx(rounds)
+
+
+def test_the_room_that_a_round_reads():
+    """Of 128 cached tokens to 512: as many in a room of 256 as of 128, and twice as many in one of 512."""
+    work = make_work("generate")
+    assert mean_context(work, is_paged=False) == pytest.approx((128 * 256 + 256 * 512) / 384)
+    assert mean_context(work, is_paged=True) == pytest.approx(128 + 192)
+
+
+def test_decoding_reads_weights_and_caches():
+    """With free products, a round takes what its bytes take: all weights of layers, and the rooms of all rows."""
+    memory = replace(PRODUCTS, name="memory", matmul_flops={"bfloat16": 1e30}, memory_bandwidth=1.0)
+    terms = call_cost(make_work("generate", num_sequences=1), choose(), memory).terms
+    weights = 2 * LLAMA.num_layers * LLAMA.active_layer_params
+    cached = 2 * 2 * 32 * 4096 * mean_context(make_work("generate"), is_paged=False)
+    assert terms["weights"] == pytest.approx(384 * weights, rel=1e-2)  # and a row's activations
+    assert terms["cache"] == pytest.approx(384 * cached)
+
+
+def test_stages_read_their_weights_once_for_every_wave():
+    whole, staged = (call_cost(make_work("generate"), choose(**s), H100S).terms for s in ({}, {"pp": 4}))
+    assert staged["weights"] == pytest.approx(whole["weights"], rel=0.2)
+
+
+LAYER = {"hidden_size": 4096, "num_q_heads": 32, "num_kv_heads": 32, "head_dim": 128, "ffn_size": 11008}
+
+
+@pytest.mark.parametrize(("kind", "use"), [("inference", "forward"), ("generate", "decode")])
+def test_measured_layers_come_before_sums_of_parts(kind, use):
+    work, terms = make_work(kind, num_sequences=16, prompts=Lengths.all(2048)), ("products", "attention", "memory")
+    rows, tokens = (16, 2048) if kind == "inference" else (16, 2432)
+    if kind == "generate":
+        terms = ("weights", "cache", "memory")
+    plain = call_cost(work, choose(), H100S).terms
+    point = LayerPoint(use=use, dtype="bfloat16", tp=1, rows=rows, tokens=tokens, seconds=1.0, **LAYER)
+    measured = call_cost(work, choose(), replace(H100S, name="m", measured=Measured(layers=(point,)))).terms
+    factors = [measured[term] / plain[term] for term in terms]
+    assert factors == pytest.approx([factors[0]] * 3) and factors[0] > 10
+    if kind == "inference":
+        assert sum(measured[term] for term in terms) == pytest.approx(32.0)
+
+
+def test_measured_heads_and_updates_come_before_formulas():
+    head = {"dtype": "bfloat16", "tp": 1, "hidden_size": 4096, "vocab_size": 32000, "rows": 16, "tokens": 2048}
+    tables = Measured(
+        heads=tuple(HeadPoint(use=use, seconds=s, **head) for use, s in (("forward", 1.0), ("backward", 2.0))),
+        updates=(UpdatePoint(num_params=10**9, seconds=5.0),),
+    )
+    cluster = replace(H100S, name="heads", measured=tables)
+    work = make_work("train", after=("other",), num_sequences=16, prompts=Lengths.all(2048))
+    terms = call_cost(work, choose(), cluster).terms
+    assert terms["head"] == pytest.approx(3.0, abs=1e-3)
+    assert terms["optimizer"] == pytest.approx(5.0 * LLAMA.num_params / 1e9, rel=0.01)
+
+
+def test_a_dtype_without_a_rate_is_refused():
+    with pytest.raises(ValueError, match="cluster h100x128: no rate for int4, only for bfloat16"):
+        call_cost(make_work("train", dtype="int4"), choose(), H100S)
+
+
+MOVES = [
+    (choose(tp=8), choose(tp=8)),
+    (choose(tp=8), choose(dp=8)),
+    (choose(dp=8, zero_stage=3), choose(tp=8)),
+    (choose(dp=2, tp=4), choose(pp=2, tp=4)),
+    (choose(tp=4), choose(tp=4, first=4)),
+    (choose(pp=2, dp=2, tp=2), choose(dp=2, tp=4)),
+]
+
+
+@pytest.mark.parametrize(("source", "destination"), MOVES)
+def test_moves_are_those_of_the_reshard_plan(source, destination):
+    """The busiest receiver of a table of layers, split as parameters are: `pipe`, zero's `data` and `tensor`."""
+    shape, devices = (8, 8, 8), jax.devices()
+    lay = lambda choice: Layout.of(choice.strategy, [devices[i] for i in choice.devices])
+    spec = lambda choice: ("pipe", "data" if choice.strategy.zero_stage == 3 else None, "tensor")
+    shardings = [lay(choice).sharding(*spec(choice)) for choice in (source, destination)]
+    plan = plan_reshard({"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}, {"w": shardings[0]}, {"w": shardings[1]})
+    received = dict.fromkeys(devices, 0)
+    for move in plan.leaves[0].moves:
+        if move.source != move.destination:
+            received[move.destination] += plan.leaves[0]._num_bytes(move)
     role = RoleWork(name="role", model=LLAMA, dtype="bfloat16")
-    assert move_cost(role, choose(tp=8), choose(tp=8), H100S).seconds == 0
+    cluster = replace(H100S, name="links", factors={}, within_node=Link(bandwidth=1.0, latency=0.0))
+    terms = move_cost(role, source, destination, cluster).terms
+    share = max(received.values()) / (2 * 8**3)
+    assert terms.get("within_node", 0.0) >= share * 2 * LLAMA.num_params * (1 - 1e-9)
+    assert (share == 0) == ("within_node" not in terms)
+    assert "between_nodes" not in terms
+
+
+def test_another_node_is_reached_by_its_own_link():
+    role = RoleWork(name="role", model=LLAMA, dtype="bfloat16", is_trained=True)
+    terms = move_cost(role, choose(tp=8), choose(tp=8, first=8), H100S).terms
+    link, share = H100S.between_nodes, H100S.factor("links")
+    bytes_each = 2 * LLAMA.num_params / 8
+    assert terms["between_nodes"] == pytest.approx(link.latency + bytes_each / (share * link.bandwidth))
+    assert terms["cast"] > 0 and "within_node" not in terms
 
 
 def test_parameters_from_the_host_come_in_parts():
@@ -63,3 +257,14 @@ def test_parameters_from_the_host_come_in_parts():
     one, eight = (fetch_cost(role, choose(tp=tp), H100S).terms["host"] for tp in (1, 8))
     latency = H100S.to_host.latency
     assert one - latency == pytest.approx(8 * (eight - latency))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_is_weighed_quickly(kind):
+    """A search weighs tens of thousands; the bound leaves room for busy machines."""
+    work, choice = make_work(kind), choose(dp=4, pp=4, tp=8)
+    call_cost(work, choice, H100S)
+    start = time.process_time()
+    for _ in range(200):
+        call_cost(work, choice, H100S)
+    assert (time.process_time() - start) / 200 < 1e-3
