@@ -16,6 +16,8 @@ FEW_NODES = 2
 MOST_RUNS = 8
 # Cuts from either end of a cluster: this many at most, evenly.
 MOST_CUTS = 16
+# On larger clusters sequence parallelism and ZeRO are taken wherever they divide: they send as much, and keep less.
+FEW_DEVICES = 16
 # Open numbers of stages may leave this share of a model's layers empty.
 MOST_EMPTY = 1 / 16
 # Open numbers of answers decoded at once: all of a step's, a half, a quarter, an eighth.
@@ -94,7 +96,7 @@ def list_splits(work: CallWork, role: RoleWork, cluster: Cluster, mesh: Devices)
     choices = []
     for strategy in sizes:
         if find_fault(work, strategy) is None:
-            choices += [replace(choice, devices=mesh) for choice in _list_variants(work, strategy)]
+            choices += [replace(choice, devices=mesh) for choice in _list_variants(work, strategy, cluster)]
     return choices
 
 
@@ -145,11 +147,16 @@ def _list_sizes(work: CallWork, cluster: Cluster, mesh: Devices) -> Iterator[Par
         for pp in _divisors(len(mesh) // tp):
             dp = len(mesh) // (tp * pp)
             if pp * dp <= num_update_sequences(work) and _is_worthwhile(work, pp):
-                for sequence_parallel in (False, True) if tp > 1 and work.kind != "generate" else (False,):
-                    yield ParallelStrategy(dp=dp, pp=pp, tp=tp, sequence_parallel=sequence_parallel)
+                plain = ParallelStrategy(dp=dp, pp=pp, tp=tp)
+                spread = replace(plain, sequence_parallel=True)
+                can_spread = tp > 1 and work.kind != "generate" and find_fault(work, spread) is None
+                if not can_spread or cluster.num_devices <= FEW_DEVICES:
+                    yield plain
+                if can_spread:
+                    yield spread
 
 
-def _list_variants(work: CallWork, strategy: ParallelStrategy) -> Iterator[Choice]:
+def _list_variants(work: CallWork, strategy: ParallelStrategy, cluster: Cluster) -> Iterator[Choice]:
     """Yields a split with everything that is open beside it; devices are left to the caller."""
     fixed = work.fixed
     if work.kind == "generate":
@@ -158,17 +165,20 @@ def _list_variants(work: CallWork, strategy: ParallelStrategy) -> Iterator[Choic
         return
     is_train = work.kind == "train"
     remats = (False,) if not is_train else (False, True) if fixed.remat is None else (fixed.remat,)
-    for zero_stage in _list_zero_stages(work, strategy) if is_train else (0,):
+    for zero_stage in _list_zero_stages(work, strategy, cluster) if is_train else (0,):
         for num_mbs in _list_micro_batches(work, strategy):
             for remat in remats:
                 layout = replace(strategy, zero_stage=zero_stage)
                 yield Choice(strategy=layout, devices=(), num_mbs=num_mbs, remat=remat)
 
 
-def _list_zero_stages(work: CallWork, strategy: ParallelStrategy) -> list[int]:
-    wanted = (0, 2, 3) if strategy.dp > 1 else (0,)
-    stages = wanted if work.fixed.zero_stage is None else (work.fixed.zero_stage,)
-    return [stage for stage in stages if stage == 0 or work.model.hidden_size % strategy.dp == 0]
+def _list_zero_stages(work: CallWork, strategy: ParallelStrategy, cluster: Cluster) -> list[int]:
+    divides = work.model.hidden_size % strategy.dp == 0
+    if work.fixed.zero_stage is not None:
+        return [work.fixed.zero_stage] if divides or not work.fixed.zero_stage else []
+    if strategy.dp == 1 or not divides:
+        return [0]
+    return [0, 2, 3] if cluster.num_devices <= FEW_DEVICES else [2, 3]
 
 
 def _list_micro_batches(work: CallWork, strategy: ParallelStrategy) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """Seconds of parameters on their way: from one call's layout to another's, and from host memory."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,10 +21,10 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
     if kept_as > width:
         parts = source.strategy.pp * source.strategy.tp * _shards(source.strategy)
         terms["cast"] = (kept_as + width) * size / parts / cluster.memory_bandwidth
-    within, between, has_moved = _traffic(
+    within, between, moved = _traffic(
         source.devices, source.strategy, destination.devices, destination.strategy, cluster.devices_per_node
     )
-    if not has_moved:
+    if not moved:
         return terms
     share = cluster.factor("links")
     if within:
@@ -44,6 +45,20 @@ def fetch_terms(role: RoleWork, destination: Choice, cluster: Cluster) -> dict[s
     return {"host": link.latency + part / (share * link.bandwidth), "dispatch": cluster.dispatch_seconds}
 
 
+def moved_bytes(role: RoleWork, source: Choice, destination: Choice, cluster: Cluster) -> float:
+    """Returns the bytes of a role's parameters that go from one device to another for a copy in another layout."""
+    moved = _traffic(
+        source.devices, source.strategy, destination.devices, destination.strategy, cluster.devices_per_node
+    )[2]
+    return moved * role.model.num_params * BYTES[role.dtype]
+
+
+def fetched_bytes(role: RoleWork, destination: Choice) -> float:
+    """Returns the bytes of a role's parameters that go from host memory to all devices of a call."""
+    s = destination.strategy
+    return role.model.num_params * BYTES[role.dtype] * s.size / (s.pp * s.tp * _shards(s))
+
+
 def _shards(strategy: ParallelStrategy) -> int:
     return strategy.dp if strategy.zero_stage == 3 else 1
 
@@ -51,48 +66,55 @@ def _shards(strategy: ParallelStrategy) -> int:
 @lru_cache(maxsize=65536)
 def _traffic(
     devices: tuple[int, ...], strategy: ParallelStrategy, to: tuple[int, ...], other: ParallelStrategy, per_node: int
-) -> tuple[float, float, bool]:
-    """Returns the most that a device sends or receives within its node and between nodes, as shares of the parameters,
-    and whether any moves.
+) -> tuple[float, float, float]:
+    """Returns the most that a device sends or receives within its node and between nodes, and all that moves, as shares
+    of the parameters.
 
     Parameters are a box of layers x widths x shards, cut by both layouts: pipe cuts layers, tensor widths, and ZeRO's
     third stage a dim of its own. Of the replicas of a piece, a device's own comes first, then one of its node, then the
     one that sends least.
     """
     if devices == to and strategy == other:
-        return 0.0, 0.0, False
-    holders = defaultdict(list)
-    for device, box in _boxes(devices, strategy):
-        holders[box].append(device)
+        return 0.0, 0.0, 0.0
+    holders: dict[Box, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # by box and node
+    own = dict(_boxes(devices, strategy))
+    for device, box in own.items():
+        holders[box][device // per_node].append(device)
+    everywhere = {box: [device for near in nodes.values() for device in near] for box, nodes in holders.items()}
     received, sent = (defaultdict(float), defaultdict(float)), (defaultdict(float), defaultdict(float))
     for device, box in _boxes(to, other):
-        for cut, owners in ((_overlap(box, held), owners) for held, owners in holders.items()):
-            if cut == 0 or device in owners:
+        for held, cut in _overlaps(box, _cuts(other), _cuts(strategy)):
+            if own.get(device) == held:
                 continue
-            near = [owner for owner in owners if owner // per_node == device // per_node]
-            load = sent[0 if near else 1]
-            owner = min(near or owners, key=lambda owner: load[owner])
-            load[owner] += cut
-            received[0 if near else 1][device] += cut
+            near = holders[held].get(device // per_node)
+            link = 0 if near else 1
+            owner = min(near or everywhere[held], key=sent[link].__getitem__)
+            sent[link][owner] += cut
+            received[link][device] += cut
     most = [max([*received[i].values(), *sent[i].values()], default=0.0) for i in (0, 1)]
-    return most[0], most[1], any(most)
+    return most[0], most[1], sum(sum(arrived.values()) for arrived in received)
 
 
-Box = tuple[tuple[float, float], ...]
+Box = tuple[int, int, int]  # which part of the layers, widths and shards
+
+
+def _cuts(s: ParallelStrategy) -> Box:
+    """Returns in how many parts a layout cuts layers, widths and shards."""
+    return s.pp, s.tp, _shards(s)
 
 
 def _boxes(devices: tuple[int, ...], s: ParallelStrategy) -> Iterator[tuple[int, Box]]:
-    shards = _shards(s)
     for index, device in enumerate(devices):
         pipe, data, tensor = index // (s.dp * s.tp), index // s.tp % s.dp, index % s.tp
-        parts = ((pipe, s.pp), (tensor, s.tp), (data if shards > 1 else 0, shards))
-        yield device, tuple((part / size, (part + 1) / size) for part, size in parts)
+        yield device, (pipe, tensor, data if _shards(s) > 1 else 0)
 
 
-def _overlap(a: Box, b: Box) -> float:
-    size = 1.0
-    for (a0, a1), (b0, b1) in zip(a, b):
-        if (length := min(a1, b1) - max(a0, b0)) <= 1e-12:
-            return 0.0
-        size *= length
-    return size
+@lru_cache(maxsize=65536)
+def _overlaps(box: Box, sizes: Box, other_sizes: Box) -> list[tuple[Box, float]]:
+    """Returns the boxes of another layout's cuts that a box of one layout's overlaps, and by which share of all."""
+    dims = []
+    for part, size, other in zip(box, sizes, other_sizes):
+        start, stop = part * other, (part + 1) * other  # in parts of 1 / (size * other)
+        parts = range(start // size, -(-stop // size))
+        dims.append([(i, (min(stop, (i + 1) * size) - max(start, i * size)) / (size * other)) for i in parts])
+    return [((i, j, k), a * b * c) for (i, a), (j, b), (k, c) in itertools.product(*dims)]

@@ -11,50 +11,17 @@ those from its start to the end of its last call.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.workload import CallWork, RoleWork, Workload
-from realjax.core.layout import number_ranges
+from realjax.allocation.costing import FREE, Costs, Move
+from realjax.allocation.prediction import GIB, CallPrediction, Prediction, Source, Span, What
+from realjax.allocation.workload import CallWork, Workload
 
 # What programs may take of a device's memory, as runs set it (`launch/settings.py`): CUDA and NCCL need the rest.
 USABLE_SHARE = 0.9
-GIB = 2**30
 HOST = -1  # the layout of what waits in host memory
-HEAD = ("call", "devices", "strategy", "parameters", "moved GiB", "move s", "start s", "seconds", "peak GiB")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Move:
-    """Parameters on their way to a call."""
-
-    seconds: float
-    bytes: float
-
-
-class Costs(Protocol):
-    """What calls and moves cost. Equal devices are alike: a part of a node costs the same wherever it lies."""
-
-    def call_seconds(self, work: CallWork, choice: Choice) -> float:
-        """Of a step, parameters in place."""
-        ...
-
-    def home_bytes(self, role: RoleWork, work: CallWork, choice: Choice) -> float:
-        """That stay on each device of a role's home, which is the layout of the call `work`."""
-        ...
-
-    def call_bytes(self, role: RoleWork, work: CallWork, choice: Choice, *, at_home: bool) -> float:
-        """On each device while the call runs, beside what is at home; a copy of the parameters where it has one."""
-        ...
-
-    def move(self, role: RoleWork, source: Choice, destination: Choice) -> Move:
-        """From the home layout to a call's."""
-        ...
-
-    def fetch(self, role: RoleWork, destination: Choice) -> Move:
-        """From host memory to a call's layout."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -64,6 +31,7 @@ class Priced:
     choice: Choice
     mask: int
     layout: int  # two that are equal are one layout
+    has_empty_layers: bool
     seconds: float
     home_bytes: float  # if it is the role's home call
     bytes_at_home: float
@@ -71,6 +39,7 @@ class Priced:
 
 
 Plan = Sequence[Priced]  # one for each call, in the workload's order
+OpenPlan = Sequence[Priced | None]  # None: not decided yet
 
 
 class Score(NamedTuple):
@@ -84,71 +53,11 @@ class Task(NamedTuple):
     """What devices are busy with: a call, or its parameters on their way."""
 
     call: int
-    what: Literal["move", "fetch", "call"]
+    what: What
     mask: int
     seconds: float
     bytes: float
     after: tuple[int, ...]  # calls
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """A piece of the timeline, in seconds from the step's start."""
-
-    name: str  # of the call
-    what: Literal["move", "fetch", "call"]
-    devices: tuple[int, ...]
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallPrediction:
-    """A call of a step as predicted; times in seconds from the step's start."""
-
-    name: str
-    role: str
-    choice: Choice
-    source: Literal["home", "moved", "host"]  # where its parameters come from
-    start: float  # its parameters in place
-    end: float
-    move_seconds: float
-    moved_bytes: float
-    peak_bytes: float  # on the fullest of its devices while it runs, with all that lives there
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.start
-
-    def row(self) -> tuple[str, ...]:
-        """Returns its cells below `HEAD`."""
-        moved = (f"{self.moved_bytes / GIB:.1f}", f"{self.move_seconds:.2f}") if self.source != "home" else ("", "")
-        times = (f"{self.start:.2f}", f"{self.seconds:.2f}", f"{self.peak_bytes / GIB:.1f}")
-        return self.name, number_ranges(self.choice.devices), str(self.choice), self.source, *moved, *times
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """A step as predicted, never measured."""
-
-    calls: tuple[CallPrediction, ...]
-    spans: tuple[Span, ...]  # the timeline, in the order of dispatch
-    seconds: float
-    device_bytes: tuple[float, ...]  # the peak of each device
-    usable_bytes: float  # of a device
-    offloaded: frozenset[str]  # roles whose parameters wait in host memory
-
-    @property
-    def fits(self) -> bool:
-        return max(self.device_bytes) <= self.usable_bytes
-
-    @property
-    def moved_bytes(self) -> float:
-        return sum(call.moved_bytes for call in self.calls)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """Returns the calls' cells below `HEAD`."""
-        return [call.row() for call in self.calls]
 
 
 def simulate(workload: Workload, choices: Mapping[str, Choice], costs: Costs, cluster: Cluster) -> Prediction:
@@ -166,8 +75,11 @@ class Simulator:
         """Raises ValueError for a trained role that is to be offloaded."""
         self.workload, self.costs, self.cluster = workload, costs, cluster
         self.calls = workload.calls
-        self.usable_bytes = cluster.memory_bytes * USABLE_SHARE
-        self.by_role = {name: [i for i, call in enumerate(self.calls) if call.role == name] for name in workload.roles}
+        self.usable_bytes = cluster.memory_bytes * USABLE_SHARE / (1 + costs.margin)
+        self.by_role = {
+            role: [i for i, call in enumerate(self.calls) if call.role == role]
+            for role in dict.fromkeys(call.role for call in self.calls)
+        }
         numbers = {call.name: i for i, call in enumerate(self.calls)}
         self.homes = [numbers[workload.home_call(call.role).name] for call in self.calls]
         self.after = [tuple(numbers[name] for name in call.after) for call in self.calls]
@@ -192,6 +104,7 @@ class Simulator:
             choice=choice,
             mask=make_mask(choice.devices),
             layout=self.number_layout(choice),
+            has_empty_layers=work.model.num_layers % choice.strategy.pp > 0,
             seconds=self.costs.call_seconds(work, choice),
             home_bytes=self.costs.home_bytes(role, work, choice) if is_home else 0.0,
             bytes_at_home=self.costs.call_bytes(role, work, choice, at_home=True),
@@ -202,18 +115,27 @@ class Simulator:
         """Returns the number of a choice's layout: the same for equal strategies on equal devices."""
         return self._layouts.setdefault((choice.strategy, choice.devices), len(self._layouts))
 
-    def score(self, plan: Plan) -> Score:
-        """Returns how good a plan is."""
+    def score(self, plan: Plan, limit: Score | None = None) -> Score:
+        """Returns how good a plan is; of one that is no better than `limit`, only that it is not."""
         offloaded = self.find_offloaded(plan)
-        excess = sum(max(0.0, peak - self.usable_bytes) for peak in self.find_peaks(plan, offloaded))
-        return Score(excess, max(end for _, end in play(self.list_tasks(plan, offloaded), self.calls)))
+        if limit is not None and not limit.excess_bytes:
+            # Moves that nobody has asked for yet are not priced for plans that are too slow without them.
+            seconds = self._play(self.list_tasks(plan, offloaded, prices_moves=False))
+            if seconds >= limit.seconds:
+                return Score(0.0, seconds)
+        seconds = self._play(self.list_tasks(plan, offloaded))
+        excess = sum([max(0.0, peak - self.usable_bytes) for peak in self.find_peaks(plan, offloaded)])
+        return Score(excess, seconds)
+
+    def _play(self, tasks: Sequence[Task]) -> float:
+        return max([end for _, end in play(tasks, self.calls)])
 
     def predict(self, plan: Plan) -> Prediction:
         """Returns how a step goes."""
         offloaded = self.find_offloaded(plan)
         tasks, peaks = self.list_tasks(plan, offloaded), self.find_peaks(plan, offloaded)
         times = play(tasks, self.calls)
-        sources: dict[str, Literal["moved", "host"]] = {"move": "moved", "fetch": "host"}
+        sources: dict[str, Source] = {"move": "moved", "fetch": "host"}
         moves = {task.call: task for task in tasks if task.what != "call"}
         calls, spans = [], []
         for task, (start, end) in zip(tasks, times, strict=True):
@@ -241,72 +163,106 @@ class Simulator:
             offloaded=offloaded,
         )
 
-    def find_offloaded(self, plan: Plan) -> frozenset[str]:
+    def bound(self, plan: OpenPlan, least_seconds: Sequence[float]) -> Score:
+        """Returns what no plan can be better than that completes this one.
+
+        Calls that are not decided are on no device, and take the least that they can. Roles of which it is not sure
+        yet whether they are offloaded are neither at home nor anywhere else.
+        """
+        offloaded = self.find_offloaded(plan)
+        unsure = frozenset(
+            name
+            for name, role in self.workload.roles.items()
+            if not role.is_trained and role.offload is None and name not in offloaded
+        )
+        peaks = self.find_peaks(plan, offloaded, unsure)
+        excess = sum(max(0.0, peak - self.usable_bytes) for peak in peaks)
+        times = play(self.list_tasks(plan, offloaded, unsure, least_seconds), self.calls)
+        return Score(excess, max(end for _, end in times))
+
+    def find_offloaded(self, plan: OpenPlan) -> frozenset[str]:
         """Returns the roles whose parameters wait in host memory, by the rule of `allocate.is_offloaded`."""
-        found = []
-        for name, role in self.workload.roles.items():
-            if role.offload is not None or role.is_trained:
-                is_offloaded = bool(role.offload)
-            else:
-                own, others = 0, 0
-                for call, priced in zip(self.calls, plan, strict=True):
-                    if call.role == name:
-                        own |= priced.mask
-                    else:
-                        others |= priced.mask
-                is_offloaded = bool(own & others)
-            if is_offloaded:
-                found.append(name)
-        return frozenset(found)
+        return frozenset(name for name in self.workload.roles if self._is_offloaded(name, plan))
 
-    def is_at_home(self, plan: Plan, call: int) -> bool:
-        """Returns whether a call runs in the layout in which its role's parameters stay."""
-        return plan[call].layout == plan[self.homes[call]].layout
+    def _is_offloaded(self, name: str, plan: OpenPlan) -> bool:
+        role = self.workload.roles[name]
+        if role.offload is not None or role.is_trained:
+            return bool(role.offload)
+        own = others = 0
+        for call, priced in zip(self.calls, plan, strict=True):
+            mask = priced.mask if priced else 0
+            own, others = (own | mask, others) if call.role == name else (own, others | mask)
+        return bool(own & others)
 
-    def list_tasks(self, plan: Plan, offloaded: frozenset[str]) -> list[Task]:
-        """Returns what the devices do in a step, in the order of dispatch."""
+    def is_at_home(self, plan: OpenPlan, call: int) -> bool:
+        """Returns whether a call runs in the layout in which its role's parameters stay, as far as that is known."""
+        own, home = plan[call], plan[self.homes[call]]
+        return own is None or home is None or own.layout == home.layout
+
+    def list_tasks(
+        self,
+        plan: OpenPlan,
+        offloaded: frozenset[str],
+        unsure: frozenset[str] = frozenset(),
+        least_seconds: Sequence[float] = (),
+        prices_moves: bool = True,
+    ) -> list[Task]:
+        """Returns what the devices do in a step, in the order of dispatch. For an open plan see `bound`.
+
+        Without `prices_moves`, those that have no price yet take no time.
+        """
         tasks, stretches = [], self.find_stretches(plan)
         for i, (work, own) in enumerate(zip(self.calls, plan, strict=True)):
+            after = self.after[i] + self.trained_before[i]
+            if own is None:
+                tasks.append(Task(i, "call", 0, least_seconds[i], 0.0, after))
+                continue
+            home = plan[self.homes[i]]
             if work.role in offloaded:
                 move = self.price_fetch(work.role, own)
                 tasks.append(Task(i, "fetch", own.mask, move.seconds, move.bytes, ()))
-            elif not self.is_at_home(plan, i):
-                home = plan[self.homes[i]]
-                move = self.price_move(work.role, home, own)
-                tasks.append(
-                    Task(i, "move", own.mask | home.mask, move.seconds, move.bytes, self.trained_before[i])
-                )  # fmt: skip
-            after = self.after[i] + self.trained_before[i]
+            elif home is not None and home.layout != own.layout and work.role not in unsure:
+                known = self._moves.get((work.role, home.layout, own.layout), FREE)
+                move = self.price_move(work.role, home, own) if prices_moves else known
+                mask = own.mask | home.mask
+                tasks.append(Task(i, "move", mask, move.seconds, move.bytes, self.trained_before[i]))
             tasks.append(Task(i, "call", own.mask, own.seconds * stretches[i], 0.0, after))
         return tasks
 
-    def find_stretches(self, plan: Plan) -> list[float]:
+    def find_stretches(self, plan: OpenPlan) -> list[float]:
         """Returns, of each call, how many times its own layers a role's calls have together.
 
         A role has one number of empty layers, which makes the stages of all its calls equal
         (`allocate.count_empty_layers`).
         """
         stretches = [1.0] * len(self.calls)
+        if not any(priced.has_empty_layers for priced in plan if priced):
+            return stretches
         for numbers in self.by_role.values():
             num_layers = self.calls[numbers[0]].model.num_layers
-            stages = {plan[i].choice.strategy.pp for i in numbers}
-            if len(stages) > 1 and any(num_layers % pp for pp in stages):
-                stacked = _round_up(num_layers, math.lcm(*stages))
-                for i in numbers:
-                    stretches[i] = stacked / _round_up(num_layers, plan[i].choice.strategy.pp)
+            stages = {i: one.choice.strategy.pp for i in numbers if (one := plan[i]) is not None}
+            stacked = _round_up(num_layers, math.lcm(*stages.values()))
+            for i, pp in stages.items():
+                stretches[i] = stacked / _round_up(num_layers, pp)
         return stretches
 
-    def find_peaks(self, plan: Plan, offloaded: frozenset[str]) -> list[float]:
-        """Returns the bytes on the fullest device of each call while it runs: all homes there, and the call."""
+    def find_peaks(
+        self, plan: OpenPlan, offloaded: frozenset[str], unsure: frozenset[str] = frozenset()
+    ) -> list[float]:
+        """Returns the bytes on the fullest device of each call while it runs: all homes there, and the call.
+
+        For an open plan see `bound`.
+        """
         regions, stretches = [(-1, 0.0)], self.find_stretches(plan)
-        for mask, num_bytes in self._list_homes(plan, offloaded, stretches):
+        for mask, num_bytes in self._list_homes(plan, offloaded | unsure, stretches):
             inside = [(region & mask, held + num_bytes) for region, held in regions if region & mask]
             regions = inside + [(region & ~mask, held) for region, held in regions if region & ~mask]
-        return [
-            self._call_bytes(plan, i, offloaded) * stretches[i]
-            + max(held for region, held in regions if region & priced.mask)
-            for i, priced in enumerate(plan)
-        ]
+        peaks = [0.0] * len(plan)
+        for i, priced in enumerate(plan):
+            if priced is not None:
+                held = max(held for region, held in regions if region & priced.mask)
+                peaks[i] = held + self._call_bytes(plan, i, offloaded, unsure) * stretches[i]
+        return peaks
 
     def price_move(self, role: str, source: Priced, destination: Priced) -> Move:
         """Returns what it costs to bring a role's parameters from home to a call."""
@@ -322,17 +278,40 @@ class Simulator:
             self._moves[key] = self.costs.fetch(self.workload.roles[role], destination.choice)
         return self._moves[key]
 
-    def _list_homes(self, plan: Plan, offloaded: frozenset[str], stretches: list[float]) -> list[tuple[int, float]]:
-        homes = {call.role: home for call, home in zip(self.calls, self.homes, strict=True)}
+    def explain_misfit(self, plan: Plan) -> str:
+        """Returns which call of a plan lacks most memory, how much, and what to change."""
+        offloaded = self.find_offloaded(plan)
+        peaks = self.find_peaks(plan, offloaded)
+        worst = max(range(len(plan)), key=peaks.__getitem__)
+        at_home = self.calls[worst].role not in offloaded and self.is_at_home(plan, worst)
+        return self.explain_excess(self.calls[worst], plan[worst].choice, peaks[worst], at_home=at_home)
+
+    def explain_excess(self, work: CallWork, choice: Choice, needed: float, *, at_home: bool) -> str:
+        """Returns by how much a call as chosen does not fit, and what to change."""
+        excess, role = needed - self.usable_bytes, self.workload.roles[work.role]
+        return (
+            f"{work.name}: as {choice} on {len(choice.devices)} devices it needs {needed / GIB:.1f} GiB on each, "
+            f"{excess / GIB:.1f} more than can be planned with of {self.cluster.name}'s "
+            f"{self.cluster.memory_bytes / GIB:.1f}; use more devices, or change "
+            + self.costs.advise(role, work, choice, at_home=at_home, excess_bytes=excess)
+        )
+
+    def _list_homes(self, plan: OpenPlan, elsewhere: frozenset[str], stretches: list[float]) -> list[tuple[int, float]]:
         return [
-            (plan[home].mask, plan[home].home_bytes * stretches[home])
-            for role, home in homes.items()
-            if role not in offloaded
+            (priced.mask, priced.home_bytes * stretches[home])
+            for role, home in ((role, self.homes[numbers[0]]) for role, numbers in self.by_role.items())
+            if role not in elsewhere and (priced := plan[home]) is not None
         ]
 
-    def _call_bytes(self, plan: Plan, call: int, offloaded: frozenset[str]) -> float:
-        at_home = self.calls[call].role not in offloaded and self.is_at_home(plan, call)
-        return plan[call].bytes_at_home if at_home else plan[call].bytes_away
+    def _call_bytes(
+        self, plan: OpenPlan, call: int, offloaded: frozenset[str], unsure: frozenset[str] = frozenset()
+    ) -> float:
+        priced, role = plan[call], self.calls[call].role
+        assert priced is not None
+        if role in unsure or plan[self.homes[call]] is None:
+            return min(priced.bytes_at_home, priced.bytes_away)
+        at_home = role not in offloaded and self.is_at_home(plan, call)
+        return priced.bytes_at_home if at_home else priced.bytes_away
 
     def _list_device_bytes(self, plan: Plan, offloaded: frozenset[str]) -> tuple[float, ...]:
         held, most = [0.0] * self.cluster.num_devices, [0.0] * self.cluster.num_devices
@@ -349,14 +328,19 @@ class Simulator:
 def play(tasks: Sequence[Task], calls: Sequence[CallWork]) -> list[tuple[float, float]]:
     """Returns when each task starts and ends, given in the order of dispatch."""
     times, host = list[tuple[float, float]](), 0.0
-    call_ends = [0.0] * len(calls)
-    for number, task in enumerate(tasks):
-        start = max([host, *(call_ends[i] for i in task.after)])
-        for before, (_, end) in zip(tasks[:number], times, strict=True):
-            if end > start and before.mask & task.mask:
+    masks, ends, call_ends = list[int](), list[float](), [0.0] * len(calls)
+    for task in tasks:
+        mask, start = task.mask, host
+        for i in task.after:
+            if call_ends[i] > start:
+                start = call_ends[i]
+        for before, end in zip(masks, ends):
+            if end > start and before & mask:
                 start = end
         end = start + task.seconds
         times.append((start, end))
+        masks.append(mask)
+        ends.append(end)
         if task.what == "call":
             call_ends[task.call] = end
             if calls[task.call].kind == "generate":

@@ -8,8 +8,9 @@ import pytest
 
 from realjax.allocation.candidates import list_choices
 from realjax.allocation.choice import Choice
+from realjax.allocation.prediction import HEAD
 from realjax.allocation.run_workload import read_workload
-from realjax.allocation.simulate import HEAD, USABLE_SHARE, Simulator, simulate
+from realjax.allocation.simulate import USABLE_SHARE, Simulator, simulate
 from realjax.allocation.workload import Workload
 from realjax.core.layout import ParallelStrategy
 from tests.given.costs import GivenCosts, RandomCosts

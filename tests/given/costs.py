@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, field
 
 from realjax.allocation.choice import Choice
-from realjax.allocation.simulate import Move
+from realjax.allocation.costing import Move
 from realjax.allocation.workload import CallWork, RoleWork
 
 
@@ -17,6 +17,7 @@ class GivenCosts:
     fetches: dict[str, float] = field(default_factory=dict)
     home: dict[str, float] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)  # while a call runs
+    margin: float = 0.0
 
     def call_seconds(self, work: CallWork, choice: Choice) -> float:
         return self.calls.get(work.name, 0.0)
@@ -26,6 +27,9 @@ class GivenCosts:
 
     def call_bytes(self, role: RoleWork, work: CallWork, choice: Choice, *, at_home: bool) -> float:
         return self.held.get(work.name, 0.0)
+
+    def advise(self, role: RoleWork, work: CallWork, choice: Choice, *, at_home: bool, excess_bytes: float) -> str:
+        return f"{work.name} by {excess_bytes:.0f}"
 
     def move(self, role: RoleWork, source: Choice, destination: Choice) -> Move:
         return Move(seconds=self.moves.get(role.name, 0.0), bytes=10.0)
@@ -44,6 +48,7 @@ class RandomCosts:
     seed: int
     memory: float
     crowding: float = 0.4  # of a device's memory, the mean of what one thing holds
+    margin: float = 0.0
 
     def draw(self, *about: object) -> float:
         """Returns a number from 0 to 1."""
@@ -59,6 +64,9 @@ class RandomCosts:
     def call_bytes(self, role: RoleWork, work: CallWork, choice: Choice, *, at_home: bool) -> float:
         own = self._bytes(choice, "call", work.name, choice.strategy, choice.num_mbs, choice.remat, choice.num_slots)
         return own if at_home else 1.3 * own
+
+    def advise(self, role: RoleWork, work: CallWork, choice: Choice, *, at_home: bool, excess_bytes: float) -> str:
+        return f"{work.name} by {excess_bytes:.0f}"
 
     def move(self, role: RoleWork, source: Choice, destination: Choice) -> Move:
         shared = len(set(source.devices) & set(destination.devices))

@@ -1,7 +1,7 @@
 """Steps of training as the planner sees them, without options or files."""
 
 from realjax.allocation.cluster import Cluster, Link
-from realjax.allocation.workload import CallWork, Fixed, Lengths, ModelShape, RoleWork, Workload
+from realjax.allocation.workload import CallWork, Fixed, Kind, Lengths, ModelShape, RoleWork, Workload
 
 PROMPT, ANSWER = 128, 384
 LLAMA = {
@@ -21,7 +21,7 @@ def make_role(name: str, model: ModelShape, **changes) -> RoleWork:
     return RoleWork(name=name, model=model, dtype="bfloat16", **changes)
 
 
-def make_call(name: str, kind: str, role: RoleWork, **changes) -> CallWork:
+def make_call(name: str, kind: Kind, role: RoleWork, **changes) -> CallWork:
     """Returns a call on sequences of prompt and answer, each in a row of its own."""
     own = {"num_sequences": 256, "num_updates": 1, "fixed": Fixed(), **changes}
     num_rows = own["num_sequences"] // own["num_updates"]
