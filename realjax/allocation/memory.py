@@ -79,7 +79,7 @@ def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
         compute_copy=params * size if is_copied else 0,
         gradients=params * FLOAT32 * _num_gradients(choice),
         kept=_num_kept(choice) * split.num_layers * (layer.kept_remat if choice.remat else layer.kept_whole),
-        layer=max(layer.backward, _head_bytes(work, choice, split, rows)),
+        layer=max(layer.backward, _head_bytes(work, split, rows)),
         tied_head=size * split.outer if work.model.is_tied and work.scores_vocab else 0,
         attention_scratch=ROOM * FLOAT32 * rows.tokens * split.queries,
         batch=rows.batch_bytes,
@@ -110,16 +110,19 @@ def _infer_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
     params, rows = split.params(is_sharded=s.zero_stage == 3) * size, MicroBatch.of(work, choice)
     # At home a copy is cast, if what lives there is wider.
     is_cast = at_home and (role.is_trained or role.is_averaged) and size != FLOAT32
-    layer = LayerBytes(split=split, tokens=rows.tokens, size=size)
-    # Stages hand out what each of their micro-batches becomes.
-    handed_on = 1.5 * rows.tokens * rows.num_parts * split.hidden * size if s.pp > 1 else 0
-    return _memory(
-        parameters=0 if at_home else params,
-        compute_copy=params if is_cast else 0,
-        layer=max(layer.forward, _head_bytes(work, choice, split, rows)) + handed_on,
-        reallocation=0 if at_home else min(MOVED_BYTES, params),
-        batch=rows.batch_bytes,
-    )
+    layer = LayerBytes(split=split, tokens=rows.tokens, size=size).forward
+    if s.pp > 1:
+        # Stages hand out what each of their parts becomes; the head reads all of it.
+        rows = replace(rows, tokens=rows.tokens * rows.num_parts, num_parts=1)
+        layer += 1.5 * rows.tokens * split.hidden * size
+    # Before that, ZeRO's shards are gathered into the copy, a stack of layers at a time.
+    gathered = split.largest_stack * size if is_cast and s.zero_stage in (1, 2) and s.dp > 1 else 0
+    program = {
+        "compute_copy": params if is_cast else 0,
+        "layer": max(layer, _head_bytes(work, split, rows), gathered),
+        "batch": rows.batch_bytes,
+    }
+    return _memory(**program, **_arrivals(0 if at_home else params, MOVED_BYTES, program))
 
 
 def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
@@ -141,12 +144,18 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
         decode += split.num_layers * split.hidden * (split.queries + 2 * split.keys) * size + cache / (2 * s.pp)
     # At home the layers' stack is cut into layers: a copy. Table and head are read where they lie, if of the dtype.
     is_copied = not at_home or role.is_trained or role.is_averaged
-    return _memory(
-        parameters=(split.params() if is_copied else split.layers) * size,
-        cache=cache,
-        admit_or_decode=max(layer.forward + prompt_caches, decode),
-        reallocation=0 if at_home else min(MOVED_BYTES, split.params() * size),
-    )
+    params = (split.params() if is_copied else split.layers) * size
+    program = {"cache": cache, "admit_or_decode": max(layer.forward + prompt_caches, decode)}
+    # Stacks are cut as they arrive, so that the largest is there twice, and the next on its way.
+    stack = 2 * split.largest_stack * size
+    return _memory(**program, **_arrivals(params, stack + (0 if at_home else MOVED_BYTES), program))
+
+
+def _arrivals(params: float, beside: float, program: Mapping[str, float]) -> dict[str, float]:
+    """Returns a call's own copy of the parameters, and what is beside it while it arrives, as far as that is more than
+    the program takes afterwards.
+    """
+    return {"parameters": params, "reallocation": max(0, beside - sum(program.values())) if params else 0}
 
 
 _CALLS = {"train": _train_memory, "inference": _infer_memory, "generate": _generate_memory}
@@ -183,17 +192,18 @@ class MicroBatch:
         )
 
 
-def _head_bytes(work: CallWork, choice: Choice, split: Split, rows: MicroBatch) -> float:
-    """Returns the most that the head takes: the logits of a chunk of each row in float32, as much twice for their
-    gradient, and the hidden states, whole along the row.
+def _head_bytes(work: CallWork, split: Split, rows: MicroBatch) -> float:
+    """Returns the most that the head takes of a part's rows: the logits of a chunk of each row in float32, in training
+    as much twice for their gradient, and hidden states whole along the row. A critic's reads them in float32.
     """
+    hidden = rows.tokens * split.hidden * item_bytes(work.dtype)
     if not work.scores_vocab:
-        return 0
+        return hidden + rows.tokens * split.hidden * FLOAT32
     of_token = split.vocab * FLOAT32
     # A chunk has a token of each row at least, of each part of it under sequence parallelism.
     least = rows.num_rows / rows.num_parts * split.row_parts * of_token
-    chunk = min(max(LOGITS_BYTES, least), rows.tokens * of_token)
-    return 3 * chunk + 2 * rows.tokens * split.hidden * item_bytes(work.dtype)
+    logits = min(max(LOGITS_BYTES, least), rows.tokens * of_token)
+    return 3 * logits + 2 * hidden if work.kind == "train" else logits + hidden
 
 
 def choose_num_slots(work: CallWork, choice: Choice) -> int:

@@ -62,6 +62,11 @@ class Split:
             row_parts=s.tp if s.sequence_parallel else 1,
         )
 
+    @property
+    def largest_stack(self) -> float:
+        """Returns the parameters of one kernel of all the stage's layers: the largest there is."""
+        return self.num_layers * self.hidden * max(self.ffn, self.queries)
+
     def params(self, *, is_sharded: bool = False) -> float:
         """Returns the parameters on a device; `is_sharded`: split over `data`, as ZeRO splits them."""
         return (self.layers + self.outer) / (self.num_shards if is_sharded else 1) + self.whole
