@@ -48,7 +48,7 @@ def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory
 
     `choice` is of the call it lives with, `work`. Of a trained role (Adam, arXiv:1412.6980) float32 masters and two
     moments, 12 bytes a parameter, split over `data` from ZeRO stage 1 on (arXiv:1910.02054); of another its parameters
-    in its dtype, float32 where they follow a trained role; nothing where `role.offload` is True.
+    in its dtype, float32 where they follow a trained role; nothing where `role.offload` is True, not where it is open.
     """
     split = Split.of(role.model, choice.strategy, choice.experts)
     if role.is_trained:
@@ -74,26 +74,22 @@ def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
     params, rows = split.params(is_sharded=s.zero_stage == 3), MicroBatch.of(work, choice)
     # Float32 masters that lie as the layers use them are read themselves.
     is_copied = size != FLOAT32 or s.zero_stage in (1, 2)
-    layer = LayerBytes(split=split, tokens=rows.tokens, size=size, is_gathered=s.zero_stage == 3 and s.dp > 1)
+    layer = LayerBytes(
+        split=split,
+        tokens=rows.tokens,
+        size=size,
+        is_gathered=s.zero_stage == 3 and s.dp > 1,
+        is_added=choice.num_mbs * rows.num_parts > 1,
+    )
     return _memory(
         compute_copy=params * size if is_copied else 0,
-        gradients=params * FLOAT32 * _num_gradients(choice),
+        gradients=params * FLOAT32,
         kept=_num_kept(choice) * split.num_layers * (layer.kept_remat if choice.remat else layer.kept_whole),
         layer=max(layer.backward, _head_bytes(work, split, rows)),
         tied_head=size * split.outer if work.model.is_tied and work.scores_vocab else 0,
         attention_scratch=ROOM * FLOAT32 * rows.tokens * split.queries,
         batch=rows.batch_bytes,
     )
-
-
-def _num_gradients(choice: Choice) -> int:
-    """Returns how many float32 gradients of all its parameters a device holds: those of a micro-batch, and their sum.
-
-    In pipeline stages XLA copies the sum once more where they are added to.
-    """
-    if choice.strategy.pp > 1:
-        return 3
-    return 2 if choice.num_mbs > 1 else 1
 
 
 def _num_kept(choice: Choice) -> int:

@@ -85,6 +85,7 @@ class LayerBytes:
     tokens: float
     size: int  # of a number
     is_gathered: bool = False  # ZeRO stage 3: parameters are made whole, and their gradients are, in float32
+    is_added: bool = False  # to the gradients of other micro-batches: float32 ones of a layer lie beside the sums
 
     @property
     def kept_remat(self) -> float:
@@ -99,7 +100,7 @@ class LayerBytes:
     @property
     def backward(self) -> float:
         """The most while the gradient of one layer is computed."""
-        return 4.8 * self._rows + 6.6 * self._ffn + self._heads + self._params * self._gathers
+        return 4.8 * self._rows + 6.6 * self._ffn + self._heads + self._params * self._copies
 
     @property
     def forward(self) -> float:
@@ -107,8 +108,9 @@ class LayerBytes:
         return 1.4 * self._rows + 0.75 * self._part + 2.5 * self._ffn + 0.3 * self._params
 
     @property
-    def _gathers(self) -> int:
-        return 4 if self.is_gathered else 1
+    def _copies(self) -> float:
+        """Of the layer's parameters in the compute dtype: sliced, or made whole, and float32 gradients."""
+        return (2 if self.is_gathered else 1) + (4 / self.size if self.is_gathered or self.is_added else 0)
 
     @property
     def _rows(self) -> float:
