@@ -19,7 +19,7 @@ from realjax.allocation.split import LayerBytes, Split, item_bytes
 from realjax.allocation.workload import CallWork, RoleWork
 
 # How far below the compiler's figure the model may be. What has to fit should fit with this share more.
-MARGIN = 0.1
+MARGIN = 0.08
 FLOAT32 = 4
 GIB = 2**30
 
@@ -80,6 +80,7 @@ def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
         size=size,
         is_gathered=s.zero_stage == 3 and s.dp > 1,
         is_added=choice.num_mbs * rows.num_parts > 1,
+        is_stage=s.pp > 1,
     )
     return _memory(
         compute_copy=params * size if is_copied else 0,
@@ -118,7 +119,7 @@ def _infer_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
         "layer": max(layer, _head_bytes(work, split, rows), gathered),
         "batch": rows.batch_bytes,
     }
-    return _memory(**program, **_arrivals(0 if at_home else params, MOVED_BYTES, program))
+    return _memory(**program, **_arrivals(0 if at_home else params, min(MOVED_BYTES, params), program))
 
 
 def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
@@ -131,8 +132,8 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     of_token = 2 * split.keys * size * split.num_layers  # keys and values
     admitted = max(1, num_slots // 4 // s.row_multiple) * s.pp * _bucket(prompts, SHORTEST_PROMPTS)
     layer = LayerBytes(split=split, tokens=admitted // s.pp, size=size)
-    # In stages what a tick made lies in a row of 2P - 1, then in order, and the prompts' own P of them once more.
-    prompt_caches = of_token * admitted * (2 if s.pp == 1 else (2 * s.pp - 1) / s.pp + 1)
+    # Some are there as they were made too. In stages each of 2P - 1 ticks makes some, and P of them are put in order.
+    prompt_caches = of_token * admitted * (1.25 if s.pp == 1 else (2 * s.pp - 1) / s.pp + 1)
     cache = num_slots / s.dp * cache_length(prompts, work.answers.longest) * of_token
     decode = FLOAT32 * 4 * num_slots / s.dp * split.vocab
     if s.pp > 1:
@@ -144,7 +145,7 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     program = {"cache": cache, "admit_or_decode": max(layer.forward + prompt_caches, decode)}
     # Stacks are cut as they arrive, so that the largest is there twice, and the next on its way.
     stack = 2 * split.largest_stack * size
-    return _memory(**program, **_arrivals(params, stack + (0 if at_home else MOVED_BYTES), program))
+    return _memory(**program, **_arrivals(params, stack + (0 if at_home else min(MOVED_BYTES, params)), program))
 
 
 def _arrivals(params: float, beside: float, program: Mapping[str, float]) -> dict[str, float]:
