@@ -17,23 +17,22 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from realjax.allocation.allocate import allocate
-from realjax.allocation.modes import check_options
+from realjax.allocation.machine import need_cluster
+from realjax.allocation.settle import settle
 from realjax.aot.advise import verdict
 from realjax.aot.lower import lower_run
 from realjax.aot.report import Compiler, ProgramReport, RunReport, describe
 from realjax.aot.targets import Target, find_target, list_targets
 from realjax.apps import quickstart
 from realjax.apps.errors import report_errors
-from realjax.apps.weightless import without_weights
+from realjax.apps.plan import build_spec
 from realjax.dataflow.run import RunSpec
-from realjax.options.checks import resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.parallel import allocation_options
 
 logger = logging.getLogger("realjax.aot")
 
@@ -65,20 +64,27 @@ def compile_run(
 
     With `num_layers`, models have only so many layers. ValueError for what the user can mend.
     """
-    config = resolve_names(config, name)
-    validate(config)
-    check_options(allocation_options(config))
-    config = without_weights(config)
-    settings: Any = jax.config
-    if target.config is None and settings.jax_num_cpu_devices < config.n_nodes * config.n_gpus_per_node:
+    spec = build_spec(name, config)
+    if spec.allocation.mode == "search":
+        spec = settle(spec, need_cluster(spec.allocation, find_devices(spec, target)))
+    return compile_spec(spec, target, num_layers=num_layers)
+
+
+def find_devices(spec: RunSpec, target: Target) -> Sequence[jax.Device]:
+    """Returns the target's devices that a run has."""
+    options, settings = spec.allocation, cast(Any, jax.config)
+    if target.config is None and settings.jax_num_cpu_devices < options.num_devices:
         # Only possible before the first use of a device.
-        jax.config.update("jax_num_cpu_devices", config.n_nodes * config.n_gpus_per_node)
-    devices = target.devices(config.n_nodes, config.n_gpus_per_node)
-    spec = quickstart.find_experiment(name).build(config)
+        jax.config.update("jax_num_cpu_devices", options.num_devices)
+    return target.devices(options.n_nodes, options.n_gpus_per_node)
+
+
+def compile_spec(spec: RunSpec, target: Target, *, num_layers: int | None = None) -> tuple[RunReport, RunSpec]:
+    """Returns what compiling a run has shown, and the run with the layers that were compiled."""
     whole = {role: one.config.num_layers for role, one in spec.roles.items()}
     if num_layers is not None:
         spec = cut_layers(spec, num_layers)
-    plan = allocate(spec, devices)
+    plan = allocate(spec, find_devices(spec, target))
     logger.info("allocation:\n%s", plan.describe())
     compiler, programs = Compiler(target), list[ProgramReport]()
     for program in lower_run(spec, plan, compiler.compile):
@@ -86,11 +92,11 @@ def compile_run(
         logger.info("compiled %s in %.1f s", programs[-1].title, programs[-1].compile_seconds)
     compiled = {role: one.config.num_layers for role, one in spec.roles.items()}
     report = RunReport(
-        experiment=name,
+        experiment=spec.experiment,
         target=target.title,
         memory_bytes=target.memory_bytes,
-        num_hosts=config.n_nodes,
-        per_host=config.n_gpus_per_node,
+        num_hosts=spec.allocation.n_nodes,
+        per_host=spec.allocation.n_gpus_per_node,
         programs=tuple(programs),
         layers={role: (compiled[role], num) for role, num in whole.items() if compiled[role] != num},
     )

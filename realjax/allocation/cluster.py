@@ -57,6 +57,7 @@ class Cluster:
     factors: Mapping[str, float] = field(default_factory=dict)  # by term of the cost model; measured runs refine them
     measured: Measured = Measured()
     source: str = ""  # of the figures
+    platform: str = "gpu"  # as JAX names it: which precision runs have by default
 
     def __hash__(self) -> int:
         """By name and size alone, so that functions of a cluster can be cached."""
@@ -103,26 +104,31 @@ def find_cluster(text: str) -> Cluster:
     if text.endswith(".json"):
         path = Path(text)
         if not path.is_file():
-            raise ValueError(f"cluster: there is no file {text}; `realjax profile` writes one, or use {_names()}")
+            raise ValueError(
+                f"cluster: there is no file {text}; `realjax profile` writes one, or use {', '.join(list_names())}"
+            )
         return Cluster.from_json(path.read_text(), subject=text)
     match = re.fullmatch(r"([a-z][a-z0-9_-]*?)(?:x(\d+))?", text.strip().lower())
     path = FOLDER / f"{match[1]}.json" if match else None
     if not match or path is None or not path.is_file():
         raise ValueError(
-            f"cluster: '{text}' is not known; use {_names()} with the number of devices, as h100x16, or the path of a "
-            "cluster.json"
+            f"cluster: '{text}' is not known; use {', '.join(list_names())} with the number of devices, "
+            "as h100x16, or the path of a cluster.json"
         )
     one_node = Cluster.from_json(path.read_text(), subject=path.name)
     return replace(one_node.resize(int(match[2])), name=match[0]) if match[2] else one_node
 
 
-def _names() -> str:
-    return ", ".join(sorted(path.stem for path in FOLDER.glob("*.json")))
+def list_names() -> list[str]:
+    """Returns the names of the kinds of accelerator that are known."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def _read(found: Any, subject: str) -> Cluster:
     if not isinstance(found, dict):
-        raise ValueError(f"{subject}: a {type(found).__name__}, but a cluster is an object with keys; see {_names()}")
+        raise ValueError(
+            f"{subject}: a {type(found).__name__}, but a cluster is an object with keys; see {', '.join(list_names())}"
+        )
     known = {each.name for each in fields(Cluster)}
     if unknown := sorted(found.keys() - known):
         raise ValueError(f"{subject}: unknown {', '.join(unknown)}; a cluster has {', '.join(sorted(known))}")

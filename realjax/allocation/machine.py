@@ -52,6 +52,16 @@ def find_machine(options: AllocationOptions, devices: Sequence[jax.Device]) -> M
     return Machine(cluster=replace(find_cluster(name), **sizes), source=f"the data sheet of {name}")
 
 
+def need_cluster(options: AllocationOptions, devices: Sequence[jax.Device]) -> Cluster:
+    """Returns the cluster that a search plans for. Raises ValueError where nothing is known of the devices."""
+    if (machine := find_machine(options, devices)) is None:
+        raise ValueError(
+            f"allocation_mode: search, but nothing is known of '{devices[0].device_kind}'; set planner.cluster to the "
+            "cluster.json that `realjax profile` writes, or to a name such as h100 that is near"
+        )
+    return machine.cluster
+
+
 def share_cores(cluster: Cluster, devices: Sequence[jax.Device]) -> Cluster:
     """Returns the default of a CPU, whose figures are a core's, for virtual devices that share this machine's cores."""
     num_local = sum(device.process_index == jax.process_index() for device in devices)

@@ -20,8 +20,11 @@ MOST_STEPS = 8  # whose lengths stand for those of all
 def read_workload(spec: RunSpec, platform: str, answers: Lengths | None = None) -> Workload:
     """Returns what a step of the run computes on devices of a platform (as JAX names it).
 
-    `answers` are the lengths of answers; without them each is as long as the options allow.
+    `answers` are the lengths of answers; None: as the planner's options say, else as long as they can be.
     """
+    mean = spec.allocation.planner.answer_tokens
+    if answers is None and mean is not None:
+        answers = Lengths.all(round(mean))
     batches = list(sample_lengths(spec.loader))
     roles = {name: describe_role(spec, spec.roles[name], platform) for name in spec.graph.roles}
     generate = next((call for call in spec.graph.calls if isinstance(call, Generate)), None)

@@ -105,6 +105,7 @@ class Command:
 
 
 COMMANDS = {
+    "plan": Command(module="realjax.apps.plan", summary="predicts where calls would run best, on any cluster"),
     "profile": Command(module="realjax.apps.profile", summary="measures this machine for the planner"),
 }
 
@@ -172,9 +173,13 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, paths.compilation_cache)
     # Imported here: help and bad options should not wait for everything that a run needs.
     from realjax.allocation.allocate import allocate
+    from realjax.allocation.machine import need_cluster
+    from realjax.allocation.settle import settle
     from realjax.runtime import loop
 
     spec = experiment.build(config)
+    if spec.allocation.mode == "search":
+        spec = settle(spec, need_cluster(spec.allocation, devices))
     plan = allocate(spec, devices)
     if plan_only:
         print(plan.describe())

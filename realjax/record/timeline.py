@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,17 +130,31 @@ class Timeline:
         """Draws the calls of the last steps as bars, a row for each group of devices."""
         last = max((record.step for record in self.records), default=0)
         shown = [record for record in self.records if record.step > last - MOST_STEPS_DRAWN]
-        groups = sorted({record.devices for record in shown})
-        names = list(dict.fromkeys(record.name for record in shown))
-        figure = Figure(figsize=(10, 1.5 + 0.6 * len(groups)))
-        axes = figure.subplots()
-        colors = colormaps["tab10"]
-        for record in shown:
-            y, color = groups.index(record.devices), colors(names.index(record.name) % 10)
-            axes.barh(y, record.end - record.start, left=record.start, color=color, edgecolor="white")
-        axes.set_yticks(range(len(groups)), [f"devices {group}" for group in groups])
-        axes.set_xlabel("seconds since the start of the run")
-        handles = [Patch(color=colors(i % 10)) for i in range(len(names))]
-        axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=len(names), frameon=False)
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
+        bars = [Bar(record.name, f"devices {record.devices}", record.start, record.end) for record in shown]
+        draw_bars(path, bars, label="seconds since the start of the run")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something that took time, in seconds."""
+
+    name: str
+    row: str
+    start: float
+    end: float
+
+
+def draw_bars(path: Path, bars: Sequence[Bar], *, label: str) -> None:
+    """Draws a timeline: a row for each group of devices, a colour for each name."""
+    rows, names = sorted({bar.row for bar in bars}), list(dict.fromkeys(bar.name for bar in bars))
+    figure = Figure(figsize=(10, 1.5 + 0.6 * len(rows)))
+    axes, colors = figure.subplots(), colormaps["tab10"]
+    for bar in bars:
+        color = colors(names.index(bar.name) % 10)
+        axes.barh(rows.index(bar.row), bar.end - bar.start, left=bar.start, color=color, edgecolor="white")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(label)
+    handles = [Patch(color=colors(i % 10)) for i in range(len(names))]
+    axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=len(names), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

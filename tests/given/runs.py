@@ -167,14 +167,17 @@ def _change(options: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in changed.items() if value is not None}
 
 
-def build_spec(experiment: str, options: Mapping[str, Any]) -> RunSpec:
-    """Returns the run that the options describe, checked as the command line does it, its layouts too."""
+def build_spec(experiment: str, options: Mapping[str, Any], *, is_planned: bool = True) -> RunSpec:
+    """Returns the run that the options describe, checked as the command line does it, its layouts too if they are known
+    before a search.
+    """
     words = [f"{name}={value}" for name, value in options.items()]
     config = resolve_names(parse_overrides(EXPERIMENTS[experiment].config_cls, words), experiment)
     validate(config)
     check_options(allocation_options(config))
     spec = EXPERIMENTS[experiment].build(config)
-    make_plan(spec)
+    if is_planned:
+        make_plan(spec)
     return spec
 
 

@@ -1,0 +1,116 @@
+"""Decides what a run leaves to the planner: its calls' layouts and micro-batches, the roles' remat and zero stages."""
+
+import logging
+from dataclasses import replace
+
+from realjax.allocation.choice import PLAN_FILE, Choice, Choices, dump_choices, load_choices
+from realjax.allocation.cluster import Cluster
+from realjax.allocation.cluster_costs import ClusterCosts
+from realjax.allocation.run_workload import read_workload
+from realjax.allocation.search import Limits, search
+from realjax.allocation.workload import Workload
+from realjax.core.identity import digest
+from realjax.core.processes import is_first, text_from_first
+from realjax.dataflow.graph import DataflowGraph, Generate, Host, Inference, MicroBatches, Train
+from realjax.dataflow.run import AllocationOptions, CallPlacement, Evaluation, RoleSpec, RunSpec
+
+logger = logging.getLogger("realjax.allocation")
+MOST_PLAN_BYTES = 2**22
+MULTIPLES = (1, 8, 64)  # of rows, whose shapes stand for those of all in what a plan is found by
+
+
+def settle(spec: RunSpec, cluster: Cluster) -> RunSpec:
+    """Returns the run with all decided that `allocation_mode=search` leaves open; runs of other modes as they are.
+
+    A run that continues keeps the plan that it has. Every process must call this: they all take the first one's plan.
+    Raises ValueError where nothing fits.
+    """
+    if spec.allocation.mode != "search":
+        return spec
+    text = dump_choices(decide(spec, cluster)) if is_first() else ""
+    return apply_choices(spec, load_choices(text_from_first(text, MOST_PLAN_BYTES)))
+
+
+def decide(spec: RunSpec, cluster: Cluster) -> Choices:
+    """Returns a choice for every call of the graph: an earlier one where it still holds, else the search's."""
+    planner = spec.allocation.planner
+    if not planner.replan and (kept := find_own_plan(spec)) is not None:
+        logger.info("allocation: the plan of this run as it was; planner.replan=True searches anew")
+        return kept
+    workload = read_workload(spec, cluster.platform)
+    path = spec.paths.plans / f"{digest_inputs(workload, cluster, spec.allocation)}.json"
+    if spec.allocation.use_cache and path.exists():
+        logger.info("allocation: the plan of an earlier search, %s", path)
+        return load_choices(path.read_text())
+    result = search(workload, cluster, ClusterCosts(cluster=cluster), read_limits(spec))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_choices(result.choices))
+    return result.choices
+
+
+def read_limits(spec: RunSpec) -> Limits:
+    """Returns how long the options let a search go on."""
+    planner = spec.allocation.planner
+    return Limits(seed=planner.seed, most_plans=planner.evaluations)
+
+
+def find_own_plan(spec: RunSpec) -> Choices | None:
+    """Returns the plan with which a run that continues was started; None where it has none that fits its machine."""
+    path = spec.paths.logs / PLAN_FILE
+    if spec.recover_mode not in ("auto", "resume") or not path.exists():
+        return None
+    choices = load_choices(path.read_text())
+    devices = {device for choice in choices.values() for device in choice.devices}
+    is_same = choices.keys() == {mfc.name for mfc in spec.graph.mfcs}
+    return choices if is_same and max(devices) < spec.allocation.num_devices else None
+
+
+def digest_inputs(workload: Workload, cluster: Cluster, options: AllocationOptions) -> str:
+    """Returns a text that changes with whatever a search goes by."""
+    rows = [[call.pack_fn(multiple) for multiple in MULTIPLES] for call in workload.calls]
+    return digest(repr((workload.calls, rows, sorted(workload.roles.items()), cluster, options.planner)))
+
+
+def apply_choices(spec: RunSpec, choices: Choices) -> RunSpec:
+    """Returns the run with its calls as they were chosen, in mode manual."""
+    calls = tuple(
+        call if isinstance(call, Host) else apply_choice(call, choices[call.name]) for call in spec.graph.calls
+    )
+    placements = {name: CallPlacement(strategy=c.strategy, devices=c.devices) for name, c in choices.items()}
+    # Calls of evaluations run where the calls do whose options they have.
+    shared = {mfc.placement: placements[mfc.name] for mfc in reversed(spec.graph.mfcs)}
+    evaluation = spec.evaluation
+    if isinstance(evaluation, Evaluation) and (trained := spec.graph.train_call(evaluation.role)) is not None:
+        evaluation = replace(evaluation, micro_batches=count_micro_batches(trained, choices[trained.name]))
+    return replace(
+        spec,
+        graph=DataflowGraph(calls, spec.graph.dataset_keys),
+        roles={name: apply_to_role(spec, role, choices) for name, role in spec.roles.items()},
+        evaluation=evaluation,
+        allocation=replace(spec.allocation, mode="manual", calls={**spec.allocation.calls, **shared, **placements}),
+    )
+
+
+def apply_choice(call: Generate | Inference | Train, choice: Choice) -> Generate | Inference | Train:
+    """Returns a call in the micro-batches or slots chosen, placed by its own name."""
+    if isinstance(call, Generate):
+        return replace(call, num_slots=choice.num_slots, placed_as=None)
+    return replace(call, micro_batches=count_micro_batches(call, choice), placed_as=None)
+
+
+def count_micro_batches(call: Inference | Train, choice: Choice) -> MicroBatches:
+    """Returns the micro-batches of a call: the user's where they are bounded by tokens, else those chosen."""
+    return call.micro_batches if call.micro_batches.max_tokens else MicroBatches(count=choice.num_mbs)
+
+
+def apply_to_role(spec: RunSpec, role: RoleSpec, choices: Choices) -> RoleSpec:
+    """Returns a role with the remat and the zero stage of the call that trains it."""
+    if (trained := spec.graph.train_call(role.name)) is None:
+        return role
+    choice = choices[trained.name]
+    return replace(
+        role,
+        compute=replace(role.compute, remat=choice.remat),
+        zero_stage=choice.strategy.zero_stage,
+        undecided=frozenset(),
+    )

@@ -1,0 +1,49 @@
+"""`realjax plan`: what it prints, and how it refuses."""
+
+import json
+
+import pytest
+
+from realjax.apps import quickstart
+from tests.given.runs import make_options, make_rl_options
+
+
+def words(options: dict) -> list[str]:
+    return [f"{name}={value}" for name, value in options.items() if name not in ("allocation_mode", "n_gpus_per_node")]
+
+
+def test_a_plan_beside_those_of_rules(given, tmp_path, capsys):
+    file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    command = ["plan", "ppo", *words(make_rl_options(given, tmp_path)), "--cluster", "h100x8"]
+    more = ["--json", str(file), "--picture", str(picture), "--explain", "actor_train"]
+    assert quickstart.main([*command, *more]) == 0
+    found, text = json.loads(file.read_text()), capsys.readouterr().out
+    assert picture.stat().st_size > 1000
+    assert set(found["plans"]) == {"search", "heuristic", "pipe_model", "pipe_data", "best single layout"} - set(
+        found["problems"]
+    )
+    assert min(found["gains"].values()) >= 1, "the search is no worse than any of them"
+    assert "(predicted)" in text and "actor_train" in text and "optimizer" in text
+    first = found["plans"]["search"]
+    assert quickstart.main([*command, *more]) == 0
+    assert json.loads(file.read_text())["plans"]["search"] == first, "the same seed finds the same plan"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--cluster", "h100x0"], "0 devices"),
+        (["--cluster", "abacus"], "cluster: 'abacus' is not known"),
+        (["--cluster", "cluster.json"], "there is no file cluster.json"),
+        (["--explain", "nothing"], "--explain: found 'nothing'; the calls are"),
+    ],
+)
+def test_what_cannot_be_is_one_line(given, tmp_path, capsys, more, message):
+    assert quickstart.main(["plan", "sft", *words(make_options("sft", given, tmp_path)), *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_help_names_the_command(capsys):
+    quickstart.main(["--help"])
+    assert "plan " in capsys.readouterr().out
