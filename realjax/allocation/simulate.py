@@ -32,6 +32,7 @@ class Priced:
     mask: int
     layout: int  # two that are equal are one layout
     has_empty_layers: bool
+    row_multiple: int  # of the rows that it reads
     seconds: float
     home_bytes: float  # if it is the role's home call
     bytes_at_home: float
@@ -87,6 +88,10 @@ class Simulator:
         self.trained_before = [
             (home,) if home < i and self.calls[home].kind == "train" else () for i, home in enumerate(self.homes)
         ]
+        # Calls that read the same rows: those behind a generate call, but for updates that get rows of their own.
+        has_rollouts = any(call.kind == "generate" for call in self.calls)
+        self.readers = [i for i, call in enumerate(self.calls) if not has_rollouts or call.kind != "train"]
+        self._num_tokens: dict[tuple[int, int], float] = {}  # of all rows, by call and what the rows are a multiple of
         self._layouts: dict[tuple, int] = {}
         self._moves: dict[tuple[str, int, int], Move] = {}  # by role, source and destination
         for role in workload.roles.values():
@@ -100,11 +105,13 @@ class Simulator:
         """Returns a choice with its costs."""
         role = self.workload.roles[work.role]
         is_home = self.workload.home_call(work.role) is work
+        is_bounded = work.fixed.micro_batches is not None and work.fixed.micro_batches.max_tokens is not None
         return Priced(
             choice=choice,
             mask=make_mask(choice.devices),
             layout=self.number_layout(choice),
             has_empty_layers=work.model.num_layers % choice.strategy.pp > 0,
+            row_multiple=choice.strategy.row_multiple * (1 if is_bounded else choice.num_mbs),
             seconds=self.costs.call_seconds(work, choice),
             home_bytes=self.costs.home_bytes(role, work, choice) if is_home else 0.0,
             bytes_at_home=self.costs.call_bytes(role, work, choice, at_home=True),
@@ -212,6 +219,8 @@ class Simulator:
         Without `prices_moves`, those that have no price yet take no time.
         """
         tasks, stretches = [], self.find_stretches(plan)
+        if not least_seconds:
+            stretches = [a * b for a, b in zip(stretches, self.find_row_stretches(plan), strict=True)]
         for i, (work, own) in enumerate(zip(self.calls, plan, strict=True)):
             after = self.after[i] + self.trained_before[i]
             if own is None:
@@ -245,6 +254,25 @@ class Simulator:
             for i, pp in stages.items():
                 stretches[i] = stacked / _round_up(num_layers, pp)
         return stretches
+
+    def find_row_stretches(self, plan: OpenPlan) -> list[float]:
+        """Returns, of each call, how many times the tokens of its own rows there are in those that it shares.
+
+        The rows of a batch divide over all calls that read it (`allocation.shapes`), some of them empty for that.
+        """
+        stretches = [1.0] * len(self.calls)
+        multiples = {i: one.row_multiple for i in self.readers if (one := plan[i]) is not None}
+        shared = math.lcm(*multiples.values())
+        for i, own in multiples.items():
+            if own != shared and self.calls[i].kind != "generate":
+                stretches[i] = max(1.0, self._count_tokens(i, shared) / self._count_tokens(i, own))
+        return stretches
+
+    def _count_tokens(self, call: int, multiple: int) -> float:
+        if (call, multiple) not in self._num_tokens:
+            num_rows, row_len = self.calls[call].pack_fn(multiple)
+            self._num_tokens[call, multiple] = num_rows * row_len
+        return self._num_tokens[call, multiple]
 
     def find_peaks(
         self, plan: OpenPlan, offloaded: frozenset[str], unsure: frozenset[str] = frozenset()

@@ -28,14 +28,14 @@ def on(first: int, stop: int, **sizes) -> Choice:
     return Choice(strategy=strategy, devices=tuple(range(first, stop)))
 
 
-def make_step(**roles) -> Workload:
+def make_step(num_sequences: int = 240, **roles) -> Workload:
     """Returns gen, then ref and rew, then train; `roles` replace those of their names."""
-    own = {"actor": ACTOR, "ref": REF, "rew": REW, **roles}
+    own, made = {"actor": ACTOR, "ref": REF, "rew": REW, **roles}, {"num_sequences": num_sequences}
     calls = (
-        make_call("gen", "generate", own["actor"]),
-        make_call("ref", "inference", own["ref"], after=("gen",)),
-        make_call("rew", "inference", own["rew"], after=("gen",)),
-        make_call("train", "train", own["actor"], after=("gen", "ref", "rew")),
+        make_call("gen", "generate", own["actor"], **made),
+        make_call("ref", "inference", own["ref"], after=("gen",), **made),
+        make_call("rew", "inference", own["rew"], after=("gen",), **made),
+        make_call("train", "train", own["actor"], after=("gen", "ref", "rew"), **made),
     )
     return Workload(calls=calls, roles=own)
 
@@ -65,7 +65,7 @@ def test_a_call_waits_for_its_inputs_alone():
 def test_a_copy_of_the_parameters_keeps_both_sides_busy():
     """The move of ref's second call, from devices 0-1 to 6-7, waits for both and delays rew on its home."""
     work = make_step()
-    again = make_call("again", "inference", REF, after=("gen",))
+    again = make_call("again", "inference", REF, after=("gen",), num_sequences=240)
     work = replace(work, calls=(*work.calls[:2], again, *work.calls[2:]))
     costs = GivenCosts(calls={**SECONDS, "again": 1.0}, moves={"ref": 0.5, "actor": 2.0})
     choices = {"gen": on(0, 8), "ref": on(0, 2), "again": on(6, 8), "rew": on(0, 2), "train": on(0, 8)}
@@ -117,13 +117,27 @@ def test_parameters_that_were_trained_in_the_step_are_waited_for():
 def test_stages_of_one_call_are_empty_layers_of_the_others():
     """Five layers: two stages have three each, three have two each, so both calls run six."""
     role = make_role("actor", make_shape(num_layers=5), is_trained=True)
-    calls = (make_call("first", "inference", role), make_call("train", "train", role))
+    made = {"num_sequences": 240}
+    calls = (make_call("first", "inference", role, **made), make_call("train", "train", role, **made))
     step = Workload(calls=calls, roles={"actor": role})
     costs = GivenCosts(calls={"first": 5.0, "train": 6.0}, home={"actor": 10.0}, held={"first": 5.0})
     choices = {"first": on(0, 1), "train": on(0, 3, pp=3)}
     predicted = simulate(step, choices, costs, CLUSTER)
     assert [call.seconds for call in predicted.calls] == pytest.approx([5.0 * 6 / 5, 6.0])
     assert predicted.calls[0].peak_bytes == pytest.approx(10.0 + 5.0 * 6 / 5)
+
+
+def test_rows_are_shared_by_the_calls_that_read_them():
+    """Eight sequences, each in a row: 8 rows divide over four devices, 9 over three, and 12 over both."""
+    costs = GivenCosts(calls={"gen": 1.0, "ref": 8.0, "rew": 9.0, "train": 8.0})
+    choices = {"gen": on(0, 1), "ref": on(0, 4), "rew": on(4, 7), "train": on(0, 4)}
+    step = make_step(num_sequences=8)
+    found = {call.name: call.seconds for call in simulate(step, choices, costs, CLUSTER).calls}
+    # Answers have no rows yet, and updates get rows of their own.
+    assert found == pytest.approx({"gen": 1.0, "ref": 12.0, "rew": 12.0, "train": 8.0})
+    scored = Workload(calls=tuple(replace(call, after=()) for call in step.calls[1:]), roles=step.roles)
+    found = simulate(scored, choices, costs, CLUSTER)
+    assert {call.name: call.seconds for call in found.calls} == pytest.approx({"ref": 12.0, "rew": 12.0, "train": 12.0})
 
 
 def make_random_plan(seed: int) -> tuple[Workload, dict[str, Choice], RandomCosts]:
