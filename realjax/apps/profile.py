@@ -16,6 +16,7 @@ from realjax.core.processes import is_first
 from realjax.data.jsonl import load_rows
 from realjax.hf.files import resolve_model_path
 from realjax.hf.load import load_config
+from realjax.launch.accelerators import find_accelerator
 from realjax.launch.environment import end_with_launcher, find_process_group
 from realjax.models.config import ModelConfig
 from realjax.options.describe import describe_options
@@ -81,7 +82,9 @@ def find_tensor_sizes(config: ProfileConfig) -> tuple[int, ...]:
     elif config.model_parallel_sizes is not None:
         sizes = set(config.model_parallel_sizes)
     else:
-        sizes = {1} if config.quick else {n for n in (1, 2, 4, 8) if config.n_gpus_per_node % n == 0}
+        # Of a CPU's virtual devices more than two tell nothing new, and compile for minutes.
+        most = 1 if config.quick else 2 if find_accelerator(os.environ) is None else 8
+        sizes = {n for n in (1, 2, 4, 8) if n <= most and config.n_gpus_per_node % n == 0}
     if wrong := [n for n in sorted(sizes) if n < 1 or n > num_devices]:
         raise ValueError(
             f"model_parallel_sizes: found {wrong[0]}, and the cluster has {num_devices} devices (n_nodes*"

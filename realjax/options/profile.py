@@ -24,7 +24,7 @@ class ProfileConfig:
         None, "a file of rows whose model_parallel_size are the sizes of tensor parallelism to measure"
     )
     model_parallel_sizes: tuple[int, ...] | None = option(
-        None, "sizes of tensor parallelism to measure; null takes 1, 2, 4 and 8 within a machine"
+        None, "sizes of tensor parallelism to measure; null takes 1, 2, 4 and 8 within a machine, on CPUs 1 and 2"
     )
     batch_sizes: tuple[int, ...] = option((2, 8), "numbers of rows to measure the layers with")
     seq_lens: tuple[int, ...] = option((64, 256), "tokens of a row; of a decoded one, the room in its cache")

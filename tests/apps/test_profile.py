@@ -7,6 +7,7 @@ import pytest
 from realjax.allocation.cluster import find_cluster
 from realjax.apps import profile, quickstart
 from realjax.apps.profile import find_tensor_sizes
+from realjax.launch.accelerators import Accelerator
 from realjax.options.parsing import parse_overrides
 from realjax.options.profile import ProfileConfig
 from tests.given.checkpoints import write_llama
@@ -72,10 +73,12 @@ def test_help_lists_the_options(capsys):
     assert "handle_names" in capsys.readouterr().out
 
 
-def test_tensor_sizes_are_those_of_reals_rows_or_what_divides_a_machine(tmp_path):
+def test_tensor_sizes_are_those_of_reals_rows_or_what_divides_a_machine(tmp_path, monkeypatch):
     rows = tmp_path / "allocations.jsonl"
     rows.write_text('{"data_parallel_size": 2, "model_parallel_size": 2, "pipeline_parallel_size": 1}\n')
     sizes = lambda *words: find_tensor_sizes(parse_overrides(ProfileConfig, words))
     assert sizes(f"allocations_jsonl={rows}", "n_gpus_per_node=4") == (2,)
+    assert sizes("n_gpus_per_node=12") == (1, 2)
+    monkeypatch.setattr(profile, "find_accelerator", lambda environ: Accelerator(name="H100", architecture="hopper"))
     assert sizes("n_gpus_per_node=12") == (1, 2, 4)
     assert sizes("quick=True") == (1,)

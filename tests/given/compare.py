@@ -9,8 +9,8 @@ import numpy as np
 from realjax.core.metrics import summarize
 from realjax.core.trees import Tree, flatten_paths
 
-# What differs between two runs that do the same.
-CLOCKS = ("time", "seconds", "tokens_per_second", "tflops")
+# What differs between two runs that do the same: clocks, and what was predicted of them, which goes by the machine.
+CLOCKS = ("time", "seconds", "tokens_per_second", "tflops", "predicted")
 
 
 def relative_errors(found: Tree, expected: Tree) -> dict[str, float]:
@@ -41,7 +41,7 @@ def find_differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> lis
 
 
 def without_clocks(records: Iterable[Mapping[str, Any]], *more: str) -> list[dict[str, Any]]:
-    """Returns metrics records without what a clock put into them, and without `more`.
+    """Returns metrics records without what a clock put into them or was predicted, and without `more`.
 
     They are named alike, whether of the step or, as `time/<call>`, of a call.
     """
