@@ -28,10 +28,11 @@ KINDS: Mapping[str, Kind] = {
         factors={"products": 0.37},
         changes={"memory_bytes": 96 * 10**9, "memory_bandwidth": 2.4e12},
     ),
-    # ReaL's figure: PyTorch without CUDA graphs, which starts a layer's kernels one by one; the machine is not certain.
+    # ReaL's figure, on a machine that is not certain: one rate for all that it does. PyTorch without CUDA graphs starts a
+    # layer's kernels one by one, and a collective beside them.
     "h100?": Kind(
         like="h100",
-        factors={"products": 0.18, "links": 0.2, "memory": 0.2, "layer_seconds": 1.1e-3, "call_seconds": 1e-4},
+        factors={"products": 0.2, "links": 0.2, "memory": 0.2, "layer_seconds": 1.1e-3, "call_seconds": 1e-4},
     ),
 }
 # Megatron's attention before FlashAttention: scores are written and read by a product, scale and mask, softmax, dropout

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
@@ -178,7 +178,29 @@ def describe_points(predictions: Sequence[Prediction]) -> str:
         groups[each.row.kind, find_group(each.row)].append(abs(each.error))
     for (kind, group), errors in groups.items():
         lines.append(f"{kind} {group}: median error {median(errors):.1%}, worst {max(errors):.1%}, {len(errors)} rows")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_describe_gains(predictions)])
+
+
+def find_gains(predictions: Sequence[Prediction]) -> list[tuple[Row, float, float]]:
+    """Returns for every searched row how many times faster it is than the row by rule of the same models, GPUs and
+    lengths: (row, measured, predicted)."""
+    rules = {_step(each.row): each for each in predictions if find_group(each.row) == "heuristic"}
+    searched = [each for each in predictions if find_group(each.row) == "searched" and _step(each.row) in rules]
+    of = lambda each: (rules[_step(each.row)].row.measured / each.row.measured, rules[_step(each.row)].predicted)
+    return [(each.row, of(each)[0], of(each)[1] / each.predicted) for each in searched]
+
+
+def _step(row: Row) -> tuple[str, int, str]:
+    return row.model, row.num_gpus, row.lengths
+
+
+def _describe_gains(predictions: Sequence[Prediction]) -> list[str]:
+    if not (gains := find_gains(predictions)):
+        return []
+    lines = ["gain of the searched plan over the rule's: measured, predicted"]
+    lines += [f"{r.model} on {r.num_gpus}, {r.lengths}: x{was:.2f}, x{is_now:.2f}" for r, was, is_now in gains]
+    means = (mean(gain[i] for gain in gains) for i in (1, 2))
+    return [*lines, "mean: x{:.2f}, x{:.2f}".format(*means)]
 
 
 def find_group(row: Row) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from realjax.allocation.known_models import KNOWN, find_model
 from realjax.allocation.point_layouts import place, read_layout
-from realjax.allocation.points import count_flops, describe_points, find_group, predict_points
+from realjax.allocation.points import count_flops, describe_points, find_gains, find_group, predict_points
 
 HEAD = "kind,model,gpus,gpu,layout,batch,seq_or_prompt+gen,measured,unit,source\n"
 # Published: the bar heights of ReaL's README figure, JAX-Toolbox and MaxText's pages, NVIDIA's Llama 3.1 recipes,
@@ -152,6 +152,15 @@ def test_searched_rows_are_left_to_the_search(predict):
     work, cluster = seen[0]
     assert [call.name for call in work.calls][0] == "actor_gen" and len(work.calls) == 6
     assert cluster.num_devices == 8 and work.home_call("critic").name == "critic_train"
+
+
+def test_gains_are_over_the_rule_of_the_same_step(predict):
+    rule = RLHF.strip().splitlines()[0]
+    rows = f"{rule}\n{rule.replace('heuristic tp8', 'searched').replace('42.3', '28.0')}"
+    found = predict(rows, search_fn=lambda work, cluster: 20.0)
+    ((_, measured, predicted),) = find_gains(found)
+    assert measured == pytest.approx(42.3 / 28.0) and predicted == pytest.approx(found[0].predicted / 20.0)
+    assert "mean: x1.51" in describe_points(found)
 
 
 def test_units_say_the_same(predict):
