@@ -28,8 +28,8 @@ KINDS: Mapping[str, Kind] = {
         factors={"products": 0.37},
         changes={"memory_bytes": 96 * 10**9, "memory_bandwidth": 2.4e12},
     ),
-    # ReaL's figure, on a machine that is not certain: one rate for all that it does. PyTorch without CUDA graphs starts a
-    # layer's kernels one by one, and a collective beside them.
+    # ReaL's figure, on a machine that is not certain: one rate for all that it does. PyTorch without CUDA graphs starts
+    # a layer's kernels one by one, and a collective beside them.
     "h100?": Kind(
         like="h100",
         factors={"products": 0.2, "links": 0.2, "memory": 0.2, "layer_seconds": 1.1e-3, "call_seconds": 1e-4},

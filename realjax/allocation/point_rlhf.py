@@ -5,31 +5,42 @@ from dataclasses import replace
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
+from realjax.allocation.cluster_costs import ClusterCosts
 from realjax.allocation.cost import Cost, call_cost, fetch_cost
 from realjax.allocation.known_models import find_model
 from realjax.allocation.point_clusters import find_point_cluster
 from realjax.allocation.point_layouts import place, read_layout
-from realjax.allocation.point_rows import Row, SearchFn
+from realjax.allocation.point_rows import Prediction, Row, SearchedStep, SearchFn
+from realjax.allocation.search import search
 from realjax.allocation.workload import CallWork, Kind, Lengths, ModelShape, RoleWork, Workload
+from realjax.core.layout import number_ranges
 
 PPO_UPDATES = 4  # ReaL's ppo_n_minibatches
 ROLES = ("actor", "ref", "critic", "reward")
 INFERENCES = {"rew_inf": "reward", "ref_inf": "ref", "critic_inf": "critic"}
 
 
-def predict_rlhf(row: Row, search_fn: SearchFn | None) -> tuple[float, Cost]:
-    """Returns seconds of a step: its calls one after the other on all devices, in the row's layout, or as searched."""
+def predict_rlhf(row: Row, search_fn: SearchFn | None) -> Prediction:
+    """Returns the prediction of a step: its calls one after the other on all devices, in the row's layout; or as the
+    search plans them."""
     if row.unit != "s/step":
         raise ValueError(f"unit '{row.unit}' of an rlhf row is not known; use s/step")
     work, cluster = describe_step(row), find_point_cluster(row.gpu, row.num_gpus)
     if row.layout.startswith("searched"):
         if search_fn is None:
             raise ValueError("layout 'searched' needs a search")
-        seconds = search_fn(work, cluster)
-        return seconds, Cost({"step": seconds})
+        found = search_fn(work, cluster)
+        return Prediction(row=row, predicted=found.seconds, cost=Cost({"step": found.seconds}), plan=found.plan)
     choices = {call.name: choose(row, call) for call in work.calls}
     cost = step_cost(work, choices, cluster)
-    return cost.seconds, cost
+    return Prediction(row=row, predicted=cost.seconds, cost=cost)
+
+
+def search_step(work: Workload, cluster: Cluster) -> SearchedStep:
+    """Returns the best plan of a step that fits the cluster."""
+    found = search(work, cluster, ClusterCosts(cluster=cluster))
+    lines = [f"{name}: {choice} on {number_ranges(choice.devices)}" for name, choice in found.choices.items()]
+    return SearchedStep(seconds=found.prediction.seconds, plan="\n".join(lines))
 
 
 def step_cost(work: Workload, choices: dict[str, Choice], cluster: Cluster) -> Cost:

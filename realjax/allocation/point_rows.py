@@ -9,8 +9,16 @@ from realjax.allocation.cluster import Cluster
 from realjax.allocation.cost import Cost
 from realjax.allocation.workload import Workload
 
-# fn(workload, cluster) -> seconds of a step in the plan that a search finds
-SearchFn = Callable[[Workload, Cluster], float]
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedStep:
+    """The plan that a search found: seconds of its step, and a line a call."""
+
+    seconds: float
+    plan: str
+
+
+SearchFn = Callable[[Workload, Cluster], SearchedStep]
 COLUMNS = ("kind", "model", "gpus", "gpu", "layout", "batch", "seq_or_prompt+gen", "measured", "unit", "source")
 
 
@@ -38,6 +46,7 @@ class Prediction:
     row: Row
     predicted: float
     cost: Cost
+    plan: str = ""  # of a searched row
 
     @property
     def error(self) -> float:

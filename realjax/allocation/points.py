@@ -6,25 +6,25 @@ second of all GPUs) or rlhf (seconds of a step of PPO's six calls, or of GRPO's 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.cost import Cost, call_cost
+from realjax.allocation.cost import call_cost
 from realjax.allocation.known_models import find_model
 from realjax.allocation.point_clusters import UNFUSED, find_point_cluster
 from realjax.allocation.point_layouts import PointLayout, place, read_layout
-from realjax.allocation.point_rlhf import predict_rlhf
+from realjax.allocation.point_rlhf import predict_rlhf, search_step
 from realjax.allocation.point_rows import Prediction, Row, SearchFn, read_rows
 from realjax.allocation.rates import BYTES
 from realjax.allocation.workload import CallWork, Lengths, ModelShape
 
 
-def predict_points(path: Path, search_fn: SearchFn | None = None) -> list[Prediction]:
-    """Returns a prediction for every row of a file; `search_fn` plans rows of layout `searched`, which else are left
-    out. Raises ValueError, with the line in front, for a row that cannot be read."""
+def predict_points(path: Path, search_fn: SearchFn | None = search_step) -> list[Prediction]:
+    """Returns a prediction for every row of a file; `search_fn` plans rows of layout `searched`; without one they
+    are left out. Raises ValueError, with the line in front, for a row that cannot be read."""
     rows, found = read_rows(Path(path)), []
     for row in rows:
         if row.layout.startswith("searched") and search_fn is None:
@@ -40,11 +40,10 @@ def predict_row(row: Row, search_fn: SearchFn | None = None) -> Prediction:
     """Returns the prediction of one row."""
     if row.kind not in PREDICT:
         raise ValueError(f"kind '{row.kind}' is not known; use {', '.join(PREDICT)}")
-    predicted, cost = PREDICT[row.kind](row, search_fn)
-    return Prediction(row=row, predicted=predicted, cost=cost)
+    return PREDICT[row.kind](row, search_fn)
 
 
-def _predict_train(row: Row, search_fn: SearchFn | None) -> tuple[float, Cost]:
+def _predict_train(row: Row, search_fn: SearchFn | None) -> Prediction:
     layout, length = read_layout(row.layout, row.num_gpus), _whole(row.lengths)
     cluster = find_train_cluster(row, layout)
     # Where no batch is given, a rate says nothing of it: micro-batches as large as the layout's, eight of them.
@@ -53,11 +52,12 @@ def _predict_train(row: Row, search_fn: SearchFn | None) -> tuple[float, Cost]:
     cost = call_cost(work, replace(choice, remat=needs_remat(work, layout, choice, cluster)), cluster)
     tokens = batch * length / row.num_gpus
     if row.unit == "s/step":
-        return cost.seconds, cost
+        return Prediction(row=row, predicted=cost.seconds, cost=cost)
     if row.unit == "tok/s/GPU":
-        return tokens / cost.seconds, cost
+        return Prediction(row=row, predicted=tokens / cost.seconds, cost=cost)
     if row.unit == "TFLOP/s/GPU":
-        return tokens * count_flops(find_model(row.model), length) / cost.seconds / 1e12, cost
+        flops = tokens * count_flops(find_model(row.model), length)
+        return Prediction(row=row, predicted=flops / cost.seconds / 1e12, cost=cost)
     raise ValueError(f"unit '{row.unit}' of a train row is not known; use s/step, tok/s/GPU or TFLOP/s/GPU")
 
 
@@ -119,7 +119,7 @@ def is_fp8(row: Row) -> bool:
     return "fp8" in text or "float8" in text
 
 
-def _predict_decode(row: Row, search_fn: SearchFn | None) -> tuple[float, Cost]:
+def _predict_decode(row: Row, search_fn: SearchFn | None) -> Prediction:
     """Output tokens over the seconds of prompts and decoding. Without a batch as many rows are decoded at once as their
     caches have room for, and there are enough of them that no wave is short."""
     model, layout = find_model(row.model), read_layout(row.layout, row.num_gpus)
@@ -143,7 +143,8 @@ def _predict_decode(row: Row, search_fn: SearchFn | None) -> tuple[float, Cost]:
     if row.unit not in ("tok/s", "tok/s/GPU"):
         raise ValueError(f"unit '{row.unit}' of a decode row is not known; use tok/s or tok/s/GPU")
     rate = work.num_sequences * new / cost.seconds
-    return (rate / row.num_gpus if row.unit.endswith("GPU") else rate), cost
+    predicted = rate / row.num_gpus if row.unit.endswith("GPU") else rate
+    return Prediction(row=row, predicted=predicted, cost=cost)
 
 
 def fit_rows(model: ModelShape, layout: PointLayout, length: int, dtype: str, cluster: Cluster) -> int:
@@ -181,13 +182,24 @@ def describe_points(predictions: Sequence[Prediction]) -> str:
     return "\n".join([*lines, *_describe_gains(predictions)])
 
 
-def find_gains(predictions: Sequence[Prediction]) -> list[tuple[Row, float, float]]:
-    """Returns for every searched row how many times faster it is than the row by rule of the same models, GPUs and
-    lengths: (row, measured, predicted)."""
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """How many times faster a searched row is than the row by rule of the same models, GPUs and lengths."""
+
+    searched: Prediction
+    measured: float
+    predicted: float
+
+
+def find_gains(predictions: Sequence[Prediction]) -> list[Gain]:
+    """Returns the gain of every searched row whose rule's row is there too."""
     rules = {_step(each.row): each for each in predictions if find_group(each.row) == "heuristic"}
-    searched = [each for each in predictions if find_group(each.row) == "searched" and _step(each.row) in rules]
-    of = lambda each: (rules[_step(each.row)].row.measured / each.row.measured, rules[_step(each.row)].predicted)
-    return [(each.row, of(each)[0], of(each)[1] / each.predicted) for each in searched]
+    pairs = [(each, rules.get(_step(each.row))) for each in predictions if find_group(each.row) == "searched"]
+    return [
+        Gain(searched=each, measured=rule.row.measured / each.row.measured, predicted=rule.predicted / each.predicted)
+        for each, rule in pairs
+        if rule is not None
+    ]
 
 
 def _step(row: Row) -> tuple[str, int, str]:
@@ -197,17 +209,20 @@ def _step(row: Row) -> tuple[str, int, str]:
 def _describe_gains(predictions: Sequence[Prediction]) -> list[str]:
     if not (gains := find_gains(predictions)):
         return []
-    lines = ["gain of the searched plan over the rule's: measured, predicted"]
-    lines += [f"{r.model} on {r.num_gpus}, {r.lengths}: x{was:.2f}, x{is_now:.2f}" for r, was, is_now in gains]
-    means = (mean(gain[i] for gain in gains) for i in (1, 2))
+    lines = ["gain of the searched plan over the rule's: measured, predicted; the plan where more is predicted"]
+    for gain in gains:
+        row = gain.searched.row
+        lines.append(f"{row.model} on {row.num_gpus}, {row.lengths}: x{gain.measured:.2f}, x{gain.predicted:.2f}")
+        if gain.predicted > gain.measured:
+            lines += [f"  {line}" for line in gain.searched.plan.splitlines()]
+    means = mean(gain.measured for gain in gains), mean(gain.predicted for gain in gains)
     return [*lines, "mean: x{:.2f}, x{:.2f}".format(*means)]
 
 
 def find_group(row: Row) -> str:
     """Returns what a row is judged with: of rlhf, rows by rule and rows by search apart."""
-    return (
-        row.layout.split()[0] if row.kind == "rlhf" and row.layout.split()[0] in ("heuristic", "searched") else "rows"
-    )
+    first = row.layout.split()[0]
+    return first if row.kind == "rlhf" and first in ("heuristic", "searched") else "rows"
 
 
 def _cells(each: Prediction) -> tuple[str, ...]:
