@@ -24,7 +24,7 @@ quick: .venv/.dev  ## the tests that take seconds
 
 # An environment of its own: tests that run programs never meet the CUDA plugin.
 aot: .venv-aot/.installed  ## compile the real programs for GPUs, without one, and compare with their budgets
-	.venv-aot/bin/python -m pytest -n 2 tests/aot -m aot
+	.venv-aot/bin/python -m pytest -n 2 tests/aot tests/allocation -m aot
 
 lint: .venv/.dev  ## ruff and pyright, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from realjax.allocation.split import LayerBytes, Split, item_bytes
 from realjax.allocation.workload import CallWork, RoleWork
 
 # How far below the compiler's figure the model may be. What has to fit should fit with this share more.
-MARGIN = 0.1
+MARGIN = 0.08
 FLOAT32 = 4
 GIB = 2**30
 
@@ -48,7 +48,7 @@ def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory
 
     `choice` is of the call it lives with, `work`. Of a trained role (Adam, arXiv:1412.6980) float32 masters and two
     moments, 12 bytes a parameter, split over `data` from ZeRO stage 1 on (arXiv:1910.02054); of another its parameters
-    in its dtype, float32 where they follow a trained role; nothing where `role.offload` is True.
+    in its dtype, float32 where they follow a trained role; nothing where `role.offload` is True, not where it is open.
     """
     split = Split.of(role.model, choice.strategy, choice.experts)
     if role.is_trained:
@@ -74,26 +74,23 @@ def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
     params, rows = split.params(is_sharded=s.zero_stage == 3), MicroBatch.of(work, choice)
     # Float32 masters that lie as the layers use them are read themselves.
     is_copied = size != FLOAT32 or s.zero_stage in (1, 2)
-    layer = LayerBytes(split=split, tokens=rows.tokens, size=size, is_gathered=s.zero_stage == 3 and s.dp > 1)
+    layer = LayerBytes(
+        split=split,
+        tokens=rows.tokens,
+        size=size,
+        is_gathered=s.zero_stage == 3 and s.dp > 1,
+        is_added=choice.num_mbs * rows.num_parts > 1,
+        is_stage=s.pp > 1,
+    )
     return _memory(
         compute_copy=params * size if is_copied else 0,
-        gradients=params * FLOAT32 * _num_gradients(choice),
+        gradients=params * FLOAT32,
         kept=_num_kept(choice) * split.num_layers * (layer.kept_remat if choice.remat else layer.kept_whole),
-        layer=max(layer.backward, _head_bytes(work, choice, split, rows)),
+        layer=max(layer.backward, _head_bytes(work, split, rows)),
         tied_head=size * split.outer if work.model.is_tied and work.scores_vocab else 0,
         attention_scratch=ROOM * FLOAT32 * rows.tokens * split.queries,
         batch=rows.batch_bytes,
     )
-
-
-def _num_gradients(choice: Choice) -> int:
-    """Returns how many float32 gradients of all its parameters a device holds: those of a micro-batch, and their sum.
-
-    In pipeline stages XLA copies the sum once more where they are added to.
-    """
-    if choice.strategy.pp > 1:
-        return 3
-    return 2 if choice.num_mbs > 1 else 1
 
 
 def _num_kept(choice: Choice) -> int:
@@ -110,16 +107,19 @@ def _infer_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
     params, rows = split.params(is_sharded=s.zero_stage == 3) * size, MicroBatch.of(work, choice)
     # At home a copy is cast, if what lives there is wider.
     is_cast = at_home and (role.is_trained or role.is_averaged) and size != FLOAT32
-    layer = LayerBytes(split=split, tokens=rows.tokens, size=size)
-    # Stages hand out what each of their micro-batches becomes.
-    handed_on = 1.5 * rows.tokens * rows.num_parts * split.hidden * size if s.pp > 1 else 0
-    return _memory(
-        parameters=0 if at_home else params,
-        compute_copy=params if is_cast else 0,
-        layer=max(layer.forward, _head_bytes(work, choice, split, rows)) + handed_on,
-        reallocation=0 if at_home else min(MOVED_BYTES, params),
-        batch=rows.batch_bytes,
-    )
+    layer = LayerBytes(split=split, tokens=rows.tokens, size=size).forward
+    if s.pp > 1:
+        # Stages hand out what each of their parts becomes; the head reads all of it.
+        rows = replace(rows, tokens=rows.tokens * rows.num_parts, num_parts=1)
+        layer += 1.5 * rows.tokens * split.hidden * size
+    # Before that, ZeRO's shards are gathered into the copy, a stack of layers at a time.
+    gathered = split.largest_stack * size if is_cast and s.zero_stage in (1, 2) and s.dp > 1 else 0
+    program = {
+        "compute_copy": params if is_cast else 0,
+        "layer": max(layer, _head_bytes(work, split, rows), gathered),
+        "batch": rows.batch_bytes,
+    }
+    return _memory(**program, **_arrivals(0 if at_home else params, min(MOVED_BYTES, params), program))
 
 
 def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
@@ -132,8 +132,8 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     of_token = 2 * split.keys * size * split.num_layers  # keys and values
     admitted = max(1, num_slots // 4 // s.row_multiple) * s.pp * _bucket(prompts, SHORTEST_PROMPTS)
     layer = LayerBytes(split=split, tokens=admitted // s.pp, size=size)
-    # In stages what a tick made lies in a row of 2P - 1, then in order, and the prompts' own P of them once more.
-    prompt_caches = of_token * admitted * (2 if s.pp == 1 else (2 * s.pp - 1) / s.pp + 1)
+    # Some are there as they were made too. In stages each of 2P - 1 ticks makes some, and P of them are put in order.
+    prompt_caches = of_token * admitted * (1.25 if s.pp == 1 else (2 * s.pp - 1) / s.pp + 1)
     cache = num_slots / s.dp * cache_length(prompts, work.answers.longest) * of_token
     decode = FLOAT32 * 4 * num_slots / s.dp * split.vocab
     if s.pp > 1:
@@ -141,12 +141,18 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
         decode += split.num_layers * split.hidden * (split.queries + 2 * split.keys) * size + cache / (2 * s.pp)
     # At home the layers' stack is cut into layers: a copy. Table and head are read where they lie, if of the dtype.
     is_copied = not at_home or role.is_trained or role.is_averaged
-    return _memory(
-        parameters=(split.params() if is_copied else split.layers) * size,
-        cache=cache,
-        admit_or_decode=max(layer.forward + prompt_caches, decode),
-        reallocation=0 if at_home else min(MOVED_BYTES, split.params() * size),
-    )
+    params = (split.params() if is_copied else split.layers) * size
+    program = {"cache": cache, "admit_or_decode": max(layer.forward + prompt_caches, decode)}
+    # Stacks are cut as they arrive, so that the largest is there twice, and the next on its way.
+    stack = 2 * split.largest_stack * size
+    return _memory(**program, **_arrivals(params, stack + (0 if at_home else min(MOVED_BYTES, params)), program))
+
+
+def _arrivals(params: float, beside: float, program: Mapping[str, float]) -> dict[str, float]:
+    """Returns a call's own copy of the parameters, and what is beside it while it arrives, as far as that is more than
+    the program takes afterwards.
+    """
+    return {"parameters": params, "reallocation": max(0, beside - sum(program.values())) if params else 0}
 
 
 _CALLS = {"train": _train_memory, "inference": _infer_memory, "generate": _generate_memory}
@@ -183,17 +189,18 @@ class MicroBatch:
         )
 
 
-def _head_bytes(work: CallWork, choice: Choice, split: Split, rows: MicroBatch) -> float:
-    """Returns the most that the head takes: the logits of a chunk of each row in float32, as much twice for their
-    gradient, and the hidden states, whole along the row.
+def _head_bytes(work: CallWork, split: Split, rows: MicroBatch) -> float:
+    """Returns the most that the head takes of a part's rows: the logits of a chunk of each row in float32, in training
+    as much twice for their gradient, and hidden states whole along the row. A critic's reads them in float32.
     """
+    hidden = rows.tokens * split.hidden * item_bytes(work.dtype)
     if not work.scores_vocab:
-        return 0
+        return hidden + rows.tokens * split.hidden * FLOAT32
     of_token = split.vocab * FLOAT32
     # A chunk has a token of each row at least, of each part of it under sequence parallelism.
     least = rows.num_rows / rows.num_parts * split.row_parts * of_token
-    chunk = min(max(LOGITS_BYTES, least), rows.tokens * of_token)
-    return 3 * chunk + 2 * rows.tokens * split.hidden * item_bytes(work.dtype)
+    logits = min(max(LOGITS_BYTES, least), rows.tokens * of_token)
+    return 3 * logits + 2 * hidden if work.kind == "train" else logits + hidden
 
 
 def choose_num_slots(work: CallWork, choice: Choice) -> int:

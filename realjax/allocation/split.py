@@ -62,6 +62,11 @@ class Split:
             row_parts=s.tp if s.sequence_parallel else 1,
         )
 
+    @property
+    def largest_stack(self) -> float:
+        """Returns the parameters of one kernel of all the stage's layers: the largest there is."""
+        return self.num_layers * self.hidden * max(self.ffn, self.queries)
+
     def params(self, *, is_sharded: bool = False) -> float:
         """Returns the parameters on a device; `is_sharded`: split over `data`, as ZeRO splits them."""
         return (self.layers + self.outer) / (self.num_shards if is_sharded else 1) + self.whole
@@ -80,6 +85,8 @@ class LayerBytes:
     tokens: float
     size: int  # of a number
     is_gathered: bool = False  # ZeRO stage 3: parameters are made whole, and their gradients are, in float32
+    is_added: bool = False  # to the gradients of other micro-batches: float32 ones of a layer lie beside the sums
+    is_stage: bool = False  # of a pipeline
 
     @property
     def kept_remat(self) -> float:
@@ -88,13 +95,17 @@ class LayerBytes:
 
     @property
     def kept_whole(self) -> float:
-        """What it reads otherwise: inputs of products, float32 ones of norms, all of the feed-forward's numbers."""
-        return 1.6 * self._rows + 10.2 * self._part + 7.9 * self._ffn
+        """What it reads otherwise: inputs of products, float32 ones of norms, all of the feed-forward's numbers.
+
+        A loop over stages carries whole inputs of products that XLA elsewhere gathers again.
+        """
+        rows, parts = (4.0, 7.2) if self.is_stage else (1.6, 10.2)
+        return rows * self._rows + parts * self._part + 7.9 * self._ffn
 
     @property
     def backward(self) -> float:
         """The most while the gradient of one layer is computed."""
-        return 4.8 * self._rows + 6.6 * self._ffn + self._heads + self._params * self._gathers
+        return 4.8 * self._rows + 6.6 * self._ffn + self._heads + self._params * self._copies
 
     @property
     def forward(self) -> float:
@@ -102,8 +113,9 @@ class LayerBytes:
         return 1.4 * self._rows + 0.75 * self._part + 2.5 * self._ffn + 0.3 * self._params
 
     @property
-    def _gathers(self) -> int:
-        return 4 if self.is_gathered else 1
+    def _copies(self) -> float:
+        """Of the layer's parameters in the compute dtype: sliced, or made whole, and float32 gradients."""
+        return (2 if self.is_gathered else 1) + (4 / self.size if self.is_gathered or self.is_added else 0)
 
     @property
     def _rows(self) -> float:

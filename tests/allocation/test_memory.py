@@ -9,6 +9,7 @@ import pytest
 
 from realjax.allocation import memory
 from realjax.allocation.memory import MicroBatch, call_memory, find_smallest_change, home_memory, smallest_change
+from realjax.aot.targets import find_target
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
@@ -23,10 +24,14 @@ from realjax.models import heads
 from realjax.models.build import build_model
 from realjax.reshard import apply
 from realjax.runtime.memory import device_bytes
-from tools.bench.memory_model import Case, read_cases
+from tools.bench.memory_model import Case, compile_case, read_cases
 
 # Made by `python -m tools.bench.memory_model tests/allocation/memory_cases.csv --compile`, with the extra `aot`.
 COMPILED = [(case, known) for case, known in read_cases(Path(__file__).with_name("memory_cases.csv")) if known]
+QUICK = [
+    Case(kind="inference", model="13B", head="values", dp=2, tp=4, rows=128, row_len=1024, num_mbs=2),
+    Case(kind="train", model="13B", pp=4, tp=2, rows=64, row_len=1024, num_mbs=8),
+]
 GIB = 2**30
 LAYOUTS = [
     {"tp": 8, "sp": True},
@@ -42,6 +47,7 @@ def errors() -> list[float]:
 
 
 def test_the_model_is_close_to_the_compiler():
+    assert len(COMPILED) >= 40
     assert statistics.median(map(abs, errors())) <= 0.07
     assert max(map(abs, errors())) <= 0.15
 
@@ -69,6 +75,12 @@ def test_homes_hold_what_a_run_puts_there(layout, model, head):
     assert home_memory(dataclasses.replace(frozen, offload=True), case.work, case.choice).bytes == 0
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_the_compiler_says_today_what_it_said(case):
+    assert compile_case(case, find_target("h100")).bytes == pytest.approx(dict(COMPILED)[case].bytes, rel=0.02)
+
+
 def test_figures_of_the_engine_are_its_own():
     assert heads.CHUNK_BYTES == memory.LOGITS_BYTES
     assert apply.CHUNK_BYTES == memory.MOVED_BYTES
@@ -90,6 +102,18 @@ def test_a_slot_has_the_room_that_the_engine_gives_it(prompt, num_new):
     config = GenerationConfig(max_new_tokens=num_new)
     bucket = admission.bucket_length(prompt + num_new - 1, batching.SHORTEST_CACHE)
     assert memory.cache_length(prompt, num_new) == min(bucket, batching.most_needed(prompt, config))
+
+
+def test_parameters_that_arrive_need_room_beside_them():
+    few = Case(kind="generate", model="70B", tp=8, slots=8, prompt=32, new=32, at_home=False)
+    terms = call_memory(few.work, few.role, few.choice, at_home=False).terms
+    # As each stack of layers comes it is cut into layers: the two largest are there twice, and a chunk on its way.
+    stack = 80 * 8192 * 28672 / 8 * 2
+    beside = terms["cache"] + terms["admit_or_decode"] + terms["reallocation"]
+    assert beside == pytest.approx(2 * stack + apply.CHUNK_BYTES)
+    many = dataclasses.replace(few, slots=256, prompt=1024, new=1024)
+    assert "reallocation" not in call_memory(many.work, many.role, many.choice, at_home=False).terms
+    assert not {"reallocation", "parameters"} & QUICK[0].predict().terms.keys()
 
 
 def test_the_smallest_change_saves_what_it_says():

@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -280,10 +281,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile all cases anew, not only those without figures")
     parser.add_argument("--json", type=Path, help="write the comparison to this file")
     args = parser.parse_args()
-    found = list(compile_missing(args.file, anew=args.compile))
-    print(describe(found))
+    rows = [compare(*one) for one in compile_missing(args.file, anew=args.compile)]
+    print(describe(rows))
     if args.json:
-        args.json.write_text(json.dumps([to_row(*one) for one in found], indent=1))
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 def compile_missing(path: Path, *, anew: bool = False) -> Iterator[tuple[Case, Compiled]]:
@@ -323,32 +324,33 @@ def _parse(text: str, default: object) -> Any:
     return text == "True" if isinstance(default, bool) else int(text) if isinstance(default, int) else text
 
 
-def to_row(case: Case, compiled: Compiled) -> dict[str, object]:
-    """Returns the comparison of a case as JSON has it."""
+def compare(case: Case, compiled: Compiled) -> dict[str, Any]:
+    """Returns what the model and the compiler say of a case, in bytes of a device, as JSON has it."""
     memory = case.predict()
     return {
         "case": str(case),
+        "kind": case.kind,
         "terms": dict(memory.terms),
         "predicted": memory.bytes,
         "compiled": compiled.bytes,
+        "temporaries": compiled.temporaries,
         "error": memory.bytes / compiled.bytes - 1,
     }
 
 
-def describe(found: Sequence[tuple[Case, Compiled]]) -> str:
-    """Returns the comparison as a table, with the median and the worst of the errors."""
+def describe(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the comparison as a table, with the median and the extremes of the errors."""
     lines = [f"{'GiB a device, predicted':>24} {'compiled':>9} {'temporaries':>11} {'error':>7}  case"]
-    rows = [to_row(*one) for one in found]
-    for (case, compiled), row in zip(found, rows):
-        predicted, error = case.predict().bytes / GIB, row["error"]
-        lines.append(
-            f"{predicted:24.2f} {compiled.bytes / GIB:9.2f} {compiled.temporaries / GIB:11.2f} {error:+7.1%}  {case}"
-        )
-    errors = sorted((float(str(row["error"])) for row in rows), key=abs)
-    lines.append(
-        f"{len(errors)} cases: median error {abs(errors[len(errors) // 2]):.1%}, worst {errors[-1]:+.1%}, "
-        f"lowest {min(errors):+.1%}"
-    )
+    for row in rows:
+        predicted, compiled, temporaries = (row[name] / GIB for name in ("predicted", "compiled", "temporaries"))
+        lines.append(f"{predicted:24.2f} {compiled:9.2f} {temporaries:11.2f} {row['error']:+7.1%}  {row['case']}")
+    for kind in (None, *LOWER):
+        if errors := [row["error"] for row in rows if kind in (None, row["kind"])]:
+            middle = statistics.median(map(abs, errors))
+            lines.append(
+                f"{kind or 'all'}: {len(errors)} cases, median error {middle:.1%}, "
+                f"from {min(errors):+.1%} to {max(errors):+.1%}"
+            )
     return "\n".join(lines)
 
 
