@@ -320,7 +320,7 @@ class Simulator:
         return (
             f"{work.name}: as {choice} on {len(choice.devices)} devices it needs {needed / GIB:.1f} GiB on each, "
             f"{excess / GIB:.1f} more than can be planned with of {self.cluster.name}'s "
-            f"{self.cluster.memory_bytes / GIB:.1f}; use more devices, or change "
+            f"{self.cluster.memory_bytes / GIB:.1f}; the smallest change that fits: "
             + self.costs.advise(role, work, choice, at_home=at_home, excess_bytes=excess)
         )
 

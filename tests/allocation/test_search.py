@@ -106,6 +106,20 @@ def test_no_plan_of_a_small_case_is_faster(make, seed):
     assert all(found.choices[name] in candidates[name] for name in candidates)
 
 
+@pytest.mark.parametrize("make", [make_case, make_predicted_case])
+def test_plans_that_are_not_gone_through_are_near_the_best(make, monkeypatch):
+    """Of small cases, by changes of plans alone."""
+    monkeypatch.setattr("realjax.allocation.search.LARGEST_SPACE", 0)
+    ratios = []
+    for seed in range(20):
+        workload, cluster, candidates, costs = make(seed)
+        if (least := go_through(workload, cluster, candidates, costs)) is not None:
+            found = search(workload, cluster, costs, Limits(most_plans=500), candidates=candidates)
+            assert not found.is_optimal
+            ratios.append(found.prediction.seconds / least)
+    assert len(ratios) > 12 and max(ratios) < 1.3 and sum(one == 1 for one in ratios) > 0.8 * len(ratios)
+
+
 @pytest.mark.parametrize("num_devices", [2, 4])
 def test_no_plan_of_all_candidates_is_faster(num_devices):
     """DPO as it is planned: candidates found, priced and pruned by the search."""
