@@ -275,7 +275,7 @@ def _list_options(work: CallWork, choice: Choice) -> Iterator[list[dict[str, Any
         yield [{"num_mbs": choice.num_mbs << n} for n in range(1, most.bit_length())]
     if work.kind == "train":
         yield [] if choice.remat else [{"remat": True}]
-        yield [{"zero_stage": stage} for stage in (1, 3) if s.dp > 1 and stage > s.zero_stage]
+        yield [{"zero_stage": stage} for stage in (2, 3) if s.dp > 1 and stage > s.zero_stage]
     sizes = (model.num_q_heads, model.ffn_size, model.vocab_size)
     wider = (n for n in (2, 4, 8) if s.dp % n == 0 and not any(size % (s.tp * n) for size in sizes))
     yield [{"dp": s.dp // n, "tp": s.tp * n} for n in wider]
