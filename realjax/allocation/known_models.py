@@ -85,19 +85,26 @@ KNOWN: Mapping[str, ModelShape] = {
 PLAIN = {"7b": "llama-7b", "13b": "llama-13b", "30b": "llama-30b", "65b": "llama-65b"}
 PLAIN |= {"34b": "codellama-34b", "70b": "llama2-70b", "8b": "llama3-8b", "405b": "llama3-405b"}
 SAME = {"llama2-7b": "llama-7b", "llama2-13b": "llama-13b", "llama-34b": "codellama-34b", "llama2-34b": "codellama-34b"}
-SAME |= {"gpt3-175b": "gpt-175b", "gpt3-6.7b": "gpt-6.7b", "gpt3-13b": "gpt-13b", "llama-70b": "llama2-70b"}
+SAME |= {"llama-70b": "llama2-70b"}
 SAME |= {"gpt-j-6b": "gptj-6b", "llama-33b": "llama-30b", "llama3-7b": "llama3-8b"}
 
 
 def find_model(name: str) -> ModelShape:
-    """Returns the sizes of a model by name, such as 7B, Llama3.1-70B or MPT-30B; words behind it are not read.
+    """Returns the sizes of a model by name, such as 7B, Llama3.1-70B or MPT 30B; words behind it are not read.
 
     Raises ValueError for a name that is not known.
     """
-    key = name.strip().lower().split(" ")[0].replace("_", "-").removesuffix("-instruct")
+    words = name.strip().lower().replace("_", "-").split()
+    for length in range(1, len(words) + 1):
+        if (key := _normalize("-".join(words[:length]))) in KNOWN:
+            return KNOWN[key]
+    raise ValueError(f"model '{name}': not known; use a size such as 7B, or one of {', '.join(KNOWN)}")
+
+
+def _normalize(name: str) -> str:
+    """Returns a name as it is spelled in the table, where it is there."""
+    key = re.sub(r"-(instruct|chat|base|hf|v\d.*)$", "", name)
     key = re.sub(r"^(meta-)?llama-?([23])(?:\.\d)?-", r"llama\2-", key)
     key = re.sub(r"^(mpt|gpt-?3|gpt|qwen3|qwen2\.5|mixtral|mistral|falcon)-?(?=\d+[bx])", r"\1-", key)
-    key = PLAIN.get(key, SAME.get(key, key))
-    if key not in KNOWN:
-        raise ValueError(f"model '{name}': not known; use a size such as 7B, or one of {', '.join(KNOWN)}")
-    return KNOWN[key]
+    key = re.sub(r"^gpt-?3-", "gpt-", key)
+    return PLAIN.get(key, SAME.get(key, key))

@@ -1,5 +1,6 @@
 """The machines of published measurements: the defaults by name, and kinds that are known from publications alone."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -44,7 +45,9 @@ SERVED = {"paged": 1.0}
 
 def find_point_cluster(gpu: str, num_gpus: int, *, is_served: bool = False) -> Cluster:
     """Returns so many GPUs of a kind, in nodes of 8. Raises ValueError for a kind that is not known."""
-    name = gpu.strip().lower().removesuffix("-sxm").removesuffix("-80gb").removesuffix(" fp8")
+    name = re.sub(r"\s+", "-", gpu.strip().lower())
+    if name not in KINDS:  # what a data sheet says too
+        name = re.sub(r"[-(]*(nvidia|sxm\d?|dgx|hgx|80gb|141gb|hbm3e?|fp8|bf16)[-)]*", "", name)
     if name not in KINDS:
         raise ValueError(f"gpu '{gpu}' is not known; use {', '.join(KINDS)}")
     kind = KINDS[name]

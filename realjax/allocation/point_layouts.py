@@ -24,23 +24,26 @@ class PointLayout:
     vp: int = 1
     mbs: int | None = None  # sequences of a micro-batch
     batch: int | None = None
-    is_local: bool = False  # the batch is a replica's, and its micro-batch
+    is_local: bool = False  # the batch is a replica's
     zero_stage: int = 0
     sequence_parallel: bool = False
     remat: bool | None = None  # None: it does not say
     words: frozenset[str] = frozenset()
 
     @property
-    def replicas(self) -> int:
-        """Groups of devices that have sequences of their own."""
-        return self.dp
+    def micro_batch(self) -> int | None:
+        """Sequences of a micro-batch, where the layout decides: in stages one where nothing else is said. None: all of
+        a replica's."""
+        return self.mbs or (1 if self.pp > 1 else None)
 
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of a micro-batch: in stages one where nothing else is said, else all of a replica."""
-        if self.is_local:
-            return self.batch or 1
-        return self.mbs or (1 if self.pp > 1 else 10**6)
+    def count_sequences(self, batch: int | None) -> int:
+        """Returns the sequences of a step: as given, or of a local batch those of all replicas. Where neither is said,
+        only a rate was measured, which many micro-batches have: eight, and four a stage."""
+        if batch:
+            return batch
+        if self.is_local and self.batch:
+            return self.batch * self.dp
+        return (self.micro_batch or 1) * self.dp * max(8, 4 * self.pp)
 
 
 def read_layout(text: str, num_gpus: int) -> PointLayout:
@@ -60,7 +63,9 @@ def read_layout(text: str, num_gpus: int) -> PointLayout:
             )
     found, is_fsdp = set(words.split()), "fsdp" in words
     tp, pp, cp = (numbers.get(name, 1) for name in ("tp", "pp", "cp"))
-    dp = numbers.get("dp", numbers.get("fsdp", 0) or num_gpus // (tp * pp * cp))
+    # Replicas of groups that shard (HSDP) are written with both.
+    replicas = numbers.get("dp", 1) * numbers.get("fsdp", 1)
+    dp = replicas if numbers.keys() & {"dp", "fsdp"} else num_gpus // (tp * pp * cp)
     if tp * pp * cp * dp != num_gpus:
         raise ValueError(f"layout '{text}': tp{tp} x pp{pp} x cp{cp} x dp{dp} are not the {num_gpus} GPUs of the row")
     speaks = "recompute" in found
@@ -74,8 +79,8 @@ def read_layout(text: str, num_gpus: int) -> PointLayout:
         mbs=numbers.get("mbs"),
         batch=numbers.get("batch"),
         is_local="local" in found,
-        # Megatron's distributed optimizer is the rule beside FSDP.
-        zero_stage=numbers.get("zero", 3 if is_fsdp else 1 if dp * cp > 1 else 0),
+        # Megatron's distributed optimizer is the rule beside FSDP, which in stages keeps what it gathered for a step.
+        zero_stage=numbers.get("zero", (2 if pp > 1 else 3) if is_fsdp else 1 if dp * cp > 1 else 0),
         # Where a row speaks of what is computed again, it speaks of sequence parallelism too; else it is the rule.
         sequence_parallel=tp > 1 and ("sp" in found or not speaks),
         remat=not found & {"no", "none", "selective"} if speaks or "remat" in found else None,

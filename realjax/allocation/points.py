@@ -46,8 +46,7 @@ def predict_row(row: Row, search_fn: SearchFn | None = None) -> Prediction:
 def _predict_train(row: Row, search_fn: SearchFn | None) -> Prediction:
     layout, length = read_layout(row.layout, row.num_gpus), _whole(row.lengths)
     cluster = find_train_cluster(row, layout)
-    # Where no batch is given, a rate says nothing of it: micro-batches as large as the layout's, eight of them.
-    batch = row.batch or layout.micro_batch * layout.replicas * (1 if layout.is_local else 8)
+    batch = layout.count_sequences(row.batch)
     work, choice = describe_train(find_model(row.model), layout, batch, length, row)
     cost = call_cost(work, replace(choice, remat=needs_remat(work, layout, choice, cluster)), cluster)
     tokens = batch * length / row.num_gpus
@@ -66,7 +65,8 @@ def describe_train(
 ) -> tuple[CallWork, Choice]:
     """Returns the work and the choice of a training step of `batch` sequences."""
     # Sequences of a micro-batch lie in one row, so that the rows of a device are its micro-batches.
-    per_row = min(layout.micro_batch, max(1, batch // layout.replicas))
+    of_replica = max(1, batch // layout.dp)
+    per_row = min(layout.micro_batch or of_replica, of_replica)
     work = CallWork(
         name="train",
         role="model",
@@ -77,7 +77,7 @@ def describe_train(
         prompts=Lengths.all(length),
         pack_fn=lambda multiple: (batch / per_row, per_row * length),
     )
-    return work, place(layout, row.num_gpus, num_mbs=max(1, round(batch / per_row / layout.replicas)))
+    return work, place(layout, row.num_gpus, num_mbs=max(1, round(batch / per_row / layout.dp)))
 
 
 def needs_remat(work: CallWork, layout: PointLayout, choice: Choice, cluster: Cluster) -> bool:

@@ -5,6 +5,7 @@ from statistics import mean, median
 import pytest
 
 from realjax.allocation.known_models import KNOWN, find_model
+from realjax.allocation.point_clusters import find_point_cluster
 from realjax.allocation.point_layouts import place, read_layout
 from realjax.allocation.point_rows import SearchedStep
 from realjax.allocation.points import count_flops, describe_points, find_gains, find_group, predict_points
@@ -90,7 +91,8 @@ def test_searched_plans_gain_what_was_published(predict):
         ("7B", 6.74), ("13B", 13.02), ("34B", 33.7), ("70B", 68.98), ("Llama2-7B (JAX)", 6.74), ("LLaMA-7B FP16", 6.74),
         ("Llama3.1-8B", 8.03), ("Llama3.1-70B FP8", 70.55), ("Llama3.1-405B", 405.85), ("Llama-3.1-8B", 8.03),
         ("MPT-7B", 6.65), ("MPT-13B", 12.85), ("MPT-30B", 29.95), ("GPT-22B", 22.1), ("GPT-175B", 174.6),
-        ("Qwen3-30B-A3B GRPO", 30.53), ("Mixtral-8x7B", 46.7), ("Qwen2.5-7B", 7.61), ("Mistral-7B", 7.24),
+        ("Qwen3-30B-A3B GRPO", 30.53), ("Mixtral-8x7B", 46.7), ("Qwen2.5-7B", 7.61), ("Llama 3.1 8B", 8.03),
+        ("GPT-J 6B", 6.05), ("GPT3-175B", 174.6), ("Meta-Llama-3-70B-Instruct", 70.55), ("Mistral-7B", 7.24),
     ],
 )  # fmt: skip
 def test_known_models_have_their_published_sizes(name, billions):
@@ -105,6 +107,14 @@ def test_mixtures_count_what_is_active():
 
 def test_every_known_model_is_found_by_its_name():
     assert all(find_model(name) is shape for name, shape in KNOWN.items())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rate"), [("H100", 989.4e12), ("H100 SXM", 989.4e12), ("NVIDIA A100-80GB", 312e12), ("A100-40GB", 312e12)]
+)
+def test_kinds_as_they_are_spelled(gpu, rate):
+    cluster = find_point_cluster(gpu, 16)
+    assert cluster.matmul_flops["bfloat16"] == rate and (cluster.num_nodes, cluster.devices_per_node) == (2, 8)
 
 
 def test_unknown_models_are_refused():
@@ -123,9 +133,10 @@ def test_unknown_models_are_refused():
         ("tp8 full recompute", 8, {"remat": True, "sequence_parallel": False, "zero_stage": 0}),
         ("tp8 sp selective recompute", 8, {"remat": False, "sequence_parallel": True}),
         ("fsdp mbs6 no recompute", 8, {"remat": False, "micro_batch": 6}),
-        ("fsdp8 tp8 local batch 12", 64, {"micro_batch": 12, "is_local": True}),
+        ("fsdp8 tp8 local batch 12", 64, {"micro_batch": None, "batch": 12, "is_local": True}),
         ("heuristic tp8 pp16", 128, {"pp": 16, "dp": 1}),
         ("train ep8".removeprefix("train "), 32, {"ep": 8, "dp": 32}),
+        ("fsdp8 dp2 mbs3", 16, {"dp": 16, "zero_stage": 3, "micro_batch": 3}),
         ("TP=2, PP=2", 4, {"tp": 2, "pp": 2}),
     ],
 )
@@ -133,6 +144,13 @@ def test_layouts_as_they_are_spelled(text, gpus, expected):
     layout = read_layout(text, gpus)
     assert {name: getattr(layout, name) for name in expected} == expected
     assert place(layout, gpus).strategy.size * layout.cp == gpus
+
+
+def test_batches_that_are_not_said():
+    assert read_layout("fsdp8 tp8 local batch 12", 64).count_sequences(None) == 96
+    assert read_layout("fsdp8 mbs6", 8).count_sequences(None) == 6 * 8 * 8
+    assert read_layout("tp8 pp4 mbs2", 64).count_sequences(None) == 2 * 2 * 16
+    assert read_layout("tp8 pp4 mbs2", 64).count_sequences(128) == 128
 
 
 @pytest.mark.parametrize(
