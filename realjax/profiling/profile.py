@@ -13,7 +13,7 @@ from realjax.allocation.measured import CollectivePoint, HeadPoint, LayerPoint, 
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.models.config import ModelConfig
 from realjax.profiling.clock import Clock
-from realjax.profiling.collectives import find_link, list_groups, measure_group
+from realjax.profiling.collectives import Group, find_link, list_groups, measure_group
 from realjax.profiling.layers import PROGRAMS, Case, Program, measure_layers, measure_update
 from realjax.profiling.machine import (
     MIB,
@@ -158,7 +158,7 @@ class Profile:
         products = [Product(dtype=dtype, rows=r, inner=i, columns=c) for r in rows for i, c in sorted(matrices)]
         self.products += measure_products(self.clock, self.busy, products, self.dispatch_seconds)
 
-    def _measure_group(self, group) -> None:
+    def _measure_group(self, group: Group) -> None:
         mesh = group.make_mesh(self.devices, self.settings.devices_per_node)
         sizes, dispatch = self.sizes.message_bytes, self.dispatch_seconds
         self.collectives += measure_group(self.clock, group, mesh, sizes, dispatch)
