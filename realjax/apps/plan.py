@@ -20,6 +20,7 @@ from realjax.allocation.compare import SEARCH, Comparison, compare
 from realjax.allocation.cost import call_cost
 from realjax.allocation.memory import call_memory
 from realjax.allocation.modes import check_options
+from realjax.allocation.points import describe_points, predict_points
 from realjax.allocation.prediction import HEAD, CallPrediction, Prediction
 from realjax.apps import quickstart
 from realjax.apps.errors import report_errors
@@ -38,7 +39,11 @@ WIDTH = 160  # of a table that is not on a terminal
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the plan that a search finds, and what other plans would take; returns the exit code."""
     with report_errors("realjax plan") as end:
-        end.code = 2 if run(read_arguments(words)) is None else 0
+        args = make_parser().parse_intermixed_args(words)
+        if args.points:
+            print(describe_points(predict_points(args.points)))
+        elif run(args) is None:
+            end.code = 2
     return end.code
 
 
@@ -158,11 +163,6 @@ def make_table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -
     return table
 
 
-def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the words of the command line."""
-    return make_parser().parse_intermixed_args(words)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Returns what reads the words of the command line."""
     parser = argparse.ArgumentParser(prog="realjax plan", description=(__doc__ or "").split("\n")[0])
@@ -170,5 +170,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", default="h100", help="such as h100x128 (devices in all), or a cluster.json")
     parser.add_argument("--explain", metavar="CALL", help="show what this call's seconds and bytes are made of")
     parser.add_argument("--json", type=Path, help="write all plans to this file too")
+    parser.add_argument(
+        "--points", type=Path, metavar="FILE", help="hold the cost model against measurements in a file"
+    )
     parser.add_argument("--picture", type=Path, help="draw the predicted timeline to this file")
     return parser

@@ -47,3 +47,16 @@ def test_what_cannot_be_is_one_line(given, tmp_path, capsys, more, message):
 def test_help_names_the_command(capsys):
     quickstart.main(["--help"])
     assert "plan " in capsys.readouterr().out
+
+
+def test_published_rows_are_predicted_and_their_plans_shown(tmp_path, capsys):
+    file = tmp_path / "points.csv"
+    file.write_text(
+        "kind,model,gpus,gpu,layout,batch,seq_or_prompt+gen,measured,unit,source\n"
+        "train,Llama2-7B,8,H100,fsdp8,16,4096,0.721,s/step,a page\n"
+        "rlhf,7B x4,8,H100,searched,256,128+384,28.0,s/step,a figure\n"
+        "rlhf,7B x4,8,H100,heuristic tp8,256,128+384,29.0,s/step,a figure\n"
+    )
+    assert quickstart.main(["plan", "--points", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "train rows: median error" in text and "actor_gen" in text and "mean: x1.04, x" in text
