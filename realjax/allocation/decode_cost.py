@@ -112,7 +112,7 @@ def _prefill_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int)
     prompts = work.num_sequences / (s.dp * s.pp * admissions)  # of a micro-batch
     tokens, split = prompts * length, Split(s.tp)
     squares = prompts * (work.prompts.mean_square if is_paged else length**2)
-    layer = rates.forward(model, tokens, squares, split)
+    layer = rates.forward(model, tokens, rates.squares(prompts, length, length, squares), split)
     factor = find_measured(cluster, work.dtype).factor("forward", model, At(tokens, length), s.tp)
     seconds = layer.seconds * factor.layer
     runs = -(-model.num_layers // s.pp) * admissions * (2 * s.pp - 1)

@@ -115,7 +115,8 @@ def predict_layer(rates: Rates, point: LayerPoint, model: ModelShape) -> Layer:
     if point.use == "decode":
         return rates.decode(model, point.rows, point.tokens, split)
     tokens = point.rows * point.tokens
-    forward = rates.forward(model, tokens, tokens * point.tokens, split)
+    squares = rates.squares(point.rows, point.tokens, point.tokens, tokens * point.tokens)
+    forward = rates.forward(model, tokens, squares, split)
     if point.use == "forward":
         return forward
     backward = rates.backward(model, forward)

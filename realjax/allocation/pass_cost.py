@@ -72,12 +72,14 @@ def plan_passes(work: CallWork, choice: Choice, cluster: Cluster, *, is_train: b
     num_batches = num_mbs * per_part
     # Row length is not sequence length: attention goes by the squares of what lies in the rows.
     squares = sequences * work.lengths.mean_square / (s.dp * choice.context * num_batches)
+    rates = find_rates(cluster, work.dtype)
+    squares = rates.squares(local / per_part, row_len / choice.context, work.lengths.longest, squares)
     if work.model.window:
         squares = min(squares, 2 * local / per_part * row_len / choice.context * work.model.window)
     return Passes(
         choice=choice,
         cluster=cluster,
-        rates=find_rates(cluster, work.dtype),
+        rates=rates,
         groups=find_groups(choice, cluster.devices_per_node),
         work=work,
         num_layers=-(-work.model.num_layers // s.pp),

@@ -11,6 +11,7 @@ from realjax.allocation.measured import ProductPoint
 from realjax.allocation.workload import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+QUERY_BLOCK = 256  # queries that look back together
 BACKWARD_OF_ATTENTION = 2.5  # times forward: five products, two of them again or anew (arXiv:2307.08691)
 
 
@@ -108,6 +109,15 @@ class Rates:
             # Attention of several kernels, before arXiv:2205.14135, writes and reads all scores, and masked ones too.
             attention, memory = 2 * attention, memory + self.passes(scored * squares * model.num_q_heads / split.tp)
         return Layer(self.products(model, tokens, split), attention, memory)
+
+    def squares(self, num_rows: float, row_len: float, longest: float, of_sequences: float) -> float:
+        """Returns the squared lengths that attention over rows costs: of their sequences, where the kernel leaves out
+        all else. cuDNN does, for 16-bit numbers; in float32 each block of queries looks back as far as the longest
+        sequence, see `engine/attention/blocked.py`."""
+        if self.itemsize == 2:
+            return of_sequences
+        back = min(longest, row_len)
+        return num_rows * (2 * row_len * back - back**2 + QUERY_BLOCK * row_len)
 
     def products(self, model: ModelShape, tokens: float, split: Split) -> float:
         """Returns seconds of a layer's matrix products, experts' among them (equally loaded)."""
