@@ -33,8 +33,8 @@ LARGEST_SPACE = 10**9
 # Of the candidates of a call on a mesh, those that are tried where the call does not run yet: the fastest, and the one
 # that holds least.
 SHORTLIST = 4
-# Calls that are changed at random before a plan is improved anew.
-KICKED = 2
+# Plans at most so many times as slow as the best are worth changes of several calls.
+NEAR = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,9 +243,9 @@ class Search:
         return sorted(pairs, key=lambda pair: (abs(pair[0].bit_count() - pair[1].bit_count()), pair))
 
     def improve(self, plan: Plan) -> None:
-        """Changes a plan until no change of one call helps, nor, where it is the best so far, of several."""
+        """Changes a plan until no change of one call helps, nor, where it is near the best, of several."""
         plan, score = self.change_calls(list(plan), self.score(plan))
-        while score <= self.best_score:
+        while score <= (self.best_score.excess_bytes, NEAR * self.best_score.seconds):
             better, better_score = self.change_together(plan, score)
             if better_score >= score:
                 return
@@ -314,9 +314,9 @@ class Search:
                         yield changed
 
     def kick(self, plan: Plan) -> list[Priced]:
-        """Returns a plan with a few calls changed at random."""
+        """Returns a plan with some calls changed at random."""
         kicked = list(plan)
-        for call in self.rng.sample(range(len(plan)), min(KICKED, len(plan))):
+        for call in self.rng.sample(range(len(plan)), self.rng.randint(1, len(plan))):
             kicked[call] = self.rng.choice(self.short[call][self.rng.choice(list(self.short[call]))])
         return kicked
 
