@@ -11,7 +11,7 @@ from realjax.allocation.measured import ProductPoint
 from realjax.allocation.workload import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-QUERY_BLOCK = 256  # queries that look back together
+LEAST_BLOCK = 64  # queries that look back together, at least
 BACKWARD_OF_ATTENTION = 2.5  # times forward: five products, two of them again or anew (arXiv:2307.08691)
 
 
@@ -117,7 +117,8 @@ class Rates:
         if self.itemsize == 2:
             return of_sequences
         back = min(longest, row_len)
-        return num_rows * (2 * row_len * back - back**2 + QUERY_BLOCK * row_len)
+        block = min(max(LEAST_BLOCK, min(row_len / 8, back / 4)), row_len)
+        return num_rows * (2 * row_len * back - back**2 + block * row_len)
 
     def products(self, model: ModelShape, tokens: float, split: Split) -> float:
         """Returns seconds of a layer's matrix products, experts' among them (equally loaded)."""

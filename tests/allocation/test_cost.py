@@ -110,10 +110,10 @@ def test_training_multiplies_what_it_should():
 
 
 def test_attention_in_float32_looks_back_as_far_as_the_longest_sequence():
-    """Rows of four sequences of 512: a query meets at most 512 keys before it, and half a block of 256 behind."""
+    """Rows of four sequences of 512: a query meets at most 512 keys before it, and half a block of 128 behind."""
     cluster = replace(PRODUCTS, name="wide", matmul_flops={"float32": 1.0})
     terms = call_cost(make_work("inference", dtype="float32"), choose(), cluster).terms
-    scores = 16 * (2048 * 512 - 512**2 / 2 + 2048 * 256 / 2)
+    scores = 16 * (2048 * 512 - 512**2 / 2 + 2048 * 128 / 2)
     assert terms["attention"] == pytest.approx(32 * 4 * 4096 * scores)
 
 
