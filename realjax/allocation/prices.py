@@ -54,7 +54,7 @@ def keep_fitting(simulator: Simulator, work: CallWork, groups: Mapping) -> dict:
     kept = {key: [one for one in group if least(one) <= simulator.usable_bytes] for key, group in groups.items()}
     if not any(kept.values()):
         smallest = min((one for group in groups.values() for one in group), key=least)
-        is_home = simulator.workload.home_call(work.role) is work
+        is_home = simulator.workload.home_call(work.role).name == work.name
         raise ValueError(simulator.explain_excess(work, smallest.choice, least(smallest), at_home=is_home))
     return kept
 
@@ -84,7 +84,7 @@ def drop_dominated(simulator: Simulator, work: CallWork, group: Iterable[Priced]
 def _least_bytes(simulator: Simulator, work: CallWork, priced: Priced) -> float:
     """Returns the least that a device holds while the call runs, whatever the other calls are."""
     if simulator.workload.roles[work.role].is_trained:
-        if simulator.workload.home_call(work.role) is work:
+        if simulator.workload.home_call(work.role).name == work.name:
             return priced.home_bytes + priced.bytes_at_home
         return min(priced.bytes_at_home, priced.bytes_away)
     return min(priced.home_bytes + priced.bytes_at_home, priced.bytes_away)

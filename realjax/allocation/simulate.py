@@ -104,7 +104,7 @@ class Simulator:
     def price(self, work: CallWork, choice: Choice) -> Priced:
         """Returns a choice with its costs."""
         role = self.workload.roles[work.role]
-        is_home = self.workload.home_call(work.role) is work
+        is_home = self.workload.home_call(work.role).name == work.name
         is_bounded = work.fixed.micro_batches is not None and work.fixed.micro_batches.max_tokens is not None
         return Priced(
             choice=choice,
