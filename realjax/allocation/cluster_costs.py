@@ -8,7 +8,7 @@ from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.cost import call_cost, fetch_cost, move_cost
 from realjax.allocation.costing import Move
-from realjax.allocation.move_cost import fetched_bytes, moved_bytes
+from realjax.allocation.terms.move_cost import fetched_bytes, moved_bytes
 from realjax.allocation.workload import CallWork, RoleWork
 
 

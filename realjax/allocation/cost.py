@@ -6,10 +6,10 @@ from functools import cached_property
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.decode_cost import generate_terms
-from realjax.allocation.move_cost import fetch_terms, move_terms
-from realjax.allocation.pass_cost import inference_terms, train_terms
 from realjax.allocation.run_prediction import kind_factor
+from realjax.allocation.terms.decode_cost import generate_terms
+from realjax.allocation.terms.move_cost import fetch_terms, move_terms
+from realjax.allocation.terms.pass_cost import inference_terms, train_terms
 from realjax.allocation.workload import CallWork, RoleWork
 
 

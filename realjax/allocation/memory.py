@@ -15,7 +15,7 @@ from typing import Any
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.shapes import MOST_SLOTS
-from realjax.allocation.split import LayerBytes, Split, item_bytes
+from realjax.allocation.terms.split import LayerBytes, Split, item_bytes
 from realjax.allocation.workload import CallWork, RoleWork
 
 # How far below the compiler's figure the model may be. What has to fit should fit with this share more.

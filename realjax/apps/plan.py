@@ -20,7 +20,7 @@ from realjax.allocation.compare import SEARCH, Comparison, compare
 from realjax.allocation.cost import call_cost
 from realjax.allocation.memory import call_memory
 from realjax.allocation.modes import check_options
-from realjax.allocation.points import describe_points, predict_points
+from realjax.allocation.points.judge import describe_points, predict_points
 from realjax.allocation.prediction import HEAD, CallPrediction, Prediction
 from realjax.apps import quickstart
 from realjax.apps.errors import report_errors

@@ -10,8 +10,8 @@ import pytest
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster, Link, find_cluster
 from realjax.allocation.cost import call_cost, fetch_cost, move_cost
-from realjax.allocation.decode_cost import count_rounds, mean_context
 from realjax.allocation.measured import HeadPoint, LayerPoint, Measured, UpdatePoint
+from realjax.allocation.terms.decode_cost import count_rounds, mean_context
 from realjax.allocation.workload import CallWork, Lengths, ModelShape, RoleWork
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.reshard.plan import plan_reshard

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.rates import BYTES
+from realjax.allocation.terms.rates import BYTES
 from realjax.allocation.workload import RoleWork
 from realjax.core.layout import ParallelStrategy
 

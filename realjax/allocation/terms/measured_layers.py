@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.collectives import Group, collective_seconds
 from realjax.allocation.measured import HeadPoint, LayerPoint, LayerUse
-from realjax.allocation.rates import Layer, Rates, Split, find_rates
+from realjax.allocation.terms.collectives import Group, collective_seconds
+from realjax.allocation.terms.rates import Layer, Rates, Split, find_rates
 from realjax.allocation.workload import ModelShape
 
 # All-reduces of a layer's hidden states over tensor, see `pass_cost`.

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.collectives import Group, Groups, collective_seconds, exposed, find_groups
 from realjax.allocation.measured import Collective, LayerUse
-from realjax.allocation.measured_layers import At, Factor, MeasuredLayers, find_measured
-from realjax.allocation.rates import Layer, Rates, Split, find_rates
+from realjax.allocation.terms.collectives import Group, Groups, collective_seconds, exposed, find_groups
+from realjax.allocation.terms.measured_layers import At, Factor, MeasuredLayers, find_measured
+from realjax.allocation.terms.rates import Layer, Rates, Split, find_rates
 from realjax.allocation.workload import CallWork
 
 

@@ -13,12 +13,12 @@ from statistics import mean, median
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.cost import call_cost
-from realjax.allocation.known_models import find_model
-from realjax.allocation.point_clusters import UNFUSED, find_point_cluster
-from realjax.allocation.point_layouts import PointLayout, place, read_layout
-from realjax.allocation.point_rlhf import predict_rlhf, search_step
-from realjax.allocation.point_rows import Prediction, Row, SearchFn, read_rows
-from realjax.allocation.rates import BYTES
+from realjax.allocation.points.clusters import UNFUSED, find_point_cluster
+from realjax.allocation.points.known_models import find_model
+from realjax.allocation.points.layouts import PointLayout, place, read_layout
+from realjax.allocation.points.rlhf import predict_rlhf, search_step
+from realjax.allocation.points.rows import Prediction, Row, SearchFn, read_rows
+from realjax.allocation.terms.rates import BYTES
 from realjax.allocation.workload import CallWork, Lengths, ModelShape
 
 

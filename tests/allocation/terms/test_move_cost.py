@@ -6,7 +6,7 @@ import pytest
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import find_cluster
-from realjax.allocation.move_cost import moved_bytes
+from realjax.allocation.terms.move_cost import moved_bytes
 from realjax.allocation.workload import ModelShape, RoleWork
 from realjax.core.layout import ParallelStrategy
 from tests.given.models import make_model

@@ -6,8 +6,8 @@ import pytest
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Link, find_cluster
-from realjax.allocation.collectives import Group, collective_seconds, exposed, find_groups
 from realjax.allocation.measured import CollectivePoint, Measured
+from realjax.allocation.terms.collectives import Group, collective_seconds, exposed, find_groups
 from realjax.core.layout import ParallelStrategy
 
 # Latency 1 and 10 bytes a second within nodes of 4, latency 5 and 1 byte a second between them.

@@ -7,10 +7,10 @@ from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.cluster_costs import ClusterCosts
 from realjax.allocation.cost import Cost, call_cost, fetch_cost
-from realjax.allocation.known_models import find_model
-from realjax.allocation.point_clusters import find_point_cluster
-from realjax.allocation.point_layouts import place, read_layout
-from realjax.allocation.point_rows import Prediction, Row, SearchedStep, SearchFn
+from realjax.allocation.points.clusters import find_point_cluster
+from realjax.allocation.points.known_models import find_model
+from realjax.allocation.points.layouts import place, read_layout
+from realjax.allocation.points.rows import Prediction, Row, SearchedStep, SearchFn
 from realjax.allocation.search import search
 from realjax.allocation.workload import CallWork, Kind, Lengths, ModelShape, RoleWork, Workload
 from realjax.core.layout import number_ranges

@@ -4,11 +4,11 @@ from statistics import mean, median
 
 import pytest
 
-from realjax.allocation.known_models import KNOWN, find_model
-from realjax.allocation.point_clusters import find_point_cluster
-from realjax.allocation.point_layouts import place, read_layout
-from realjax.allocation.point_rows import SearchedStep
-from realjax.allocation.points import count_flops, describe_points, find_gains, find_group, predict_points
+from realjax.allocation.points.clusters import find_point_cluster
+from realjax.allocation.points.known_models import KNOWN, find_model
+from realjax.allocation.points.layouts import place, read_layout
+from realjax.allocation.points.judge import count_flops, describe_points, find_gains, find_group, predict_points
+from realjax.allocation.points.rows import SearchedStep
 
 HEAD = "kind,model,gpus,gpu,layout,batch,seq_or_prompt+gen,measured,unit,source\n"
 # Published: the bar heights of ReaL's README figure, JAX-Toolbox and MaxText's pages, NVIDIA's Llama 3.1 recipes,

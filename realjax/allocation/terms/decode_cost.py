@@ -4,9 +4,9 @@ import math
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.collectives import collective_seconds, find_groups
-from realjax.allocation.measured_layers import At, find_measured
-from realjax.allocation.rates import Split, find_rates
+from realjax.allocation.terms.collectives import collective_seconds, find_groups
+from realjax.allocation.terms.measured_layers import At, find_measured
+from realjax.allocation.terms.rates import Split, find_rates
 from realjax.allocation.workload import CallWork, Lengths
 
 CHUNK_LEN = 32  # rounds of a decode program, see `engine/slots.py`

@@ -1,0 +1,1 @@
+"""Published measurements, and what the cost model predicts for them."""
