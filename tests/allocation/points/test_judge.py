@@ -5,9 +5,9 @@ from statistics import mean, median
 import pytest
 
 from realjax.allocation.points.clusters import find_point_cluster
+from realjax.allocation.points.judge import count_flops, describe_points, find_gains, find_group, predict_points
 from realjax.allocation.points.known_models import KNOWN, find_model
 from realjax.allocation.points.layouts import place, read_layout
-from realjax.allocation.points.judge import count_flops, describe_points, find_gains, find_group, predict_points
 from realjax.allocation.points.rows import SearchedStep
 
 HEAD = "kind,model,gpus,gpu,layout,batch,seq_or_prompt+gen,measured,unit,source\n"
