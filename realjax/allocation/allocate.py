@@ -40,6 +40,7 @@ def make_plan(spec: RunSpec, layouts: Mapping[str, Layout], devices: Sequence[ja
         rollouts=rollouts,
         loader=loader,
         held_out=held_out,
+        is_searched=any(call.devices is not None for call in spec.allocation.calls.values()),
         choices=read_choices(spec, layouts, rollouts, devices),
         idle=number_ranges([device.id for device in devices if device not in used]),
     )

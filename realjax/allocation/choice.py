@@ -47,11 +47,17 @@ class Choice:
 Choices = Mapping[str, Choice]  # by call
 
 
-def dump_choices(choices: Choices) -> str:
-    """Returns choices as JSON."""
-    return json.dumps({"calls": {name: choice.to_json() for name, choice in choices.items()}}, indent=1)
+def dump_choices(choices: Choices, *, searched: bool = True) -> str:
+    """Returns choices as JSON, with whether a search has found them."""
+    calls = {name: choice.to_json() for name, choice in choices.items()}
+    return json.dumps({"searched": searched, "calls": calls}, indent=1)
 
 
 def load_choices(text: str) -> Choices:
     """Returns what `dump_choices` was made of."""
     return {name: Choice.from_json(values) for name, values in parse_json(text.encode())["calls"].items()}
+
+
+def is_searched(text: str) -> bool:
+    """Returns whether choices that were dumped had been found by a search."""
+    return parse_json(text.encode())["searched"]

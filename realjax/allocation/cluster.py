@@ -58,6 +58,7 @@ class Cluster:
     measured: Measured = Measured()
     source: str = ""  # of the figures
     platform: str = "gpu"  # as JAX names it: which precision runs have by default
+    overlaps: bool = True  # programs on different devices run at once
 
     def __hash__(self) -> int:
         """By name and size alone, so that functions of a cluster can be cached."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from realjax.allocation.allocate import place_calls
 from realjax.allocation.cluster import Cluster
+from realjax.allocation.cluster_costs import ClusterCosts
 from realjax.allocation.costing import Costs
 from realjax.allocation.modes import check_options
 from realjax.allocation.run_workload import read_workload
 from realjax.allocation.search import Limits, SearchResult, best_single_layout, place_choices, search
-from realjax.allocation.settle import read_limits
 from realjax.allocation.workload import Workload
 from realjax.core.json_text import JsonObject
 from realjax.dataflow.run import RunSpec
@@ -54,13 +54,18 @@ class Comparison:
         return {one.name: one.result.prediction.seconds / seconds for one in self.others if one.result}
 
 
-def compare(spec: RunSpec, cluster: Cluster, costs: Costs) -> Comparison:
+def compare(spec: RunSpec, cluster: Cluster) -> Comparison:
     """Returns the plan of a run in mode `search` and those of other modes. Raises ValueError where nothing fits.
 
     Plans by rule get the micro-batches, ZeRO stages, remat and slots that suit them: layouts are what is compared. The
     search begins with them too, so it is no worse than any.
     """
-    workload, limits = read_workload(spec, cluster.platform), read_limits(spec)
+    workload, costs, planner = (
+        read_workload(spec, cluster.platform),
+        ClusterCosts(cluster=cluster),
+        spec.allocation.planner,
+    )
+    limits = Limits(seed=planner.seed, most_plans=planner.evaluations)
     others = [*place_by_rules(spec, workload, cluster, costs, limits)]
     others.append(attempt(SINGLE, lambda: best_single_layout(workload, cluster, costs, limits)))
     starts = [one.result.choices for one in others if one.result]

@@ -32,7 +32,9 @@ def find_machine(options: AllocationOptions, devices: Sequence[jax.Device]) -> M
 
     Raises ValueError for a description that is not there, or cannot be read.
     """
-    sizes = {"num_nodes": options.n_nodes, "devices_per_node": options.n_gpus_per_node}
+    # In one process, programs of CPU devices run one after the other, also on devices of their own.
+    overlaps = devices[0].platform != "cpu" or jax.process_count() > 1
+    own = {"num_nodes": options.n_nodes, "devices_per_node": options.n_gpus_per_node, "overlaps": overlaps}
     if (name := options.planner.cluster) is None and options.planner.update_cluster:
         raise ValueError("planner.update_cluster: there is no file to write to; set planner.cluster to a cluster.json")
     if name is not None:
@@ -41,15 +43,15 @@ def find_machine(options: AllocationOptions, devices: Sequence[jax.Device]) -> M
                 f"planner.update_cluster: found planner.cluster={name}, which is no file of yours; set it to a "
                 "cluster.json, such as realjax profile writes"
             )
-        return Machine(cluster=replace(find_cluster(name), **sizes), source=name)
+        return Machine(cluster=replace(find_cluster(name), **own), source=name)
     device = devices[0]
     if device.platform == "cpu":
-        default = replace(find_cluster("cpu"), **sizes)
+        default = replace(find_cluster("cpu"), **own)
         return Machine(cluster=share_cores(default, devices), source="the default of a CPU, which may be another's")
     known = (name for pattern, name in KINDS.items() if pattern.search(device.device_kind))
     if (name := next(known, None)) is None:
         return None
-    return Machine(cluster=replace(find_cluster(name), **sizes), source=f"the data sheet of {name}")
+    return Machine(cluster=replace(find_cluster(name), **own), source=f"the data sheet of {name}")
 
 
 def need_cluster(options: AllocationOptions, devices: Sequence[jax.Device]) -> Cluster:

@@ -32,6 +32,7 @@ class AllocationPlan:
     loader: Loader  # of batches that divide over the calls that read them
     held_out: Loader | None
     choices: Choices  # by call of the graph: what the planner calls the same
+    is_searched: bool  # rather than made by rule or by hand
     idle: str  # numbers of the devices that no call uses, as '6,7'
     predicted: RunPrediction | None = None
 

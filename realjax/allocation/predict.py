@@ -27,27 +27,23 @@ def predict_run(spec: RunSpec, choices: Choices, devices: Sequence[jax.Device]) 
     if (machine := find_machine(spec.allocation, devices)) is None:
         logger.info("no prediction: %s is not known; measure it with realjax profile", devices[0].device_kind)
         return None
-    # In one process, programs of CPU devices run one after the other, also on devices of their own.
-    overlaps = devices[0].platform != "cpu" or jax.process_count() > 1
     workload = read_workload(spec, devices[0].platform)
     try:
-        return predict(workload, choices, machine.cluster, source=machine.source, overlaps=overlaps)
+        return predict(workload, choices, machine.cluster, source=machine.source)
     except ValueError as error:
         logger.info("no prediction: %s", error)
         return None
 
 
-def predict(
-    workload: Workload, choices: Choices, cluster: Cluster, *, source: str, overlaps: bool = True
-) -> RunPrediction:
-    """Returns what a step is predicted to take. `overlaps`: calls on different devices run at once."""
+def predict(workload: Workload, choices: Choices, cluster: Cluster, *, source: str) -> RunPrediction:
+    """Returns what a step is predicted to take."""
     step = simulate(workload, choices, ClusterCosts(cluster=cluster), cluster)
     # A run's clock of a call starts when its parameters do.
     seconds = {call.name: call.move_seconds + call.seconds for call in step.calls}
     return RunPrediction(
         seconds=seconds,
         peak_bytes={call.name: call.peak_bytes for call in step.calls},
-        step_seconds=step.seconds if overlaps else sum(seconds.values()),
+        step_seconds=step.seconds,
         kinds={call.name: call.kind for call in workload.calls},
         cluster=cluster,
         source=source,

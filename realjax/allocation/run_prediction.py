@@ -56,4 +56,6 @@ class RunPrediction:
 
     def refined_cluster(self, measured: Mapping[str, float]) -> Cluster:
         """Returns the cluster with the factors of `refine`."""
-        return replace(self.cluster, factors=self.refine(measured), source=f"{self.source}; refined by measured steps")
+        source = f"{self.source}; refined by measured steps"
+        # Whether programs overlap is the run's, not the machine's.
+        return replace(self.cluster, factors=self.refine(measured), source=source, overlaps=True)

@@ -1,13 +1,14 @@
 """Decides what a run leaves to the planner: its calls' layouts and micro-batches, the roles' remat and zero stages."""
 
 import logging
+import os
 from dataclasses import replace
+from pathlib import Path
 
-from realjax.allocation.choice import PLAN_FILE, Choice, Choices, dump_choices, load_choices
+from realjax.allocation.choice import PLAN_FILE, Choice, Choices, dump_choices, is_searched, load_choices
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.cluster_costs import ClusterCosts
+from realjax.allocation.compare import compare
 from realjax.allocation.run_workload import read_workload
-from realjax.allocation.search import Limits, search
 from realjax.allocation.workload import Workload
 from realjax.core.identity import digest
 from realjax.core.processes import is_first, text_from_first
@@ -42,16 +43,20 @@ def decide(spec: RunSpec, cluster: Cluster) -> Choices:
     if spec.allocation.use_cache and path.exists():
         logger.info("allocation: the plan of an earlier search, %s", path)
         return load_choices(path.read_text())
-    result = search(workload, cluster, ClusterCosts(cluster=cluster), read_limits(spec))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_choices(result.choices))
-    return result.choices
+    choices = compare(spec, cluster).searched.choices
+    keep_plan(path, choices)
+    return choices
 
 
-def read_limits(spec: RunSpec) -> Limits:
-    """Returns how long the options let a search go on."""
-    planner = spec.allocation.planner
-    return Limits(seed=planner.seed, most_plans=planner.evaluations)
+def keep_plan(path: Path, choices: Choices) -> None:
+    """Writes a plan for later runs; one that cannot be kept is searched again."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(dump_choices(choices))
+        unfinished.replace(path)
+    except OSError as error:
+        logger.warning("allocation: the plan is not kept for later runs: %s", error)
 
 
 def find_own_plan(spec: RunSpec) -> Choices | None:
@@ -59,7 +64,10 @@ def find_own_plan(spec: RunSpec) -> Choices | None:
     path = spec.paths.logs / PLAN_FILE
     if spec.recover_mode not in ("auto", "resume") or not path.exists():
         return None
-    choices = load_choices(path.read_text())
+    text = path.read_text()
+    if not is_searched(text):
+        return None
+    choices = load_choices(text)
     devices = {device for choice in choices.values() for device in choice.devices}
     is_same = choices.keys() == {mfc.name for mfc in spec.graph.mfcs}
     return choices if is_same and max(devices) < spec.allocation.num_devices else None

@@ -135,13 +135,13 @@ class Simulator:
         return Score(excess, seconds)
 
     def _play(self, tasks: Sequence[Task]) -> float:
-        return max([end for _, end in play(tasks, self.calls)])
+        return max([end for _, end in play(tasks, self.calls, overlaps=self.cluster.overlaps)])
 
     def predict(self, plan: Plan) -> Prediction:
         """Returns how a step goes."""
         offloaded = self.find_offloaded(plan)
         tasks, peaks = self.list_tasks(plan, offloaded), self.find_peaks(plan, offloaded)
-        times = play(tasks, self.calls)
+        times = play(tasks, self.calls, overlaps=self.cluster.overlaps)
         sources: dict[str, Source] = {"move": "moved", "fetch": "host"}
         moves = {task.call: task for task in tasks if task.what != "call"}
         calls, spans = [], []
@@ -184,7 +184,9 @@ class Simulator:
         )
         peaks = self.find_peaks(plan, offloaded, unsure)
         excess = sum(max(0.0, peak - self.usable_bytes) for peak in peaks)
-        times = play(self.list_tasks(plan, offloaded, unsure, least_seconds), self.calls)
+        times = play(
+            self.list_tasks(plan, offloaded, unsure, least_seconds), self.calls, overlaps=self.cluster.overlaps
+        )
         return Score(excess, max(end for _, end in times))
 
     def find_offloaded(self, plan: OpenPlan) -> frozenset[str]:
@@ -353,8 +355,8 @@ class Simulator:
         return tuple(home + call for home, call in zip(held, most, strict=True))
 
 
-def play(tasks: Sequence[Task], calls: Sequence[CallWork]) -> list[tuple[float, float]]:
-    """Returns when each task starts and ends, given in the order of dispatch."""
+def play(tasks: Sequence[Task], calls: Sequence[CallWork], *, overlaps: bool = True) -> list[tuple[float, float]]:
+    """Returns when each task starts and ends, given in the order of dispatch; see `Cluster.overlaps`."""
     times, host = list[tuple[float, float]](), 0.0
     masks, ends, call_ends = list[int](), list[float](), [0.0] * len(calls)
     for task in tasks:
@@ -363,7 +365,7 @@ def play(tasks: Sequence[Task], calls: Sequence[CallWork]) -> list[tuple[float, 
             if call_ends[i] > start:
                 start = call_ends[i]
         for before, end in zip(masks, ends):
-            if end > start and before & mask:
+            if end > start and (before & mask or not overlaps):
                 start = end
         end = start + task.seconds
         times.append((start, end))

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from realjax.allocation.cluster import Cluster, find_cluster
-from realjax.allocation.cluster_costs import ClusterCosts
 from realjax.allocation.compare import SEARCH, Comparison, compare
 from realjax.allocation.cost import call_cost
 from realjax.allocation.memory import call_memory
@@ -79,7 +78,7 @@ def plan_run(name: str, config: CommonExperimentConfig, cluster: Cluster) -> Com
     """
     machine = {"n_nodes": cluster.num_nodes, "n_gpus_per_node": cluster.devices_per_node}
     spec = build_spec(name, dataclasses.replace(config, allocation_mode="search", **machine))
-    return compare(spec, cluster, ClusterCosts(cluster=cluster))
+    return compare(spec, cluster)
 
 
 def build_spec(name: str, config: CommonExperimentConfig) -> RunSpec:

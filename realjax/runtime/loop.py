@@ -46,7 +46,7 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
         state = first_state(spec, roles, save)
         open_run_directory(spec, continues_after=None if save is None else save.step)
         if is_first():
-            replace_text(spec.paths.logs / PLAN_FILE, dump_choices(plan.choices))
+            replace_text(spec.paths.logs / PLAN_FILE, dump_choices(plan.choices, searched=plan.is_searched))
         with (
             write_log(spec.paths.logs),
             RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer,

@@ -61,7 +61,7 @@ CHOICES = {"gen": on(0, 1, dp=2), "ref": on(0), "rew": on(1), "train": on(0, 1, 
 
 def test_calls_overlap_on_devices_of_their_own_but_not_on_cpus_of_one_process():
     found = predict(WORKLOAD, CHOICES, H100, source="here")
-    in_turn = predict(WORKLOAD, CHOICES, H100, source="here", overlaps=False)
+    in_turn = predict(WORKLOAD, CHOICES, replace(H100, overlaps=False), source="here")
     assert found.seconds == in_turn.seconds and in_turn.step_seconds == pytest.approx(sum(found.seconds.values()))
     assert found.step_seconds < in_turn.step_seconds
 

@@ -56,7 +56,7 @@ def test_a_plan_survives_its_file():
 def test_an_earlier_search_is_used_where_nothing_has_changed(given, tmp_path, monkeypatch):
     spec = build_open(given, tmp_path, "sft", allocation_use_cache=True)
     first = settle(spec, CPUS)
-    monkeypatch.setattr(settling, "search", refuse)
+    monkeypatch.setattr(settling, "compare", refuse)
     assert settle(spec, CPUS).allocation == first.allocation
     with pytest.raises(AssertionError, match="searched"):
         settle(spec, dataclasses.replace(CPUS, memory_bandwidth=1e9))
@@ -68,8 +68,12 @@ def test_a_run_that_continues_keeps_its_plan(given, tmp_path, monkeypatch):
     spec = build_open(given, tmp_path, recover_mode="auto")
     spec.paths.logs.mkdir(parents=True)
     (spec.paths.logs / PLAN_FILE).write_text(dump_choices(CHOICES))
-    monkeypatch.setattr(settling, "search", refuse)
+    monkeypatch.setattr(settling, "compare", refuse)
     assert allocate(settle(spec, CPUS), jax.devices()[:4]).choices == CHOICES
+    (spec.paths.logs / PLAN_FILE).write_text(dump_choices(CHOICES, searched=False))
+    with pytest.raises(AssertionError, match="searched"):
+        settle(spec, CPUS)
+    (spec.paths.logs / PLAN_FILE).write_text(dump_choices(CHOICES))
     for changes in ({"planner__replan": True}, {"recover_mode": "disabled"}, {"n_gpus_per_node": 2}):
         with pytest.raises(AssertionError, match="searched"):
             settle(build_open(given, tmp_path, **{"recover_mode": "auto", **changes}), CPUS)

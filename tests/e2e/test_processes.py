@@ -168,6 +168,15 @@ def test_two_processes_do_what_one_does(whole):
     assert_same_arrays(trial.state(STEPS), whole.state(STEPS))
 
 
+def test_processes_search_for_one_plan(whole):
+    """The first one's: a search of its own in each could differ."""
+    searched = replace(whole, name="searched", options={**whole.options, "allocation_mode": "search"})
+    manual = [name for name in OPTIONS if ".parallel." in name]
+    launch(replace(searched, options={k: v for k, v in searched.options.items() if k not in manual}), "--devices", "4")
+    found = [[line["loss"] for line in trial.metrics("train")] for trial in (searched, whole)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_two_processes_continue_what_one_began(whole):
     trial = replace(whole, name="moved")
     with stopped_after(2):

@@ -22,7 +22,7 @@ def test_a_searched_run_learns_what_another_does_and_keeps_its_plan(given, tmp_p
     with stopped_after(2):
         assert trial.run() == 143
     plan = (trial.folder("logs") / PLAN_FILE).read_text()
-    monkeypatch.setattr(settle, "search", None)  # it would fail
+    monkeypatch.setattr(settle, "compare", None)  # it would fail
     assert trial.run(planner__seed=7) == 0
     assert (trial.folder("logs") / PLAN_FILE).read_text() == plan
     found, expected = ([line["loss"] for line in run.metrics("train")] for run in (trial, other))
