@@ -178,7 +178,7 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     from realjax.runtime import loop
 
     spec = experiment.build(config)
-    if spec.allocation.mode == "search":
+    if config.is_planned:
         spec = settle(spec, need_cluster(spec.allocation, devices))
     plan = allocate(spec, devices)
     if plan_only:
