@@ -54,16 +54,26 @@ def main(words: list[str]) -> int:
         logger.info(notice)
     cache = find_fileroot(config.fileroot) / ".cache" / "jax"
     devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, cache)
-    # What every program says of its attention and its compilation is no news here.
-    logging.getLogger("realjax.engine").setLevel(logging.WARNING)
     profile = Profile(make_settings(config, models, tensor_sizes, devices[0]), devices)
-    with show_progress(console) as tell_fn:
+    with show_progress(console) as tell_fn, quiet_engine():
         cluster = profile.run(tell_fn)
     if is_first():
         replace_text(output, cluster.to_json())
         logger.info("%s", describe(cluster))
         logger.info("written to %s: plan with planner.cluster=%s", output, output)
     return 0
+
+
+@contextmanager
+def quiet_engine() -> Iterator[None]:
+    """While entered, programs do not say what attention they have and how long they compiled: it is no news here."""
+    engine = logging.getLogger("realjax.engine")
+    level = engine.level
+    engine.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        engine.setLevel(level)
 
 
 def load_models(config: ProfileConfig) -> dict[str, ModelConfig]:

@@ -147,7 +147,7 @@ class Bench:
     def write(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
         """Writes the rows as often as a batch has them."""
         path = self.out / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(NUM_PROMPTS) for row in rows))
+        path.write_text("".join(json.dumps({**row, "id": i}) + "\n" for i in range(NUM_PROMPTS) for row in rows))
         return path
 
 
