@@ -61,8 +61,8 @@ def read(paths: RunPaths) -> dict[str, object]:
         records = [json.loads(line) for line in (paths.logs / name).read_text().splitlines()]
         kept = without_clocks(records)
         found[name] = [{k: v for k, v in r.items() if k.partition("/")[0] not in ("memory_mib",)} for r in kept]
-    # cluster.json comes of steps that compiled nothing: what is left of a killed run may have none.
-    found |= {path.name: None for path in paths.logs.glob("*.*") if path.name not in ("run.log", "cluster.json")}
+    # cluster.json comes of steps that compiled nothing: a run that goes on after the last one writes none.
+    found |= {path.name: None for path in paths.logs.glob("*.*") if path.stem not in ("run", "cluster", "cluster.json")}
     report = (paths.logs / "report.html").read_text()
     return found | {"first samples": "after step 0" in report and "after 0" in report}
 
