@@ -69,6 +69,9 @@ def read(paths: RunPaths) -> dict[str, object]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # what is killed closes nothing
+@pytest.mark.filterwarnings(
+    "ignore:.*Event loop is closed|Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_run_killed_before_any_effect_on_files_ends_like_one_that_was_not(spec, tmp_path):
     paths = [make_paths(tmp_path / name) for name in ("whole", "killed")]
     roles = {"default": replace(spec.roles["default"], path=tmp_path / "model")}
