@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from realjax.allocation.choice import Choice
-from realjax.allocation.shapes import MOST_SLOTS
+from realjax.allocation.prediction import GIB
+from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.split import LayerBytes, Split, item_bytes
 from realjax.allocation.workload import CallWork, RoleWork
 
 # How far below the compiler's figure the model may be. What has to fit should fit with this share more.
 MARGIN = 0.08
 FLOAT32 = 4
-GIB = 2**30
 
 # As `models.heads`, `reshard.apply`, `engine.admission` and `engine.batching` have them; a test compares.
 LOGITS_BYTES, MOVED_BYTES = 2**28, 2**28
@@ -128,7 +128,7 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     """
     assert work.answers is not None, f"{work.name}: a generate call says how long answers can be"
     split, size, s = Split.of(work.model, choice.strategy, choice.experts), item_bytes(work.dtype), choice.strategy
-    num_slots, prompts = choose_num_slots(work, choice), work.prompts.longest
+    num_slots, prompts = count_slots(work, choice), work.prompts.longest
     of_token = 2 * split.keys * size * split.num_layers  # keys and values
     admitted = max(1, num_slots // 4 // s.row_multiple) * s.pp * _bucket(prompts, SHORTEST_PROMPTS)
     layer = LayerBytes(split=split, tokens=admitted // s.pp, size=size)
@@ -203,12 +203,6 @@ def _head_bytes(work: CallWork, split: Split, rows: MicroBatch) -> float:
     return 3 * logits + 2 * hidden if work.kind == "train" else logits + hidden
 
 
-def choose_num_slots(work: CallWork, choice: Choice) -> int:
-    """Returns how many answers are decoded at once, as `shapes.choose_num_slots` does."""
-    multiple = choice.strategy.row_multiple
-    return choice.num_slots or -(-min(work.num_sequences, MOST_SLOTS) // multiple) * multiple
-
-
 def cache_length(prompt: int, num_new: int) -> int:
     """Returns the tokens that a slot gets room for in the end, of the longest prompt and answer."""
     needed = _bucket(prompt, SHORTEST_PROMPTS) + -(-num_new // SHORTEST_CACHE) * SHORTEST_CACHE
@@ -268,7 +262,7 @@ def _list_options(work: CallWork, choice: Choice) -> Iterator[list[dict[str, Any
     """Yields what could be changed, the cheapest in time first, each with its values, the smallest change first."""
     s, model = choice.strategy, work.model
     if work.kind == "generate":
-        halves = (choose_num_slots(work, choice) >> n for n in range(1, 21))
+        halves = (count_slots(work, choice) >> n for n in range(1, 21))
         yield [{"num_slots": number} for number in halves if number and number % s.row_multiple == 0]
     else:
         most = MicroBatch.of(work, choice).num_rows // s.pp

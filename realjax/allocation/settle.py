@@ -21,13 +21,11 @@ MULTIPLES = (1, 8, 64)  # of rows, whose shapes stand for those of all in what a
 
 
 def settle(spec: RunSpec, cluster: Cluster) -> RunSpec:
-    """Returns the run with all decided that `allocation_mode=search` leaves open; runs of other modes as they are.
+    """Returns a run in mode search with all decided that it leaves open.
 
     A run that continues keeps the plan that it has. Every process must call this: they all take the first one's plan.
     Raises ValueError where nothing fits.
     """
-    if spec.allocation.mode != "search":
-        return spec
     text = dump_choices(decide(spec, cluster)) if is_first() else ""
     return apply_choices(spec, load_choices(text_from_first(text, MOST_PLAN_BYTES)))
 

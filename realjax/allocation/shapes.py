@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from realjax.allocation.choice import Choice
 from realjax.allocation.plan import RolloutShape
+from realjax.allocation.workload import CallWork
 from realjax.core.layout import Layout
 from realjax.data.loader import Loader, Rows
 from realjax.data.packing import MOST_TOKENS, rollout_row_len
@@ -65,7 +67,17 @@ def choose_num_slots(mfc: Generate, layout: Layout) -> int:
             f"gen.num_slots: {mfc.num_slots} answers at once cannot be divided over data x pipeline = {multiple} "
             "devices; use a multiple of it, or null"
         )
-    return -(-min(mfc.num_answers, mfc.num_slots or MOST_SLOTS) // multiple) * multiple
+    return round_slots(mfc.num_answers, mfc.num_slots, multiple)
+
+
+def count_slots(work: CallWork, choice: Choice) -> int:
+    """Returns the same of a call as the planner sees it."""
+    return round_slots(work.num_sequences, choice.num_slots, choice.strategy.row_multiple)
+
+
+def round_slots(num_answers: int, num_slots: int | None, multiple: int) -> int:
+    """Returns how many of a step's answers are decoded at once: as many as are wanted, in a multiple."""
+    return -(-min(num_answers, num_slots or MOST_SLOTS) // multiple) * multiple
 
 
 def shape_batches(spec: RunSpec, layouts: Mapping[str, Layout]) -> tuple[Loader, Loader | None]:

@@ -20,7 +20,7 @@ from realjax.allocation.cost import call_cost
 from realjax.allocation.memory import call_memory
 from realjax.allocation.modes import check_options
 from realjax.allocation.points.judge import describe_points, predict_points
-from realjax.allocation.prediction import HEAD, CallPrediction, Prediction
+from realjax.allocation.prediction import GIB, HEAD, CallPrediction, Prediction
 from realjax.apps import quickstart
 from realjax.apps.errors import report_errors
 from realjax.apps.weightless import without_weights
@@ -31,7 +31,6 @@ from realjax.options.common import CommonExperimentConfig
 from realjax.options.parallel import allocation_options
 from realjax.record.timeline import Bar, draw_bars
 
-GIB = 2**30
 WIDTH = 160  # of a table that is not on a terminal
 
 

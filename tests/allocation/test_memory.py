@@ -58,7 +58,7 @@ def test_the_margin_covers_what_the_model_leaves_out(case, compiled):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize(("model", "head"), [("7B", "nll"), ("8B", "values"), ("1B", "nll")])
+@pytest.mark.parametrize(("model", "head"), [("7B", "nll"), ("8B", "values"), ("Llama3.2-1B", "nll")])
 def test_homes_hold_what_a_run_puts_there(layout, model, head):
     case = Case(kind="train", model=model, head=head, rows=64, row_len=128, **layout)
     built, place = build_model(case.config), Layout.of(case.strategy)

@@ -31,6 +31,8 @@ from jax.stages import Lowered
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.allocation.choice import Choice
 from realjax.allocation.memory import Memory, call_memory, home_memory
+from realjax.allocation.points.known_models import find_model
+from realjax.allocation.prediction import GIB
 from realjax.allocation.workload import CallWork, Kind, Lengths, ModelShape, RoleWork
 from realjax.aot.targets import Target, find_target
 from realjax.core.axes import inference_rules, train_rules, tree_shardings
@@ -52,17 +54,6 @@ from realjax.engine.state import abstract_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
-
-GIB = 2**30
-# Layers, hidden size, query heads, key-value heads, size of a head, of the feed-forward, of the vocabulary, tied.
-MODELS = {
-    "1B": (16, 2048, 32, 8, 64, 8192, 128256, True),
-    "7B": (32, 4096, 32, 32, 128, 11008, 32000, False),
-    "8B": (32, 4096, 32, 8, 128, 14336, 128256, False),
-    "13B": (40, 5120, 40, 40, 128, 13824, 32000, False),
-    "34B": (48, 8192, 64, 8, 128, 22016, 32000, False),
-    "70B": (80, 8192, 64, 8, 128, 28672, 32000, False),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,20 +80,14 @@ class Case:
     @property
     def config(self) -> ModelConfig:
         """The model, with the empty layers that make its stages equal."""
-        layers, hidden, heads, kv_heads, head_dim, ffn, vocab, tied = MODELS[self.model]
-        is_critic = self.head == "values"
+        shape, is_critic = find_model(self.model), self.head == "values"
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_q_heads", "num_kv_heads", "head_dim", "ffn_size")
         config = ModelConfig(
             family="llama",
-            vocab_size=vocab,
-            hidden_size=hidden,
-            num_layers=layers,
-            num_q_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            ffn_size=ffn,
             max_positions=32768,
-            tied=tied and not is_critic,
+            tied=shape.is_tied and not is_critic,
             is_critic=is_critic,
+            **{name: getattr(shape, name) for name in sizes},
         )
         return dataclasses.replace(config, num_empty_layers=config.count_empty_layers(self.pp))
 

@@ -17,12 +17,12 @@ from realjax.allocation.points.clusters import UNFUSED, find_point_cluster
 from realjax.allocation.points.known_models import find_model
 from realjax.allocation.points.layouts import PointLayout, place, read_layout
 from realjax.allocation.points.rlhf import predict_rlhf, search_step
-from realjax.allocation.points.rows import Prediction, Row, SearchFn, read_rows
+from realjax.allocation.points.rows import Row, RowPrediction, SearchFn, read_rows
 from realjax.allocation.terms.rates import BYTES
 from realjax.allocation.workload import CallWork, Lengths, ModelShape
 
 
-def predict_points(path: Path, search_fn: SearchFn | None = search_step) -> list[Prediction]:
+def predict_points(path: Path, search_fn: SearchFn | None = search_step) -> list[RowPrediction]:
     """Returns a prediction for every row of a file; `search_fn` plans rows of layout `searched`; without one they
     are left out. Raises ValueError, with the line in front, for a row that cannot be read."""
     rows, found = read_rows(Path(path)), []
@@ -36,14 +36,14 @@ def predict_points(path: Path, search_fn: SearchFn | None = search_step) -> list
     return found
 
 
-def predict_row(row: Row, search_fn: SearchFn | None = None) -> Prediction:
+def predict_row(row: Row, search_fn: SearchFn | None = None) -> RowPrediction:
     """Returns the prediction of one row."""
     if row.kind not in PREDICT:
         raise ValueError(f"kind '{row.kind}' is not known; use {', '.join(PREDICT)}")
     return PREDICT[row.kind](row, search_fn)
 
 
-def _predict_train(row: Row, search_fn: SearchFn | None) -> Prediction:
+def _predict_train(row: Row, search_fn: SearchFn | None) -> RowPrediction:
     layout, length = read_layout(row.layout, row.num_gpus), _whole(row.lengths)
     cluster = find_train_cluster(row, layout)
     batch = layout.count_sequences(row.batch)
@@ -51,12 +51,12 @@ def _predict_train(row: Row, search_fn: SearchFn | None) -> Prediction:
     cost = call_cost(work, replace(choice, remat=needs_remat(work, layout, choice, cluster)), cluster)
     tokens = batch * length / row.num_gpus
     if row.unit == "s/step":
-        return Prediction(row=row, predicted=cost.seconds, cost=cost)
+        return RowPrediction(row=row, predicted=cost.seconds, cost=cost)
     if row.unit == "tok/s/GPU":
-        return Prediction(row=row, predicted=tokens / cost.seconds, cost=cost)
+        return RowPrediction(row=row, predicted=tokens / cost.seconds, cost=cost)
     if row.unit == "TFLOP/s/GPU":
         flops = tokens * count_flops(find_model(row.model), length)
-        return Prediction(row=row, predicted=flops / cost.seconds / 1e12, cost=cost)
+        return RowPrediction(row=row, predicted=flops / cost.seconds / 1e12, cost=cost)
     raise ValueError(f"unit '{row.unit}' of a train row is not known; use s/step, tok/s/GPU or TFLOP/s/GPU")
 
 
@@ -119,7 +119,7 @@ def is_fp8(row: Row) -> bool:
     return "fp8" in text or "float8" in text
 
 
-def _predict_decode(row: Row, search_fn: SearchFn | None) -> Prediction:
+def _predict_decode(row: Row, search_fn: SearchFn | None) -> RowPrediction:
     """Output tokens over the seconds of prompts and decoding. Without a batch as many rows are decoded at once as their
     caches have room for, and there are enough of them that no wave is short."""
     model, layout = find_model(row.model), read_layout(row.layout, row.num_gpus)
@@ -144,7 +144,7 @@ def _predict_decode(row: Row, search_fn: SearchFn | None) -> Prediction:
         raise ValueError(f"unit '{row.unit}' of a decode row is not known; use tok/s or tok/s/GPU")
     rate = work.num_sequences * new / cost.seconds
     predicted = rate / row.num_gpus if row.unit.endswith("GPU") else rate
-    return Prediction(row=row, predicted=predicted, cost=cost)
+    return RowPrediction(row=row, predicted=predicted, cost=cost)
 
 
 def fit_rows(model: ModelShape, layout: PointLayout, length: int, dtype: str, cluster: Cluster) -> int:
@@ -168,7 +168,7 @@ def _whole(text: str) -> int:
 PREDICT = {"train": _predict_train, "decode": _predict_decode, "rlhf": predict_rlhf}
 
 
-def describe_points(predictions: Sequence[Prediction]) -> str:
+def describe_points(predictions: Sequence[RowPrediction]) -> str:
     """Returns a table of the rows, and the medians by kind. All of it is predicted, but for the column that is not."""
     heads = ("kind", "model", "gpus", "layout", "lengths", "unit", "measured", "predicted", "error")
     table = [heads, *(_cells(each) for each in predictions)]
@@ -186,12 +186,12 @@ def describe_points(predictions: Sequence[Prediction]) -> str:
 class Gain:
     """How many times faster a searched row is than the row by rule of the same models, GPUs and lengths."""
 
-    searched: Prediction
+    searched: RowPrediction
     measured: float
     predicted: float
 
 
-def find_gains(predictions: Sequence[Prediction]) -> list[Gain]:
+def find_gains(predictions: Sequence[RowPrediction]) -> list[Gain]:
     """Returns the gain of every searched row whose rule's row is there too."""
     rules = {_step(each.row): each for each in predictions if find_group(each.row) == "heuristic"}
     pairs = [(each, rules.get(_step(each.row))) for each in predictions if find_group(each.row) == "searched"]
@@ -206,7 +206,7 @@ def _step(row: Row) -> tuple[str, int, str]:
     return row.model, row.num_gpus, row.lengths
 
 
-def _describe_gains(predictions: Sequence[Prediction]) -> list[str]:
+def _describe_gains(predictions: Sequence[RowPrediction]) -> list[str]:
     if not (gains := find_gains(predictions)):
         return []
     lines = ["gain of the searched plan over the rule's: measured, predicted; the plan where more is predicted"]
@@ -225,7 +225,7 @@ def find_group(row: Row) -> str:
     return first if row.kind == "rlhf" and first in ("heuristic", "searched") else "rows"
 
 
-def _cells(each: Prediction) -> tuple[str, ...]:
+def _cells(each: RowPrediction) -> tuple[str, ...]:
     row = each.row
     numbers = (f"{row.measured:,.4g}", f"{each.predicted:,.4g}", f"{each.error:+.1%}")
     return (row.kind, row.model, f"{row.num_gpus} {row.gpu}", row.layout, row.lengths, row.unit, *numbers)

@@ -10,7 +10,7 @@ from realjax.allocation.cost import Cost, call_cost, fetch_cost
 from realjax.allocation.points.clusters import find_point_cluster
 from realjax.allocation.points.known_models import find_model
 from realjax.allocation.points.layouts import place, read_layout
-from realjax.allocation.points.rows import Prediction, Row, SearchedStep, SearchFn
+from realjax.allocation.points.rows import Row, RowPrediction, SearchedStep, SearchFn
 from realjax.allocation.search import search
 from realjax.allocation.workload import CallWork, Kind, Lengths, ModelShape, RoleWork, Workload
 from realjax.core.layout import number_ranges
@@ -20,7 +20,7 @@ ROLES = ("actor", "ref", "critic", "reward")
 INFERENCES = {"rew_inf": "reward", "ref_inf": "ref", "critic_inf": "critic"}
 
 
-def predict_rlhf(row: Row, search_fn: SearchFn | None) -> Prediction:
+def predict_rlhf(row: Row, search_fn: SearchFn | None) -> RowPrediction:
     """Returns the prediction of a step: its calls one after the other on all devices, in the row's layout; or as the
     search plans them."""
     if row.unit != "s/step":
@@ -30,10 +30,10 @@ def predict_rlhf(row: Row, search_fn: SearchFn | None) -> Prediction:
         if search_fn is None:
             raise ValueError("layout 'searched' needs a search")
         found = search_fn(work, cluster)
-        return Prediction(row=row, predicted=found.seconds, cost=Cost({"step": found.seconds}), plan=found.plan)
+        return RowPrediction(row=row, predicted=found.seconds, cost=Cost({"step": found.seconds}), plan=found.plan)
     choices = {call.name: choose(row, call) for call in work.calls}
     cost = step_cost(work, choices, cluster)
-    return Prediction(row=row, predicted=cost.seconds, cost=cost)
+    return RowPrediction(row=row, predicted=cost.seconds, cost=cost)
 
 
 def search_step(work: Workload, cluster: Cluster) -> SearchedStep:

@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class RowPrediction:
     """A row with what the model says of it, in the row's unit, and why."""
 
     row: Row

@@ -4,21 +4,14 @@ import math
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
+from realjax.allocation.memory import SHORTEST_CACHE
+from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.collectives import collective_seconds, find_groups
 from realjax.allocation.terms.measured_layers import At, find_measured
-from realjax.allocation.terms.rates import Split, find_rates
+from realjax.allocation.terms.rates import LayerSplit, find_rates
 from realjax.allocation.workload import CallWork, Lengths
 
 CHUNK_LEN = 32  # rounds of a decode program, see `engine/slots.py`
-MOST_SLOTS = 256
-SHORTEST_CACHE = 128
-
-
-def count_slots(work: CallWork, choice: Choice) -> int:
-    """Returns how many answers are decoded at once, all devices together: as many as there are, up to 256, or as the
-    choice says, rounded up to what the devices share out."""
-    multiple = choice.strategy.row_multiple
-    return -(-min(work.num_sequences, choice.num_slots or MOST_SLOTS) // multiple) * multiple
 
 
 def count_rounds(num_sequences: int, num_slots: int, answers: Lengths) -> float:
@@ -66,7 +59,7 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
     rows, ticks = slots / (s.dp * s.pp), rounds * s.pp
     measured, context = find_measured(cluster, work.dtype), mean_context(work, bool(cluster.factor("paged", 0.0)))
     at = At(rows, context)
-    layer = rates.decode(model, rows, context, Split(s.tp))
+    layer = rates.decode(model, rows, context, LayerSplit(s.tp))
     factor = measured.factor("decode", model, at, s.tp)
     layer = layer.scale(factor.layer)
     floor = max(0.0, rates.least_layer - layer.seconds)
@@ -110,7 +103,7 @@ def _prefill_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int)
     length = work.prompts.mean if is_paged else work.prompts.longest
     admissions = math.ceil(work.num_sequences / max(1, slots // 4))
     prompts = work.num_sequences / (s.dp * s.pp * admissions)  # of a micro-batch
-    tokens, split = prompts * length, Split(s.tp)
+    tokens, split = prompts * length, LayerSplit(s.tp)
     squares = prompts * (work.prompts.mean_square if is_paged else length**2)
     layer = rates.forward(model, tokens, rates.squares(prompts, length, length, squares), split)
     factor = find_measured(cluster, work.dtype).factor("forward", model, At(tokens, length), s.tp)

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import HeadPoint, LayerPoint, LayerUse
 from realjax.allocation.terms.collectives import Group, collective_seconds
-from realjax.allocation.terms.rates import Layer, Rates, Split, find_rates
+from realjax.allocation.terms.rates import Layer, LayerSplit, Rates, find_rates
 from realjax.allocation.workload import ModelShape
 
 # All-reduces of a layer's hidden states over tensor, see `pass_cost`.
@@ -111,7 +111,7 @@ Curves = Mapping[int, Sequence[tuple[float, float]]]  # by length: (size, value)
 
 def predict_layer(rates: Rates, point: LayerPoint, model: ModelShape) -> Layer:
     """Returns what is predicted for a measured layer."""
-    split = Split(point.tp)
+    split = LayerSplit(point.tp)
     if point.use == "decode":
         return rates.decode(model, point.rows, point.tokens, split)
     tokens = point.rows * point.tokens

@@ -8,7 +8,7 @@ from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import Collective, LayerUse
 from realjax.allocation.terms.collectives import Group, Groups, collective_seconds, exposed, find_groups
 from realjax.allocation.terms.measured_layers import At, Factor, MeasuredLayers, find_measured
-from realjax.allocation.terms.rates import Layer, Rates, Split, find_rates
+from realjax.allocation.terms.rates import Layer, LayerSplit, Rates, find_rates
 from realjax.allocation.workload import CallWork
 
 
@@ -29,9 +29,9 @@ class Passes:
     ticks: float  # that it takes as long as, bubbles among them
 
     @property
-    def split(self) -> Split:
+    def split(self) -> LayerSplit:
         s = self.choice.strategy
-        return Split(s.tp, s.sequence_parallel, self.choice.experts)
+        return LayerSplit(s.tp, s.sequence_parallel, self.choice.experts)
 
     @property
     def measured(self) -> MeasuredLayers:

@@ -8,9 +8,10 @@ from functools import cached_property, lru_cache
 
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import ProductPoint
+from realjax.allocation.terms.split import ITEM_BYTES
 from realjax.allocation.workload import ModelShape
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+BYTES = {**ITEM_BYTES, "float8_e4m3fn": 1}  # products in 8 bits are published, and not run here
 LEAST_BLOCK = 64  # queries that look back together, at least
 BACKWARD_OF_ATTENTION = 2.5  # times forward: five products, two of them again or anew (arXiv:2307.08691)
 
@@ -40,7 +41,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Split:
+class LayerSplit:
     """How a layer is split over devices: its matrices by `tp`, its experts by `ep`; `sp` splits the norms too."""
 
     tp: int = 1
@@ -99,7 +100,7 @@ class Rates:
         """Returns seconds of reading or writing so many bytes of the device's memory."""
         return num_bytes / self.bandwidth
 
-    def forward(self, model: ModelShape, tokens: float, squares: float, split: Split) -> Layer:
+    def forward(self, model: ModelShape, tokens: float, squares: float, split: LayerSplit) -> Layer:
         """Returns a layer's forward pass over `tokens` of a device; `squares` is the sum of its sequences' squared
         lengths. Causal attention multiplies each query with half of the keys: 2 x squares x heads x head size."""
         heads = model.num_q_heads * model.head_dim / split.tp
@@ -120,7 +121,7 @@ class Rates:
         block = min(max(LEAST_BLOCK, min(row_len / 8, back / 4)), row_len)
         return num_rows * (2 * row_len * back - back**2 + block * row_len)
 
-    def products(self, model: ModelShape, tokens: float, split: Split) -> float:
+    def products(self, model: ModelShape, tokens: float, split: LayerSplit) -> float:
         """Returns seconds of a layer's matrix products, experts' among them (equally loaded)."""
         h, tp = model.hidden_size, split.tp
         q, kv = model.num_q_heads * model.head_dim / tp, model.num_kv_heads * model.head_dim / tp
@@ -136,7 +137,7 @@ class Rates:
         """Returns the way back: two products for each, and twice the passes over memory."""
         return Layer(2 * forward.products, BACKWARD_OF_ATTENTION * forward.attention, 2 * forward.memory)
 
-    def decode(self, model: ModelShape, rows: float, context: float, split: Split) -> Layer:
+    def decode(self, model: ModelShape, rows: float, context: float, split: LayerSplit) -> Layer:
         """Returns a layer's step of one token for each of `rows`, which reads `context` cached tokens of each."""
         kv = max(model.num_kv_heads / split.tp, 1) * model.head_dim
         if model.window:
@@ -157,7 +158,7 @@ def find_rates(cluster: Cluster, dtype: str) -> Rates:
     return Rates(cluster, dtype)
 
 
-def _values_passed(model: ModelShape, split: Split) -> float:
+def _values_passed(model: ModelShape, split: LayerSplit) -> float:
     """Returns numbers a token that are read or written beside products and attention: two norms and two sums read and
     write the hidden state (8 h), rotations the queries and keys, the activation what it is given and gives."""
     heads = (model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim

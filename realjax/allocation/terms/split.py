@@ -8,14 +8,14 @@ from functools import lru_cache
 from realjax.allocation.workload import ModelShape
 from realjax.core.layout import ParallelStrategy
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def item_bytes(dtype: str) -> int:
     """Returns the bytes of a number. Raises ValueError for a type that no model computes in."""
-    if dtype not in _ITEM_BYTES:
-        raise ValueError(f"dtype: found '{dtype}'; use one of {', '.join(_ITEM_BYTES)}")
-    return _ITEM_BYTES[dtype]
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"dtype: found '{dtype}'; use one of {', '.join(ITEM_BYTES)}")
+    return ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
