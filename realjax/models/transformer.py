@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from realjax.models import sums
 from realjax.models.attention import Attention, AttentionFn, BlockContext
 from realjax.models.config import LayerKind, MLPConfig, ModelConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
+from realjax.models.mlp import MLP
 from realjax.models.products import Products
 from realjax.models.stacks import (
     Aux,
@@ -29,13 +29,6 @@ from realjax.models.stacks import (
     skip_empty,
     split_kinds,
 )
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-
 
 GatherFn = Callable[[str, Layer], Layer]  # (kind, layer) -> the layer's arrays as its block uses them
 # (embed_fn, tokens_RT) -> embed_fn(tokens_RT), x_RTD
@@ -63,25 +56,6 @@ class Forward:
     gather_fn: GatherFn = take_as_it_is
     look_up_fn: LookUpFn = look_up_alone
     remat_fn: Callable[[BlockFn], BlockFn] = lambda block_fn: block_fn  # what the backward pass computes again
-
-
-class MLP(nnx.Module):
-    """Gated feed-forward: down(act(gate(x)) * up(x))."""
-
-    TERMS: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, sizes: ModelConfig, config: MLPConfig) -> None:
-        D, F = {"embed": sizes.hidden_size}, {"ffn": sizes.ffn_size}
-        self.gate = Linear(D, F, config.bias)
-        self.up = Linear(D, F, config.bias)
-        self.down = Linear(F, D, config.bias)
-        self.activation = config.activation
-
-    def __call__(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Aux]:
-        products = context.products
-        hidden = ACTIVATIONS[self.activation](self.gate(x_RTD, products)) * self.up(x_RTD, products)
-        hidden = context.constrain(hidden, ("rows", "time", "act_ffn"))
-        return self.down(hidden, products, "residual_time"), {}
 
 
 # The module of each kind of feed-forward. Its `TERMS` are the names of what it returns as `Aux`.

@@ -21,7 +21,7 @@ from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models import transformer
 from realjax.models.build import Model, build_model
 from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, NormConfig, RopeConfig
-from realjax.models.transformer import MLP
+from realjax.models.mlp import MLP
 from tests.engine.generation_cases import run
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree

@@ -1,0 +1,38 @@
+"""The feed-forward that every token goes through."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+from flax import nnx
+from jax import Array
+
+from realjax.models.attention import BlockContext
+from realjax.models.config import MLPConfig, ModelConfig
+from realjax.models.layers import Linear
+from realjax.models.stacks import Aux
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward: down(act(gate(x)) * up(x))."""
+
+    TERMS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, sizes: ModelConfig, config: MLPConfig) -> None:
+        D, F = {"embed": sizes.hidden_size}, {"ffn": sizes.ffn_size}
+        self.gate = Linear(D, F, config.bias)
+        self.up = Linear(D, F, config.bias)
+        self.down = Linear(F, D, config.bias)
+        self.activation = config.activation
+
+    def __call__(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Aux]:
+        products = context.products
+        hidden = ACTIVATIONS[self.activation](self.gate(x_RTD, products)) * self.up(x_RTD, products)
+        hidden = context.constrain(hidden, ("rows", "time", "act_ffn"))
+        return self.down(hidden, products, "residual_time"), {}
