@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.workload import CallWork, RoleWork
+from realjax.allocation.workload import CallWork, ModelShape, RoleWork
 from realjax.core.layout import ParallelStrategy, number_ranges
 
 Devices = tuple[int, ...]
@@ -106,6 +106,8 @@ def find_fault(work: CallWork, strategy: ParallelStrategy) -> str | None:
     for what, size in (("query heads", model.num_q_heads), ("ffn", model.ffn_size), ("vocabulary", model.vocab_size)):
         if size % tp:
             return f"{what} of {size} do not divide over tensor={tp}"
+    if model.num_experts % strategy.ep:
+        return f"{_count_experts(model)} do not divide over expert={strategy.ep}"
     if strategy.pp > model.num_layers:
         return f"{model.num_layers} layers are fewer than pipeline={strategy.pp} stages"
     if model.cuts is not None and strategy.pp not in model.cuts:
@@ -115,6 +117,10 @@ def find_fault(work: CallWork, strategy: ParallelStrategy) -> str | None:
         if row_len % tp:
             return f"rows of {row_len} tokens do not divide over tensor={tp} for sequence parallelism"
     return None
+
+
+def _count_experts(model: ModelShape) -> str:
+    return f"{model.num_experts} experts" if model.num_experts > 1 else "the layers of a model without experts"
 
 
 def explain_none(work: CallWork, cluster: Cluster) -> str:
@@ -147,13 +153,30 @@ def _list_sizes(work: CallWork, cluster: Cluster, mesh: Devices) -> Iterator[Par
         for pp in _divisors(len(mesh) // tp):
             dp = len(mesh) // (tp * pp)
             if pp * dp <= num_update_sequences(work) and _is_worthwhile(work, pp):
-                plain = ParallelStrategy(dp=dp, pp=pp, tp=tp)
-                spread = replace(plain, sequence_parallel=True)
-                can_spread = tp > 1 and work.kind != "generate" and find_fault(work, spread) is None
-                if not can_spread or cluster.num_devices <= FEW_DEVICES:
-                    yield plain
-                if can_spread:
-                    yield spread
+                for ep in _list_expert_sizes(work.model, dp, tp, cluster):
+                    yield from _spread_rows(work, ParallelStrategy(dp=dp, pp=pp, tp=tp, ep=ep), cluster)
+
+
+def _spread_rows(work: CallWork, plain: ParallelStrategy, cluster: Cluster) -> Iterator[ParallelStrategy]:
+    """Yields sizes with sequence parallelism and without it, where both are worth a look."""
+    spread = replace(plain, sequence_parallel=True)
+    can_spread = plain.tp > 1 and work.kind != "generate" and find_fault(work, spread) is None
+    if not can_spread or cluster.num_devices <= FEW_DEVICES:
+        yield plain
+    if can_spread:
+        yield spread
+
+
+def _list_expert_sizes(model: ModelShape, dp: int, tp: int, cluster: Cluster) -> Sequence[int]:
+    """Returns in how many parts experts may be cut: all that divide; on larger clusters one, the most in a node, and
+    the most of all."""
+    if model.num_experts == 1:
+        return [1]
+    sizes = _divisors(math.gcd(model.num_experts, dp))
+    if cluster.num_devices <= FEW_DEVICES:
+        return sizes
+    within = max(ep for ep in sizes if ep == 1 or ep * tp <= cluster.devices_per_node)
+    return sorted({1, within, sizes[-1]})
 
 
 def _list_variants(work: CallWork, strategy: ParallelStrategy, cluster: Cluster) -> Iterator[Choice]:
@@ -173,6 +196,7 @@ def _list_variants(work: CallWork, strategy: ParallelStrategy, cluster: Cluster)
 
 
 def _list_zero_stages(work: CallWork, strategy: ParallelStrategy, cluster: Cluster) -> list[int]:
+    # The width of experts is split over dp / ep, which divides it too.
     divides = work.model.hidden_size % strategy.dp == 0
     if work.fixed.zero_stage is not None:
         return [work.fixed.zero_stage] if divides or not work.fixed.zero_stage else []

@@ -15,7 +15,7 @@ class Choice:
     """A call's split, its devices, and how its program goes over its batch.
 
     Devices are numbered node by node. The last three fields are read by the cost model alone, for plans made elsewhere:
-    realjax runs them with 1.
+    realjax runs them with 1, and shares experts among devices with rows of their own, as its strategy says.
     """
 
     strategy: ParallelStrategy
@@ -24,8 +24,13 @@ class Choice:
     remat: bool = False  # train: layers are computed again in the backward pass
     num_slots: int | None = None  # generate: answers decoded at once
     context: int = 1  # devices that share the tokens of a sequence
-    experts: int = 1  # devices that share the experts of a layer
+    experts: int = 1  # devices that share the experts of a layer, where these are not among the strategy's `dp`
     interleave: int = 1  # parts of the layers that each pipeline stage has
+
+    @property
+    def expert_shards(self) -> int:
+        """Devices that share the experts of a layer."""
+        return max(self.experts, self.strategy.ep)
 
     def __str__(self) -> str:
         more = [f"{self.num_mbs} micro-batches"] if self.num_mbs > 1 else []

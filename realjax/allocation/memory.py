@@ -50,7 +50,7 @@ def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory
     moments, 12 bytes a parameter, split over `data` from ZeRO stage 1 on (arXiv:1910.02054); of another its parameters
     in its dtype, float32 where they follow a trained role; nothing where `role.offload` is True, not where it is open.
     """
-    split = Split.of(role.model, choice.strategy, choice.experts)
+    split = Split.of(role.model, choice.strategy, choice.expert_shards)
     if role.is_trained:
         masters = split.params(is_sharded=choice.strategy.zero_stage > 0) * FLOAT32
         return _memory(masters=masters, moments=2 * masters)
@@ -70,7 +70,11 @@ def call_memory(work: CallWork, role: RoleWork, choice: Choice, *, at_home: bool
 
 
 def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
-    split, s, size = Split.of(work.model, choice.strategy, choice.experts), choice.strategy, item_bytes(work.dtype)
+    split, s, size = (
+        Split.of(work.model, choice.strategy, choice.expert_shards),
+        choice.strategy,
+        item_bytes(work.dtype),
+    )
     params, rows = split.params(is_sharded=s.zero_stage == 3), MicroBatch.of(work, choice)
     # Float32 masters that lie as the layers use them are read themselves.
     is_copied = size != FLOAT32 or s.zero_stage in (1, 2)
@@ -103,7 +107,11 @@ def _num_kept(choice: Choice) -> int:
 
 
 def _infer_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
-    split, s, size = Split.of(work.model, choice.strategy, choice.experts), choice.strategy, item_bytes(work.dtype)
+    split, s, size = (
+        Split.of(work.model, choice.strategy, choice.expert_shards),
+        choice.strategy,
+        item_bytes(work.dtype),
+    )
     params, rows = split.params(is_sharded=s.zero_stage == 3) * size, MicroBatch.of(work, choice)
     # At home a copy is cast, if what lives there is wider.
     is_cast = at_home and (role.is_trained or role.is_averaged) and size != FLOAT32
@@ -127,7 +135,11 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     `decode` carries the cache, which has room for the longest sequence, in powers of two.
     """
     assert work.answers is not None, f"{work.name}: a generate call says how long answers can be"
-    split, size, s = Split.of(work.model, choice.strategy, choice.experts), item_bytes(work.dtype), choice.strategy
+    split, size, s = (
+        Split.of(work.model, choice.strategy, choice.expert_shards),
+        item_bytes(work.dtype),
+        choice.strategy,
+    )
     num_slots, prompts = count_slots(work, choice), work.prompts.longest
     of_token = 2 * split.keys * size * split.num_layers  # keys and values
     admitted = max(1, num_slots // 4 // s.row_multiple) * s.pp * _bucket(prompts, SHORTEST_PROMPTS)
@@ -271,7 +283,9 @@ def _list_options(work: CallWork, choice: Choice) -> Iterator[list[dict[str, Any
         yield [] if choice.remat else [{"remat": True}]
         yield [{"zero_stage": stage} for stage in (2, 3) if s.dp > 1 and stage > s.zero_stage]
     sizes = (model.num_q_heads, model.ffn_size, model.vocab_size)
-    wider = (n for n in (2, 4, 8) if s.dp % n == 0 and not any(size % (s.tp * n) for size in sizes))
+    shared = (n for n in range(s.ep + 1, s.dp + 1) if model.num_experts % n == 0 == s.dp % n)
+    yield [{"ep": n} for n in shared]
+    wider = (n for n in (2, 4, 8) if s.dp % (n * s.ep) == 0 and not any(size % (s.tp * n) for size in sizes))
     yield [{"dp": s.dp // n, "tp": s.tp * n} for n in wider]
 
 
@@ -293,4 +307,5 @@ _OPTIONS = {
     "zero_stage": "zero_stage",
     "dp": "data_parallel_size",
     "tp": "model_parallel_size",
+    "ep": "expert_parallel_size",
 }

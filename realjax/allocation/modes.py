@@ -8,9 +8,7 @@ from realjax.allocation.mesh_names import default_nodes, expand_nodes, parse_dev
 from realjax.core.layout import ParallelStrategy
 from realjax.dataflow.run import AllocationOptions
 
-SIZES_PATTERN = re.compile(
-    r"(?:([dpm])([1-9]\d{0,8}))(?:(?!\1)([dpm])([1-9]\d{0,8}))(?:(?!\1|\3)([dpm])([1-9]\d{0,8}))"
-)
+SIZES_PATTERN = re.compile(r"(?:[dpme][1-9]\d{0,8}){3,4}")
 NAMED_MODES = ("manual", "pipe_model", "pipe_data", "heuristic", "search")
 
 
@@ -56,7 +54,12 @@ def choose_strategy(options: AllocationOptions, name: str, *, is_train: bool) ->
         "pipe_data": {"d": options.n_gpus_per_node, "p": options.n_nodes, "m": 1},
     }.get(options.mode) or _read_sizes(options.mode)
     dp, pp, tp = (sizes[letter] for letter in "dpm")
-    return ParallelStrategy(dp=dp, pp=pp, tp=tp, sequence_parallel=is_train and tp > 1)
+    if dp % (ep := sizes.get("e", 1)):
+        raise ValueError(
+            f"allocation_mode: found {options.mode!r}, whose e{ep} does not divide its d{dp}; the devices that share "
+            "experts are among those that share the batch"
+        )
+    return ParallelStrategy(dp=dp, pp=pp, tp=tp, ep=ep, sequence_parallel=is_train and tp > 1)
 
 
 def choose_devices(options: AllocationOptions, name: str, strategy: ParallelStrategy) -> tuple[int, ...]:
@@ -118,11 +121,12 @@ def _check_size(options: AllocationOptions, name: str, strategy: ParallelStrateg
 
 
 def _read_sizes(mode: str) -> dict[str, int]:
-    match = SIZES_PATTERN.fullmatch(mode)
-    if match is None:
+    found = re.findall(r"([dpme])(\d+)", mode) if SIZES_PATTERN.fullmatch(mode) else []
+    sizes = {letter: int(size) for letter, size in found}
+    if len(sizes) != len(found) or not sizes.keys() >= set("dpm"):
         raise ValueError(
             f"allocation_mode: found {mode!r}; it needs {', '.join(NAMED_MODES)}, or the sizes of all three kinds of "
-            "parallelism in any order, such as d2p1m4 (data 2, pipeline 1, model 4)"
+            "parallelism in any order, such as d2p1m4 (data 2, pipeline 1, model 4), with e2 where two of the data "
+            "parallel devices share experts"
         )
-    letters_and_sizes = match.groups()
-    return {letter: int(size) for letter, size in zip(letters_and_sizes[::2], letters_and_sizes[1::2], strict=True)}
+    return sizes

@@ -69,6 +69,13 @@ class ModelShape:
         return self.attention_params + self.num_experts * self.expert_params + router + 2 * self.hidden_size
 
     @property
+    def experts_share(self) -> float:
+        """Which share of all parameters is that of experts, where a layer has several."""
+        return (
+            self.num_layers * self.num_experts * self.expert_params / self.num_params if self.num_experts > 1 else 0.0
+        )
+
+    @property
     def active_layer_params(self) -> int:
         """Of one layer, those that multiply a token."""
         return self.attention_params + self.experts_per_token * self.expert_params

@@ -1,24 +1,27 @@
 """Logical axis names to mesh axes: three rule tables and one strict resolver.
 
-Every dim of a parameter, of a batch's arrays and of an important activation has a name. A table gives each name one
-mesh axis, or None where the dim is not split. Nothing is split, or left whole, without standing here.
+Every dim of a parameter, of a batch's arrays and of an important activation has a name. A table gives each name its
+mesh axes, or None where the dim is not split. Nothing is split, or left whole, without standing here.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.layout import MESH_AXES, Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
 
 Names = tuple[str, ...]
 
 
 Axes = str | tuple[str, ...] | None
+
+# The mesh axes that rows are split over.
+ROW_AXES = ("data", "expert")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         # parameters
         "layers": "pipe",
         "vocab": IfDivides(("tensor", "pipe"), otherwise="tensor"),
-        "embed": "data" if strategy.zero_stage == 3 else None,
+        "embed": ROW_AXES if strategy.zero_stage == 3 else None,
+        "experts": "expert",
+        "expert_embed": "data" if strategy.zero_stage == 3 else None,  # the width of an expert's parameters
         "q_heads": "tensor",
         "kv_heads": IfDivides("tensor"),  # fewer than tp: whole on every device
         "head_dim": None,
@@ -46,7 +51,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "norm": None,
         "score": None,
         # batches and activations
-        "rows": "data",
+        "rows": ROW_AXES,
         "time": None,
         "segments": None,
         "pairs": None,
@@ -63,12 +68,14 @@ def optimizer_rules(strategy: ParallelStrategy) -> Rules:
     """Returns the training table with the optimizer state (and fp32 masters' updates) split over data from stage
     1 on.
     """
-    return {**train_rules(strategy), "embed": "data" if strategy.zero_stage >= 1 else None}
+    if strategy.zero_stage == 0:
+        return train_rules(strategy)
+    return {**train_rules(strategy), "embed": ROW_AXES, "expert_embed": "data"}
 
 
 def in_use_rules(rules: Rules) -> Rules:
     """Returns the table of parameters while a layer uses them: whole along data, as stage 3 does not keep them."""
-    return {**rules, "embed": None}
+    return {**rules, "embed": None, "expert_embed": None}
 
 
 def inference_rules(strategy: ParallelStrategy) -> Rules:
@@ -94,14 +101,14 @@ def resolve(names: Names, shape: tuple[int, ...], rules: Rules, layout: Layout, 
             known = ", ".join(sorted(rules))
             raise ValueError(f"{subject}: dim {dim} has the unknown axis name '{name}'; known: {known}")
         axes = _choose(rules[name], size, layout)
-        if repeated := set(_as_tuple(axes)) & {axis for earlier in spec for axis in _as_tuple(earlier)}:
+        if repeated := set(as_tuple(axes)) & {axis for earlier in spec for axis in as_tuple(earlier)}:
             raise ValueError(
                 f"{subject}: mesh axis '{repeated.pop()}' is used for two dims of {names}; change the rule of '{name}'"
             )
         if size % (num_shards := _num_shards(axes, layout)) != 0:
             raise ValueError(
-                f"{subject}: dim {dim} ('{name}') of size {size} does not divide over mesh axis '{axes}' of size "
-                f"{num_shards}; {_remedy(_as_tuple(axes)[0], name, size)}"
+                f"{subject}: dim {dim} ('{name}') of size {size} does not divide over mesh axis "
+                f"{_in_words(axes, layout)} of size {num_shards}; {_remedy(as_tuple(axes)[0], name, size)}"
             )
         spec.append(axes)
     while spec and spec[-1] is None:
@@ -123,19 +130,37 @@ def _choose(rule: Axes | IfDivides, size: int, layout: Layout) -> Axes:
     return rule.axes if size % _num_shards(rule.axes, layout) == 0 else rule.otherwise
 
 
-def _as_tuple(axes: Axes) -> tuple[str, ...]:
+def as_tuple(axes: Axes) -> tuple[str, ...]:
+    """Returns mesh axes as a tuple."""
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
+def keep_axes(axes: Axes, kept: Container[str]) -> Axes:
+    """Returns those of the mesh axes that are among `kept`."""
+    rest = tuple(axis for axis in as_tuple(axes) if axis in kept)
+    return rest if len(rest) > 1 else rest[0] if rest else None
+
+
 def _num_shards(axes: Axes, layout: Layout) -> int:
-    return math.prod(layout.mesh.shape[axis] for axis in _as_tuple(axes))
+    return math.prod(layout.mesh.shape[axis] for axis in as_tuple(axes))
+
+
+def _in_words(axes: Axes, layout: Layout) -> str:
+    return " x ".join(f"'{axis}'" for axis in as_tuple(axes) if layout.mesh.shape[axis] > 1)
+
+
+_SIZES = {
+    "tensor": "a model_parallel_size",
+    "pipe": "a pipeline_parallel_size",
+    "data": "a data_parallel_size",
+    "expert": "an expert_parallel_size",
+}
 
 
 def _remedy(axis: str, name: str, size: int) -> str:
     divisors = [n for n in range(1, min(size, 512) + 1) if size % n == 0]
-    option = {"tensor": "model_parallel_size", "pipe": "pipeline_parallel_size", "data": "data_parallel_size"}[axis]
-    stage = " or zero_stage=0" if axis == "data" and name == "embed" else ""
-    return f"use a {option} among {divisors}{stage}"
+    stage = " or zero_stage=0" if name in ("embed", "expert_embed") else ""
+    return f"use {_SIZES[axis]} among {divisors}{stage}"
 
 
 def tree_shardings(axes: Tree, abstract: Tree, rules: Rules, layout: Layout, memory_kind: str | None = None) -> Tree:
@@ -159,14 +184,12 @@ def rows_per_device(num_rows: int, layout: Layout) -> int:
 
 def left_to_split(rules: Rules) -> Rules:
     """Returns the table without the mesh axes that a `shard_map` around has taken: its code sees a part already."""
-    taken = jax.sharding.get_abstract_mesh().manual_axes
-
-    def left(axes: Axes) -> Axes:
-        rest = tuple(axis for axis in _as_tuple(axes) if axis not in taken)
-        return rest if len(rest) > 1 else rest[0] if rest else None
+    left = set(MESH_AXES) - set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def one(rule: Axes | IfDivides) -> Axes | IfDivides:
-        return IfDivides(left(rule.axes), left(rule.otherwise)) if isinstance(rule, IfDivides) else left(rule)
+        if isinstance(rule, IfDivides):
+            return IfDivides(keep_axes(rule.axes, left), keep_axes(rule.otherwise, left))
+        return keep_axes(rule, left)
 
     return {name: one(rule) for name, rule in rules.items()}
 

@@ -9,13 +9,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Outermost first. The tensor axis varies fastest, so that its neighbours share the fastest links.
-MESH_AXES = ("pipe", "data", "tensor")
+MESH_AXES = ("pipe", "data", "expert", "tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelStrategy:
-    """How one call is split: data (dp), pipeline (pp) and tensor (tp) parallel sizes.
+    """How one call is split: data (dp), pipeline (pp), tensor (tp) and expert (ep) parallel sizes.
 
+    Of the dp groups of devices with rows of their own, each `ep` share the experts of a layer: the mesh axes `data` and
+    `expert` have dp/ep and ep of them. To rows, and to all parameters but experts, the two are one axis.
     `sequence_parallel` shards norm and residual activations along the sequence over the tensor axis. `zero_stage` 0
     replicates everything over the data axis, 1 and 2 shard the optimizer state over it, 3 the parameters too (ZeRO,
     arXiv:1910.02054). Up to stage 2 each device sums its rows' gradients, float32 and whole, and they cross the data
@@ -27,11 +29,17 @@ class ParallelStrategy:
     tp: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 0
+    ep: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dp", "pp", "tp"):
+        for name in ("dp", "pp", "tp", "ep"):
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"parallel strategy: {name}={size}; every parallel size must be at least 1")
+        if self.dp % self.ep:
+            raise ValueError(
+                f"parallel strategy: ep={self.ep} does not divide dp={self.dp}; devices that share experts are among "
+                "those with rows of their own: make the expert parallel size a divisor of the data parallel size"
+            )
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel strategy: zero_stage={self.zero_stage}; it must be 0, 1, 2 or 3")
 
@@ -42,12 +50,13 @@ class ParallelStrategy:
 
     @property
     def row_multiple(self) -> int:
-        """What a number of rows must be a multiple of: every device along `data` gets some for each pipeline stage."""
+        """What a number of rows must be a multiple of: every device with rows gets some for each pipeline stage."""
         return self.dp * self.pp
 
     def __str__(self) -> str:
         flags = ("+sp" if self.sequence_parallel else "") + (f"+zero{self.zero_stage}" if self.zero_stage else "")
-        return f"d{self.dp}p{self.pp}t{self.tp}{flags}"
+        experts = f"e{self.ep}" if self.ep > 1 else ""
+        return f"d{self.dp}{experts}p{self.pp}t{self.tp}{flags}"
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,9 @@ class Layout:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The device mesh, axes (pipe, data, tensor), all of type Auto."""
+        """The device mesh, axes (pipe, data, expert, tensor), all of type Auto."""
         s = self.strategy
-        grid = np.array(self.devices, dtype=object).reshape(s.pp, s.dp, s.tp)
+        grid = np.array(self.devices, dtype=object).reshape(s.pp, s.dp // s.ep, s.ep, s.tp)
         return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
     def sharding(self, *spec: str | tuple[str, ...] | None) -> NamedSharding:

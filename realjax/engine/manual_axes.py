@@ -12,20 +12,22 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
+from realjax.core.axes import ROW_AXES, Axes, as_tuple, keep_axes
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 
 T, G = TypeVar("T"), TypeVar("G")
 WHOLE = PartitionSpec()
+ROWS = PartitionSpec(ROW_AXES)
 
 
 def find_data_parts(shardings: Tree) -> Tree:
-    """Returns the PartitionSpecs of how arrays are split over `data` alone, empty where they are not."""
+    """Returns the PartitionSpecs of how arrays are split over the axes of rows alone, empty where they are not."""
 
     def one(sharding: NamedSharding) -> PartitionSpec:
-        dims = ["data" if axes == "data" else None for axes in sharding.spec]
-        return PartitionSpec(*dims) if "data" in dims else WHOLE
+        dims = [keep_axes(axes, ROW_AXES) for axes in sharding.spec]
+        return PartitionSpec(*dims) if any(dims) else WHOLE
 
     return jax.tree.map(one, shardings)
 
@@ -33,74 +35,86 @@ def find_data_parts(shardings: Tree) -> Tree:
 def sum_over_data(
     fn: Callable[[G, Batch], tuple[Tree, T]], layout: Layout, given: G, parts: Tree
 ) -> Callable[[G, Batch], tuple[Tree, T]]:
-    """Returns `fn(given, rows) -> (tree, sums)`, run by each device along `data` on its own rows.
+    """Returns `fn(given, rows) -> (tree, sums)`, run by each device with rows of its own on these.
 
-    `given` and `parts` are PartitionSpecs: how the first argument and the tree are split over `data`. Where a leaf of
-    the tree is, each device returns its part of the whole sum; all else is summed over the devices.
+    `given` and `parts` are PartitionSpecs: how the first argument and the tree are split over the axes of rows. A leaf
+    of the tree is summed over those of them that do not split it; of a leaf that all of them split, each device
+    returns its part of the whole sum.
     """
+
+    def stack(x: Array, part: PartitionSpec = WHOLE) -> Array:
+        return x[None] if _axes_without(part) else x
 
     def of_each(given: G, rows: Batch) -> tuple[Tree, T]:
         tree, sums = fn(given, rows)
-        stack = lambda x, part=WHOLE: x if part else x[None]
         return jax.tree.map(stack, tree, parts), jax.tree.map(stack, sums)
 
-    over_data = PartitionSpec("data")
-    out_specs = jax.tree.map(lambda part: part or over_data, parts), over_data
+    def stacked(part: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(others, *part) if (others := _axes_without(part)) else part
+
     run = jax.shard_map(
         of_each,
         mesh=layout.mesh,
-        in_specs=(given, over_data),
-        out_specs=out_specs,
-        axis_names={"data"},
+        in_specs=(given, ROWS),
+        out_specs=(jax.tree.map(stacked, parts), ROWS),
+        axis_names=set(ROW_AXES),
         check_vma=False,
     )
 
+    def add(x: Array, part: PartitionSpec = WHOLE) -> Array:
+        return x.sum(axis=0) if _axes_without(part) else x
+
     def summed(given: G, rows: Batch) -> tuple[Tree, T]:
         tree, sums = run(given, rows)
-        add = lambda x, part=WHOLE: x if part else x.sum(axis=0)
         return jax.tree.map(add, tree, parts), jax.tree.map(add, sums)
 
     return summed
 
 
+def _axes_without(part: PartitionSpec) -> tuple[str, ...]:
+    """Returns the axes of rows that do not split an array."""
+    split = {axis for axes in part for axis in as_tuple(axes)}
+    return tuple(axis for axis in ROW_AXES if axis not in split)
+
+
 def has_own_rows() -> bool:
-    """Returns whether the code around runs on each device along `data` by itself, inside `sum_over_data`."""
-    return "data" in jax.sharding.get_abstract_mesh().manual_axes
+    """Returns whether the code around runs on each device by itself on its own rows, inside `sum_over_data`."""
+    return set(ROW_AXES) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def gather_over_data(x: Array, dim: int, spec: PartitionSpec) -> Array:
-    """Returns the parts of all devices along `data`, joined at `dim`.
+def gather_over_data(x: Array, dim: int, axes: Axes, spec: PartitionSpec) -> Array:
+    """Returns the parts of all devices along `axes`, those of rows or some of them, joined at `dim`.
 
     `spec` says how x is split over the other axes, of which those count that are left to XLA.
     """
-    return _with_all_axes(lambda x: jax.lax.all_gather(x, "data", axis=dim, tiled=True), x, spec)
+    return _with_all_axes(lambda x: jax.lax.all_gather(x, axes, axis=dim, tiled=True), x, spec)
 
 
-def gather_sink(sink: Array, dim: int, spec: PartitionSpec) -> Array:
+def gather_sink(sink: Array, dim: int, axes: Axes, spec: PartitionSpec) -> Array:
     """As `gather_over_data`; the gradient is summed over the devices, each of which gets its part of the sum."""
-    return cast(Array, _gather_sink(sink, dim, spec))
+    return cast(Array, _gather_sink(sink, dim, axes, spec))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_sink(sink: Array, dim: int, spec: PartitionSpec) -> Array:
-    return gather_over_data(sink, dim, spec)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_sink(sink: Array, dim: int, axes: Axes, spec: PartitionSpec) -> Array:
+    return gather_over_data(sink, dim, axes, spec)
 
 
-def _scatter(dim: int, spec: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
-    scatter = lambda x: jax.lax.psum_scatter(x, "data", scatter_dimension=dim, tiled=True)
+def _scatter(dim: int, axes: Axes, spec: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
+    scatter = lambda x: jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
     return (_with_all_axes(scatter, grad, spec),)
 
 
-_gather_sink.defvjp(lambda sink, dim, spec: (gather_over_data(sink, dim, spec), None), _scatter)
+_gather_sink.defvjp(lambda sink, dim, axes, spec: (gather_over_data(sink, dim, axes, spec), None), _scatter)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def swap_over_data(x: Array, split: int, join: int, spec: PartitionSpec) -> Array:
-    """Returns x cut at dim `split`, a part for each device along `data`, and what came from each joined at `join`.
+    """Returns x cut at dim `split`, a part for each device with rows, and what came from each joined at `join`.
 
     `spec` as for `gather_over_data`.
     """
-    return _with_all_axes(lambda x: jax.lax.all_to_all(x, "data", split, join, tiled=True), x, spec)
+    return _with_all_axes(lambda x: jax.lax.all_to_all(x, ROW_AXES, split, join, tiled=True), x, spec)
 
 
 swap_over_data.defvjp(
@@ -124,21 +138,21 @@ def gathers(primitive: Primitive) -> bool:
 def share_rows(fn: Callable[..., T], layout: Layout, num_rows: int) -> Callable[..., T]:
     """Returns `fn` of arrays with that many rows, run by every device on its share of them.
 
-    Where the rows do not divide over all devices, those along `data` share them.
+    Where the rows do not divide over all devices, those share them that have rows of their own.
     """
     divides = num_rows % layout.strategy.size == 0
-    rows = PartitionSpec(("data", "tensor", "pipe") if divides else "data")
+    rows = PartitionSpec((*ROW_AXES, "tensor", "pipe")) if divides else ROWS
     return jax.shard_map(fn, mesh=layout.mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 def on_shards(fn: Callable[..., T], cache: NamedSharding, num_caches: int) -> Callable[..., T]:
     """Returns `fn`, run by every device on its own part of the arrays; results lie as a cache does.
 
-    The first `num_caches` arguments lie as a cache does; the others are of rows, and split along `data`.
+    The first `num_caches` arguments lie as a cache does; the others are of rows.
     """
 
     def run(*args: object) -> T:
-        specs = tuple(cache.spec if i < num_caches else PartitionSpec("data") for i in range(len(args)))
+        specs = tuple(cache.spec if i < num_caches else ROWS for i in range(len(args)))
         return jax.shard_map(fn, mesh=cache.mesh, in_specs=specs, out_specs=cache.spec, check_vma=False)(*args)
 
     return run
@@ -158,7 +172,7 @@ def on_own_heads(
         left = set(mesh.axis_names) - set(inner.manual_axes)
         if not left or layout.strategy.size == 1:
             return fn(*args)
-        rows = "data" if "data" in left else None
+        rows = keep_axes(ROW_AXES, left)
         heads = PartitionSpec(rows, None, "tensor" if "tensor" in left else None)
         in_specs = (heads, heads, heads, PartitionSpec(rows))
         mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=heads, axis_names=left, check_vma=False)

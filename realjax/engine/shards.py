@@ -12,7 +12,7 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from realjax.core.axes import Names, Rules, in_use_rules, left_to_split, make_constrain, resolve
+from realjax.core.axes import ROW_AXES, Names, Rules, in_use_rules, left_to_split, make_constrain, resolve
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.engine.manual_axes import gather_over_data, gather_sink, gathers, has_own_rows, swap_over_data
@@ -53,7 +53,7 @@ class Shards:
         """
         if not has_own_rows():
             return embed_fn(tokens)
-        x = embed_fn(gather_over_data(tokens, 0, PartitionSpec()))
+        x = embed_fn(gather_over_data(tokens, 0, ROW_AXES, PartitionSpec()))
         return swap_over_data(x, 0, 2, self._spec(("rows", "residual_time", "act_embed"), x))
 
     def _gather_both(self, params: Tree, sinks: Tree | None, axes: Tree) -> tuple[Tree, Tree | None]:
@@ -63,8 +63,10 @@ class Shards:
     def _gather(self, gather_fn: Callable[..., Array], x: Array, names: Names) -> Array:
         if not has_own_rows():
             return make_constrain(self.in_use, self.layout)(x, names)
-        split = [dim for dim, name in enumerate(names) if self.rules[name] != self.in_use[name]]
-        return gather_fn(x, *split, self._spec(names, x)) if split else x
+        split = [(dim, self.rules[name]) for dim, name in enumerate(names) if self.rules[name] != self.in_use[name]]
+        for dim, axes in split:
+            x = gather_fn(x, dim, axes, self._spec(names, x))
+        return x
 
     def _spec(self, names: Names, x: Array) -> PartitionSpec:
         return resolve(names, x.shape, left_to_split(self.rules), self.layout, "what a layer uses")

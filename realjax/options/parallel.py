@@ -21,12 +21,23 @@ class ParallelismConfig:
     data_parallel_size: int = option(
         1, "groups of devices that each take a part of the batch", at_least=1, at_most=2**16
     )
+    expert_parallel_size: int = option(
+        1,
+        "of these groups, how many share a layer's experts; it divides data_parallel_size and the model's experts",
+        at_least=1,
+        at_most=2**16,
+    )
     use_sequence_parallel: bool = option(
         False, "also split norms and residuals along the sequence over model_parallel_size"
     )
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.data_parallel_size % self.expert_parallel_size:
+            raise ValueError(
+                f"expert_parallel_size: found {self.expert_parallel_size}, which does not divide data_parallel_size="
+                f"{self.data_parallel_size}; the devices that share experts are among those that share the batch"
+            )
 
     def strategy(self) -> ParallelStrategy:
         """Returns the strategy of these sizes."""
@@ -34,6 +45,7 @@ class ParallelismConfig:
             dp=self.data_parallel_size,
             pp=self.pipeline_parallel_size,
             tp=self.model_parallel_size,
+            ep=self.expert_parallel_size,
             sequence_parallel=self.use_sequence_parallel,
         )
 

@@ -27,6 +27,13 @@ def test_sizes_in_any_letter_order(letters):
     assert found == ParallelStrategy(dp=2, tp=4, sequence_parallel=True)
 
 
+def test_devices_of_a_mode_may_share_experts():
+    found = resolve("m2d4e2p1")
+    assert found == ParallelStrategy(dp=4, tp=2, ep=2, sequence_parallel=True) and found.size == 8
+    with pytest.raises(ValueError, match=r"^allocation_mode: found 'd4e3p1m2', whose e3 does not divide its d4; "):
+        check_options(make_options("d4e3p1m2"))
+
+
 @pytest.mark.parametrize(("mode", "sizes"), [("pipe_model", (1, 2, 4)), ("pipe_data", (4, 2, 1))])
 def test_named_modes_use_the_whole_machine(mode, sizes):
     found = resolve(mode)
@@ -51,7 +58,8 @@ def test_manual_keeps_what_was_given_and_the_others_say_that_they_do_not():
 
 
 @pytest.mark.parametrize(
-    "mode", ["d8", "d4m2", "d4p1m2x", "xd4p1m2", "d4d1m2", "d4p1p2", "d0p1m8", "d4p1m", "", "auto"]
+    "mode",
+    ["d8", "d4m2", "d4p1m2x", "xd4p1m2", "d4d1m2", "d4p1p2", "d0p1m8", "d4p1m", "", "auto", "d4p1e2", "d4p1m2e1e1"],
 )
 def test_other_modes_are_refused(mode):
     with pytest.raises(ValueError, match="^allocation_mode: found"):

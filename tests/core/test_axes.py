@@ -23,7 +23,10 @@ TABLES = {
     "generate": generate_rules,
     "optimizer": optimizer_rules,
 }
-LAYOUTS = [{}, {"dp": 8, "zero": 3}, {"dp": 2, "tp": 4, "zero": 1, "sp": True}, {"pp": 2, "dp": 2, "tp": 2}]
+LAYOUTS = [
+    *({}, {"dp": 8, "zero": 3}, {"dp": 2, "tp": 4, "zero": 1, "sp": True}, {"pp": 2, "dp": 2, "tp": 2}),
+    *({"dp": 4, "ep": 2, "zero": 1}, {"dp": 4, "ep": 2, "tp": 2, "zero": 3}),
+]
 
 
 def num_shards(name: str, size: int, strategy: ParallelStrategy, table: str) -> int:
@@ -34,6 +37,8 @@ def num_shards(name: str, size: int, strategy: ParallelStrategy, table: str) -> 
         "layers": pp,
         "vocab": tp * pp if size % (tp * pp) == 0 else tp,
         "embed": strategy.dp if zero else 1,
+        "experts": strategy.ep,
+        "expert_embed": strategy.dp // strategy.ep if zero else 1,
         "q_heads": tp,
         "kv_heads": tp if size % tp == 0 else 1,
         "ffn": tp,
@@ -71,7 +76,8 @@ def test_tables_split_what_they_promise():
         for stage in range(4)
         if (s := make_layout(dp=2, zero=stage).strategy)
     }
-    assert by_stage == {0: (None, None), 1: (None, "data"), 2: (None, "data"), 3: ("data", "data")}
+    every = ("data", "expert")
+    assert by_stage == {0: (None, None), 1: (None, every), 2: (None, every), 3: (every, every)}
 
 
 @pytest.mark.parametrize(
@@ -95,12 +101,13 @@ def test_kv_heads_are_split_where_they_divide_and_whole_where_not(num_kv_heads, 
             r"^w: dim 1 \('q_heads'\) of size 6 does not divide over mesh axis 'tensor' of size 4; "
             r"use a model_parallel_size among \[1, 2, 3, 6\]",
         ),
-        (("rows",), (3,), r"'rows'\) of size 3 .* axis 'data' of size 2; use a data_parallel_size among \[1, 3\]"),
         (("embed",), (5,), r"'embed'\) of size 5 .* data_parallel_size among \[1, 5\] or zero_stage=0"),
+        (("rows",), (5,), r"does not divide over mesh axis 'data' x 'expert' of size 4; use a data_parallel"),
+        (("experts",), (3,), r"axis 'expert' of size 2; use an expert_parallel_size among \[1, 3\]"),
     ],
 )
 def test_the_resolver_names_parameter_dim_size_and_axis(names, shape, message):
-    layout = make_layout(dp=2, tp=4, zero=3)
+    layout = make_layout(dp=4, ep=2, zero=3) if {"rows", "experts"} & {*names} else make_layout(dp=2, tp=4, zero=3)
     with pytest.raises(ValueError, match=message):
         resolve(names, shape, train_rules(layout.strategy), layout, "w")
 

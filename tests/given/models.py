@@ -78,9 +78,9 @@ def make_model(**changes) -> Model:
     return build_model(ModelConfig(**{**sizes, "pattern": (kind,), **changes}))
 
 
-def make_layout(dp: int = 1, tp: int = 1, pp: int = 1, sp: bool = False, zero: int = 0) -> Layout:
+def make_layout(dp: int = 1, tp: int = 1, pp: int = 1, sp: bool = False, zero: int = 0, ep: int = 1) -> Layout:
     """Returns the layout of this strategy on the first devices."""
-    return Layout.of(ParallelStrategy(dp=dp, tp=tp, pp=pp, sequence_parallel=sp, zero_stage=zero))
+    return Layout.of(ParallelStrategy(dp=dp, tp=tp, pp=pp, sequence_parallel=sp, zero_stage=zero, ep=ep))
 
 
 def random_tree(model: Model, seed: int = 0, scale: float = 0.2) -> Tree:

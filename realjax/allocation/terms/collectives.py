@@ -30,14 +30,18 @@ class Groups:
     context: Group
     experts: Group
     data: Group  # with context: all that hold the same parameters
+    replicas: Group  # of them, those that have the same experts
     pipe: Group
     vocab: Group  # tensor and pipe, over which realjax splits the vocabulary
 
 
 def find_groups(choice: Choice, devices_per_node: int) -> Groups:
-    """Returns the groups of a choice's mesh: pipe outermost, then data, context, and tensor innermost."""
+    """Returns the groups of a choice's mesh: pipe outermost, then data, context, and tensor innermost.
+
+    Devices that share experts are next to each other along data.
+    """
     s = choice.strategy
-    return _find_groups(choice.devices, devices_per_node, (s.pp, s.dp, choice.context, s.tp), choice.experts)
+    return _find_groups(choice.devices, devices_per_node, (s.pp, s.dp, choice.context, s.tp), choice.expert_shards)
 
 
 @lru_cache(maxsize=4096)
@@ -50,6 +54,7 @@ def _find_groups(devices: tuple[int, ...], per_node: int, sizes: tuple[int, int,
         context=_widest(nodes, stride=tp, size=cp),
         experts=_widest(nodes, stride=tp, size=experts),
         data=_widest(nodes, stride=tp, size=alike),
+        replicas=_widest(nodes, stride=tp * experts, size=max(1, alike // experts)),
         pipe=_widest(nodes, stride=tp * alike, size=pp),
         vocab=Group(tp * pp, len(set(nodes)) if pp > 1 else _widest(nodes, 1, tp).num_nodes),
     )

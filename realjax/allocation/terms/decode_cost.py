@@ -8,6 +8,7 @@ from realjax.allocation.memory import SHORTEST_CACHE
 from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.collectives import collective_seconds, find_groups
 from realjax.allocation.terms.measured_layers import At, find_measured
+from realjax.allocation.terms.pass_cost import exchange_seconds
 from realjax.allocation.terms.rates import LayerSplit, find_rates
 from realjax.allocation.workload import CallWork, Lengths
 
@@ -59,7 +60,7 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
     rows, ticks = slots / (s.dp * s.pp), rounds * s.pp
     measured, context = find_measured(cluster, work.dtype), mean_context(work, bool(cluster.factor("paged", 0.0)))
     at = At(rows, context)
-    layer = rates.decode(model, rows, context, LayerSplit(s.tp))
+    layer = rates.decode(model, rows, context, LayerSplit(s.tp, ep=choice.expert_shards))
     factor = measured.factor("decode", model, at, s.tp)
     layer = layer.scale(factor.layer)
     floor = max(0.0, rates.least_layer - layer.seconds)
@@ -83,9 +84,8 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
         terms["tp"] += ticks * collective("all_to_all", logits, groups.vocab)
     if s.pp > 1:
         terms["pp"] = ticks * (collective("permute", size, groups.pipe) + cluster.factor("call_seconds", 0.0))
-    if choice.experts > 1:
-        swap = collective("all_to_all", size * model.experts_per_token, groups.experts)
-        terms["ep"] = 2 * runs * swap
+    if choice.expert_shards > 1:
+        terms["ep"] = runs * exchange_seconds(size, choice, model, groups, cluster)
     terms |= _prefill_terms(work, choice, cluster, slots)
     admissions = max(1, math.ceil(work.num_sequences / max(1, slots // 4)))
     terms["dispatch"] = cluster.dispatch_seconds * (admissions + math.ceil(rounds / CHUNK_LEN))
@@ -103,7 +103,7 @@ def _prefill_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int)
     length = work.prompts.mean if is_paged else work.prompts.longest
     admissions = math.ceil(work.num_sequences / max(1, slots // 4))
     prompts = work.num_sequences / (s.dp * s.pp * admissions)  # of a micro-batch
-    tokens, split = prompts * length, LayerSplit(s.tp)
+    tokens, split = prompts * length, LayerSplit(s.tp, ep=choice.expert_shards)
     squares = prompts * (work.prompts.mean_square if is_paged else length**2)
     layer = rates.forward(model, tokens, rates.squares(prompts, length, length, squares), split)
     factor = find_measured(cluster, work.dtype).factor("forward", model, At(tokens, length), s.tp)

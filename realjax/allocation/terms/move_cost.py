@@ -1,6 +1,7 @@
 """Seconds of parameters on their way: from one call's layout to another's, and from host memory."""
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
@@ -19,11 +20,8 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
     size = role.model.num_params
     terms = {}
     if kept_as > width:
-        parts = source.strategy.pp * source.strategy.tp * _shards(source.strategy)
-        terms["cast"] = (kept_as + width) * size / parts / cluster.memory_bandwidth
-    within, between, moved = _traffic(
-        source.devices, source.strategy, destination.devices, destination.strategy, cluster.devices_per_node
-    )
+        terms["cast"] = (kept_as + width) * size * _part(role, source.strategy) / cluster.memory_bandwidth
+    within, between, moved = _traffic_of_all(role, source, destination, cluster)
     if not moved:
         return terms
     share = cluster.factor("links")
@@ -38,8 +36,7 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
 
 def fetch_terms(role: RoleWork, destination: Choice, cluster: Cluster) -> dict[str, float]:
     """Returns each device's part of the parameters over its link to the host, all devices at once."""
-    s = destination.strategy
-    part = role.model.num_params * BYTES[role.dtype] / (s.pp * s.tp * _shards(s))
+    part = role.model.num_params * BYTES[role.dtype] * _part(role, destination.strategy)
     share = cluster.factor("links")
     link = cluster.to_host
     return {"host": link.latency + part / (share * link.bandwidth), "dispatch": cluster.dispatch_seconds}
@@ -47,43 +44,63 @@ def fetch_terms(role: RoleWork, destination: Choice, cluster: Cluster) -> dict[s
 
 def moved_bytes(role: RoleWork, source: Choice, destination: Choice, cluster: Cluster) -> float:
     """Returns the bytes of a role's parameters that go from one device to another for a copy in another layout."""
-    moved = _traffic(
-        source.devices, source.strategy, destination.devices, destination.strategy, cluster.devices_per_node
-    )[2]
-    return moved * role.model.num_params * BYTES[role.dtype]
+    return _traffic_of_all(role, source, destination, cluster)[2] * role.model.num_params * BYTES[role.dtype]
 
 
 def fetched_bytes(role: RoleWork, destination: Choice) -> float:
     """Returns the bytes of a role's parameters that go from host memory to all devices of a call."""
     s = destination.strategy
-    return role.model.num_params * BYTES[role.dtype] * s.size / (s.pp * s.tp * _shards(s))
+    return role.model.num_params * BYTES[role.dtype] * s.size * _part(role, s)
 
 
-def _shards(strategy: ParallelStrategy) -> int:
-    return strategy.dp if strategy.zero_stage == 3 else 1
+def _part(role: RoleWork, s: ParallelStrategy) -> float:
+    """Returns which share of a model's parameters a device of a layout has."""
+    of_experts = role.model.experts_share
+    return sum(
+        share / math.prod(_cuts(s, are_experts)) for share, are_experts in ((1 - of_experts, False), (of_experts, True))
+    )
+
+
+def _traffic_of_all(role: RoleWork, source: Choice, to: Choice, cluster: Cluster) -> tuple[float, float, float]:
+    """Returns the traffic of experts and that of all other parameters, as if one device had the most of both."""
+    of_experts = role.model.experts_share if max(source.strategy.ep, to.strategy.ep) > 1 else 0.0
+    traffic = lambda are_experts: _traffic(
+        source.devices, source.strategy, to.devices, to.strategy, cluster.devices_per_node, are_experts
+    )
+    if not of_experts:
+        return traffic(False)
+    within, between, moved = (
+        (1 - of_experts) * others + of_experts * own for others, own in zip(traffic(False), traffic(True))
+    )
+    return within, between, moved
 
 
 @lru_cache(maxsize=65536)
 def _traffic(
-    devices: tuple[int, ...], strategy: ParallelStrategy, to: tuple[int, ...], other: ParallelStrategy, per_node: int
+    devices: tuple[int, ...],
+    strategy: ParallelStrategy,
+    to: tuple[int, ...],
+    other: ParallelStrategy,
+    per_node: int,
+    are_experts: bool,
 ) -> tuple[float, float, float]:
     """Returns the most that a device sends or receives within its node and between nodes, and all that moves, as shares
     of the parameters.
 
-    Parameters are a box of layers x widths x shards, cut by both layouts: pipe cuts layers, tensor widths, and ZeRO's
-    third stage a dim of its own. Of the replicas of a piece, a device's own comes first, then one of its node, then the
-    one that sends least.
+    Parameters are a box of layers x experts x widths x shards, cut by both layouts: pipe cuts layers, tensor widths,
+    and ZeRO's third stage a dim of its own; what is not of experts has one of them. Of the replicas of a piece, a
+    device's own comes first, then one of its node, then the one that sends least.
     """
     if devices == to and strategy == other:
         return 0.0, 0.0, 0.0
     holders: dict[Box, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # by box and node
-    own = dict(_boxes(devices, strategy))
+    own = dict(_boxes(devices, strategy, are_experts))
     for device, box in own.items():
         holders[box][device // per_node].append(device)
     everywhere = {box: [device for near in nodes.values() for device in near] for box, nodes in holders.items()}
     received, sent = (defaultdict(float), defaultdict(float)), (defaultdict(float), defaultdict(float))
-    for device, box in _boxes(to, other):
-        for held, cut in _overlaps(box, _cuts(other), _cuts(strategy)):
+    for device, box in _boxes(to, other, are_experts):
+        for held, cut in _overlaps(box, _cuts(other, are_experts), _cuts(strategy, are_experts)):
             if own.get(device) == held:
                 continue
             near = holders[held].get(device // per_node)
@@ -95,18 +112,20 @@ def _traffic(
     return most[0], most[1], sum(sum(arrived.values()) for arrived in received)
 
 
-Box = tuple[int, int, int]  # which part of the layers, widths and shards
+Box = tuple[int, int, int, int]  # which part of the layers, experts, widths and shards
 
 
-def _cuts(s: ParallelStrategy) -> Box:
-    """Returns in how many parts a layout cuts layers, widths and shards."""
-    return s.pp, s.tp, _shards(s)
+def _cuts(s: ParallelStrategy, are_experts: bool) -> Box:
+    """Returns in how many parts a layout cuts layers, experts, widths and shards."""
+    ep = s.ep if are_experts else 1
+    return s.pp, ep, s.tp, s.dp // ep if s.zero_stage == 3 else 1
 
 
-def _boxes(devices: tuple[int, ...], s: ParallelStrategy) -> Iterator[tuple[int, Box]]:
+def _boxes(devices: tuple[int, ...], s: ParallelStrategy, are_experts: bool) -> Iterator[tuple[int, Box]]:
+    _, ep, _, shards = _cuts(s, are_experts)
     for index, device in enumerate(devices):
         pipe, data, tensor = index // (s.dp * s.tp), index // s.tp % s.dp, index % s.tp
-        yield device, (pipe, tensor, data if _shards(s) > 1 else 0)
+        yield device, (pipe, data % ep, tensor, data // ep if shards > 1 else 0)
 
 
 @lru_cache(maxsize=65536)
@@ -117,4 +136,4 @@ def _overlaps(box: Box, sizes: Box, other_sizes: Box) -> list[tuple[Box, float]]
         start, stop = part * other, (part + 1) * other  # in parts of 1 / (size * other)
         parts = range(start // size, -(-stop // size))
         dims.append([(i, (min(stop, (i + 1) * size) - max(start, i * size)) / (size * other)) for i in parts])
-    return [((i, j, k), a * b * c) for (i, a), (j, b), (k, c) in itertools.product(*dims)]
+    return [((i, e, j, k), a * b * c * d) for (i, a), (e, b), (j, c), (k, d) in itertools.product(*dims)]

@@ -9,7 +9,7 @@ from realjax.allocation.measured import Collective, LayerUse
 from realjax.allocation.terms.collectives import Group, Groups, collective_seconds, exposed, find_groups
 from realjax.allocation.terms.measured_layers import At, Factor, MeasuredLayers, find_measured
 from realjax.allocation.terms.rates import Layer, LayerSplit, Rates, find_rates
-from realjax.allocation.workload import CallWork
+from realjax.allocation.workload import CallWork, ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Passes:
     @property
     def split(self) -> LayerSplit:
         s = self.choice.strategy
-        return LayerSplit(s.tp, s.sequence_parallel, self.choice.experts)
+        return LayerSplit(s.tp, s.sequence_parallel, self.choice.expert_shards)
 
     @property
     def measured(self) -> MeasuredLayers:
@@ -202,12 +202,22 @@ def _context_terms(passes: Passes, layer: Layer, *, times: int) -> dict[str, flo
 
 
 def _expert_terms(passes: Passes, *, times: int) -> dict[str, float]:
-    """Returns the exchange of tokens between experts: each goes to k of them, and comes back."""
-    if passes.choice.experts == 1:
+    """Returns the exchange of tokens between devices that share experts, there and back."""
+    if passes.choice.expert_shards == 1:
         return {}
-    size = passes.hidden_bytes * passes.work.model.experts_per_token
-    seconds = 2 * times * passes.collective("all_to_all", size, passes.groups.experts)
-    return {"ep": passes.num_layers * passes.ticks * seconds}
+    seconds = exchange_seconds(passes.hidden_bytes, passes.choice, passes.work.model, passes.groups, passes.cluster)
+    return {"ep": passes.num_layers * passes.ticks * times * seconds}
+
+
+def exchange_seconds(size: float, choice: Choice, model: ModelShape, groups: Groups, cluster: Cluster) -> float:
+    """Returns seconds in which a device's hidden states of `size` bytes come to their experts, and what these make of
+    them comes back: realjax gathers the states of all devices that share experts (`engine/experts.py`), others send a
+    copy to each of a token's experts."""
+    if choice.strategy.ep == 1:
+        return 2 * collective_seconds("all_to_all", size * model.experts_per_token, groups.experts, cluster)
+    gathered = size * choice.strategy.ep
+    kinds: tuple[Collective, ...] = ("all_gather", "all_to_all")
+    return sum(collective_seconds(kind, gathered, groups.experts, cluster) for kind in kinds)
 
 
 def _shard_terms(passes: Passes, layer: Layer, *, gathers: int, scatters: int) -> dict[str, float]:
@@ -217,9 +227,10 @@ def _shard_terms(passes: Passes, layer: Layer, *, gathers: int, scatters: int) -
     if s.zero_stage < 3 or passes.groups.data.size == 1:
         return {}
     width = passes.rates.weight_bytes
-    size = model.layer_params / s.tp
-    comm = gathers * passes.collective("all_gather", width * size, passes.groups.data)
-    comm += scatters * passes.collective("reduce_scatter", 4 * size, passes.groups.data)
+    comm = 0.0
+    for size, group in _split_experts(passes, model.layer_params / s.tp, 1):
+        comm += gathers * passes.collective("all_gather", width * size, group)
+        comm += scatters * passes.collective("reduce_scatter", 4 * size, group)
     overlap = passes.cluster.factor("overlap", 0.0)
     # The head's and the first layer's have nothing to hide behind.
     head = model.head_params / (s.tp * s.pp)
@@ -228,36 +239,46 @@ def _shard_terms(passes: Passes, layer: Layer, *, gathers: int, scatters: int) -
     return {"zero": passes.ticks * (passes.num_layers * exposed(comm, layer.seconds, overlap) + outer)}
 
 
-def _stage_params(passes: Passes) -> float:
-    """Returns parameters of a device before ZeRO splits them."""
+def _stage_params(passes: Passes) -> list[tuple[float, Group]]:
+    """Returns parameters of a device before ZeRO splits them, and the devices that have the same: experts apart where
+    they are shared."""
     s, model = passes.choice.strategy, passes.work.model
-    experts = model.num_experts * model.expert_params
-    layer = (model.layer_params - experts) / s.tp + experts / (s.tp * passes.choice.experts)
-    outer = model.num_params - model.num_layers * model.layer_params
-    return passes.num_layers * layer + outer / (s.tp * s.pp)
+    outer = (model.num_params - model.num_layers * model.layer_params) / (s.tp * s.pp)
+    return _split_experts(passes, passes.num_layers * model.layer_params / s.tp + outer, passes.num_layers)
+
+
+def _split_experts(passes: Passes, size: float, num_layers: int) -> list[tuple[float, Group]]:
+    """Returns parameters, those of so many layers' experts among them, in parts as devices share them."""
+    choice, model, groups = passes.choice, passes.work.model, passes.groups
+    if choice.expert_shards == 1:
+        return [(size, groups.data)]
+    experts = num_layers * model.num_experts * model.expert_params / choice.strategy.tp
+    return [(size - experts, groups.data), (experts / choice.expert_shards, groups.replicas)]
 
 
 def _gradient_seconds(passes: Passes) -> float:
     """Returns the sum over `data` once an update: float32 gradients all-reduced, or with ZeRO's stages 1 and 2
     scattered and the parameters gathered in the compute dtype."""
-    s, size = passes.choice.strategy, _stage_params(passes)
-    if s.zero_stage == 3:
+    zero_stage, width = passes.choice.strategy.zero_stage, passes.rates.weight_bytes
+    if zero_stage == 3:
         return 0.0
-    if s.zero_stage == 0:
-        return passes.collective("all_reduce", 4 * size, passes.groups.data)
-    gathered = passes.collective("all_gather", passes.rates.weight_bytes * size, passes.groups.data)
-    return passes.collective("reduce_scatter", 4 * size, passes.groups.data) + gathered
+    parts = _stage_params(passes)
+    if zero_stage == 0:
+        return sum(passes.collective("all_reduce", 4 * size, group) for size, group in parts)
+    gathered = sum(passes.collective("all_gather", width * size, group) for size, group in parts)
+    return sum(passes.collective("reduce_scatter", 4 * size, group) for size, group in parts) + gathered
 
 
 def _optimizer_seconds(passes: Passes) -> float:
     """Returns an update's passes over memory: Adam reads and writes masters, two moments and gradients (32 bytes), the
     norm reads gradients (4), the compute copy is written (2); every further micro-batch adds its gradients (12)."""
-    s, size = passes.choice.strategy, _stage_params(passes)
-    parts = passes.groups.data.size if s.zero_stage else 1
-    summed = size / (parts if s.zero_stage == 3 else 1)
+    zero_stage, parts = passes.choice.strategy.zero_stage, _stage_params(passes)
+    size = sum(size for size, _ in parts)
+    own = sum(size / group.size for size, group in parts) if zero_stage else size
+    summed = own if zero_stage == 3 else size
     added = passes.rates.passes(12 * summed * (passes.num_batches - 1) + passes.rates.weight_bytes * size)
-    measured = passes.measured.update(size / parts)
-    return added + (passes.rates.passes(36 * size / parts) if measured is None else measured)
+    measured = passes.measured.update(own)
+    return added + (passes.rates.passes(36 * own) if measured is None else measured)
 
 
 def _finish(passes: Passes, terms: Mapping[str, float], num_calls: int) -> dict[str, float]:

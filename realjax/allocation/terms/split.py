@@ -27,11 +27,13 @@ class Split:
     queries: float  # heads times their size, of queries
     keys: float  # of keys, and of values
     ffn: float  # times the experts that a token goes to
-    layers: float  # parameters of the stage's layers that ZeRO splits over `data`
+    layers: float  # parameters of the stage's layers that ZeRO splits, experts among them
+    experts: float  # those of experts that share the device, among several
     outer: float  # those of the table and the head
     whole: float  # those that are never split: scales of norms
     vocab: float
-    num_shards: int  # devices along `data`
+    num_shards: int  # devices with rows of their own
+    expert_replicas: int  # of these, how many have the same experts
     row_parts: int  # devices that share a row's norms and residuals
 
     @classmethod
@@ -55,10 +57,12 @@ class Split:
             keys=keys,
             ffn=model.ffn_size * model.experts_per_token / s.tp,
             layers=num_layers * (2 * D * (queries + keys) + experts + router),
+            experts=num_layers * experts if model.num_experts > 1 else 0,
             outer=table + head,
             whole=(2 * num_layers + 1) * D,
             vocab=vocab,
             num_shards=s.dp,
+            expert_replicas=max(1, s.dp // expert_shards),
             row_parts=s.tp if s.sequence_parallel else 1,
         )
 
@@ -68,8 +72,11 @@ class Split:
         return self.num_layers * self.hidden * max(self.ffn, self.queries)
 
     def params(self, *, is_sharded: bool = False) -> float:
-        """Returns the parameters on a device; `is_sharded`: split over `data`, as ZeRO splits them."""
-        return (self.layers + self.outer) / (self.num_shards if is_sharded else 1) + self.whole
+        """Returns the parameters on a device; `is_sharded`: ZeRO has split them over those that had the same."""
+        if not is_sharded:
+            return self.layers + self.outer + self.whole
+        others = self.layers - self.experts + self.outer
+        return others / self.num_shards + self.experts / self.expert_replicas + self.whole
 
 
 @dataclass(frozen=True, kw_only=True)
