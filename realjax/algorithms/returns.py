@@ -206,6 +206,7 @@ def answer_metrics(arrays: Arrays, responses: Responses) -> dict[str, Metric]:
         "avg_seq_len": measure_mean(seq_lens, exists),
         "avg_prompt_len": measure_mean(seq_lens - responses.lens, exists),
         "avg_response_len": measure_mean(responses.lens, exists),
+        "std_response_len": measure_std(responses.lens, exists),
         "min_response_len": Least(float(lens.min(initial=lens.max(initial=0)))),
         "max_response_len": Most(float(lens.max(initial=0))),
         "eos_share": measure_mean(arrays["has_eos"], exists),

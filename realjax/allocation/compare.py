@@ -9,7 +9,7 @@ from realjax.allocation.cluster_costs import ClusterCosts
 from realjax.allocation.costing import Costs
 from realjax.allocation.modes import check_options
 from realjax.allocation.run_workload import read_workload
-from realjax.allocation.search import Limits, SearchResult, best_single_layout, place_choices, search
+from realjax.allocation.search import Limits, SearchResult, list_single_layouts, place_choices, search
 from realjax.allocation.workload import Workload
 from realjax.core.json_text import JsonObject
 from realjax.dataflow.run import RunSpec
@@ -36,10 +36,12 @@ class Comparison:
     workload: Workload
     searched: SearchResult
     others: tuple[Alternative, ...]
+    single: tuple[SearchResult, ...]  # all calls in one layout, each such layout, the fastest first
 
     def to_json(self) -> JsonObject:
         """Returns all of it as plain values."""
         plans = {SEARCH: self.searched, **{one.name: one.result for one in self.others if one.result}}
+        plans |= {name_layout(result): result for result in self.single}
         return {
             "experiment": self.spec.experiment,
             "cluster": self.cluster.name,
@@ -66,8 +68,13 @@ def compare(spec: RunSpec, cluster: Cluster) -> Comparison:
         spec.allocation.planner,
     )
     limits = Limits(seed=planner.seed, most_plans=planner.evaluations)
-    others = [*place_by_rules(spec, workload, cluster, costs, limits)]
-    others.append(attempt(SINGLE, lambda: best_single_layout(workload, cluster, costs, limits)))
+    single = list[SearchResult]()
+
+    def best_single() -> SearchResult:
+        single.extend(list_single_layouts(workload, cluster, costs, limits))
+        return single[0]
+
+    others = [*place_by_rules(spec, workload, cluster, costs, limits), attempt(SINGLE, best_single)]
     starts = [one.result.choices for one in others if one.result]
     return Comparison(
         spec=spec,
@@ -75,6 +82,7 @@ def compare(spec: RunSpec, cluster: Cluster) -> Comparison:
         workload=workload,
         searched=search(workload, cluster, costs, limits, starts=starts),
         others=tuple(others),
+        single=tuple(single),
     )
 
 
@@ -98,6 +106,12 @@ def attempt(name: str, make: Callable[[], SearchResult]) -> Alternative:
         return Alternative(name=name, result=make())
     except ValueError as error:
         return Alternative(name=name, problem=str(error))
+
+
+def name_layout(single: SearchResult) -> str:
+    """Returns the sizes that all calls of a plan have."""
+    sizes = single.prediction.calls[0].choice.strategy
+    return f"all d{sizes.dp}p{sizes.pp}t{sizes.tp}"
 
 
 def describe_plan(result: SearchResult) -> JsonObject:

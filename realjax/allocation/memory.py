@@ -146,7 +146,7 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     layer = LayerBytes(split=split, tokens=admitted // s.pp, size=size)
     # Some are there as they were made too. In stages each of 2P - 1 ticks makes some, and P of them are put in order.
     prompt_caches = of_token * admitted * (1.25 if s.pp == 1 else (2 * s.pp - 1) / s.pp + 1)
-    cache = num_slots / s.dp * cache_length(prompts, work.answers.longest) * of_token
+    cache = num_slots / s.dp * cache_length(prompts, work.most_new_tokens or work.answers.longest) * of_token
     decode = FLOAT32 * 4 * num_slots / s.dp * split.vocab
     if s.pp > 1:
         # In front of the loop XLA turns the kernels of queries, keys and values, and the values of one of P waves.

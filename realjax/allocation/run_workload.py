@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
 
+from realjax.allocation.measured_answers import has_record, read_answers
 from realjax.allocation.modes import read_mesh
 from realjax.allocation.workload import CallWork, Fixed, Lengths, ModelShape, PackFn, RoleWork, Workload
 from realjax.core.layout import ParallelStrategy
@@ -22,15 +24,31 @@ def read_workload(spec: RunSpec, platform: str, answers: Lengths | None = None) 
 
     `answers` are the lengths of answers; None: as the planner's options say, else as long as they can be.
     """
-    mean = spec.allocation.planner.answer_tokens
-    if answers is None and mean is not None:
-        answers = Lengths.all(round(mean))
+    answers = answers or expect_answers(spec)
     batches = list(sample_lengths(spec.loader))
     roles = {name: describe_role(spec, spec.roles[name], platform) for name in spec.graph.roles}
     generate = next((call for call in spec.graph.calls if isinstance(call, Generate)), None)
     reader = Reader(spec, batches, generate, answers)
     calls = tuple(reader.describe(call, roles[call.role]) for call in spec.graph.order if not isinstance(call, Host))
     return Workload(calls=calls, roles=roles)
+
+
+def expect_answers(spec: RunSpec) -> Lengths | None:
+    """Returns the lengths of answers to plan for; None where nothing says that they are not the longest.
+
+    Raises ValueError where a run that is named has recorded none.
+    """
+    planner = spec.allocation.planner
+    if planner.answer_tokens is not None:
+        return Lengths.all(round(planner.answer_tokens))
+    if planner.answers_from is not None:
+        if (found := read_answers(Path(planner.answers_from))) is None:
+            raise ValueError(
+                f"planner.answers_from: no step of '{planner.answers_from}' has recorded lengths of answers; name the "
+                "log directory of a run that generates, or set planner.answer_tokens"
+            )
+        return found
+    return read_answers(spec.paths.logs) if planner.replan and has_record(spec.paths.logs) else None
 
 
 def describe_role(spec: RunSpec, role: RoleSpec, platform: str) -> RoleWork:
@@ -79,6 +97,7 @@ class Reader:
             num_sequences=gen.num_answers if gen else round(float(np.mean([len(one) for one in self.batches]))),
             prompts=lengths,
             answers=self.answers if is_generate else None,
+            most_new_tokens=gen.config.max_new_tokens if is_generate and gen else None,
             num_updates=num_updates,
             passes=passes,
             pack_fn=self.pack_answers(gen, num_parts) if gen else pack_examples(self.batches),

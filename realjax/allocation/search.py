@@ -96,13 +96,13 @@ def place_choices(
     return search(replace(workload, calls=tuple(map(fix, workload.calls))), cluster, costs, limits)
 
 
-def best_single_layout(
+def list_single_layouts(
     workload: Workload,
     cluster: Cluster,
     costs: Costs,
     limits: Limits = Limits(),  # noqa: B008
-) -> SearchResult:
-    """Returns the best plan in which all calls have the same (pp, tp, dp) on all devices.
+) -> list[SearchResult]:
+    """Returns the best plan for each (pp, tp, dp) that all calls can have on all devices, the fastest first.
 
     Devices and sizes that are fixed do not count. Raises ValueError where none fits.
     """
@@ -127,7 +127,7 @@ def best_single_layout(
             errors.append(error)
     if not found:
         raise errors[0]
-    return min(found, key=lambda result: result.prediction.seconds)
+    return sorted(found, key=lambda result: result.prediction.seconds)
 
 
 def group_by_sizes(priced: Sequence[Priced]) -> dict[tuple[int, int, int], list[Priced]]:

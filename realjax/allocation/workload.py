@@ -154,6 +154,7 @@ class CallWork:
     num_sequences: int  # a step; of a generate call its answers
     prompts: Lengths  # generate: what answers continue; else: the sequences, whole
     answers: Lengths | None = None  # generate: the new tokens
+    most_new_tokens: int | None = None  # generate: that an answer may have, and has room for; None: as `answers`
     num_updates: int = 1  # train: of a step
     passes: int = 1  # train: over the sequences; an update has num_sequences * passes / num_updates of them
     pack_fn: PackFn = field(compare=False, repr=False)  # the rows that the sequences lie in

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from realjax.allocation.cluster import Cluster, find_cluster
-from realjax.allocation.compare import SEARCH, Comparison, compare
+from realjax.allocation.compare import SEARCH, Comparison, compare, name_layout
 from realjax.allocation.cost import call_cost
 from realjax.allocation.memory import call_memory
 from realjax.allocation.modes import check_options
@@ -106,6 +106,13 @@ def show(console: Console, comparison: Comparison) -> None:
             gain = f"{comparison.gains()[other.name]:.2f}"
             rows.append((other.name, f"{seconds:.3g}", gain, _strategies(other.result.prediction)))
     console.print(make_table("a step (predicted)", ("plan", "seconds", "search is x times as fast", "layouts"), rows))
+    if len(comparison.single) > 1:
+        rows = [
+            (name_layout(one), f"{(seconds := one.prediction.seconds):.3g}", f"{seconds / best.prediction.seconds:.2f}")
+            for one in comparison.single
+        ]
+        head = ("layout", "seconds", "search is x times as fast")
+        console.print(make_table("all calls in one layout (predicted)", head, rows))
 
 
 def explain(console: Console, comparison: Comparison, call: CallPrediction) -> None:

@@ -231,6 +231,7 @@ def test_metrics_are_those_of_the_sequences(packing):
             "avg_seq_len": np.mean([sum(lens) for lens in LENGTHS]),
             "avg_prompt_len": np.mean([prompt for prompt, _ in LENGTHS]),
             "avg_response_len": RESPONSE_LENS.mean(),
+            "std_response_len": RESPONSE_LENS.std(),
             "min_response_len": RESPONSE_LENS.min(),
             "max_response_len": RESPONSE_LENS.max(),
             "eos_share": np.mean([r["has_eos"] for r in rollouts]),

@@ -11,7 +11,7 @@ from realjax.allocation.candidates import list_choices
 from realjax.allocation.cluster import Cluster, find_cluster
 from realjax.allocation.cluster_costs import ClusterCosts
 from realjax.allocation.heuristic import Placement
-from realjax.allocation.search import Limits, best_single_layout, place_choices, search
+from realjax.allocation.search import Limits, list_single_layouts, place_choices, search
 from realjax.allocation.simulate import Simulator
 from realjax.allocation.workload import Fixed, Kind, Workload
 from realjax.core.layout import ParallelStrategy
@@ -196,13 +196,18 @@ def test_a_plan_by_rule_keeps_its_layouts():
     assert free.prediction.seconds <= found.prediction.seconds
 
 
-def test_the_best_single_layout_has_one_split_on_all_devices():
+def test_a_single_layout_is_one_split_on_all_devices():
     workload, cluster, costs = make_large()
     # What a user wants of a call's devices has no place in it.
     calls = (replace(workload.calls[0], fixed=Fixed(devices=(0, 1))), *workload.calls[1:])
-    found = best_single_layout(replace(workload, calls=calls), cluster, costs, Limits(most_plans=5000))
-    splits = {(one.strategy.pp, one.strategy.tp, one.strategy.dp, one.devices) for one in found.choices.values()}
-    assert len(splits) == 1 and splits.pop()[3] == tuple(range(16))
+    found = list_single_layouts(replace(workload, calls=calls), cluster, costs, Limits(most_plans=5000))
+    seen = set()
+    for result in found:
+        splits = {(one.strategy.pp, one.strategy.tp, one.strategy.dp, one.devices) for one in result.choices.values()}
+        assert len(splits) == 1 and next(iter(splits))[3] == tuple(range(16))
+        seen |= splits
+    seconds = [result.prediction.seconds for result in found]
+    assert len(seen) == len(found) > 1 and seconds == sorted(seconds)
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_it_lacks():
@@ -237,7 +242,7 @@ def test_what_is_searched_beats_every_single_layout(sizes, num_devices):
     """PPO of Llama models on H100s, predicted."""
     cluster, workload = find_cluster(f"h100x{num_devices}"), make_ppo(*sizes)
     costs, limits = ClusterCosts(cluster=cluster), Limits(most_plans=4000)
-    single = best_single_layout(workload, cluster, costs, limits)
+    single = list_single_layouts(workload, cluster, costs, limits)[0]
     found = search(workload, cluster, costs, limits, starts=[single.choices])
     assert found.prediction.seconds < single.prediction.seconds and found.prediction.fits
     moved = [call for call in found.prediction.calls if call.source != "home"]

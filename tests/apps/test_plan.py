@@ -5,6 +5,7 @@ import json
 import pytest
 
 from realjax.apps import quickstart
+from realjax.apps.quickstart import EXPERIMENTS
 from tests.given.runs import make_options, make_rl_options
 
 
@@ -19,14 +20,26 @@ def test_a_plan_beside_those_of_rules(given, tmp_path, capsys):
     assert quickstart.main([*command, *more]) == 0
     found, text = json.loads(file.read_text()), capsys.readouterr().out
     assert picture.stat().st_size > 1000
-    assert set(found["plans"]) == {"search", "heuristic", "pipe_model", "pipe_data", "best single layout"} - set(
-        found["problems"]
-    )
+    single = {name for name in found["plans"] if name.startswith("all ")}
+    assert len(single) > 1
+    rules = {"heuristic", "pipe_model", "pipe_data", "best single layout"} - set(found["problems"])
+    assert set(found["plans"]) == {"search"} | rules | single
+    best = found["plans"]["best single layout"]["predicted_seconds"]
+    assert best == min(found["plans"][name]["predicted_seconds"] for name in single)
     assert min(found["gains"].values()) >= 1, "the search is no worse than any of them"
     assert "(predicted)" in text and "actor_train" in text and "optimizer" in text
     first = found["plans"]["search"]
     assert quickstart.main([*command, *more]) == 0
     assert json.loads(file.read_text())["plans"]["search"] == first, "the same seed finds the same plan"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_is_planned(experiment, given, tmp_path, capsys):
+    options = make_options(experiment, given, tmp_path)
+    command = ["plan", experiment, *words(options), "planner.evaluations=300", "--cluster", "h100x8"]
+    assert quickstart.main(command) == 0
+    text = capsys.readouterr().out
+    assert f"{experiment} on h100x8" in text and "a step (predicted)" in text
 
 
 @pytest.mark.parametrize(

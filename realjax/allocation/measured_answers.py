@@ -1,0 +1,48 @@
+"""How long the answers of an earlier run were, from the record of its steps."""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+
+from realjax.allocation.workload import Lengths
+
+RECORD = "metrics.jsonl"  # in a run's log directory
+LAST_STEPS = 32  # answers change while a model learns
+# What `algorithms.returns.answer_metrics` reports, by the end of the names.
+MEAN, SPREAD, MOST = "avg_response_len", "std_response_len", "max_response_len"
+
+
+def has_record(path: Path) -> bool:
+    """Returns whether a log directory has the record of a run."""
+    return (path / RECORD).is_file()
+
+
+def read_answers(path: Path) -> Lengths | None:
+    """Returns the lengths of answers in the last steps that a run recorded in its log directory.
+
+    None where no step has any. Raises ValueError where there is no record.
+    """
+    if not has_record(path):
+        raise ValueError(f"planner.answers_from: '{path}' has no {RECORD}; name the log directory of a run")
+    steps = list(islice(_list_lengths((path / RECORD).read_text(encoding="utf-8").splitlines()), LAST_STEPS))
+    if not steps:
+        return None
+    return Lengths(
+        mean=fmean(step[MEAN] for step in steps),
+        mean_square=fmean(step[MEAN] ** 2 + step[SPREAD] ** 2 for step in steps),
+        longest=round(max(step[MOST] for step in steps)),
+    )
+
+
+def _list_lengths(lines: list[str]) -> Iterator[Mapping[str, float]]:
+    """Yields the measures of each training step that has them, the last one first."""
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # a line that a killed run did not finish
+            continue
+        found = {name.rsplit("/", 1)[-1]: value for name, value in values.items()}
+        if values["kind"] == "train" and all(found.get(name) is not None for name in (MEAN, SPREAD, MOST)):
+            yield found
