@@ -158,23 +158,21 @@ def on_shards(fn: Callable[..., T], cache: NamedSharding, num_caches: int) -> Ca
     return run
 
 
-def on_own_heads(
-    fn: Callable[[Array, Array, Array, Array], Array], layout: Layout
-) -> Callable[[Array, Array, Array, Array], Array]:
-    """Returns `fn(q, k, v, segment_ids)`, run by every device on its own rows and heads alone.
+def on_own_heads(fn: Callable[..., Array], layout: Layout) -> Callable[..., Array]:
+    """Returns `fn(q, k, v, segment_ids, sinks)`, run by every device on its own rows and heads alone.
 
     For what XLA cannot split by itself. Axes that are in our hands already have split the arrays before.
     """
 
-    def run(*args: Array) -> Array:
+    def run(*args: Array | None) -> Array:
         inner = jax.sharding.get_abstract_mesh()
         mesh = layout.mesh if inner.empty else inner
         left = set(mesh.axis_names) - set(inner.manual_axes)
         if not left or layout.strategy.size == 1:
             return fn(*args)
-        rows = keep_axes(ROW_AXES, left)
-        heads = PartitionSpec(rows, None, "tensor" if "tensor" in left else None)
-        in_specs = (heads, heads, heads, PartitionSpec(rows))
+        rows, of_heads = keep_axes(ROW_AXES, left), "tensor" if "tensor" in left else None
+        heads = PartitionSpec(rows, None, of_heads)
+        in_specs = (heads, heads, heads, PartitionSpec(rows), PartitionSpec(of_heads))
         mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=heads, axis_names=left, check_vma=False)
         return mapped(*args)
 

@@ -7,20 +7,37 @@ segment 0 and attends to padding only, so every row of scores has a finite maxim
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from realjax.core.axes import Constrain
 from realjax.models.config import AttentionConfig, ModelConfig, RopeConfig
-from realjax.models.layers import Linear, RMSNorm, apply_rope
+from realjax.models.layers import Linear, RMSNorm, apply_rope, make_param
 from realjax.models.products import Products
 
-# attention_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, window) -> RTNH
-AttentionFn = Callable[[Array, Array, Array, Array, int | None], Array]
-# decoding_fn(q_BNH, k_BKHS, v_BKSH, lengths_B, window) -> BNH: a new token a row, at index `lengths` of its cache.
-DecodingFn = Callable[[Array, Array, Array, Array, int | None], Array]
-# attend_fn(q_RTNH, k_RTKH, v_RTKH, window) -> RTNH: attention with all else fixed; a cache may stand behind it.
-AttendFn = Callable[[Array, Array, Array, int | None], Array]
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a layer's scores are made of queries and keys, and which of them count."""
+
+    window: int | None = None  # a token sees itself and the window-1 tokens before it
+    softcap: float | None = None  # scores s are softcap * tanh(s / softcap)
+    # Of scores, before the cap; None: head_dim**-0.5. Kernels apply it: a second factor of q would round it twice.
+    scale: float | None = None
+
+    def find_scale(self, head_dim: int) -> float:
+        """Returns the factor of the products of queries and keys."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+# Of all of them, `sinks_N` are float32 logits, each head's own in every softmax, beside those of the keys; or None.
+# attention_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, scoring, sinks_N) -> RTNH
+AttentionFn = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array]
+# decoding_fn(q_BNH, k_BKHS, v_BKSH, lengths_B, scoring, sinks_N) -> BNH: a new token a row, at `lengths` of its cache.
+DecodingFn = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array]
+# attend_fn(q_RTNH, k_RTKH, v_RTKH, scoring, sinks_N) -> RTNH: with all else fixed; a cache may stand behind it.
+AttendFn = Callable[[Array, Array, Array, Scoring, Array | None], Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +63,9 @@ class Attention(nnx.Module):
         self.o = Linear(queries, D, config.o_bias)
         self.q_norm = RMSNorm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
         self.k_norm = RMSNorm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
-        self.rope, self.window = config.rope, config.window
+        self.sinks = make_param((sizes.num_q_heads,), ("q_heads",)) if config.sinks else None
+        self.scoring = Scoring(window=config.window, softcap=config.softcap, scale=config.scale)
+        self.rope = config.rope
 
     def project(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Array, Array]:
         """Returns rotated q `[R, T, N, H]` and k, and v `[R, T, K, H]`."""
@@ -59,6 +78,8 @@ class Attention(nnx.Module):
         return q, k, context.constrain(v, ("rows", "time", "kv_heads", "head_dim"))
 
     def __call__(self, x_RTD: Array, context: BlockContext) -> Array:
-        attended = context.attend_fn(*self.project(x_RTD, context), self.window)
+        # Their gradients are sums over tokens, see `models/sums.py`.
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
+        attended = context.attend_fn(*self.project(x_RTD, context), self.scoring, sinks)
         attended = context.constrain(attended, ("rows", "time", "q_heads", "head_dim"))
         return self.o(attended, context.products, "residual_time")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.models.attention import BlockContext, DecodingFn
+from realjax.models.attention import BlockContext, DecodingFn, Scoring
 from realjax.models.config import ModelConfig
 from realjax.models.layers import rope_tables
 from realjax.models.stacks import Aux
@@ -101,11 +101,11 @@ def prefill_blocks(
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     prompts = KVCache((), ())
 
-    def attend_fn(q: Array, k: Array, v: Array, window: int | None) -> Array:
+    def attend_fn(q: Array, k: Array, v: Array, scoring: Scoring, sinks: Array | None) -> Array:
         nonlocal prompts
         keys, values = jnp.einsum("BSKH->BKHS", k), jnp.einsum("BSKH->BKSH", v)
         prompts = KVCache((*prompts.keys, keys), (*prompts.values, values))
-        return forward.attention_fn(q, k, v, segment_ids, window)
+        return forward.attention_fn(q, k, v, segment_ids, scoring, sinks)
 
     context = BlockContext(
         rotations={rope: rope_tables(rope, config.head_dim, positions) for rope in config.ropes},
@@ -152,13 +152,13 @@ def decode_blocks(
     write_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new[0], mode="drop"))
     write_value = jax.vmap(lambda row, new, at: row.at[:, at].set(new[0], mode="drop"))
 
-    def attend_fn(q: Array, k: Array, v: Array, window: int | None) -> Array:
+    def attend_fn(q: Array, k: Array, v: Array, scoring: Scoring, sinks: Array | None) -> Array:
         nonlocal written
         layer = len(written.keys)
         keys = write_key(cache.keys[layer], k, lengths)
         values = write_value(cache.values[layer], v, lengths)
         written = KVCache((*written.keys, keys), (*written.values, values))
-        return decoding_fn(q[:, 0], keys, values, lengths, window)[:, None]
+        return decoding_fn(q[:, 0], keys, values, lengths, scoring, sinks)[:, None]
 
     context = BlockContext(
         rotations={rope: rope_tables(rope, config.head_dim, lengths[:, None]) for rope in config.ropes},

@@ -33,6 +33,9 @@ class AttentionConfig:
     """How the tokens of a layer read each other."""
 
     window: int | None = None  # a token sees itself and the window-1 tokens before it
+    softcap: float | None = None  # scores s are softcap * tanh(s / softcap)
+    scale: float | None = None  # of scores; None: head_dim**-0.5
+    sinks: bool = False  # each head learns a logit that takes its share of every softmax (arXiv:2309.17453)
     rope: RopeConfig | None = RopeConfig()  # None: a token does not know its position
     qkv_bias: bool = False
     o_bias: bool = False

@@ -178,7 +178,7 @@ class Transformer(nnx.Module):
             context = BlockContext(
                 rotations=dict(zip(self.config.ropes, per_row.rotations)),
                 is_token=per_row.segment_ids > 0,
-                attend_fn=lambda q, k, v, window: forward.attention_fn(q, k, v, per_row.segment_ids, window),
+                attend_fn=lambda q, k, v, *how: forward.attention_fn(q, k, v, per_row.segment_ids, *how),
                 constrain=forward.constrain,
                 products=forward.products,
             )

@@ -11,6 +11,7 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import choose, make_attention
 from realjax.engine.attention.cudnn import ROOM
+from realjax.models.attention import Scoring
 from tests.given.gpus import compile_for_gpus, h100s
 from tests.given.models import make_model
 
@@ -34,7 +35,7 @@ def compile_attention(
     attention_fn = make_attention(kernel, case, layout, longest)
 
     def loss(q, k, v, weights, segment_ids):
-        return (attention_fn(q, k, v, segment_ids, window).astype(jnp.float32) * weights).sum()
+        return (attention_fn(q, k, v, segment_ids, Scoring(window=window), None).astype(jnp.float32) * weights).sum()
 
     kv_axis = "tensor" if K % strategy.tp == 0 else None
 

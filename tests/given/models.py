@@ -53,7 +53,7 @@ CASE = Case(use="rows", platform="cpu", dtype="float32", head_dim=4)
 # The attention kernels that run on any device.
 PORTABLE_KERNELS = tuple(name for name, kernel in KERNELS.items() if kernel.find_fault(CASE) is None)
 # Every leaf a family can have: norms and biases everywhere, a head of its own.
-FULL = {"qkv_bias": True, "o_bias": True, "bias": True, "qk_norm": NormConfig()}
+FULL = {"qkv_bias": True, "o_bias": True, "bias": True, "qk_norm": NormConfig(), "sinks": True}
 
 
 def make_model(**changes) -> Model:

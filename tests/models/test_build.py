@@ -43,7 +43,8 @@ def test_every_parameter_and_layer_has_values_of_its_own():
         if path.endswith(("scale", "bias")):
             assert (leaf == path.endswith("scale")).all(), path
             continue
-        assert leaf.std() == pytest.approx(0.02, rel=0.05) and abs(leaf.mean()) < 0.002, path
+        share = max(0.05, 3 / leaf.size**0.5)  # by which few numbers may be off
+        assert leaf.std() == pytest.approx(0.02, rel=share) and abs(leaf.mean()) < 2 * share * 0.02, path
         drawn += [layer.ravel()[:1000] for layer in leaf] if path.startswith("layers/") else [leaf.ravel()[:1000]]
     for i, one in enumerate(drawn):
         assert not any(np.isin(one, other).sum() > len(one) / 2 for other in drawn[:i])

@@ -84,7 +84,7 @@ def test_the_mlp_is_gated_by_its_activation(activation):
     model = make_model(activation=activation)
     params = random_tree(model)
     # Attention that returns nothing leaves embedding + mlp, layer by layer.
-    nothing = lambda q, k, v, segment_ids, window: jnp.zeros_like(q)
+    nothing = lambda q, k, v, segment_ids, scoring, sinks: jnp.zeros_like(q)
     x = torch.from_numpy(params["embed"]["table"][TOKENS])
     norm = lambda x, scale: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * torch.from_numpy(np.asarray(scale))
     act = {

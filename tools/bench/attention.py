@@ -21,6 +21,7 @@ from jax import Array
 from realjax.engine.attention.cases import Case, find_capability
 from realjax.engine.attention.choose import KERNELS, choose, make_attention
 from realjax.engine.attention.compare import find_disagreement
+from realjax.models.attention import Scoring
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def make_programs(name: str, case: Case, args: argparse.Namespace):
     attention_fn = make_attention(name, case, max_segment_len=args.lengths[1])
 
     def forward(q: Array, k: Array, v: Array, weights: Array, segment_ids: Array) -> Array:
-        return attention_fn(q, k, v, segment_ids, args.window)
+        return attention_fn(q, k, v, segment_ids, Scoring(window=args.window), None)
 
     def both(q: Array, k: Array, v: Array, weights: Array, segment_ids: Array) -> tuple[Array, ...]:
         attended, backward = jax.vjp(lambda q, k, v: forward(q, k, v, weights, segment_ids), q, k, v)

@@ -17,6 +17,7 @@ from realjax.aot.targets import find_target
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import KERNELS, make_attention
+from realjax.models.attention import Scoring
 
 # Rows, their length, query heads, key-value heads, devices, and the longest segment.
 SHAPES = (
@@ -59,7 +60,7 @@ def compile_layer(kernel: str, shape: tuple[int, ...], head_dim: int) -> tuple[f
     attention_fn = make_attention(kernel, case, layout, longest)
 
     def summed(q: Array, k: Array, v: Array, weights: Array, segment_ids: Array) -> Array:
-        return jnp.sum(attention_fn(q, k, v, segment_ids, None).astype(jnp.float32) * weights)
+        return jnp.sum(attention_fn(q, k, v, segment_ids, Scoring(), None).astype(jnp.float32) * weights)
 
     def heads(num_heads: int, dtype: str) -> jax.ShapeDtypeStruct:
         by_heads = layout.sharding(None, None, "tensor")

@@ -1,14 +1,24 @@
 """Blocks of queries against the keys that they may reach, in plain JAX, with a backward pass that keeps no scores."""
 
+from functools import partial
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.engine.attention.reference import packed_mask
+from realjax.engine.attention.reference import cap_scores, packed_mask
+from realjax.models.attention import Scoring
 
 
 def blocked_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, max_segment_len: int | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    scoring: Scoring,
+    sinks: Array | None = None,
+    max_segment_len: int | None = None,
 ) -> Array:
     """Blocks of queries against the keys they may reach: a fraction of the work and the memory of `dense`.
 
@@ -19,21 +29,25 @@ def blocked_attention(
     R, T, N, H = q.shape
     K = k.shape[2]
     # Segments of at most so many tokens are a window that no token reaches beyond.
-    window = min((bound for bound in (window, max_segment_len) if bound is not None and bound < T), default=None)
+    bounds = (scoring.window, max_segment_len)
+    window = min((bound for bound in bounds if bound is not None and bound < T), default=None)
     size = _block_len(T, T if window is None else window)
     chunk = _chunk_len(T, T if window is None else window, size)
     past = 0 if chunk == T else chunk
     # Heads before time, once and for the small arrays: the scores then come out as the softmax reads them.
-    q = (q * H**-0.5).reshape(-1, chunk, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q = (q * scoring.find_scale(H)).reshape(-1, chunk, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v, k_segments = (_with_chunk_before(x, chunk) for x in (k, v, segment_ids))
     k, v, q_segments = k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids.reshape(-1, chunk)
+    if sinks is not None:  # of each query of a block
+        sinks = jnp.repeat(sinks.reshape(K, N // K, 1), size, axis=1)
     outputs = []
     for start in range(0, chunk, size):
         end, here = start + size, past + start
         first = 0 if window is None else max(0, (here - window + 1) // size * size)
         mask = packed_mask(q_segments[:, start:end], k_segments[:, first : past + end], here - first, window)
         block = q[:, :, :, start:end].reshape(-1, K, N // K * size, H)
-        attended = _attend(block, k[:, :, first : past + end], v[:, :, first : past + end], mask)
+        seen = slice(first, past + end)
+        attended = cast(Array, _attend(block, k[:, :, seen], v[:, :, seen], mask, sinks, scoring.softcap))
         outputs.append(attended.reshape(-1, K, N // K, size, H))
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(R, T, N, H)
 
@@ -48,44 +62,62 @@ def _with_chunk_before(x: Array, chunk: int) -> Array:
     return jnp.concatenate([before, chunks], axis=2).reshape(-1, 2 * chunk, *x.shape[2:])
 
 
-@jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Returns attention of scaled queries `[R, K, G T, H]` to keys and values `[R, K, S, H]` under a mask `[R, T, S]`.
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, softcap: float | None) -> Array:
+    """Returns attention of scaled queries `[R, K, G T, H]` to keys and values `[R, K, S, H]` under a mask `[R, T, S]`,
+    with sinks `[K, G T, 1]`.
 
     The backward pass computes the scores again from each query's log normaliser, as in arXiv:2205.14135: compared with
     differentiating a softmax it passes over them half as often, and compared with keeping them it is no slower.
     """
-    return _attend_forward(q, k, v, mask)[0]
+    return _attend_forward(q, k, v, mask, sinks, softcap)[0]
 
 
-def _masked_scores(q: Array, k: Array, mask: Array) -> Array:
-    R, K, Q, _ = q.shape
-    T, S = mask.shape[1:]
-    scores = jnp.einsum("RKQH,RKSH->RKQS", q, k, preferred_element_type=jnp.float32)
+def _make_scores(q: Array, k: Array, softcap: float | None) -> Array:
+    return cap_scores(jnp.einsum("RKQH,RKSH->RKQS", q, k, preferred_element_type=jnp.float32), softcap)
+
+
+def _mask_scores(scores: Array, mask: Array) -> Array:
+    (R, K, Q, S), T = scores.shape, mask.shape[1]
     # Added, not selected: XLA's CPU backend takes a sum into the pass that follows.
     bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
     return (scores.reshape(R, K, Q // T, T, S) + bias[:, None, None]).reshape(R, K, Q, S)
 
 
-def _attend_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
-    scores = _masked_scores(q, k, mask)
+def _attend_forward(
+    q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, softcap: float | None
+) -> tuple[Array, tuple[Array | None, ...]]:
+    scores = _mask_scores(_make_scores(q, k, softcap), mask)
     largest = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = jnp.maximum(largest, sinks)
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks - largest)
     summed = jnp.einsum("RKQS,RKSH->RKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     attended = (summed / total).astype(v.dtype)
-    return attended, (q, k, v, mask, largest + jnp.log(total), attended)
+    return attended, (q, k, v, mask, sinks, largest + jnp.log(total), attended)
 
 
-def _attend_backward(residuals: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, mask, log_total, attended = residuals
-    probs = jnp.exp(_masked_scores(q, k, mask) - log_total)
+def _attend_backward(
+    softcap: float | None, residuals: tuple[Array, ...], grad: Array
+) -> tuple[Array, Array, Array, None, Array | None]:
+    q, k, v, mask, sinks, log_total, attended = residuals
+    scores = _make_scores(q, k, softcap)
+    probs = jnp.exp(_mask_scores(scores, mask) - log_total)
     grad_probs = jnp.einsum("RKQH,RKSH->RKQS", grad, v, preferred_element_type=jnp.float32)
     mean_grad = jnp.sum(grad.astype(jnp.float32) * attended, axis=-1, keepdims=True)
-    grad_scores = (probs * (grad_probs - mean_grad)).astype(q.dtype)
+    grad_scores = probs * (grad_probs - mean_grad)
+    if softcap is not None:
+        grad_scores *= 1 - jnp.square(scores / softcap)
+    grad_scores = grad_scores.astype(q.dtype)
     grad_q = jnp.einsum("RKQS,RKSH->RKQH", grad_scores, k)
     grad_k = jnp.einsum("RKQS,RKQH->RKSH", grad_scores, q)
-    return grad_q, grad_k, jnp.einsum("RKQS,RKQH->RKSH", probs.astype(v.dtype), grad), None
+    grad_v = jnp.einsum("RKQS,RKQH->RKSH", probs.astype(v.dtype), grad)
+    # A sink has a score like a key, and a value of zero.
+    grad_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks - log_total) * mean_grad, axis=0)
+    return grad_q, grad_k, grad_v, None, grad_sinks
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -23,13 +23,18 @@ class Case:
     head_dim: int
     num_q_heads: int = 1
     num_kv_heads: int = 1
-    window: int | None = None  # the shortest of the model's layers, None where none has one
+    # Of the model's layers: the shortest window, a cap and a scale of scores, each None where none has one.
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    sinks: bool = False
     capability: tuple[int, int] | None = None  # CUDA's compute capability, None where it is not known
 
     @classmethod
     def of(cls, use: Use, config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> "Case":
         """Returns the case of a model that computes in `dtype` on a layout's devices."""
-        windows = [kind.mixer.window for kind in config.pattern if kind.mixer.window is not None]
+        mixers = [kind.mixer for kind in config.pattern]
+        windows = [mixer.window for mixer in mixers if mixer.window is not None]
         return cls(
             use=use,
             platform=layout.devices[0].platform,
@@ -38,6 +43,9 @@ class Case:
             num_q_heads=config.num_q_heads,
             num_kv_heads=config.num_kv_heads,
             window=min(windows, default=None),
+            softcap=next((mixer.softcap for mixer in mixers if mixer.softcap is not None), None),
+            scale=next((mixer.scale for mixer in mixers if mixer.scale is not None), None),
+            sinks=any(mixer.sinks for mixer in mixers),
             capability=find_capability(layout.devices[0]),
         )
 

@@ -16,10 +16,10 @@ from realjax.engine.attention.blocked import blocked_attention
 from realjax.engine.attention.cases import Case, Use
 from realjax.engine.attention.compare import RowsFn, find_disagreement
 from realjax.engine.attention.cudnn import cudnn_attention, find_api_fault
-from realjax.engine.attention.fused import fused_attention, fused_decoding
+from realjax.engine.attention.fused import find_fused_fault, fused_attention, fused_decoding
 from realjax.engine.attention.reference import dense_attention, dense_decoding
 from realjax.engine.manual_axes import on_own_heads
-from realjax.models.attention import AttentionFn, DecodingFn
+from realjax.models.attention import AttentionFn, DecodingFn, Scoring
 
 logger = logging.getLogger("realjax.engine")
 
@@ -47,6 +47,10 @@ def _find_cudnn_fault(case: Case) -> str | None:
     if case.capability is None or case.capability < (9, 0):
         found = "not known" if case.capability is None else "{}.{}".format(*case.capability)
         return f"for packed rows it needs compute capability 9.0 (Hopper) or later, and the devices' is {found}"
+    if case.softcap is not None:
+        return f"it does not cap scores, and the model's are capped at {case.softcap:g}"
+    if case.sinks:
+        return "it knows no sinks, and the model's heads have them"
     if case.head_dim % 8 or case.head_dim > 256:
         return f"it needs a head size that is a multiple of 8 up to 256, and the model's is {case.head_dim}"
     return find_api_fault()
@@ -55,7 +59,7 @@ def _find_cudnn_fault(case: Case) -> str | None:
 KERNELS: dict[str, Kernel] = {
     "dense": Kernel(rows=dense_attention, decoding=dense_decoding),
     "blocked": Kernel(rows=blocked_attention),
-    "xla": Kernel(rows=fused_attention, decoding=fused_decoding),
+    "xla": Kernel(rows=fused_attention, decoding=fused_decoding, find_fault=find_fused_fault),
     "cudnn": Kernel(rows=cudnn_attention, find_fault=_find_cudnn_fault, is_whole=False, is_compared=True),
 }
 
@@ -113,13 +117,13 @@ def make_attention(
     """
     kernel = KERNELS[_choose_aloud(name, case)]
 
-    def attention_fn(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+    def attention_fn(q: Array, k: Array, v: Array, segment_ids: Array, scoring: Scoring, sinks: Array | None) -> Array:
         if layout is not None and k.shape[2] % layout.strategy.tp:
             k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-        attend = lambda q, k, v, segment_ids: kernel.rows(q, k, v, segment_ids, window, max_segment_len)
+        attend = lambda q, k, v, segment_ids, sinks: kernel.rows(q, k, v, segment_ids, scoring, sinks, max_segment_len)
         if not kernel.is_whole and layout is not None:
             attend = on_own_heads(attend, layout)
-        return attend(q, k, v, segment_ids)
+        return attend(q, k, v, segment_ids, sinks)
 
     return attention_fn
 

@@ -12,11 +12,12 @@ from jax import Array
 
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.reference import dense_attention
+from realjax.models.attention import Scoring
 
 logger = logging.getLogger("realjax.engine")
 
-# rows_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, window, max_segment_len) -> RTNH
-RowsFn = Callable[[Array, Array, Array, Array, int | None, int | None], Array]
+# rows_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, scoring, sinks_N, max_segment_len) -> RTNH
+RowsFn = Callable[[Array, Array, Array, Array, Scoring, Array | None, int | None], Array]
 
 ROW_LEN = 256
 # Two rows: two long segments, many short ones and padding; and one segment.
@@ -29,8 +30,8 @@ MOST_DIFFERENCE = 0.03
 def find_disagreement(rows_fn: RowsFn, case: Case) -> str | None:
     """Returns how a kernel differs from the definition on small packed rows, None where it agrees.
 
-    Values and gradients, with the case's heads and type, without and with its window. None also where no device of
-    the case's platform is at hand, as when programs are compiled for devices elsewhere. A second or so.
+    Values and gradients, with the case's heads, scores and type, without and with its window. None also where no
+    device of the case's platform is at hand, as when programs are compiled for devices elsewhere. A second or so.
     """
     devices = [device for device in jax.local_devices() if device.platform == case.platform]
     if not devices:
@@ -61,19 +62,22 @@ def _compare(rows_fn: RowsFn, case: Case, window: int | None) -> str | None:
     draw = lambda num: rng.standard_normal((*segment_ids.shape, num, case.head_dim))
     # Numbers of the kernel's type, so that both compute from the same.
     q, k, v, weights = (jnp.asarray(draw(num) * is_token, case.dtype) for num in heads.values())
+    sinks = jnp.asarray(rng.standard_normal(2 * group), jnp.float32) if case.sinks else None
+    scoring = Scoring(window=window, softcap=case.softcap, scale=case.scale)
 
     @partial(jax.jit, static_argnums=(0, 1))
-    def outcome(fn: RowsFn, dtype: str, segment_ids: Array, weights: Array, *qkv: Array) -> tuple[Array, ...]:
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            return jnp.where(is_token, fn(q, k, v, segment_ids, window, ROW_LEN), 0)
+    def outcome(fn: RowsFn, dtype: str, segment_ids: Array, weights: Array, *inputs: Array) -> tuple[Array, ...]:
+        def attend(q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
+            return jnp.where(is_token, fn(q, k, v, segment_ids, scoring, sinks, ROW_LEN), 0)
 
-        attended, backward = jax.vjp(attend, *(x.astype(dtype) for x in qkv))
-        return attended, *backward(weights.astype(dtype))
+        attended, backward = jax.vjp(attend, *(x.astype(dtype) for x in inputs), sinks)
+        return attended, *(x for x in backward(weights.astype(dtype)) if x is not None)
 
     found = outcome(rows_fn, case.dtype, segment_ids, weights, q, k, v)
     with jax.default_matmul_precision("highest"):
         expected = outcome(dense_attention, "float32", segment_ids, weights, q, k, v)
-    for name, one, other in zip(("its values", "the gradients of q", "of k", "of v"), found, expected, strict=True):
+    names = ("its values", "the gradients of q", "of k", "of v", *["of sinks"] * case.sinks)
+    for name, one, other in zip(names, found, expected, strict=True):
         one, other = (np.asarray(x, np.float32) for x in (one, other))
         difference = np.linalg.norm(one - other) / np.linalg.norm(other)
         if not difference <= MOST_DIFFERENCE:  # NaN too

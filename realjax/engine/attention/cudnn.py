@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from realjax.models.attention import Scoring
+
 MODULE = "jax._src.cudnn.fused_attention_stablehlo"
 # What the calls are known to take, and what newer releases added, which None leaves out.
 OPERANDS = "query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v"
@@ -44,6 +46,7 @@ class Shape:
     num_parts: int
     seq_len: int
     window: int | None
+    scale: float
 
     @property
     def group_size(self) -> int:
@@ -63,7 +66,13 @@ class Segments:
 
 
 def cudnn_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, max_segment_len: int | None
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    scoring: Scoring,
+    sinks: Array | None,
+    max_segment_len: int | None,
 ) -> Array:
     """Returns attention within segments `[R, T, N, H]`, zero on padding; NaN where a segment is longer than the bound.
 
@@ -79,8 +88,9 @@ def cudnn_attention(
     seq_len = next(n for n in range(shortest, T + 1) if T % n == 0)
     # No number may reach 2^31, that of the end of all rows included.
     rows = next(n for n in range(R, 0, -1) if R % n == 0 and n * T * N * H <= MOST_NUMBERS)
-    window = window if window is not None and window < seq_len else None
-    shape = Shape(num_parts=rows * T // seq_len, seq_len=seq_len, window=window)
+    window = scoring.window if scoring.window is not None and scoring.window < seq_len else None
+    scale = scoring.find_scale(H)
+    shape = Shape(num_parts=rows * T // seq_len, seq_len=seq_len, window=window, scale=scale)
     attend = lambda args: _attend(*args[:3], find_segments(args[3], shape.group_size), shape)
     if rows == R:
         return attend((q, k, v, segment_ids))
@@ -165,7 +175,7 @@ def _call_forward(
     calls = load_calls()
     flat = _in_parts(shape, q, k, v)
     results = calls._dot_product_attention_fwd_p.bind(
-        *flat, *_list_group(q, k, segments, shape, group), **_options(calls, "fwd", shape, q), is_training=is_training
+        *flat, *_list_group(q, k, segments, shape, group), **_options(calls, "fwd", shape), is_training=is_training
     )
     return results[0].reshape(q.shape), *results[1:]
 
@@ -186,7 +196,7 @@ def _call_backward(
         *_list_group(q, k, segments, shape, group),
         log_totals,
         *_in_parts(shape, attended, grad),
-        **_options(calls, "bwd", shape, q),
+        **_options(calls, "bwd", shape),
     )
     return tuple(result.reshape(x.shape) for result, x in zip(results, inputs, strict=True))
 
@@ -211,10 +221,10 @@ def _list_group(q: Array, k: Array, segments: Segments, shape: Shape, group: Arr
     return none, lengths, lengths, q_offsets, k_offsets, none, none
 
 
-def _options(calls: ModuleType, name: str, shape: Shape, q: Array) -> dict[str, Any]:
+def _options(calls: ModuleType, name: str, shape: Shape) -> dict[str, Any]:
     added = {key: None for key in _parameters(calls, name) if key in ADDED[1:]}
     return {
-        "scale": q.shape[-1] ** -0.5,
+        "scale": shape.scale,
         "seed": 0,
         "dropout_rate": 0.0,
         "variadic_args": (False, False),  # no bias, no gradient of it

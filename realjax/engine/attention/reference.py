@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from realjax.models.attention import Scoring
+
 
 def packed_mask(q_segments: Array, k_segments: Array, q_start: int, window: int | None) -> Array:
     """Returns the mask `[R, T, S]`, True where query t (at row index q_start + t) may see key s."""
@@ -13,22 +15,37 @@ def packed_mask(q_segments: Array, k_segments: Array, q_start: int, window: int 
     return (q_segments[:, :, None] == k_segments[:, None, :]) & near
 
 
-def masked_attention(q_RTNH: Array, k_RSKH: Array, v_RSKH: Array, mask_RTS: Array) -> Array:
-    """Returns softmax(q k^T / sqrt(H)) v over the allowed keys, grouped heads, softmax in float32: `[R, T, N, H]`."""
-    R, T, N, H = q_RTNH.shape
-    K = k_RSKH.shape[2]
-    q = (q_RTNH * H**-0.5).reshape(R, T, K, N // K, H)
-    scores = jnp.einsum("RTKGH,RSKH->RKGTS", q, k_RSKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_RTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_RSKH.dtype)
-    return jnp.einsum("RKGTS,RSKH->RTKGH", probs, v_RSKH).reshape(R, T, N, H)
+def cap_scores(scores: Array, softcap: float | None) -> Array:
+    """Returns the scores, which stay within the cap, if any (arXiv:2408.00118)."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def softmax(scores: Array, sinks: Array | None) -> Array:
+    """Returns the softmax over the last dim of scores `[*B, S]`, of which sinks, like `[*B, 1]`, take a part."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, sinks], axis=-1), axis=-1)[..., :-1]
 
 
 def dense_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, max_segment_len: int | None = None
+    q_RTNH: Array,
+    k_RTKH: Array,
+    v_RTKH: Array,
+    segment_ids: Array,
+    scoring: Scoring,
+    sinks: Array | None = None,
+    max_segment_len: int | None = None,
 ) -> Array:
-    """One `[T, T]` matrix of scores per row and head."""
-    return masked_attention(q, k, v, packed_mask(segment_ids, segment_ids, 0, window))
+    """Returns softmax(q k^T scale) v over the keys that count, grouped heads, softmax in float32: `[R, T, N, H]`."""
+    R, T, N, H = q_RTNH.shape
+    K = k_RTKH.shape[2]
+    mask = packed_mask(segment_ids, segment_ids, 0, scoring.window)
+    q = (q_RTNH * scoring.find_scale(H)).reshape(R, T, K, N // K, H)
+    scores = jnp.einsum("RTKGH,RSKH->RKGTS", q, k_RTKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], cap_scores(scores, scoring.softcap), jnp.finfo(jnp.float32).min)
+    probs = softmax(scores, None if sinks is None else sinks.reshape(K, N // K, 1, 1)).astype(v_RTKH.dtype)
+    return jnp.einsum("RKGTS,RSKH->RTKGH", probs, v_RTKH).reshape(R, T, N, H)
 
 
 def cache_mask(lengths: Array, cache_len: int, window: int | None) -> Array:
@@ -38,12 +55,15 @@ def cache_mask(lengths: Array, cache_len: int, window: int | None) -> Array:
     return mask if window is None else mask & (index > lengths[:, None] - window)
 
 
-def dense_decoding(q_BNH: Array, k_BKHS: Array, v_BKSH: Array, lengths: Array, window: int | None) -> Array:
+def dense_decoding(
+    q_BNH: Array, k_BKHS: Array, v_BKSH: Array, lengths: Array, scoring: Scoring, sinks: Array | None = None
+) -> Array:
     """One row of scores per query, against the cache as it lies."""
     B, N, H = q_BNH.shape
     K, S = k_BKHS.shape[1], k_BKHS.shape[3]
-    q = (q_BNH * H**-0.5).reshape(B, K, N // K, H)
+    q = (q_BNH * scoring.find_scale(H)).reshape(B, K, N // K, H)
     scores = jnp.einsum("BKGH,BKHS->BKGS", q, k_BKHS, preferred_element_type=jnp.float32)
-    scores = jnp.where(cache_mask(lengths, S, window)[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    mask = cache_mask(lengths, S, scoring.window)[:, None, None]
+    scores = jnp.where(mask, cap_scores(scores, scoring.softcap), jnp.finfo(jnp.float32).min)
+    probs = softmax(scores, None if sinks is None else sinks.reshape(K, N // K, 1)).astype(v_BKSH.dtype)
     return jnp.einsum("BKGS,BKSH->BKGH", probs, v_BKSH).reshape(B, N, H)

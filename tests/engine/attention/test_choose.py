@@ -22,10 +22,10 @@ USES = get_args(Use)
 
 
 def test_auto_has_a_kernel_for_every_case():
-    for use, platform, dtype, head_dim in product(
-        USES, ("cpu", "gpu", "tpu", "metal"), ("float32", "bfloat16"), (2, 64, 128, 576)
+    for use, platform, dtype, head_dim, softcap, sinks in product(
+        USES, ("cpu", "gpu", "tpu", "metal"), ("float32", "bfloat16"), (2, 64, 128, 576), (None, 50.0), (False, True)
     ):
-        case = Case(use=use, platform=platform, dtype=dtype, head_dim=head_dim)
+        case = Case(use=use, platform=platform, dtype=dtype, head_dim=head_dim, softcap=softcap, sinks=sinks)
         kernel = KERNELS[choose("auto", case).kernel]
         assert kernel.find_fault(case) is None
         assert use != "decoding" or kernel.decoding
@@ -43,6 +43,8 @@ def test_auto_has_a_kernel_for_every_case():
         ("rows", replace(H100, capability=(8, 0)), "blocked"),  # an A100
         ("rows", replace(H100, capability=None), "blocked"),
         ("rows", replace(H100, dtype="float32"), "blocked"),
+        ("rows", replace(H100, softcap=50.0), "blocked"),
+        ("prefill", replace(H100, sinks=True), "blocked"),
     ],
 )
 def test_auto_takes(use, case, kernel):
@@ -67,6 +69,8 @@ def test_a_kernel_that_is_asked_for_serves_every_use_that_it_has_a_form_for(name
         ({"dtype": "float32"}, "needs a 16-bit type, and the model computes in float32; use auto"),
         ({"capability": (8, 0)}, "capability 9.0 .Hopper. or later, and the devices' is 8.0; use auto"),
         ({"capability": None}, "capability 9.0 .Hopper. or later, and the devices' is not known; use auto"),
+        ({"softcap": 50.0}, "does not cap scores, and the model's are capped at 50; use auto"),
+        ({"sinks": True}, "knows no sinks, and the model's heads have them; use auto"),
         ({"head_dim": 60}, "a multiple of 8 up to 256, and the model's is 60; use auto"),
         ({"head_dim": 264}, "a multiple of 8 up to 256, and the model's is 264; use auto"),
     ],
@@ -92,8 +96,9 @@ def test_the_choice_is_said_with_its_reason(caplog):
 
 
 def test_a_case_says_what_a_model_needs():
-    case = Case.of("rows", make_model(window=16).config, make_layout(), np.dtype("float32"))
-    assert case == replace(CASE, num_q_heads=8, num_kv_heads=2, window=16)
+    scores = {"window": 16, "softcap": 30.0, "scale": 0.1, "sinks": True}
+    case = Case.of("rows", make_model(**scores).config, make_layout(), np.dtype("float32"))
+    assert case == replace(CASE, num_q_heads=8, num_kv_heads=2, **scores)
 
 
 def test_a_capability_is_that_of_cuda():
@@ -101,8 +106,8 @@ def test_a_capability_is_that_of_cuda():
     assert (of("9.0"), of("10.3"), of("gfx90a"), find_capability(jax.devices()[0])) == ((9, 0), (10, 3), None, None)
 
 
-def attend_as_if_one_sequence(q, k, v, segment_ids, window, max_segment_len):
-    return dense_attention(q, k, v, segment_ids * 0, window)
+def attend_as_if_one_sequence(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, segment_ids * 0, scoring, sinks)
 
 
 @pytest.fixture

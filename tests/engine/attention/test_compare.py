@@ -15,6 +15,8 @@ from tests.given.cudnn import emulate_cudnn
 from tests.given.models import CASE, PORTABLE_KERNELS
 
 SMALL = replace(CASE, head_dim=8, num_q_heads=4, num_kv_heads=2, window=20)
+SINKS = replace(SMALL, sinks=True)
+CAPPED = replace(SINKS, softcap=2.0, scale=0.9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -23,35 +25,56 @@ def test_right_kernels_agree(kernel, dtype):
     assert find_disagreement(KERNELS[kernel].rows, replace(SMALL, dtype=dtype)) is None
 
 
+@pytest.mark.parametrize(("kernel", "case"), [("dense", CAPPED), ("blocked", CAPPED), ("xla", SINKS)])
+def test_right_kernels_agree_on_scores_in_16_bits(kernel, case):
+    assert find_disagreement(KERNELS[kernel].rows, replace(case, dtype="bfloat16")) is None
+
+
 def test_cudnn_as_it_is_documented_agrees():
     emulate_cudnn()
     assert find_disagreement(cudnn_attention, SMALL) is None
 
 
-def across_segments(q, k, v, segment_ids, window, max_segment_len):
-    return dense_attention(q, k, v, jnp.minimum(segment_ids, 1), window)
+def across_segments(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, jnp.minimum(segment_ids, 1), scoring, sinks)
 
 
-def of_first_rows(q, k, v, segment_ids, window, max_segment_len):
+def of_first_rows(q, k, v, segment_ids, scoring, sinks, max_segment_len):
     """Right in all rows but the last."""
-    right = dense_attention(q, k, v, segment_ids, window)
+    right = dense_attention(q, k, v, segment_ids, scoring, sinks)
     return right.at[-1].set(0)
 
 
-def without_window(q, k, v, segment_ids, window, max_segment_len):
-    return dense_attention(q, k, v, segment_ids, None)
+def without_window(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, segment_ids, replace(scoring, window=None), sinks)
 
 
-def without_gradients(q, k, v, segment_ids, window, max_segment_len):
+def without_gradients(q, k, v, segment_ids, scoring, sinks, max_segment_len):
     k = k.at[:, 50:60].set(jax.lax.stop_gradient(k[:, 50:60]))
-    return dense_attention(q, k, v, segment_ids, window)
+    return dense_attention(q, k, v, segment_ids, scoring, sinks)
 
 
-def with_nan(q, k, v, segment_ids, window, max_segment_len):
-    return dense_attention(q, k, v, segment_ids, window) + jnp.nan
+def without_sinks(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, segment_ids, scoring)
 
 
-def that_fails(q, k, v, segment_ids, window, max_segment_len):
+def without_gradient_of_sinks(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, segment_ids, scoring, jax.lax.stop_gradient(sinks))
+
+
+def without_cap(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, segment_ids, replace(scoring, softcap=None), sinks)
+
+
+def without_scale(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, segment_ids, replace(scoring, scale=None), sinks)
+
+
+def with_nan(q, k, v, segment_ids, scoring, sinks, max_segment_len):
+    return dense_attention(q, k, v, segment_ids, scoring, sinks) + jnp.nan
+
+
+def that_fails(q, k, v, segment_ids, scoring, sinks, max_segment_len):
     raise RuntimeError("cuDNN is not detected")
 
 
@@ -64,10 +87,14 @@ def that_fails(q, k, v, segment_ids, window, max_segment_len):
         (without_gradients, "of k differ"),
         (with_nan, "by nan of their size"),
         (that_fails, "it failed on .*: cuDNN is not detected"),
+        (without_sinks, "its values differ"),
+        (without_gradient_of_sinks, "of sinks differ"),
+        (without_cap, "its values differ"),
+        (without_scale, "its values differ"),
     ],
 )
 def test_what_is_wrong_is_said(rows_fn, words):
-    fault = find_disagreement(rows_fn, SMALL)
+    fault = find_disagreement(rows_fn, CAPPED)
     assert fault and re.search(words, fault)
 
 

@@ -13,6 +13,7 @@ from realjax.engine.attention import cudnn
 from realjax.engine.attention.cudnn import ROOM, cudnn_attention, find_api_fault, find_segments
 from realjax.engine.attention.reference import dense_attention
 from realjax.engine.manual_axes import on_own_heads
+from realjax.models.attention import Scoring
 from tests.given.cudnn import emulate_cudnn
 from tests.given.models import make_layout, quick_jit
 
@@ -45,6 +46,17 @@ def draw(seed: int, num_rows: int, row_len: int, num_kv_heads: int = K):
     return q, k, v, weights
 
 
+def by_cudnn(window=None, bound=None):
+    def attend(q, k, v, segment_ids, sinks=None):
+        return cudnn_attention(q, k, v, segment_ids, Scoring(window=window), sinks, bound)
+
+    return attend
+
+
+def by_definition(window=None):
+    return lambda *args: dense_attention(*args, Scoring(window=window))
+
+
 def outcome(attend, segment_ids, weights, q, k, v):
     """Returns values and gradients, the values of padding left out."""
     is_token = (segment_ids > 0)[..., None, None]
@@ -67,8 +79,8 @@ def test_any_packing_agrees_with_the_definition(seed):
     bound = None if longest == row_len else longest
     segment_ids = pack_at_random(rng, num_rows, row_len, longest)
     q, k, v, weights = draw(seed, num_rows, row_len, int(rng.choice([1, 2, 4])))
-    found = outcome(lambda *args: cudnn_attention(*args, window, bound), segment_ids, weights, q, k, v)
-    expected = outcome(lambda *args: dense_attention(*args, window), segment_ids, weights, q, k, v)
+    found = outcome(by_cudnn(window=window, bound=bound), segment_ids, weights, q, k, v)
+    expected = outcome(by_definition(window=window), segment_ids, weights, q, k, v)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -81,8 +93,8 @@ def test_segments_that_no_call_has_room_for_go_into_more(num_segments):
     segments = find_segments(jnp.asarray(segment_ids), 2 * ROOM)
     assert segments.num_groups == -(-num_segments // 8)
     q, k, v, weights = draw(0, 2, 32)
-    found = outcome(lambda *args: cudnn_attention(*args, None, None), segment_ids, weights, q, k, v)
-    expected = outcome(lambda *args: dense_attention(*args, None), segment_ids, weights, q, k, v)
+    found = outcome(by_cudnn(), segment_ids, weights, q, k, v)
+    expected = outcome(by_definition(), segment_ids, weights, q, k, v)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -93,17 +105,17 @@ def test_padding_is_zero_and_nothing_else_of_it_is_read():
     q, k, v, weights = draw(0, 3, 24)
     padding = (segment_ids == 0)[..., None, None]
     q, k, v = (np.where(padding, np.nan, x) for x in (q, k, v))
-    attended, *grads = outcome(lambda *args: cudnn_attention(*args, None, None), segment_ids, weights, q, k, v)
+    attended, *grads = outcome(by_cudnn(), segment_ids, weights, q, k, v)
     assert np.isfinite(attended).all() and all(np.isfinite(grad).all() for grad in grads)
     assert all((np.where(padding, grad, 0) == 0).all() for grad in grads)
-    assert (np.asarray(cudnn_attention(q, k, v, segment_ids, None, None))[segment_ids == 0] == 0).all()
+    assert (np.asarray(by_cudnn()(q, k, v, segment_ids))[segment_ids == 0] == 0).all()
 
 
 def test_a_segment_longer_than_the_bound_is_nan_and_not_wrong():
     segment_ids = np.array([[1] * 8 + [2] * 9 + [3] * 7], np.int32)
     q, k, v, weights = draw(0, 1, 24)
     for bound, is_fine in ((9, True), (8, False), (3, False)):
-        found = outcome(lambda *args, bound=bound: cudnn_attention(*args, None, bound), segment_ids, weights, q, k, v)
+        found = outcome(by_cudnn(bound=bound), segment_ids, weights, q, k, v)
         assert all(np.isfinite(x).all() == is_fine for x in found)
         assert is_fine or np.isnan(found[0]).all()
 
@@ -111,15 +123,15 @@ def test_a_segment_longer_than_the_bound_is_nan_and_not_wrong():
 def test_rows_of_too_many_numbers_go_in_parts(monkeypatch):
     segment_ids = pack_at_random(np.random.default_rng(0), 6, 24, 9)
     q, k, v, weights = draw(0, 6, 24)
-    whole = outcome(lambda *args: cudnn_attention(*args, 5, 9), segment_ids, weights, q, k, v)
+    whole = outcome(by_cudnn(window=5, bound=9), segment_ids, weights, q, k, v)
     monkeypatch.setattr(cudnn, "MOST_NUMBERS", 2 * 24 * N * H)
-    traced = str(jax.make_jaxpr(lambda *args: cudnn_attention(*args, segment_ids, 5, 9))(q, k, v))
+    traced = str(jax.make_jaxpr(by_cudnn(window=5, bound=9))(q, k, v, segment_ids))
     assert "dot_product_attention_fwd" in traced and f"f32[2,24,{N},{H}]" in traced
-    for one, other in zip(outcome(lambda *args: cudnn_attention(*args, 5, 9), segment_ids, weights, q, k, v), whole):
+    for one, other in zip(outcome(by_cudnn(window=5, bound=9), segment_ids, weights, q, k, v), whole):
         np.testing.assert_allclose(one, other, atol=1e-6)
     monkeypatch.setattr(cudnn, "MOST_NUMBERS", 24 * N * H - 1)
     with pytest.raises(ValueError, match="counts in 32 bits, found rows of 24 x 4 x 8 numbers a device; use shorter"):
-        cudnn_attention(q, k, v, segment_ids, 5, 9)
+        by_cudnn(window=5, bound=9)(q, k, v, segment_ids)
 
 
 @pytest.mark.parametrize("layout", [make_layout(dp=2, tp=2), make_layout(tp=4), make_layout(dp=4)], ids=str)
@@ -127,9 +139,9 @@ def test_devices_attend_to_their_own_rows_and_heads(layout: Layout):
     """Each with the lists of its own rows; four query heads share four key-value heads."""
     segment_ids = pack_at_random(np.random.default_rng(3), 4, 24, 12)
     q, k, v, weights = draw(0, 4, 24, num_kv_heads=4)
-    attend = on_own_heads(lambda *args: cudnn_attention(*args, None, None), layout)
+    attend = lambda *args: on_own_heads(by_cudnn(), layout)(*args, None)
     found = outcome(attend, segment_ids, weights, *jax.device_put((q, k, v), layout.sharding("data", None, "tensor")))
-    expected = outcome(lambda *args: dense_attention(*args, None), segment_ids, weights, q, k, v)
+    expected = outcome(by_definition(), segment_ids, weights, q, k, v)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

@@ -27,9 +27,9 @@ def seen(monkeypatch):
     """The shapes that a kernel of one device's own sees, in the place of the dense one."""
     shapes = set()
 
-    def attend(q, k, v, segment_ids, window, max_segment_len):
+    def attend(q, k, v, segment_ids, scoring, sinks, max_segment_len):
         shapes.add((q.shape[0], q.shape[2], k.shape[2], segment_ids.shape[0]))
-        return dense_attention(q, k, v, segment_ids, window)
+        return dense_attention(q, k, v, segment_ids, scoring, sinks)
 
     monkeypatch.setitem(choose.KERNELS, "alone", Kernel(rows=attend, is_whole=False))
     return shapes
