@@ -37,15 +37,17 @@ class ModelShape:
     @classmethod
     def of(cls, config: ModelConfig) -> "ModelShape":
         """Returns the sizes of a model of the house."""
-        windows = [layer.mixer.window for layer in config.layers]
+        windows, moe = [layer.mixer.window for layer in config.layers], config.experts
         return cls(
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             num_q_heads=config.num_q_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            ffn_size=config.ffn_size,
+            ffn_size=moe.expert_size if moe else config.ffn_size,
             vocab_size=config.vocab_size,
+            num_experts=moe.num_experts if moe else 1,
+            experts_per_token=moe.experts_per_token if moe else 1,
             is_tied=config.tied,
             is_critic=config.is_critic,
             window=None if None in windows else max(filter(None, windows)),

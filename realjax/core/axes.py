@@ -48,6 +48,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "kv_heads": IfDivides("tensor"),  # fewer than tp: whole on every device
         "head_dim": None,
         "ffn": "tensor",
+        "router": None,
         "norm": None,
         "score": None,
         # batches and activations

@@ -16,8 +16,9 @@ from realjax.models.build import Model
 
 
 def decay_mask(params: Tree) -> Tree:
-    """Returns True for every parameter that weight decay applies to: all but norms' scales and biases."""
-    return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "scale_less_one", "bias"), params)
+    """Returns True for every parameter that weight decay applies to: all but scales of norms, biases and offsets."""
+    spared = ("scale", "scale_less_one", "bias", "offset")
+    return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in spared, params)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ Index = tuple[slice, ...]
 
 
 def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type = np.float32) -> Tree:
-    """Returns random parameters: norms 1, biases 0, the rest normal with deviation 0.02; empty layers 0.
+    """Returns random parameters: norms 1, biases and offsets 0, the rest normal with deviation 0.02; empty layers 0.
 
     Values depend on (seed, path, layer) only, never on the layout, and are drawn on the host a layer at a time: no
     compile.
@@ -103,7 +103,7 @@ def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[Index],
 
     def fill(index: Index) -> np.ndarray:
         dims = [len(range(*s.indices(n))) for s, n in zip(index, shape)]
-        if name in ("scale", "bias"):
+        if name in ("scale", "bias", "offset"):
             return np.full(dims, float(name == "scale"), np.float32)
         if not stacked:
             return whole(0)[index]

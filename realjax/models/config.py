@@ -51,12 +51,55 @@ class MLPConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Gated feed-forwards of which a router chooses some for each token (experts), without a limit to their load.
+
+    Raises ValueError when sizes do not fit together.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    # Of all experts' scores, of which the best are chosen; or of those that have the best logits, among themselves.
+    scores: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
+    renormalise: bool = False  # the weights of a token's experts sum to 1
+    scale: float = 1.0  # of the weights, last of all
+    router_bias: bool = False
+    has_offset: bool = False  # added to the scores where experts are chosen, not in their weights; never trained
+    # Experts in a row are a group. Those are chosen from a token's best groups, by each one's two best scores.
+    num_groups: int = 1
+    groups_per_token: int = 1
+    activation: Activation = "silu"
+    bias: bool = False
+    # With a limit, gate and up are cut there, and an expert is (up + 1) * gate * sigmoid(alpha * gate).
+    limit: float | None = None
+    alpha: float = 1.0
+    shared_size: int | None = None  # of a feed-forward beside the experts that every token goes through
+    shared_gate: bool = False  # it is weighed by a sigmoid of its own
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "experts_per_token", "expert_size", "num_groups", "groups_per_token"):
+            if (size := getattr(self, name)) < 1:
+                raise ValueError(f"model config: {name}={size}; it must be at least 1")
+        if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
+            raise ValueError(
+                f"model config: {self.groups_per_token} of {self.num_groups} groups of {self.num_experts} experts; "
+                "groups must be equal, and no more of them chosen than there are"
+            )
+        if self.experts_per_token > (most := self.num_experts // self.num_groups * self.groups_per_token):
+            raise ValueError(
+                f"model config: {self.experts_per_token} experts for a token, of {most} that it can have; "
+                "num_experts_per_tok must not be larger"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """One kind of layer. `attn_post_norm` and `mlp_post_norm` are over what is added to the residual."""
 
     name: str = "full"  # of its own in a pattern; stacks of parameters are called by it
     mixer: AttentionConfig = AttentionConfig()
-    feed_forward: MLPConfig = MLPConfig()
+    feed_forward: MLPConfig | MoEConfig = MLPConfig()
     attn_norm: NormConfig | None = NormConfig()
     attn_post_norm: NormConfig | None = None
     mlp_norm: NormConfig | None = NormConfig()
@@ -120,6 +163,8 @@ class ModelConfig:
             raise ValueError(f"model config: two different kinds of layer are called '{unequal[0]}'; name them apart")
         if not all(name.isidentifier() for name in self.kinds):
             raise ValueError(f"model config: layers are called {list(self.kinds)}; use letters, digits and _")
+        if any(isinstance(x := kind.feed_forward, MoEConfig) and x != self.experts for kind in self.pattern):
+            raise ValueError("model config: layers with different experts or routers; they must all be alike")
         if self.num_empty_layers and len(self.kinds) > 1:
             raise ValueError(
                 f"model config: num_empty_layers={self.num_empty_layers} with layers of several kinds "
@@ -145,6 +190,11 @@ class ModelConfig:
     def layers(self) -> tuple[LayerKind, ...]:
         """The kind of every layer, without empty ones."""
         return tuple(self.kinds[name] for name in self.order[: self.num_layers])
+
+    @property
+    def experts(self) -> MoEConfig | None:
+        """What layers with experts have, all of them alike; None in a model without."""
+        return next((kind.feed_forward for kind in self.pattern if isinstance(kind.feed_forward, MoEConfig)), None)
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

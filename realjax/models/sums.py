@@ -77,6 +77,75 @@ def _matmul_backward(
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+# group_fn(x [P, I], kernels [E, I, O], sizes [E], is_turned) -> [P, O]; turned, kernels are [E, O, I].
+GroupFn = Callable[[Array, Array, Array, bool], Array]
+# group_sum_fn(x [P, I], y [P, O], sizes [E]) -> the sums of their products in each group, float32 [E, I, O]
+GroupSumFn = Callable[[Array, Array, Array], Array]
+
+
+def multiply_groups(x: Array, kernels: Array, sizes: Array, is_turned: bool) -> Array:
+    """Returns the rows of x, one group after another, each times its group's kernel."""
+    dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2 if is_turned else 1,)), ((), ())), [0], [0])
+    return jax.lax.ragged_dot_general(x, kernels, sizes, dims)
+
+
+def sum_groups(x: Array, y: Array, sizes: Array) -> Array:
+    """Returns for each group the sum over its rows of x times y."""
+    dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return jax.lax.ragged_dot_general(x, y, sizes, dims, preferred_element_type=jnp.float32)
+
+
+def grouped_matmul(
+    x: Array,
+    kernels: Array,
+    sizes: Array,
+    group_fn: GroupFn = multiply_groups,
+    group_sum_fn: GroupSumFn = sum_groups,
+) -> Array:
+    """Returns x `[P, I]`, whose first `sizes[0]` rows are of group 0 and so on, times kernels `[E, I, O]`: `[P, O]`.
+
+    Rows of no group, at the end, give 0, as do their gradients. `group_sum_fn` sums the kernels' gradients.
+    """
+    return cast(Array, _grouped_matmul(x, kernels, sizes, group_fn, group_sum_fn))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_matmul(x: Array, kernels: Array, sizes: Array, group_fn: GroupFn, group_sum_fn: GroupSumFn) -> Array:
+    return _clear_rest(group_fn(x, kernels, sizes, False), sizes)
+
+
+def _grouped_forward(
+    x: Array, kernels: Array, sizes: Array, group_fn: GroupFn, group_sum_fn: GroupSumFn
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped_matmul(x, kernels, sizes, group_fn, group_sum_fn), (x, kernels, sizes)
+
+
+def _grouped_backward(
+    group_fn: GroupFn, group_sum_fn: GroupSumFn, residuals: tuple[Array, Array, Array], grad: Array
+) -> tuple[Array, Array, None]:
+    x, kernels, sizes = residuals
+    grad = grad.astype(x.dtype)
+    grad_x = _clear_rest(group_fn(grad, kernels, sizes, True), sizes)
+    return grad_x, group_sum_fn(x, grad, sizes).astype(kernels.dtype), None
+
+
+def _clear_rest(y: Array, sizes: Array) -> Array:
+    # What platforms leave in rows of no group differs, and need not be finite.
+    return jnp.where(jnp.arange(len(y))[:, None] < sizes.sum(), y, 0)
+
+
+_grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+
+
+@jax.custom_vjp
+def permute(x: Array, order: Array, inverse: Array) -> Array:
+    """Returns the rows of x in another order, whose `inverse` brings the gradient's back: nothing is summed."""
+    return x[order]
+
+
+permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, grad: (grad[inverse], None, None))
+
+
 @jax.custom_vjp
 def scale_by(x: Array, scale: Array) -> Array:
     """Returns x `[..., D]` times scale `[D]`."""

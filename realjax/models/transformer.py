@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from realjax.core.axes import Constrain
 from realjax.core.trees import Tree
 from realjax.models import sums
 from realjax.models.attention import Attention, AttentionFn, BlockContext
-from realjax.models.config import LayerKind, MLPConfig, ModelConfig
+from realjax.models.config import LayerKind, MLPConfig, ModelConfig, MoEConfig
 from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
 from realjax.models.mlp import MLP
+from realjax.models.moe import MoE
 from realjax.models.products import Products
 from realjax.models.stacks import (
     Aux,
@@ -59,7 +61,7 @@ class Forward:
 
 
 # The module of each kind of feed-forward. Its `TERMS` are the names of what it returns as `Aux`.
-FEED_FORWARDS: dict[type, type[MLP]] = {MLPConfig: MLP}
+FEED_FORWARDS: dict[type, type[Any]] = {MLPConfig: MLP, MoEConfig: MoE}
 
 
 class Block(nnx.Module):

@@ -9,7 +9,7 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.option import check_ranges, nested, option
 
 # What `realjax.hf.families` says its families are published as.
-ModelClass = Literal["llama", "codellama", "deepseek", "qwen2", "qwen3"]
+ModelClass = Literal["llama", "codellama", "deepseek", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ModelFamily:
     @classmethod
     def from_text(cls, text: str, name: str) -> "ModelFamily":
         """Returns the family that `<class>-<size>[-critic]` describes; ValueError naming the option `name`."""
-        match = re.fullmatch(r"([a-z0-9]+)-(\d{1,9})(-critic)?", text)
+        match = re.fullmatch(r"([a-z0-9_]+)-(\d{1,9})(-critic)?", text)
         known = {name: name for name in get_args(ModelClass)}
         if match is None or match[1] not in known:
             raise ValueError(

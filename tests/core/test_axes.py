@@ -43,6 +43,7 @@ def num_shards(name: str, size: int, strategy: ParallelStrategy, table: str) -> 
         "kv_heads": tp if size % tp == 0 else 1,
         "ffn": tp,
         "head_dim": 1,
+        "router": 1,
         "norm": 1,
         "score": 1,
     }[name]

@@ -27,6 +27,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+# As families with experts call them.
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -46,8 +48,11 @@ KINDS = {
     "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe-sparse": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2}),
 }
-FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES}, name) for name in FAMILIES}
+FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES, **EXPERTS}, name) for name in FAMILIES}
 # Packed rows of tiny models on CPUs, as attention kernels see them.
 CASE = Case(use="rows", platform="cpu", dtype="float32", head_dim=4)
 # The attention kernels that run on any device.

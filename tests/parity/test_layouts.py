@@ -19,6 +19,7 @@ from realjax.engine.optim import Optimizer
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients, make_train_step
 from realjax.models.build import Model
+from realjax.models.config import LayerKind, MoEConfig
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import FULL, PORTABLE_KERNELS, make_layout, make_model, place_params, quick_jit, random_tree
 from tests.given.sequences import make_examples, one_per_row, pack_in_order
@@ -27,7 +28,23 @@ from tests.given.sequences import make_examples, one_per_row, pack_in_order
 LENGTHS = [7, 19, 1, 12, 5, 16, 9, 3, 14, 11, 6, 18, 2, 13, 8]
 EXAMPLES = make_examples(LENGTHS)
 EXAMPLES[2]["loss_mask"][:] = EXAMPLES[9]["loss_mask"][:] = False
-MODELS = {"full": make_model(**FULL, num_layers=4), "tied": make_model(tied=True, num_layers=4)}
+SPARSE = LayerKind(
+    name="sparse",
+    feed_forward=MoEConfig(
+        num_experts=6,
+        experts_per_token=2,
+        expert_size=16,
+        router_bias=True,
+        bias=True,
+        shared_size=24,
+        shared_gate=True,
+    ),
+)
+MODELS = {
+    "full": make_model(**FULL, num_layers=4),
+    "tied": make_model(tied=True, num_layers=4),
+    "experts": make_model(pattern=(LayerKind(name="dense"), SPARSE), num_layers=4),
+}
 SCANNED = Compute(unroll=False)  # as accelerators run it
 BOUNDED = Compute(max_segment_len=max(LENGTHS))
 
@@ -77,6 +94,10 @@ CASES = [
     Case("tied-pp2-tp4-bounded", {"pp": 2, "tp": 4}, batch=long(), compute=BOUNDED, model="tied"),
     Case("tied-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, num_mbs=4, model="tied"),
     Case("tied-dp4-tp2-zero1", {"dp": 4, "tp": 2, "zero": 1}, batch=long(), model="tied"),
+    Case("experts-packed-remat", batch=long(), compute=Compute(remat=True), model="experts"),
+    Case("experts-dp4-tp2-zero1-mbs2", {"dp": 4, "tp": 2, "zero": 1}, num_mbs=2, model="experts"),
+    Case("experts-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, batch=narrow(), model="experts"),
+    Case("experts-pp2-dp2-tp2-scanned", {"pp": 2, "dp": 2, "tp": 2}, compute=SCANNED, model="experts"),
 ] + [Case(f"attention-{name}", batch=long(), compute=Compute(attention=name)) for name in PORTABLE_KERNELS]
 
 

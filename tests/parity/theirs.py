@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import transformers
 from jax import Array
+from transformers.core_model_loading import revert_weight_conversion
 
 from realjax.core.trees import Tree, flatten_paths, unflatten_paths
 from realjax.hf.families import config_from_hf, find_family
@@ -38,7 +39,13 @@ def randomize(theirs: transformers.PreTrainedModel, scale: float = 0.2) -> trans
 def make_ours(theirs: transformers.PreTrainedModel, config: ModelConfig | None = None) -> tuple[Model, Tree]:
     """Returns our model of `config` (of theirs by default), and their weights in our tree (host arrays)."""
     model = build_model(config or config_from_hf(theirs.config.to_dict(), "config"))
-    return model, to_ours(model, {name: p.detach().numpy() for name, p in theirs.named_parameters()})
+    return model, to_ours(model, name_tensors(theirs, dict(theirs.named_parameters())))
+
+
+def name_tensors(theirs: transformers.PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Returns a model's tensors (weights or gradients) as its checkpoints have them: not fused as in memory."""
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: tensor.numpy() for name, tensor in revert_weight_conversion(theirs, detached).items()}
 
 
 def to_ours(model: Model, named: dict[str, np.ndarray]) -> Tree:
@@ -82,4 +89,5 @@ def their_gradients(
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     loss = (nll * mask[:, 1:]).sum() / mask[:, 1:].sum()
     loss.backward()
-    return loss.item(), {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    return loss.item(), name_tensors(theirs, grads)

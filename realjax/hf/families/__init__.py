@@ -3,7 +3,7 @@
 from dataclasses import fields, is_dataclass, replace
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families import llama, qwen2, qwen3
+from realjax.hf.families import llama, mixtral, qwen2, qwen3, qwen3_moe
 from realjax.hf.families.values import check_values
 from realjax.hf.rules import Family
 from realjax.models.config import LayerKind, ModelConfig
@@ -12,6 +12,8 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }
 
 

@@ -126,8 +126,12 @@ def read_windows(hf: JsonObject) -> list[int | None]:
         raise ValueError(
             f"layer_types {kinds} for {num_layers} layers; it needs one of {FULL} and {SLIDING} for each layer"
         )
-    period = next(n for n in range(1, num_layers + 1) if all(kinds[i] == kinds[i % n] for i in range(num_layers)))
-    return [window if kind == SLIDING else None for kind in kinds[:period]]
+    return [window if kind == SLIDING else None for kind in kinds[: find_period(kinds)]]
+
+
+def find_period(kinds: Sequence[object]) -> int:
+    """Returns after how many of the layers their kinds repeat; as many as there are where they do not."""
+    return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
 
 
 def write_sizes(config: ModelConfig) -> JsonObject:

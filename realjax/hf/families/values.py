@@ -18,16 +18,22 @@ SIZES = (
     "original_max_position_embeddings",
     "sliding_window",
     "num_labels",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
 )
 COUNTS = ("max_window_layers",)
 NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor")
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
 TEXTS = ("model_type", "hidden_act", "rope_type", "type")
 TABLES = ("rope_parameters", "rope_scaling", "id2label")
 LISTS = ("architectures", "layer_types")
+INDICES = ("mlp_only_layers",)
 # What some writers put where they mean that there is none, or the default.
 MAY_BE_NULL = frozenset(
-    {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels", *TABLES, *LISTS}
+    {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels", *TABLES, *LISTS, *INDICES}
 )
 
 
@@ -41,6 +47,7 @@ def check_values(hf: JsonObject, subject: str) -> None:
         **dict.fromkeys(TEXTS, (lambda x: isinstance(x, str), "a text")),
         **dict.fromkeys(TABLES, (lambda x: isinstance(x, Mapping), "an object")),
         **dict.fromkeys(LISTS, (_is_texts, "a list of texts")),
+        **dict.fromkeys(INDICES, (_are_counts, "a list of whole numbers")),
     }
     for key, value in hf.items():
         if key not in kinds or (value is None and key in MAY_BE_NULL):
@@ -71,3 +78,7 @@ def _is_number(value: object) -> bool:
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
