@@ -33,8 +33,9 @@ def find_machine(options: AllocationOptions, devices: Sequence[jax.Device]) -> M
     Raises ValueError for a description that is not there, or cannot be read.
     """
     # In one process, programs of CPU devices run one after the other, also on devices of their own.
-    overlaps = devices[0].platform != "cpu" or jax.process_count() > 1
-    own = {"num_nodes": options.n_nodes, "devices_per_node": options.n_gpus_per_node, "overlaps": overlaps}
+    platform = devices[0].platform
+    own = {"num_nodes": options.n_nodes, "devices_per_node": options.n_gpus_per_node, "platform": platform}
+    own |= {"overlaps": platform != "cpu" or jax.process_count() > 1}
     if (name := options.planner.cluster) is None and options.planner.update_cluster:
         raise ValueError("planner.update_cluster: there is no file to write to; set planner.cluster to a cluster.json")
     if name is not None:

@@ -182,6 +182,7 @@ class Profile:
         processes_per_node = max(1, jax.process_count() // settings.num_nodes)
         return Cluster(
             name=settings.name,
+            platform=device.platform,
             num_nodes=settings.num_nodes,
             devices_per_node=settings.devices_per_node,
             memory_bytes=read_memory_bytes(self.local, processes_per_node),

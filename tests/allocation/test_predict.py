@@ -8,7 +8,7 @@ import pytest
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import find_cluster
 from realjax.allocation.cost import call_cost, fetch_cost, move_cost
-from realjax.allocation.machine import find_machine
+from realjax.allocation.machine import find_machine, need_cluster
 from realjax.allocation.predict import predict
 from realjax.allocation.workload import CallWork, Kind, Lengths, ModelShape, RoleWork, Workload
 from realjax.core.layout import ParallelStrategy
@@ -122,6 +122,14 @@ def test_other_machines_need_a_description(tmp_path):
     described = replace(options, planner=PlannerConfig(cluster=str(file)))
     machine = find_machine(described, other)  # pyright: ignore[reportArgumentType]
     assert machine is not None and machine.cluster.name == "mine" and machine.source == str(file)
+
+
+def test_a_description_of_another_platform_does_not_say_what_runs_compute_in(tmp_path):
+    file = tmp_path / "cluster.json"
+    file.write_text(replace(H100, platform="gpu").to_json())
+    options = AllocationOptions(mode="search", n_nodes=1, n_gpus_per_node=1, calls={})
+    described = replace(options, planner=PlannerConfig(cluster=str(file)))
+    assert need_cluster(described, [device("cpu", "cpu")]).platform == "cpu"  # pyright: ignore[reportArgumentType]
 
 
 def test_virtual_devices_share_the_cores(monkeypatch):

@@ -60,7 +60,7 @@ def test_a_machine_is_measured_and_its_file_read_again():
     cluster = Profile(settings, jax.devices()[:2]).run(lambda what, done, total: told.append((done, total)))
     assert Cluster.from_json(cluster.to_json()) == cluster
     assert told == [(i, told[0][1]) for i in range(told[0][1] + 1)]
-    assert (cluster.num_nodes, cluster.devices_per_node) == (1, 2)
+    assert (cluster.num_nodes, cluster.devices_per_node, cluster.platform) == (1, 2, "cpu")
     rates = (*cluster.matmul_flops.values(), cluster.memory_bandwidth, cluster.within_node.bandwidth)
     assert min(rates) > 0 and cluster.dispatch_seconds > 0 and cluster.to_host.bandwidth > 0
     assert {point.kind for point in cluster.measured.collectives} == set(KINDS)

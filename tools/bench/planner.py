@@ -87,6 +87,7 @@ class Bench:
             [
                 "profile",
                 f"models=[{self.model}]",
+                "n_gpus_per_node=2",
                 "model_parallel_sizes=[1,2]",
                 f"output={self.cluster}",
                 *_words(sizes),
