@@ -1,14 +1,15 @@
 """What a step has to compute, wherever it runs: the calls with their models and lengths, as the planner sees them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from realjax.allocation.params import count_params
 from realjax.core.layout import ParallelStrategy
 from realjax.dataflow.graph import MicroBatches
-from realjax.models.config import ModelConfig, list_cuts
+from realjax.models.config import MLPConfig, ModelConfig, list_cuts
 
 Kind = Literal["generate", "inference", "train"]
 # fn(multiple) -> (R, T): rows of one update's batch and their tokens, where R is a multiple of that. R is a mean.
@@ -29,6 +30,7 @@ class ModelShape:
     is_gated: bool = True  # three products of the feed-forward, not two
     is_tied: bool = False
     is_critic: bool = False
+    other_params: int = 0  # beyond what the sizes make; below 0 where some layers are smaller
     num_experts: int = 1
     experts_per_token: int = 1
     window: int | None = None  # the most tokens that any layer looks back; None: all
@@ -38,7 +40,7 @@ class ModelShape:
     def of(cls, config: ModelConfig) -> "ModelShape":
         """Returns the sizes of a model of the house."""
         windows, moe = [layer.mixer.window for layer in config.layers], config.experts
-        return cls(
+        shape = cls(
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             num_q_heads=config.num_q_heads,
@@ -48,11 +50,15 @@ class ModelShape:
             vocab_size=config.vocab_size,
             num_experts=moe.num_experts if moe else 1,
             experts_per_token=moe.experts_per_token if moe else 1,
+            is_gated=all(
+                kind.feed_forward.gated for kind in config.pattern if isinstance(kind.feed_forward, MLPConfig)
+            ),
             is_tied=config.tied,
             is_critic=config.is_critic,
             window=None if None in windows else max(filter(None, windows)),
             cuts=None if len(config.kinds) == 1 else tuple(list_cuts(config.order)),
         )
+        return replace(shape, other_params=count_params(config) - shape.num_params)
 
     @property
     def attention_params(self) -> int:
@@ -96,7 +102,8 @@ class ModelShape:
     def num_params(self) -> int:
         """All parameters."""
         own_head = 0 if self.is_tied and not self.is_critic else self.head_params
-        return self.num_layers * self.layer_params + self.table_params + own_head + self.hidden_size
+        outer = self.table_params + own_head + self.hidden_size + self.other_params
+        return self.num_layers * self.layer_params + outer
 
     @property
     def active_params(self) -> int:

@@ -42,6 +42,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "layers": "pipe",
         "vocab": IfDivides(("tensor", "pipe"), otherwise="tensor"),
         "embed": ROW_AXES if strategy.zero_stage == 3 else None,
+        "positions": None,
         "experts": "expert",
         "expert_embed": "data" if strategy.zero_stage == 3 else None,  # the width of an expert's parameters
         "q_heads": "tensor",

@@ -30,6 +30,7 @@ from realjax.models.cache import (
     BlockCall,
     KVCache,
     PadFn,
+    count_positions,
     decode_blocks,
     grow_cache,
     init_cache,
@@ -113,7 +114,7 @@ class Stages:
             x, cache = decode_blocks(config, blocks, cache, x, lengths, self.decoding_fn, self.forward)
             return jax.tree.map(lambda y: y[None], (hand_on(x, num_stages, is_ring=True), cache))
 
-        new = transformer.embed(tokens[:, None])
+        new = transformer.embed_tokens(tokens[:, None], lengths[:, wave, None])
         run = over_stages(stage, self.layout, num_split=4)
         handed_on, mine = run(params["layers"], cache[wave], *flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
@@ -141,7 +142,7 @@ class Stages:
             _, outputs = jax.lax.scan(tick, jnp.zeros_like(inputs[0]), jnp.arange(2 * num_stages - 1))
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, num_stages)[None], outputs)
 
-        x = self.forward.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
+        x = transformer.embed_tokens(tokens, count_positions(tokens), constrain=self.forward.constrain)
         run = over_stages(stage, self.layout, num_split=1)
         # Back from micro-batches to the order of the prompts, for each stage.
         last, prompts = jax.vmap(join_rows)(run(params["layers"], *deal_rows((x, lengths), num_stages)))

@@ -86,8 +86,8 @@ class ForwardParts:
         self._head_fn = _make_head(head, draw, needs_entropy, self.forward.products.matmul, chunks_fn)
 
     def embed(self, params: Tree, batch: Batch, sinks: Tree | None = None) -> Array:
-        """Returns what the first layer reads, `[R, T, D]`; `sinks` of `embed` at least."""
-        return _bind(self.model, params, sinks).embed_rows(batch["tokens"], self.forward)
+        """Returns what the first layer reads, `[R, T, D]`; `sinks` of the tables at least."""
+        return _bind(self.model, params, sinks).embed_rows(batch["tokens"], batch["positions"], self.forward)
 
     def make_stacks(self, params: Tree, sinks: Tree | None = None) -> tuple[Blocks, Stacks]:
         """Returns the blocks and the stacked layers, by kind; `sinks` of `layers`."""
@@ -180,7 +180,8 @@ def _make_chunks_fn(
 
     def make_chunks(batch: Batch, num_targets: int | None, is_kept: bool) -> heads.Chunks:
         parts = 1 if num_targets else batch.row_len // size_per_device("residual_time", batch.row_len, rules, layout)
-        chunks = partial(heads.Chunks, parts=parts, constrain=forward.constrain, products=forward.products)
+        given = {"softcap": model.config.logit_softcap, "constrain": forward.constrain, "products": forward.products}
+        chunks = partial(heads.Chunks, parts=parts, **given)
         chunk_len = partial(heads.chunk_len, num_targets or batch.row_len, parts=parts)
         rows = max(1, rows_per_device(batch.num_rows, layout))
         if compute.loss_chunk_tokens is not None:

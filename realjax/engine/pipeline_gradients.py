@@ -28,7 +28,7 @@ from realjax.engine.stage import Halves, Stage, take_batch
 from realjax.engine.totals import make_sink
 from realjax.models.config import cut_order
 from realjax.models.stacks import Aux, PerRow, Stacks, join_kinds, split_kinds
-from realjax.models.transformer import read_positions
+from realjax.models.transformer import TABLES, read_positions
 
 GradientsFn = Callable[[Tree, Mapping[str, Array], Batch], tuple[Tree, LossSums]]
 
@@ -127,10 +127,11 @@ class Schedule:
         of_layers, grads = split_kinds(self.config, totals["layers"]), (grad_x, self.shares)
         grads_x, returned, of_layers = run(self.stacks, flow.returned, flow.kept, of_layers, grads, self.batches, t)
         batch = take_batch(self.batches, t - 2 * (self.num_stages - 1))
-        embed = lambda sink: self.parts.embed(self.params, batch, {"embed": sink})
-        _, pullback = jax.vjp(embed, jax.tree.map(make_sink, self.params["embed"]))
-        of_table, _ = self.parts.add_gradients(totals["embed"], pullback, jax.lax.optimization_barrier(grads_x[0]))
-        totals = totals | {"layers": join_kinds(of_layers), "embed": of_table}
+        tables = {name: total for name, total in totals.items() if name in TABLES}
+        embed = lambda sinks: self.parts.embed(self.params, batch, sinks)
+        _, pullback = jax.vjp(embed, jax.tree.map(make_sink, tables))
+        of_tables, _ = self.parts.add_gradients(tables, pullback, jax.lax.optimization_barrier(grads_x[0]))
+        totals = totals | {"layers": join_kinds(of_layers)} | of_tables
         return replace(flow, returned=returned, grads=self.constrain.tree(totals, self.axes))
 
     def start(self) -> Flow:

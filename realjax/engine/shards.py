@@ -46,14 +46,14 @@ class Shards:
         outer, outer_sinks = self._gather_both(take(params), sinks and take(sinks), take(self.model.axes))
         return params | outer, sinks and sinks | (outer_sinks or {})
 
-    def look_up(self, embed_fn: Callable[[Array], Array], tokens: Array) -> Array:
-        """Returns the embedded tokens: each device looks up its columns for all, then they swap columns for rows.
+    def look_up(self, embed_fn: Callable[..., Array], *ids: Array) -> Array:
+        """Returns what tables have: each device looks up its columns for all ids, then they swap columns for rows.
 
         So what crosses is as large as the rows, not the table, and the columns' gradients are summed where they are.
         """
         if not has_own_rows():
-            return embed_fn(tokens)
-        x = embed_fn(gather_over_data(tokens, 0, ROW_AXES, PartitionSpec()))
+            return embed_fn(*ids)
+        x = embed_fn(*(gather_over_data(own, 0, ROW_AXES, PartitionSpec()) for own in ids))
         return swap_over_data(x, 0, 2, self._spec(("rows", "residual_time", "act_embed"), x))
 
     def _gather_both(self, params: Tree, sinks: Tree | None, axes: Tree) -> tuple[Tree, Tree | None]:

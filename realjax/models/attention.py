@@ -13,7 +13,7 @@ from jax import Array
 
 from realjax.core.axes import Constrain
 from realjax.models.config import AttentionConfig, ModelConfig, RopeConfig
-from realjax.models.layers import Linear, RMSNorm, apply_rope, make_param
+from realjax.models.layers import Linear, apply_rope, make_norm, make_param
 from realjax.models.products import Products
 
 
@@ -61,8 +61,8 @@ class Attention(nnx.Module):
         self.k = Linear(D, keys, config.qkv_bias)
         self.v = Linear(D, keys, config.qkv_bias)
         self.o = Linear(queries, D, config.o_bias)
-        self.q_norm = RMSNorm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
-        self.k_norm = RMSNorm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
+        self.q_norm = make_norm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
+        self.k_norm = make_norm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
         self.sinks = make_param((sizes.num_q_heads,), ("q_heads",)) if config.sinks else None
         self.scoring = Scoring(window=config.window, softcap=config.softcap, scale=config.scale)
         self.rope = config.rope

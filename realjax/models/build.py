@@ -103,7 +103,7 @@ def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[Index],
 
     def fill(index: Index) -> np.ndarray:
         dims = [len(range(*s.indices(n))) for s, n in zip(index, shape)]
-        if name in ("scale", "bias", "offset"):
+        if name in ("scale", "scale_less_one", "bias", "offset"):
             return np.full(dims, float(name == "scale"), np.float32)
         if not stacked:
             return whole(0)[index]

@@ -83,10 +83,15 @@ def prefill(
 
     `tokens` `[B, T]` are padded on the right, `lengths` `[B]` says where.
     """
-    x = forward.constrain(transformer.embed(tokens), ("rows", "time", "act_embed"))
+    x = transformer.embed_tokens(tokens, count_positions(tokens), constrain=forward.constrain)
     x, cache = prefill_blocks(transformer.config, blocks, x, lengths, forward)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return transformer.norm(last, forward.products)[:, 0], cache
+
+
+def count_positions(x: Array) -> Array:
+    """Returns the positions `[B, T]` of prompts `[B, T, ...]`."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
 
 def prefill_blocks(
@@ -97,7 +102,7 @@ def prefill_blocks(
     forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, T, D]` after some blocks of prompts padded on the right, and their cache."""
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    positions = count_positions(x)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     prompts = KVCache((), ())
 
@@ -132,7 +137,7 @@ def decode(
 
     `tokens` `[B]` go to index `lengths` `[B]` of their rows; they see all tokens before them (within the window).
     """
-    x = transformer.embed(tokens[:, None])
+    x = transformer.embed_tokens(tokens[:, None], lengths[:, None])
     x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, decoding_fn, forward)
     return transformer.norm(x, forward.products)[:, 0], cache
 

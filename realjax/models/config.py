@@ -22,10 +22,18 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """RMS norm (arXiv:1910.07467). With `one_plus` the scale is 1 + what is learned, as in Gemma."""
+    """RMS norm (arXiv:1910.07467), or layer norm with scale and bias (arXiv:1607.06450).
 
+    With `one_plus` the scale of an RMS norm is 1 + what is learned, as in Gemma.
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-5
     one_plus: bool = False
+
+    def __post_init__(self) -> None:
+        if self.one_plus and self.kind != "rms":
+            raise ValueError(f"norm config: one_plus with kind='{self.kind}'; only an RMS norm's scale is 1 + learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +52,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """A gated feed-forward."""
+    """A feed-forward, gated or of two products."""
 
     activation: Activation = "silu"
+    gated: bool = True
     bias: bool = False
 
 
@@ -123,6 +132,9 @@ class ModelConfig:
     pattern: tuple[LayerKind, ...] = (LayerKind(),)
     norm: NormConfig = NormConfig()  # behind the last layer
     tied: bool = False  # the head is the embedding table
+    embed_scale: float | None = None  # embedded tokens are multiplied by it
+    learned_positions: bool = False  # a table of `max_positions` rows, which are added to the embedded tokens
+    logit_softcap: float | None = None  # logits of the vocabulary are c * tanh(logits / c)
     is_critic: bool = False  # a scalar head instead of the vocabulary's
     # Layers of zeros at the end of the stack, which make pipeline stages equal. Identities, no part of the model.
     num_empty_layers: int = 0
@@ -147,7 +159,7 @@ class ModelConfig:
                 f"model config: {self.num_q_heads} query heads do not divide over {self.num_kv_heads} key-value heads; "
                 "num_attention_heads must be a multiple of num_key_value_heads"
             )
-        if self.head_dim % 2:
+        if self.ropes and self.head_dim % 2:
             raise ValueError(f"model config: head_dim={self.head_dim} is odd; rotary embedding needs an even head size")
         if self.is_critic and self.tied:
             raise ValueError("model config: a critic has its own scalar head and cannot be tied to the embedding")

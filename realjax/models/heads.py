@@ -28,11 +28,12 @@ class Chunks:
     """How logits are made: of how many positions at once, which divides the row, and split and multiplied how.
 
     Where hidden states come in `parts` along the row, a chunk is of as many positions of each. So it is gathered, and
-    its gradient summed, by each device for the part that it has.
+    its gradient summed, by each device for the part that it has. `softcap` is that of the model.
     """
 
     size: int
     parts: int = 1
+    softcap: float | None = None
     constrain: Constrain = Constrain()
     products: Products = Products()
 
@@ -100,9 +101,14 @@ def _put(x_RP: Array, index_RP: Array, row_len: int) -> Array:
     return jax.vmap(put)(x_RP, index_RP)
 
 
+def cap_logits(logits: Array, softcap: float | None) -> Array:
+    """Returns the logits between plus and minus `softcap`, c * tanh(logits / c), or as they are (arXiv:2408.00118)."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 def _chunk_logits(hidden: Array, kernel: Array, chunks: Chunks, dim: str = "time") -> Array:
     logits = chunks.over_tokens(lambda x: chunks.products.matmul(x, kernel, 1, jnp.float32), hidden)
-    return chunks.constrain(logits, ("rows", dim, "act_vocab"))
+    return cap_logits(chunks.constrain(logits, ("rows", dim, "act_vocab")), chunks.softcap)
 
 
 def _target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -200,6 +206,8 @@ def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Ar
         logprobs, normaliser = _target_logprobs(logits, targets_chunk)
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_chunk[..., None]
         grad_logits = (jnp.exp(logits - normaliser[..., None]) - is_target) * weights_chunk[..., None]
+        if chunks.softcap is not None:
+            grad_logits *= 1 - jnp.square(logits / chunks.softcap)
         grad_logits = grad_logits.astype(hidden.dtype)
         grad_hidden = chunks.over_tokens(lambda grad: grad @ kernel.T, grad_logits)
         grad_hidden = chunks.constrain(grad_hidden, ("rows", "residual_time", "act_embed"))

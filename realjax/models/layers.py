@@ -1,4 +1,4 @@
-"""Linear maps, RMS norm and rotary embedding."""
+"""Linear maps, norms and rotary embedding."""
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +49,38 @@ class RMSNorm(nnx.Module):
     def _normalise(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        scale = 1 + self.scale_less_one[...] if self.one_plus else self.scale[...]
-        return sums.scale_by((x32 * inverse_rms).astype(x.dtype), scale)
+        if self.one_plus:
+            # In float32 to the end: in 16 bits, 1 + w would lose most of w.
+            return sums.scale_by(x32 * inverse_rms, 1 + self.scale_less_one[...].astype(jnp.float32)).astype(x.dtype)
+        return sums.scale_by((x32 * inverse_rms).astype(x.dtype), self.scale[...])
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / deviation(x) * scale + bias, all in float32 (arXiv:1607.06450)."""
+
+    def __init__(self, size: int, config: NormConfig, name: str = "norm") -> None:
+        self.scale, self.bias = make_param((size,), (name,)), make_param((size,), (name,))
+        self.eps = config.eps
+
+    def __call__(self, x: Array, products: Products, time: str = "time") -> Array:
+        """Returns the normed x `[R, T, ..., D]`, whose second dim is named `time`."""
+        return products.over_tokens(self._normalise, x, time)
+
+    def _normalise(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        inverse_deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        scaled = sums.scale_by(centred * inverse_deviation, self.scale[...].astype(jnp.float32))
+        return sums.add_bias(scaled, self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+def make_norm(size: int, config: NormConfig, name: str = "norm") -> Norm:
+    """Returns the norm that `config` describes over a last dim of this size and axis name."""
+    return NORMS[config.kind](size, config, name)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:

@@ -20,19 +20,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward: down(act(gate(x)) * up(x))."""
+    """Gated feed-forward, down(act(gate(x)) * up(x)), or the plain one: down(act(up(x)))."""
 
     TERMS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, sizes: ModelConfig, config: MLPConfig) -> None:
         D, F = {"embed": sizes.hidden_size}, {"ffn": sizes.ffn_size}
-        self.gate = Linear(D, F, config.bias)
+        self.gate = Linear(D, F, config.bias) if config.gated else None
         self.up = Linear(D, F, config.bias)
         self.down = Linear(F, D, config.bias)
         self.activation = config.activation
 
     def __call__(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Aux]:
-        products = context.products
-        hidden = ACTIVATIONS[self.activation](self.gate(x_RTD, products)) * self.up(x_RTD, products)
+        products, activate = context.products, ACTIVATIONS[self.activation]
+        if self.gate is None:
+            hidden = activate(self.up(x_RTD, products))
+        else:
+            hidden = activate(self.gate(x_RTD, products)) * self.up(x_RTD, products)
         hidden = context.constrain(hidden, ("rows", "time", "act_ffn"))
         return self.down(hidden, products, "residual_time"), {}

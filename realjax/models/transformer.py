@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from realjax.core.trees import Tree
 from realjax.models import sums
 from realjax.models.attention import Attention, AttentionFn, BlockContext
 from realjax.models.config import LayerKind, MLPConfig, ModelConfig, MoEConfig
-from realjax.models.layers import Linear, RMSNorm, make_param, rope_tables
+from realjax.models.heads import cap_logits
+from realjax.models.layers import Linear, make_norm, make_param, rope_tables
 from realjax.models.mlp import MLP
 from realjax.models.moe import MoE
 from realjax.models.products import Products
@@ -32,9 +33,10 @@ from realjax.models.stacks import (
     split_kinds,
 )
 
+TABLES = ("embed", "positions")  # what is looked up at the beginning, as a tree of parameters calls it
 GatherFn = Callable[[str, Layer], Layer]  # (kind, layer) -> the layer's arrays as its block uses them
-# (embed_fn, tokens_RT) -> embed_fn(tokens_RT), x_RTD
-LookUpFn = Callable[[Callable[[Array], Array], Array], Array]
+# (embed_fn, *ids_RT) -> embed_fn(*ids_RT), x_RTD: what tables have at the ids, one for each
+LookUpFn = Callable[..., Array]
 
 
 def take_as_it_is(kind: str, layer: Layer) -> Layer:
@@ -42,9 +44,9 @@ def take_as_it_is(kind: str, layer: Layer) -> Layer:
     return layer
 
 
-def look_up_alone(embed_fn: Callable[[Array], Array], tokens: Array) -> Array:
-    """Returns the embedded tokens of a table whose rows are whole where they lie."""
-    return embed_fn(tokens)
+def look_up_alone(embed_fn: Callable[..., Array], *ids: Array) -> Array:
+    """Returns what tables have whose rows are whole where they lie."""
+    return embed_fn(*ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +70,13 @@ class Block(nnx.Module):
     """Attention and feed-forward with residuals, and norms where the kind of layer has them."""
 
     def __init__(self, sizes: ModelConfig, kind: LayerKind) -> None:
-        make_norm = lambda config: None if config is None else RMSNorm(sizes.hidden_size, config)
-        self.attn_norm = make_norm(kind.attn_norm)
+        make = lambda config: None if config is None else make_norm(sizes.hidden_size, config)
+        self.attn_norm = make(kind.attn_norm)
         self.attn = Attention(sizes, kind.mixer)
-        self.attn_post_norm = make_norm(kind.attn_post_norm)
-        self.mlp_norm = make_norm(kind.mlp_norm)
+        self.attn_post_norm = make(kind.attn_post_norm)
+        self.mlp_norm = make(kind.mlp_norm)
         self.mlp = FEED_FORWARDS[type(kind.feed_forward)](sizes, kind.feed_forward)
-        self.mlp_post_norm = make_norm(kind.mlp_post_norm)
+        self.mlp_post_norm = make(kind.mlp_post_norm)
 
     def __call__(self, x: Array, context: BlockContext) -> tuple[Array, Aux]:
         # Norms and residuals may be split along the row; projections read whole rows.
@@ -89,13 +91,15 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The token table `[V, D]`."""
+    """A table `[V, D]` of tokens, or `[P, D]` of positions, whose rows are used `scale` times as large."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.table = make_param((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+    def __init__(self, num_rows: int, size: int, name: str, scale: float | None = None) -> None:
+        self.table = make_param((num_rows, size), (name, "embed"))
+        self.scale = scale
 
-    def __call__(self, tokens: Array) -> Array:
-        return sums.look_up(self.table[...], tokens)
+    def __call__(self, ids: Array) -> Array:
+        rows = sums.look_up(self.table[...], ids)
+        return rows if self.scale is None else rows * self.scale  # in their dtype, to which the scale is rounded
 
 
 class StackedKinds(nnx.Module):
@@ -119,10 +123,12 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.embed = Embedding(config)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, "vocab", config.embed_scale)
+        if config.learned_positions:
+            self.positions = Embedding(config.max_positions, config.hidden_size, "positions")
         stacks = {name: self._make_stack(config, kind) for name, kind in config.kinds.items()}
         self.layers = StackedKinds(stacks) if len(stacks) > 1 else next(iter(stacks.values()))
-        self.norm = RMSNorm(config.hidden_size, config.norm)
+        self.norm = make_norm(config.hidden_size, config.norm)
         if not config.tied:
             out = {"score": 1} if config.is_critic else {"vocab": config.vocab_size}
             self.head = Linear({"embed": config.hidden_size}, out)
@@ -143,13 +149,25 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: Array, positions: Array, segment_ids: Array, forward: Forward) -> tuple[Array, Aux]:
         """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`, and the layers' terms."""
         blocks, stacks = self.make_stacks(forward)
-        x, per_row = self.embed_rows(tokens, forward), read_positions(self.config, positions, segment_ids)
+        x, per_row = self.embed_rows(tokens, positions, forward), read_positions(self.config, positions, segment_ids)
         x, terms = forward.run_layers_fn(blocks, self.config.order, stacks, x, per_row)
         return self.norm(x, forward.products, "residual_time"), terms
 
-    def embed_rows(self, tokens: Array, forward: Forward) -> Array:
-        """Returns what the first layer reads of the tokens `[R, T]`: `[R, T, D]`."""
-        return forward.look_up_fn(partial(self._embed, constrain=forward.constrain), tokens)
+    @property
+    def tables(self) -> tuple[Embedding, ...]:
+        """The tables whose rows are added up at the beginning: of tokens, and of positions where these are learned."""
+        return (self.embed, self.positions) if self.config.learned_positions else (self.embed,)
+
+    def embed_rows(self, tokens: Array, positions: Array, forward: Forward) -> Array:
+        """Returns what the first layer reads of packed rows `[R, T]`: `[R, T, D]`."""
+        ids = (tokens, positions)[: len(self.tables)]
+        return forward.look_up_fn(partial(self._embed, forward.constrain), *ids)
+
+    def embed_tokens(self, *ids: Array, constrain: Constrain = Constrain()) -> Array:  # noqa: B008
+        """Returns what the first layer reads of tokens, and their positions where these are learned: `[B, T, D]`."""
+        # Whole rows first: XLA aborts where a gather's result is split over an axis that its table is split over too.
+        parts = [constrain(table(own_ids), ("rows", "time", "act_embed")) for table, own_ids in zip(self.tables, ids)]
+        return reduce(jnp.add, parts)
 
     def make_stacks(self, forward: Forward, sinks: Tree | None = None) -> tuple[Blocks, Stacks]:
         """Returns the blocks and the stacked layers by kind.
@@ -168,9 +186,8 @@ class Transformer(nnx.Module):
             stacks[name] = Layer(nnx.to_pure_dict(state), own_sinks, is_real)
         return blocks, stacks
 
-    def _embed(self, tokens: Array, constrain: Constrain) -> Array:
-        # Whole rows first: XLA aborts where a gather's result is split over an axis that its table is split over too.
-        x = constrain(self.embed(tokens), ("rows", "time", "act_embed"))
+    def _embed(self, constrain: Constrain, *ids: Array) -> Array:
+        x = self.embed_tokens(*ids, constrain=constrain)
         return constrain(x, ("rows", "residual_time", "act_embed"))
 
     def _make_block(self, kind: str, graphdef: nnx.GraphDef[Block], forward: Forward) -> BlockFn:
@@ -195,5 +212,7 @@ class Transformer(nnx.Module):
     def next_logits(self, hidden_BD: Array, products: Products) -> Array:
         """Returns the float32 logits `[B, V]` of the tokens that follow these final hidden states."""
         if self.config.tied:
-            return products.tied_logits(hidden_BD, self.embed.table[...])
-        return jnp.matmul(hidden_BD, self.head.kernel[...], preferred_element_type=jnp.float32)
+            logits = products.tied_logits(hidden_BD, self.embed.table[...])
+        else:
+            logits = jnp.matmul(hidden_BD, self.head.kernel[...], preferred_element_type=jnp.float32)
+        return cap_logits(logits, self.config.logit_softcap)

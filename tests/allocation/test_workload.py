@@ -7,25 +7,33 @@ from realjax.allocation.run_workload import read_workload
 from realjax.allocation.workload import Lengths, ModelShape
 from realjax.core.trees import map_paths, num_params
 from realjax.models.build import build_model
-from tests.given.models import FAMILY_CONFIGS, make_model
+from realjax.models.config import LayerKind, MoEConfig
+from tests.given.models import CAPPED, FAMILY_CONFIGS, FULL, LEARNED, make_model
 from tests.given.runs import LONGEST, build_rl_spec, build_spec, make_options
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @pytest.mark.parametrize("is_critic", [False, True])
-def test_a_shape_counts_the_parameters_of_the_products(family, is_critic):
-    """All that it leaves out is biases and norms over heads."""
+def test_a_shape_counts_the_parameters(family, is_critic):
     config = FAMILY_CONFIGS[family].as_critic() if is_critic else FAMILY_CONFIGS[family]
-    layers = dict(build_model(config).abstract["layers"])
-    shape, sizes = ModelShape.of(config), dict[str, int]()
-    map_paths(lambda path, leaf: sizes.update({path: leaf.size}), layers)
+    model, shape, sizes = build_model(config), ModelShape.of(config), dict[str, int]()
+    assert shape.num_params == model.num_params
+    map_paths(lambda path, leaf: sizes.update({path: leaf.size}), model.abstract["layers"])
     of_kernels = sum(size for path, size in sizes.items() if path.endswith("kernel"))
     assert of_kernels == shape.num_layers * (shape.layer_params - 2 * shape.hidden_size)
 
 
-def test_a_plain_shape_counts_all_parameters():
-    for model in (make_model(), make_model(tied=True), make_model(is_critic=True)):
-        assert ModelShape.of(model.config).num_params == model.num_params == num_params(model.abstract)
+EXPERTS = MoEConfig(
+    num_experts=4, experts_per_token=2, expert_size=8, router_bias=True, has_offset=True, bias=True, shared_size=12,
+    shared_gate=True,
+)  # fmt: skip
+MIXED = {"pattern": (LayerKind(name="dense"), LayerKind(name="sparse", feed_forward=EXPERTS))}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"is_critic": True}, FULL, LEARNED, CAPPED, MIXED], ids=str)
+def test_a_shape_counts_every_leaf_that_a_model_can_have(changes):
+    model = make_model(**changes)
+    assert ModelShape.of(model.config).num_params == model.num_params == num_params(model.abstract)
 
 
 def test_lengths_add_up_as_independent_ones_do():

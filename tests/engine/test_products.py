@@ -12,7 +12,7 @@ from realjax.core.axes import train_rules
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.engine.products import make_products, merge_tokens, multiply_flat, read_table, unrolls_layers
 from realjax.models.config import NormConfig
-from realjax.models.layers import Linear, RMSNorm
+from realjax.models.layers import LayerNorm, Linear, RMSNorm
 from realjax.models.products import Products, tied_logits
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import make_layout, quick_jit
@@ -46,6 +46,7 @@ MODULES = {
     "out of heads": lambda: (Linear({"q_heads": N, "head_dim": H}, {"embed": D}), random(R, T, N, H)),
     "plain": lambda: (Linear({"embed": D}, {"ffn": 7}), random(R, T, D)),
     "norm": lambda: (RMSNorm(D, NormConfig()), random(R, T, D)),
+    "layer norm": lambda: (LayerNorm(D, NormConfig(kind="layer")), random(R, T, D)),
     "norm of heads": lambda: (RMSNorm(H, NormConfig()), random(R, T, N, H)),
 }
 

@@ -17,7 +17,7 @@ from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models import sums
 from realjax.models.build import Model, init_params
 from tests.given.compare import relative_errors
-from tests.given.models import FULL, make_layout, make_model, place_params, quick_jit
+from tests.given.models import FULL, LEARNED, make_layout, make_model, place_params, quick_jit
 from tests.given.sequences import pack_in_order
 from tests.hlo import reductions
 
@@ -45,6 +45,7 @@ def logprobs_of(outputs, batch) -> LossSums:
 MODELS = {
     "biases": (make_model(**FULL), SFT_LOSS),
     "tied": (make_model(tied=True), Loss(head="logprobs", fn=logprobs_of)),
+    "learned": (make_model(**LEARNED, embed_scale=3.0, logit_softcap=4.0), SFT_LOSS),
     "critic": (make_model(is_critic=True), Loss(head="values", fn=values_of)),
 }
 

@@ -16,7 +16,7 @@ from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import KERNELS
 from realjax.hf.families import FAMILIES, config_from_hf
 from realjax.models.build import Model, build_model
-from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig
+from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig, RopeConfig
 
 SIZES = {
     "vocab_size": 64,
@@ -59,6 +59,33 @@ CASE = Case(use="rows", platform="cpu", dtype="float32", head_dim=4)
 PORTABLE_KERNELS = tuple(name for name, kernel in KERNELS.items() if kernel.find_fault(CASE) is None)
 # Every leaf a family can have: norms and biases everywhere, a head of its own.
 FULL = {"qkv_bias": True, "o_bias": True, "bias": True, "qk_norm": NormConfig(), "sinks": True}
+# As in GPT-2: learned positions, layer norms, a feed-forward without a gate. With a norm of k, for without one or a
+# rotation its bias has no effect: softmax does not see what all scores have in common.
+_LAYER_NORM = NormConfig(kind="layer")
+_PLAIN = LayerKind(
+    mixer=AttentionConfig(rope=None, qkv_bias=True, o_bias=True, qk_norm=NormConfig()),
+    feed_forward=MLPConfig(activation="gelu_tanh", gated=False, bias=True),
+    attn_norm=_LAYER_NORM,
+    mlp_norm=_LAYER_NORM,
+)
+LEARNED = {"pattern": (_PLAIN,), "norm": _LAYER_NORM, "learned_positions": True, "num_kv_heads": 8}
+# As in Gemma 2 and 3: softcaps, norms of 1 + w on all sides, every second layer a window and its own rotation.
+_ONE_PLUS = NormConfig(one_plus=True)
+_NORMS = dict.fromkeys(("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"), _ONE_PLUS)
+_SLIDING = LayerKind(
+    name="sliding",
+    mixer=AttentionConfig(window=5, softcap=2.0, scale=0.4, rope=RopeConfig(theta=1e2), qk_norm=_ONE_PLUS),
+    feed_forward=MLPConfig(activation="gelu_tanh"),
+    **_NORMS,
+)
+_FULL = LayerKind(mixer=AttentionConfig(softcap=2.0, scale=0.4), feed_forward=_SLIDING.feed_forward, **_NORMS)
+CAPPED = {
+    "pattern": (_SLIDING, _FULL),
+    "norm": _ONE_PLUS,
+    "embed_scale": 32**0.5,
+    "logit_softcap": 3.0,
+    "tied": True,
+}
 
 
 def make_model(**changes) -> Model:

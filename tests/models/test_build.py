@@ -6,7 +6,7 @@ from realjax.core.axes import optimizer_rules, train_rules, tree_shardings
 from realjax.core.trees import flatten_paths, num_params
 from realjax.models.build import build_model, init_params, make_fill
 from tests.given.compare import assert_bitwise_equal
-from tests.given.models import FULL, cut_empty, make_layout, make_model, with_empty_layers
+from tests.given.models import CAPPED, FULL, cut_empty, make_layout, make_model, with_empty_layers
 
 LAYOUTS = [
     {"dp": 8, "zero": 3},
@@ -48,6 +48,12 @@ def test_every_parameter_and_layer_has_values_of_its_own():
         drawn += [layer.ravel()[:1000] for layer in leaf] if path.startswith("layers/") else [leaf.ravel()[:1000]]
     for i, one in enumerate(drawn):
         assert not any(np.isin(one, other).sum() > len(one) / 2 for other in drawn[:i])
+
+
+def test_what_a_norm_learns_begins_without_effect():
+    params = flatten_paths(init(make_model(**CAPPED), make_layout()))
+    scales = [np.asarray(leaf) for path, leaf in params.items() if path.endswith("scale_less_one")]
+    assert len(scales) == 11 and not any(scale.any() for scale in scales)
 
 
 def test_values_depend_on_the_seed_and_neither_on_depth_nor_on_time():

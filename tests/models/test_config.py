@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from realjax.models.config import AttentionConfig, LayerKind, cut_order
+from realjax.models.config import AttentionConfig, LayerKind, NormConfig, cut_order
 from tests.given.models import make_model
 
 KINDS = (LayerKind(name="near", mixer=AttentionConfig(window=4)), LayerKind(name="far"))
@@ -27,6 +27,12 @@ KINDS = (LayerKind(name="near", mixer=AttentionConfig(window=4)), LayerKind(name
 def test_sizes_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(make_model().config, **change)
+
+
+def test_a_layer_norm_that_adds_1_is_refused_and_odd_heads_are_where_they_are_turned():
+    with pytest.raises(ValueError, match="one_plus with kind='layer'"):
+        NormConfig(kind="layer", one_plus=True)
+    assert make_model(rope=None, head_dim=5).config.head_dim == 5
 
 
 def test_a_critic_has_the_same_trunk_and_a_head_of_its_own():

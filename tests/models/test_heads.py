@@ -129,6 +129,60 @@ def test_log_probabilities_and_entropy_are_of_the_distribution_drawn_from(form, 
         np.testing.assert_allclose(found, grad, rtol=1e-4, atol=1e-5)
 
 
+def exact_capped_logits(hidden, kernel, cap, temperature):
+    """Returns float64 logits `[R, T, V]` over the temperature, and their derivative by those before the cap."""
+    raw = np.einsum("RTD,DV->RTV", np.asarray(hidden, np.float64), np.asarray(kernel, np.float64))
+    capped = cap * np.tanh(raw / cap)
+    return capped / temperature, (1 - (capped / cap) ** 2) / temperature
+
+
+@pytest.mark.parametrize("size", [6, 24])
+@pytest.mark.parametrize("form", [None, FORMS[0], FORMS[1]], ids=["all", "kept", "bits"])
+def test_capped_logits_and_all_that_follows_from_them_are_plain_maths_in_float64(form, size):
+    """Log-probabilities, the entropy of the kept tokens and the gradient of both, by hand."""
+    hidden, kernel, weights = make_inputs()
+    cap, temperature = 2.0, 0.7
+    kept, mask = (None, np.ones((*TOKENS.shape, V), bool)) if form is None else random_sets(form)
+    wanted = Wanted(draw=Draw(temperature, form), kept=kept, needs_entropy=True)
+
+    def chunked(hidden, kernel):
+        outputs = token_logprobs(hidden, kernel, TOKENS, SEGMENTS, Chunks(size=size, softcap=cap), wanted)
+        return ((outputs["logprobs"] + 0.7 * outputs["entropy"]) * weights).sum(), outputs
+
+    grads, outputs = quick_jit(jax.grad(chunked, (0, 1), has_aux=True))(hidden, kernel)
+    logits, slope = exact_capped_logits(hidden, kernel, cap, temperature)
+    targets, mask, is_target = TOKENS[:, 1:, None], mask[:, 1:], np.eye(V)[TOKENS[:, 1:]]
+    logits = np.where(mask, logits[:, :-1], -np.inf)
+    logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    probs, safe = np.exp(logprobs), np.where(mask, logprobs, 0)
+    entropy = -(probs * safe).sum(-1)
+    shown = ~IS_FIRST[:, 1:]
+    expected = {"logprobs": np.take_along_axis(safe, targets, 2)[..., 0], "entropy": entropy}
+    for name, value in expected.items():
+        np.testing.assert_allclose(np.asarray(outputs[name])[:, 1:], value * shown, atol=2e-6)
+    of_logits = is_target - probs - 0.7 * probs * (safe + entropy[..., None])
+    of_raw = of_logits * slope[:, :-1] * (weights[:, 1:] * shown)[..., None]
+    exact = np.einsum("RTV,DV->RTD", of_raw, kernel), np.einsum("RTD,RTV->DV", hidden[:, :-1], of_raw)
+    np.testing.assert_allclose(grads[0][:, :-1], exact[0], atol=1e-5)
+    np.testing.assert_allclose(grads[1], exact[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [6, 24])
+def test_the_fused_loss_of_capped_logits_has_the_gradient_of_the_plain_one(size):
+    hidden, kernel, weights = make_inputs()
+    chunks = Chunks(size=size, softcap=2.0)
+    fused = lambda hidden, kernel: weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, chunks)[0]
+    plain = lambda hidden, kernel: (
+        -(token_logprobs(hidden, kernel, TOKENS, SEGMENTS, chunks)["logprobs"] * weights).sum()
+    )
+    (found, grads), (expected, expected_grads) = (
+        quick_jit(jax.value_and_grad(fn, (0, 1)))(hidden, kernel) for fn in (fused, plain)
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    for ours, theirs in zip(grads, expected_grads):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1, 6, 24])
 @pytest.mark.parametrize("scale", [1.0, -2.5])
 def test_weighted_nll_is_the_naive_sum_with_its_gradients(size, scale):

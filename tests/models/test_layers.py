@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from realjax.models.config import NormConfig, RopeConfig
-from realjax.models.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
+from realjax.models.layers import LayerNorm, Linear, RMSNorm, apply_rope, make_norm, rope_frequencies, rope_tables
 from realjax.models.products import Products
 
 LLAMA3 = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_positions=8192)
@@ -62,6 +63,28 @@ def test_rms_norm_sums_in_float32():
     norm = RMSNorm(4096, NormConfig(eps=1e-6))
     norm.scale[...] = jnp.ones(4096)
     np.testing.assert_allclose(norm(jnp.ones((1, 4096), jnp.bfloat16), Products()), 1, rtol=1e-2)
+
+
+def test_layer_norm_forgets_scale_and_offset_of_its_input():
+    norm, x = LayerNorm(16, NormConfig(kind="layer", eps=1e-12)), random(3, 16)
+    norm.scale[...], norm.bias[...] = jnp.asarray(random(16, seed=1)), jnp.asarray(random(16, seed=2))
+    expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * random(16, seed=1) + random(16, seed=2)
+    for scale, offset in ((1.0, 0.0), (1e-3, 0.01), (300.0, -1000.0)):
+        np.testing.assert_allclose(norm(jnp.asarray(x * scale + offset), Products()), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [NormConfig(one_plus=True), NormConfig(kind="layer")], ids=str)
+def test_these_norms_of_16_bits_are_rounded_once(config):
+    """Neither 1 + w nor what is normed is a 16-bit number on the way: then half of the results would be off by one."""
+    norm = make_norm(256, config)
+    state = nnx.state(norm)
+    low = jax.tree.map(lambda p: jnp.asarray(0.3 * random(*p.shape, seed=p.ndim), jnp.bfloat16), state)
+    x = jnp.asarray(random(50, 256), jnp.bfloat16)
+    graphdef = nnx.graphdef(norm)
+    found = nnx.merge(graphdef, low)(x, Products())
+    exact = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(jnp.float32), low))(x.astype(jnp.float32), Products())
+    assert found.dtype == jnp.bfloat16
+    assert (np.asarray(found) == np.asarray(exact.astype(jnp.bfloat16))).mean() > 0.999
 
 
 def test_linear_maps_any_number_of_dims_and_adds_its_bias():

@@ -21,7 +21,17 @@ from realjax.engine.train import TrainOptions, make_gradients, make_train_step
 from realjax.models.build import Model
 from realjax.models.config import LayerKind, MoEConfig
 from tests.given.compare import assert_close_in_norm
-from tests.given.models import FULL, PORTABLE_KERNELS, make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.models import (
+    CAPPED,
+    FULL,
+    LEARNED,
+    PORTABLE_KERNELS,
+    make_layout,
+    make_model,
+    place_params,
+    quick_jit,
+    random_tree,
+)
 from tests.given.sequences import make_examples, one_per_row, pack_in_order
 
 # 15 sequences, two of which teach nothing (one token has nothing before it; a prompt has no answer).
@@ -44,6 +54,8 @@ MODELS = {
     "full": make_model(**FULL, num_layers=4),
     "tied": make_model(tied=True, num_layers=4),
     "experts": make_model(pattern=(LayerKind(name="dense"), SPARSE), num_layers=4),
+    "learned": make_model(**LEARNED),
+    "capped": make_model(**CAPPED, num_layers=4),
 }
 SCANNED = Compute(unroll=False)  # as accelerators run it
 BOUNDED = Compute(max_segment_len=max(LENGTHS))
@@ -74,6 +86,9 @@ class Case:
     model: str = "full"
 
 
+# For models that have something of their own: everything but stages, and these.
+ALL_AT_ONCE = {"layout": {"dp": 2, "tp": 2, "zero": 3, "sp": True}, "num_mbs": 2, "batch": narrow()}
+IN_STAGES = {"layout": {"pp": 2, "dp": 2, "tp": 2, "zero": 1, "sp": True}, "batch": narrow()}
 CASES = [
     Case("packed"),
     Case("packed-long-remat", batch=long(), compute=Compute(remat=True)),
@@ -98,6 +113,10 @@ CASES = [
     Case("experts-dp4-tp2-zero1-mbs2", {"dp": 4, "tp": 2, "zero": 1}, num_mbs=2, model="experts"),
     Case("experts-dp2-tp4-zero3-sp", {"dp": 2, "tp": 4, "zero": 3, "sp": True}, batch=narrow(), model="experts"),
     Case("experts-pp2-dp2-tp2-scanned", {"pp": 2, "dp": 2, "tp": 2}, compute=SCANNED, model="experts"),
+    Case("learned-dp2-tp2-zero3-sp-mbs2", **ALL_AT_ONCE, model="learned"),
+    Case("learned-pp2-dp2-tp2-zero1-sp", **IN_STAGES, model="learned"),
+    Case("capped-dp2-tp2-zero3-sp-mbs2", **ALL_AT_ONCE, model="capped"),
+    Case("capped-pp2-dp2-tp2-zero1-sp", **IN_STAGES, model="capped"),
 ] + [Case(f"attention-{name}", batch=long(), compute=Compute(attention=name)) for name in PORTABLE_KERNELS]
 
 
