@@ -10,9 +10,9 @@ from realjax.allocation import heuristic, modes, shapes
 from realjax.allocation.choice import Choice
 from realjax.allocation.plan import AllocationPlan, RolloutShape
 from realjax.allocation.predict import predict_run
-from realjax.core.layout import Layout, number_ranges
+from realjax.core.layout import Layout, ParallelStrategy, number_ranges
 from realjax.dataflow.graph import Generate, Train
-from realjax.dataflow.run import RunSpec
+from realjax.dataflow.run import RoleSpec, RunSpec
 
 
 def allocate(spec: RunSpec, devices: Sequence[jax.Device]) -> AllocationPlan:
@@ -89,10 +89,22 @@ def place_calls(spec: RunSpec) -> dict[str, heuristic.Placement]:
         else:
             strategy = modes.choose_strategy(options, name, is_train=is_train)
             numbers = modes.choose_devices(options, name, strategy)
+        check_experts(name, strategy, spec.roles[mfc.role])
         if options.calls[name].devices is None:  # a planner has said that too
             strategy = replace(strategy, zero_stage=spec.roles[mfc.role].zero_stage if is_train else 0)
         placements[mfc.name] = heuristic.Placement(strategy=strategy, devices=tuple(numbers))
     return placements
+
+
+def check_experts(call: str, strategy: ParallelStrategy, role: RoleSpec) -> None:
+    """Raises ValueError where devices are to share experts that a role's model has not, or not as many."""
+    num_experts = role.config.experts.num_experts if role.config.experts else 1
+    if num_experts % strategy.ep:
+        found = f"{num_experts} experts, which do not divide over them" if num_experts > 1 else "no experts"
+        raise ValueError(
+            f"{call}: {strategy.ep} devices are to share the experts of a layer, but {role.name}'s model has {found}; "
+            f"use an expert_parallel_size of {'1' if num_experts == 1 else 'a divisor of that'}"
+        )
 
 
 def find_home(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) -> Layout:

@@ -3,6 +3,7 @@
 The other axes stay with XLA. Outside of the tables that place arrays, this is the only file that names mesh axes.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar, cast
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Primitive
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from realjax.core.axes import ROW_AXES, Axes, Names, Rules, as_tuple, keep_axes, resolve
+from realjax.core.axes import ROW_AXES, Axes, Names, Rules, as_tuple, keep_axes, left_to_split, resolve
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, map_paths
@@ -22,6 +23,8 @@ from realjax.models.products import ExpertsFn, Routed
 T, G = TypeVar("T"), TypeVar("G")
 WHOLE = PartitionSpec()
 ROWS = PartitionSpec(ROW_AXES)
+# share_fn(fn, axes) -> fn of a device's own tokens, which all devices along these axes have a part of
+ShareFn = Callable[[ExpertsFn, Axes], ExpertsFn]
 
 
 def find_data_parts(shardings: Tree) -> Tree:
@@ -182,30 +185,84 @@ def on_own_heads(fn: Callable[..., Array], layout: Layout) -> Callable[..., Arra
 
 
 def run_on_own_parts(
-    fn: ExpertsFn, routed: Routed, params: Tree, names: Tree, *, rules: Rules, layout: Layout
+    fn: ExpertsFn, routed: Routed, params: Tree, names: Tree, *, rules: Rules, layout: Layout, share_fn: ShareFn
 ) -> Array:
     """Returns `fn(routed, params)`, run by every device on its own rows and its own parts of the parameters, by their
     dims' `names`; where each has a part of the hidden numbers, what they return is summed.
+
+    Where devices share experts, `share_fn` makes of `fn` and the axes along which tokens are split a function of these
+    tokens: they are split over `tensor` too where they divide, and what is summed comes back split.
     """
     inner = jax.sharding.get_abstract_mesh()
     mesh = layout.mesh if inner.empty else inner
     left = {axis for axis in mesh.axis_names if axis not in inner.manual_axes and mesh.shape[axis] > 1}
+    rows, tensor = keep_axes(ROW_AXES, left), keep_axes("tensor", left)
+    tokens = PartitionSpec(rows)
+    if is_shared := layout.strategy.ep > 1:
+        tokens = _split_tokens(routed, mesh, rows) if tensor else tokens
+        fn = share_fn(fn, ("expert",) if tokens is None or not tensor else ("expert", "tensor"))
     if not left:
         return fn(routed, params)
 
-    def find_part(path: str, leaf: Array, dims: Names) -> PartitionSpec:
-        return PartitionSpec(*(keep_axes(axes, left) for axes in resolve(dims, leaf.shape, rules, layout, path)))
+    def find_spec(path: str, leaf: Array, dims: Names) -> PartitionSpec:
+        spec = resolve(dims, leaf.shape, left_to_split(rules), layout, path)
+        return PartitionSpec(*(keep_axes(axes, left) for axes in spec))
 
-    specs = map_paths(find_part, params, names)
+    specs = map_paths(find_spec, params, names)
+    run = partial(jax.shard_map, mesh=mesh, axis_names=left, check_vma=False)
+    if tensor is None or (is_shared and tokens is not None):
+        return run(fn, in_specs=(tokens, specs), out_specs=tokens)(routed, params)
     # A dim for the devices that each have a part of the sum: XLA then adds up the parts, and the gradients of what all
     # of them read, in a way that suits what comes next, and in 16 bits too.
-    tensor = keep_axes("tensor", left)
-    rows = PartitionSpec(tensor, keep_axes(ROW_AXES, left))
+    parts = PartitionSpec(tensor, rows)
     of_each = lambda routed, params: fn(jax.tree.map(lambda x: x[0], routed), params)[None]
-    run = jax.shard_map(of_each, mesh=mesh, in_specs=(rows, specs), out_specs=rows, axis_names=left, check_vma=False)
-    num_parts = mesh.shape["tensor"] if tensor else 1
-    parts = run(jax.tree.map(lambda x: jnp.broadcast_to(x, (num_parts, *x.shape)), routed), params)
-    return jax.lax.reduce(parts, jnp.zeros((), parts.dtype), jax.lax.add, (0,))
+    every = jax.tree.map(lambda x: jnp.broadcast_to(x, (mesh.shape["tensor"], *x.shape)), routed)
+    y = run(of_each, in_specs=(parts, specs), out_specs=parts)(every, params)
+    return jax.lax.reduce(y, jnp.zeros((), y.dtype), jax.lax.add, (0,))
+
+
+def _split_tokens(routed: Routed, mesh: AbstractMesh | Mesh, rows: Axes) -> PartitionSpec | None:
+    """Returns how tokens `[R, T, D]` are split over `tensor` too: along the row, or else by rows. None: not at all."""
+    num_parts, (num_rows, row_len, _) = mesh.shape["tensor"], routed.x.shape
+    if row_len % num_parts == 0:
+        return PartitionSpec(rows, "tensor")
+    by_row = (*as_tuple(rows), "tensor")
+    divides = num_rows % math.prod(mesh.shape[axis] for axis in by_row) == 0
+    return PartitionSpec(by_row) if divides else None
+
+
+def find_share() -> tuple[Array, int]:
+    """Returns which part of the experts this device has, and of how many."""
+    return jax.lax.axis_index("expert"), jax.lax.axis_size("expert")
+
+
+def gather_tokens(x: Array, axes: Axes) -> Array:
+    """Returns the tokens `x` `[n, ...]` of all devices along `axes`, one after another."""
+    return cast(Array, _gather_tokens(x, axes))
+
+
+def sum_tokens(y: Array, axes: Axes) -> Array:
+    """Returns the sums of what all devices along `axes` have for each token, `[N, ...]`: to each those of its own.
+
+    What crosses is of y's dtype, and as much as in a reduce-scatter; the sums are in float32.
+    """
+    return cast(Array, _sum_tokens(y, axes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_tokens(x: Array, axes: Axes) -> Array:
+    return jax.lax.all_gather(x, axes, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_tokens(y: Array, axes: Axes) -> Array:
+    parts = y.reshape(jax.lax.axis_size(axes), -1, *y.shape[1:])
+    parts = jax.lax.all_to_all(parts, axes, 0, 0, tiled=True)
+    return parts.sum(axis=0, dtype=jnp.float32).astype(y.dtype)
+
+
+_gather_tokens.defvjp(lambda x, axes: (gather_tokens(x, axes), None), lambda axes, _, grad: (sum_tokens(grad, axes),))
+_sum_tokens.defvjp(lambda y, axes: (sum_tokens(y, axes), None), lambda axes, _, grad: (gather_tokens(grad, axes),))
 
 
 def over_stages(fn: Callable[..., T], layout: Layout, num_split: int) -> Callable[..., T]:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from realjax.core.axes import Rules, in_use_rules
 from realjax.core.layout import Layout
+from realjax.engine.experts import share_experts
 from realjax.engine.manual_axes import run_on_own_parts
 from realjax.models import heads, sums
 from realjax.models.products import Products
@@ -19,7 +20,7 @@ from realjax.models.products import Products
 
 def make_products(rules: Rules, layout: Layout) -> Products:
     """Returns the products for the layout's devices, where activations are split as the rules say."""
-    over_experts = partial(run_on_own_parts, rules=in_use_rules(rules), layout=layout)
+    over_experts = partial(run_on_own_parts, rules=in_use_rules(rules), layout=layout, share_fn=share_experts)
     if layout.devices[0].platform != "cpu":
         # Rows and time stay apart: merged, an accelerator's sums under sequence parallelism would not be scattered.
         return Products(over_experts=over_experts)

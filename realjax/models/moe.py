@@ -80,8 +80,9 @@ class ExpertsLinear(nnx.Module):
     def __init__(self, num_experts: int, in_dims: dict[str, int], out_dims: dict[str, int], bias: bool) -> None:
         dims = {"experts": num_experts, **in_dims, **out_dims}
         self.kernel = make_param(tuple(dims.values()), tuple(dims))
-        names = tuple("norm" if name == "expert_embed" else name for name in out_dims)
-        self.bias = make_param((num_experts, *out_dims.values()), ("experts", *names)) if bias else None
+        # What comes out of the last product is summed before its bias is added, which no device has a part of.
+        names = ("experts", "ffn") if "ffn" in out_dims else ("router", "norm")
+        self.bias = make_param((num_experts, *out_dims.values()), names) if bias else None
 
 
 class Experts(nnx.Module):

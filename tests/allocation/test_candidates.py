@@ -94,6 +94,15 @@ def test_layers_of_several_kinds_are_cut_where_they_can_be():
     assert {choice.strategy.pp for choice in choices} == {1, 2}
 
 
+@pytest.mark.parametrize(("num_nodes", "sizes"), [(1, {1, 2, 4, 8}), (4, {1, 2, 4, 8, 16, 32})])
+def test_experts_are_shared_by_devices_that_share_the_batch(num_nodes, sizes):
+    role = make_role("actor", make_shape(7, num_experts=64, experts_per_token=4))
+    choices = list_choices(make_call("ref_inf", "inference", role), role, make_cluster(num_nodes, 8))
+    assert {choice.expert_shards for choice in choices} == sizes
+    assert all(choice.strategy.dp % choice.strategy.ep == 0 for choice in choices)
+    assert {choice.strategy.ep for choice in list_choices(TRAIN, ROLE, make_cluster())} == {1}
+
+
 def test_open_stages_leave_few_layers_empty():
     role = make_role("actor", make_shape(7, num_layers=31))
     choices = list_choices(make_call("ref_inf", "inference", role), role, make_cluster())
@@ -109,6 +118,7 @@ def test_open_stages_leave_few_layers_empty():
         (Fixed(strategy=ParallelStrategy(tp=3)), r"actor_train: d1p1t3 .* query heads of 32 .* tensor=3; change"),
         (Fixed(strategy=ParallelStrategy(pp=64)), r"actor_train: d1p64t1 needs 64 devices, but the cluster has 8"),
         (Fixed(strategy=ParallelStrategy(dp=2), devices=(0,)), r"needs 2 devices, but its mesh has 1"),
+        (Fixed(strategy=ParallelStrategy(dp=2, ep=2)), r"a model without experts do not divide over expert=2; change"),
         (Fixed(devices=(7, 8)), r"devices 7-8 .* among the cluster's 8"),
         (Fixed(strategy=ParallelStrategy(dp=3), zero_stage=3), r"zero_stage=3 splits a hidden size of 4096"),
         (Fixed(strategy=ParallelStrategy(dp=4), micro_batches=MicroBatches(max_tokens=9)), r"max_tokens_per_mb=9"),

@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from realjax.allocation.allocate import make_plan
+from realjax.allocation.allocate import check_experts, make_plan
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.dataflow.graph import DataflowGraph, Inference, Train
 from realjax.dataflow.run import MovingAverage, RunSpec
-from realjax.models.config import AttentionConfig, LayerKind
+from realjax.models.config import AttentionConfig, LayerKind, MoEConfig
 from tests.given.sequences import make_loader
 from tests.given.specs import TRAIN, make_paths, make_role_spec, make_spec
 
@@ -95,6 +95,18 @@ def test_stages_that_would_have_other_kinds_of_layer_are_refused():
     assert plan(replace(DPO, roles=roles(config)), layouts).empty_layers == {"ref": 0, "actor": 0}
     with pytest.raises(ValueError, match="^actor_train, actor's model: 2 pipeline stages of 3 layers .* among .1."):
         plan(replace(DPO, roles=roles(replace(config, num_layers=3))), layouts)
+
+
+def test_devices_share_experts_that_a_model_has():
+    six = LayerKind(feed_forward=MoEConfig(num_experts=6, experts_per_token=2, expert_size=4))
+    role = make_role_spec("actor", Path("nowhere"))
+    check_experts("train", ParallelStrategy(dp=4), role)
+    with pytest.raises(ValueError, match="^train: 2 devices .* but actor's model has no experts; .*size of 1$"):
+        check_experts("train", ParallelStrategy(dp=4, ep=2), role)
+    role = replace(role, config=replace(role.config, pattern=(six,)))
+    check_experts("train", ParallelStrategy(dp=4, ep=2), role)
+    with pytest.raises(ValueError, match="has 6 experts, which do not divide over them; .* a divisor of that$"):
+        check_experts("train", ParallelStrategy(dp=4, ep=4), role)
 
 
 def test_a_batch_must_share_out_over_devices_and_micro_batches():
