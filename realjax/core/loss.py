@@ -9,7 +9,7 @@ from jax import Array
 
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
-from realjax.core.metrics import Mean, Total
+from realjax.core.metrics import Load, Mean, Total
 
 
 @jax.tree_util.register_dataclass
@@ -21,13 +21,13 @@ class LossSums:
     """
 
     loss: Mean
-    metrics: dict[str, Mean | Total]
+    metrics: dict[str, Mean | Total | Load]
 
-    def with_terms(self, terms: Mapping[str, Mean], shares: Mapping[str, Array]) -> "LossSums":
-        """Returns the sums with terms of the layers, each added to the loss by its share and reported by its name."""
+    def with_terms(self, terms: Mapping[str, Mean | Load], shares: Mapping[str, Array]) -> "LossSums":
+        """Returns the sums with terms of the layers: reported by name, and added to the loss where one has a share."""
         total = self.loss.sum
         for name, share in shares.items():
-            total += share * terms[name].sum
+            total += share * terms[name].sum  # pyright: ignore - counts have no share
         return LossSums(Mean(total, self.loss.weight), {**self.metrics, **terms})
 
 

@@ -96,7 +96,26 @@ class Last:
         return other
 
 
-Metric = Mean | Total | Std | Least | Most | Last
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Load:
+    """How uneven counts `[L, E]` are: a row's largest over its mean, as a mean over the rows that count anything."""
+
+    counts: Any
+
+    @property
+    def value(self) -> Any:
+        """At least 1; 0 where nothing is counted."""
+        sums, largest = self.counts.sum(axis=-1), self.counts.max(axis=-1)
+        share = self.counts.shape[-1] * largest / (sums + (sums == 0))
+        num_rows = (sums > 0).sum()
+        return share.sum() / (num_rows + (num_rows == 0))
+
+    def merged(self, other: "Load") -> "Load":
+        return Load(self.counts + other.counts)
+
+
+Metric = Mean | Total | Std | Least | Most | Last | Load
 
 
 def measure_mean(values: np.ndarray, mask: np.ndarray) -> Mean:
@@ -124,6 +143,10 @@ def summarize(parts: Iterable[Mapping[str, Metric]]) -> dict[str, float]:
     merged: dict[str, Metric] = {}
     for part in parts:
         for name, metric in part.items():
-            metric = jax.tree.map(float, metric)
+            metric = jax.tree.map(_widen, metric)
             merged[name] = merged[name].merged(metric) if name in merged else metric
     return {name: float(metric.value) for name, metric in merged.items() if getattr(metric, "weight", 1.0) != 0}
+
+
+def _widen(value: Any) -> float | np.ndarray:
+    return np.asarray(value, np.float64) if np.ndim(value) else float(value)

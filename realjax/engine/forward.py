@@ -14,7 +14,7 @@ from realjax.core.batch import Batch
 from realjax.core.compute import Compute
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
-from realjax.core.metrics import Mean
+from realjax.core.metrics import Load, Mean
 from realjax.core.trees import Tree
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import make_attention
@@ -25,7 +25,7 @@ from realjax.engine.totals import AddFn, add_after, add_in_place
 from realjax.models import heads
 from realjax.models.build import Model
 from realjax.models.products import MatmulFn
-from realjax.models.stacks import Blocks, Stacks, scan_layers
+from realjax.models.stacks import Aux, Blocks, Stacks, scan_layers
 from realjax.models.sums import collect
 from realjax.models.transformer import Forward, Transformer, read_positions
 
@@ -35,7 +35,7 @@ class OutputsFn(Protocol):
 
     def __call__(
         self, params: Tree, batch: Batch, sinks: Tree | None = None
-    ) -> tuple[Mapping[str, Array], Mapping[str, Mean]]:
+    ) -> tuple[Mapping[str, Array], Mapping[str, Mean | Load]]:
         """Returns the head's outputs, and the terms that layers add to the loss, as means over tokens and layers."""
         ...
 
@@ -109,13 +109,12 @@ def make_outputs(parts: ForwardParts, layout: Layout) -> OutputsFn:
 
     def outputs(
         params: Tree, batch: Batch, sinks: Tree | None = None
-    ) -> tuple[Mapping[str, Array], Mapping[str, Mean]]:
+    ) -> tuple[Mapping[str, Array], Mapping[str, Mean | Load]]:
         blocks, stacks = parts.make_stacks(params, None if sinks is None else sinks["layers"])
         x = parts.embed(params, batch, sinks)
         per_row = read_positions(model.config, batch["positions"], batch["segment_ids"])
         x, sums = run_layers_fn(blocks, model.config.order, stacks, x, per_row)
-        terms = {name: Mean(sums[name], weight) for name, weight in term_weights(model, batch).items()}
-        return parts.read_out(params, x, batch, sinks), terms
+        return parts.read_out(params, x, batch, sinks), make_terms(model, sums, batch)
 
     return outputs
 
@@ -142,8 +141,14 @@ def _make_head(
     return outputs
 
 
+def make_terms(model: Model, sums: Aux, batch: Batch) -> dict[str, Mean | Load]:
+    """Returns what layers add to the loss or report, of their sums over a batch's tokens."""
+    weights = term_weights(model, batch)
+    return {name: Load(x) if x.ndim else Mean(x, weights[name]) for name, x in sums.items()}
+
+
 def term_weights(model: Model, batch: Batch) -> dict[str, Array]:
-    """Returns for each term that layers add to the loss how many tokens of the batch have it, times layers, float32."""
+    """Returns for each term of the layers how many tokens of the batch have it, times layers, float32."""
     num_layers = model.count_terms()
     return {name: count * jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32) for name, count in num_layers.items()}
 

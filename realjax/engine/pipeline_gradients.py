@@ -18,9 +18,8 @@ from realjax.core.axes import make_constrain, optimizer_rules
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
-from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
-from realjax.engine.forward import ForwardParts, term_weights
+from realjax.engine.forward import ForwardParts, make_terms
 from realjax.engine.manual_axes import over_stages
 from realjax.engine.pipeline import num_step_batches
 from realjax.engine.rows import deal_rows
@@ -55,8 +54,7 @@ def make_pipeline_gradients(parts: ForwardParts, loss: Loss, layout: Layout, num
     def gradients(params: Tree, shares: Mapping[str, Array], batch: Batch) -> tuple[Tree, LossSums]:
         num_batches = num_step_batches(batch.num_rows, num_mbs, layout)
         flow = Schedule(parts, loss, layout, params, shares, deal_rows(batch, num_batches)).run()
-        weights = term_weights(parts.model, batch)
-        terms = {name: Mean(term.sum(), weights[name]) for name, term in flow.terms.items()}
+        terms = make_terms(parts.model, {name: term.sum(axis=0) for name, term in flow.terms.items()}, batch)
         return flow.grads, flow.sums.with_terms(terms, shares)
 
     return gradients
@@ -124,7 +122,8 @@ class Schedule:
     def backward(self, flow: Flow, grad_x: Array, t: Array) -> Flow:
         """Returns the flow after a backward half; `grad_x` comes into the last stage."""
         run, totals = over_stages(self.stage.backward, self.layout, num_split=4), flow.grads
-        of_layers, grads = split_kinds(self.config, totals["layers"]), (grad_x, self.shares)
+        of_terms = {name: jnp.zeros(term.shape[1:], term.dtype) for name, term in flow.terms.items()} | self.shares
+        of_layers, grads = split_kinds(self.config, totals["layers"]), (grad_x, of_terms)
         grads_x, returned, of_layers = run(self.stacks, flow.returned, flow.kept, of_layers, grads, self.batches, t)
         batch = take_batch(self.batches, t - 2 * (self.num_stages - 1))
         tables = {name: total for name, total in totals.items() if name in TABLES}

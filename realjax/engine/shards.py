@@ -5,7 +5,7 @@ of such a gather sums over the devices, in float32, and splits the sum again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -38,7 +38,7 @@ class Shards:
         axes = split_kinds(self.model.config, self.model.axes["layers"])[kind]
         axes = jax.tree.map(lambda names: names[1:], axes, is_leaf=lambda node: isinstance(node, tuple))
         params, sinks = self._gather_both(layer.params, layer.sinks, axes)
-        return Layer(params, sinks, layer.is_real)
+        return replace(layer, params=params, sinks=sinks)
 
     def gather_outer(self, params: Tree, sinks: Tree | None) -> tuple[Tree, Tree | None]:
         """Returns the parameters, and their sinks, with those whole that are of no layer."""

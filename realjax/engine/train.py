@@ -1,7 +1,7 @@
 """The training step: value_and_grad, one division by the global weight, clip, update."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import jax
@@ -35,6 +35,8 @@ class TrainOptions:
 
     compute: Compute = Compute()
     num_mbs: int = 1  # micro-batches whose gradients are summed
+    # Of terms that layers add to the loss, where they are to be others than the model's; these do change the result.
+    term_coefs: Mapping[str, float] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +59,7 @@ def make_gradients(
     outputs_fn = make_outputs(parts, layout)
     in_stages = make_pipeline_gradients(parts, loss, layout, options.num_mbs)
     constrain = make_constrain(stored, layout)
+    coefs = {name: coef for name, coef in {**model.term_coefs(), **options.term_coefs}.items() if coef}
     split = find_data_parts(tree_shardings(model.axes, model.abstract, rules, layout))
 
     def summed_loss(sinks: Tree, given: Given, batch: Batch) -> tuple[Array, LossSums]:
@@ -86,7 +89,7 @@ def make_gradients(
 
     def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
         params = compute_copy(master)
-        given = Given(params, _term_shares(term_weights(model, batch), loss, outputs_fn, params, batch))
+        given = Given(params, _term_shares(coefs, term_weights(model, batch), loss, outputs_fn, params, batch))
         if layout.strategy.dp == 1:
             return of_rows(given, batch)
         rows_of_part = (batch.num_rows // options.num_mbs,)
@@ -100,18 +103,23 @@ def make_gradients(
 
 
 def _term_shares(
-    weights: Mapping[str, Array], loss: Loss, outputs_fn: OutputsFn, params: Tree, batch: Batch
+    coefs: Mapping[str, float],
+    weights: Mapping[str, Array],
+    loss: Loss,
+    outputs_fn: OutputsFn,
+    params: Tree,
+    batch: Batch,
 ) -> dict[str, Array]:
     """Returns how much of each term's sum belongs to the summed loss of the whole batch.
 
     Divided by the loss's weight, as the loss is in the end, the term is then a mean by its own.
     """
-    if not weights:
+    if not coefs:
         return {}
     outputs, _ = jax.eval_shape(outputs_fn, params, batch)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
     num_units = loss.fn(nothing, batch).loss.weight
-    return {name: num_units / jnp.maximum(weight, 1) for name, weight in weights.items()}
+    return {name: coef * num_units / jnp.maximum(weights[name], 1) for name, coef in coefs.items()}
 
 
 def make_train_step(

@@ -45,10 +45,16 @@ class BlockContext:
     """What a block reads beside its rows `[R, T, D]`."""
 
     rotations: Mapping[RopeConfig, tuple[Array, Array]]  # cos and sin `[R, T, H/2]`
-    is_token: Array  # [R, T] False on padding
+    segment_ids: Array  # [R, T] 0 on padding
     attend_fn: AttendFn
     constrain: Constrain
     products: Products
+    layer_number: Array | None = None  # among the layers with experts
+
+    @property
+    def is_token(self) -> Array:
+        """False on padding `[R, T]`."""
+        return self.segment_ids > 0
 
 
 class Attention(nnx.Module):

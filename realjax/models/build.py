@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from realjax.core.trees import Tree, map_paths, num_params
-from realjax.models.config import ModelConfig
+from realjax.models.config import LayerKind, ModelConfig
 from realjax.models.stacks import join_kinds
 from realjax.models.transformer import FEED_FORWARDS, Block, Transformer
 
@@ -52,9 +52,15 @@ class Model:
         return transformer, [nnx.merge(graphdefs[name], layer) for name, layer in zip(order, layers)]
 
     def count_terms(self) -> dict[str, int]:
-        """Returns how many layers have each of the terms that blocks add to the loss, see `models.stacks`."""
-        names = [FEED_FORWARDS[type(kind.feed_forward)].TERMS for kind in self.config.layers]
-        return dict(Counter(chain.from_iterable(names)))
+        """Returns how many layers have each of the terms that blocks add to the loss or report, see `models.stacks`."""
+        return dict(Counter(chain.from_iterable(self._list_terms(kind) for kind in self.config.layers)))
+
+    def term_coefs(self) -> dict[str, float]:
+        """Returns the coefficients of these terms in the loss; 0 for what is only reported."""
+        return {name: coef for kind in self.config.layers for name, coef in self._list_terms(kind).items()}
+
+    def _list_terms(self, kind: LayerKind) -> dict[str, float]:
+        return FEED_FORWARDS[type(kind.feed_forward)].list_terms(kind.feed_forward)
 
 
 @lru_cache(maxsize=32)

@@ -114,7 +114,7 @@ def prefill_blocks(
 
     context = BlockContext(
         rotations={rope: rope_tables(rope, config.head_dim, positions) for rope in config.ropes},
-        is_token=segment_ids > 0,
+        segment_ids=segment_ids,
         attend_fn=attend_fn,
         constrain=forward.constrain,
         products=forward.products,
@@ -167,7 +167,7 @@ def decode_blocks(
 
     context = BlockContext(
         rotations={rope: rope_tables(rope, config.head_dim, lengths[:, None]) for rope in config.ropes},
-        is_token=jnp.ones(x.shape[:2], bool),
+        segment_ids=jnp.ones(x.shape[:2], jnp.int32),
         attend_fn=attend_fn,
         constrain=forward.constrain,
         products=forward.products,

@@ -85,6 +85,7 @@ class MoEConfig:
     alpha: float = 1.0
     shared_size: int | None = None  # of a feed-forward beside the experts that every token goes through
     shared_gate: bool = False  # it is weighed by a sigmoid of its own
+    balance_coef: float = 0.0  # of `balance_loss` in training, see `models/moe.py`
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "experts_per_token", "expert_size", "num_groups", "groups_per_token"):
@@ -202,6 +203,11 @@ class ModelConfig:
     def layers(self) -> tuple[LayerKind, ...]:
         """The kind of every layer, without empty ones."""
         return tuple(self.kinds[name] for name in self.order[: self.num_layers])
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with experts."""
+        return tuple(i for i, kind in enumerate(self.layers) if isinstance(kind.feed_forward, MoEConfig))
 
     @property
     def experts(self) -> MoEConfig | None:

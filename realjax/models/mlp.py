@@ -1,7 +1,6 @@
 """The feed-forward that every token goes through."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 from flax import nnx
@@ -22,8 +21,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class MLP(nnx.Module):
     """Gated feed-forward, down(act(gate(x)) * up(x)), or the plain one: down(act(up(x)))."""
 
-    TERMS: ClassVar[tuple[str, ...]] = ()
-
     def __init__(self, sizes: ModelConfig, config: MLPConfig) -> None:
         D, F = {"embed": sizes.hidden_size}, {"ffn": sizes.ffn_size}
         self.gate = Linear(D, F, config.bias) if config.gated else None
@@ -39,3 +36,8 @@ class MLP(nnx.Module):
             hidden = activate(self.gate(x_RTD, products)) * self.up(x_RTD, products)
         hidden = context.constrain(hidden, ("rows", "time", "act_ffn"))
         return self.down(hidden, products, "residual_time"), {}
+
+    @staticmethod
+    def list_terms(config: MLPConfig) -> dict[str, float]:
+        """Returns the names of what a layer gives as `Aux`, with coefficients in the loss; 0: a report alone."""
+        return {}

@@ -6,7 +6,6 @@ an expert. Padding has no expert, and so costs nothing and counts nowhere.
 
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from realjax.core.axes import Names
+from realjax.core.segments import sum_by_segment
 from realjax.core.trees import Tree
 from realjax.models import sums
 from realjax.models.attention import BlockContext
@@ -58,6 +58,13 @@ class Router(nnx.Module):
         if self.config.renormalise:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return weights * self.config.scale
+
+    def share(self, logits: Array) -> Array:
+        """Returns all experts' shares `[R, T, E]`, which sum to 1."""
+        if self.config.scores != "sigmoid":
+            return jax.nn.softmax(logits, axis=-1)
+        scores = jax.nn.sigmoid(logits)
+        return scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
 
     def _score(self, logits: Array) -> Array:
         if self.config.scores == "softmax":
@@ -161,11 +168,10 @@ class SharedExpert(MLP):
 class MoE(nnx.Module):
     """A router and its experts, and perhaps a feed-forward beside them that every token goes through."""
 
-    TERMS: ClassVar[tuple[str, ...]] = ()
-
     def __init__(self, sizes: ModelConfig, config: MoEConfig) -> None:
         self.router = Router(sizes, config)
         self.experts = Experts(sizes, config)
+        self.num_layers = len(sizes.routed_layers)
         self.shared = SharedExpert(sizes, config, config.shared_size) if config.shared_size else None
         self.config = config
 
@@ -177,4 +183,40 @@ class MoE(nnx.Module):
         y = self.experts(Routed(x_RTD, ids, weights), context.products)
         if self.shared is not None:
             y = y + self.shared(x_RTD, context)[0]
-        return y, {}
+        return y, {} if context.layer_number is None else self._measure(logits, ids, context)
+
+    @staticmethod
+    def list_terms(config: MoEConfig) -> dict[str, float]:
+        """Returns the names of what a layer gives as `Aux`, see `MLP.list_terms`."""
+        return {"balance_loss": config.balance_coef, "router_z_loss": 0.0, "router_entropy": 0.0, "expert_load": 0.0}
+
+    def _measure(self, logits: Array, ids: Array, context: BlockContext) -> Aux:
+        probs, add = self.router.share(logits), partial(_sum_tokens, is_token=context.is_token)
+        counts = jnp.sum(ids[..., None] == jnp.arange(self.config.num_experts), axis=-2, dtype=jnp.float32)
+        load = jnp.zeros((self.num_layers, self.config.num_experts), jnp.float32)
+        return {
+            "balance_loss": add(measure_balance(probs, counts, context.segment_ids)),
+            "router_z_loss": add(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
+            "router_entropy": add(-jnp.sum(probs * jnp.log(jnp.maximum(probs, 1e-30)), axis=-1)),
+            "expert_load": load.at[context.layer_number].set(counts.sum(axis=(0, 1)), mode="drop"),
+        }
+
+
+def measure_balance(probs: Array, counts: Array, segment_ids: Array) -> Array:
+    """Returns for each token `[R, T]` E times the sum over experts of their load in its sequence, which is a share of
+    its tokens, times the token's own `probs` `[R, T, E]`; `counts` are 1 where a token has the expert.
+
+    The mean over tokens is that of sequences of E * sum(f * P), the loss of Switch (arXiv:2101.03961), as DeepSeek-V3
+    has it by sequence (arXiv:2412.19437): it does not depend on how a batch is packed or split. It is k where all
+    experts have the same load.
+    """
+    num_segments = segment_ids.shape[1]
+    tokens = jnp.ones((*segment_ids.shape, 1), jnp.float32)
+    sums = sum_by_segment(jnp.concatenate([counts, tokens], axis=-1), segment_ids, num_segments)
+    load = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)
+    of_own = jnp.take_along_axis(load, jnp.maximum(segment_ids - 1, 0)[..., None], axis=1)
+    return probs.shape[-1] * jnp.sum(probs * of_own, axis=-1)
+
+
+def _sum_tokens(values: Array, is_token: Array) -> Array:
+    return jnp.sum(jnp.where(is_token, values, 0))

@@ -1,7 +1,8 @@
 """How a model's layers run one after another: those of a kind are a stack of parameters, kinds take turns.
 
-A block gives its rows back and an `Aux`: terms of the loss by name, each a float32 scalar that is a sum over the real
-tokens of the rows, its coefficient included. The engine divides by the tokens and by the layers that have the term.
+A block gives its rows back and an `Aux`: what it adds to the loss or reports, by name, each a float32 sum over the real
+tokens of the rows. The engine divides a scalar by the tokens and by the layers that have it, and adds it to the loss by
+its coefficient; counts `[L, E]` of a layer's experts are reported as how uneven they are, see `core.metrics.Load`.
 """
 
 from collections import Counter
@@ -30,6 +31,7 @@ class Layer:
     params: Tree
     sinks: Tree | None = None  # float32 arrays of the same shapes, where gradients are summed, see `sums.collect`
     is_real: Array | None = None  # bool; None: no layer is empty
+    number: Array | None = None  # int32, among the layers with experts; None: these are not
 
 
 @jax.tree_util.register_dataclass

@@ -62,7 +62,7 @@ class Forward:
     remat_fn: Callable[[BlockFn], BlockFn] = lambda block_fn: block_fn  # what the backward pass computes again
 
 
-# The module of each kind of feed-forward. Its `TERMS` are the names of what it returns as `Aux`.
+# The module of each kind of feed-forward. Its `list_terms` names what it returns as `Aux`.
 FEED_FORWARDS: dict[type, type[Any]] = {MLPConfig: MLP, MoEConfig: MoE}
 
 
@@ -113,6 +113,14 @@ class StackedKinds(nnx.Module):
 def read_positions(config: ModelConfig, positions: Array, segment_ids: Array) -> PerRow:
     """Returns what every layer reads of packed rows `[R, T]`."""
     return PerRow(tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes), segment_ids)
+
+
+def number_routed_layers(config: ModelConfig, kind: str) -> Array | None:
+    """Returns the numbers of a kind's layers among those with experts `[L]`, None for a kind without."""
+    if not isinstance(config.kinds[kind].feed_forward, MoEConfig):
+        return None
+    has_experts = [isinstance(config.kinds[name].feed_forward, MoEConfig) for name in config.order]
+    return jnp.array([sum(has_experts[:i]) for i, name in enumerate(config.order) if name == kind], jnp.int32)
 
 
 class Transformer(nnx.Module):
@@ -183,7 +191,8 @@ class Transformer(nnx.Module):
             graphdef, state = nnx.split(stack)
             blocks[name] = self._make_block(name, graphdef, forward)
             own_sinks = None if sinks is None else split_kinds(config, sinks)[name]
-            stacks[name] = Layer(nnx.to_pure_dict(state), own_sinks, is_real)
+            numbers = number_routed_layers(config, name)
+            stacks[name] = Layer(nnx.to_pure_dict(state), own_sinks, is_real, numbers)
         return blocks, stacks
 
     def _embed(self, constrain: Constrain, *ids: Array) -> Array:
@@ -196,7 +205,8 @@ class Transformer(nnx.Module):
             params = layer.params if layer.sinks is None else jax.tree.map(sums.collect, layer.params, layer.sinks)
             context = BlockContext(
                 rotations=dict(zip(self.config.ropes, per_row.rotations)),
-                is_token=per_row.segment_ids > 0,
+                segment_ids=per_row.segment_ids,
+                layer_number=layer.number,
                 attend_fn=lambda q, k, v, *how: forward.attention_fn(q, k, v, per_row.segment_ids, *how),
                 constrain=forward.constrain,
                 products=forward.products,

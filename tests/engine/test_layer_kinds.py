@@ -1,7 +1,6 @@
 """Layers of several kinds: a family that is data alone, and terms that layers add to the loss, against plain code."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +54,13 @@ class PenalisedConfig(MLPConfig):
 class PenalisedMLP(MLP):
     """Gives the mean square of each real token's input as a term of the loss."""
 
-    TERMS: ClassVar[tuple[str, ...]] = ("mean_square",)
-
     def __call__(self, x_RTD, context):
         squares = jnp.square(x_RTD.astype(jnp.float32)).mean(axis=-1)
-        return super().__call__(x_RTD, context)[0], {
-            "mean_square": COEFFICIENT * jnp.sum(jnp.where(context.is_token, squares, 0))
-        }
+        return super().__call__(x_RTD, context)[0], {"mean_square": jnp.sum(jnp.where(context.is_token, squares, 0))}
+
+    @staticmethod
+    def list_terms(config):
+        return {"mean_square": COEFFICIENT}
 
 
 @pytest.fixture
@@ -117,13 +116,13 @@ def plain_logits(params: Tree, tokens):
 
 
 def plain_loss(params: Tree, coefficient: float):
-    """Returns the mean nll of the answers' tokens plus the term's mean, and that term."""
+    """Returns the mean nll of the answers' tokens plus the term's mean by its coefficient, and that mean."""
     batch, _ = one_per_row(EXAMPLES)
     logits, squares = plain_logits(params, batch["tokens"])
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), batch["tokens"][:, 1:, None], axis=2)[..., 0]
     mask, is_token = batch["loss_mask"][:, 1:], batch["segment_ids"] > 0
-    term = coefficient * sum(jnp.sum(x * is_token) for x in squares) / (2 * is_token.sum())
-    return -jnp.sum(logprobs * mask) / mask.sum() + term, term
+    term = sum(jnp.sum(x * is_token) for x in squares) / (2 * is_token.sum())
+    return -jnp.sum(logprobs * mask) / mask.sum() + coefficient * term, term
 
 
 PLAIN_LOGITS = quick_jit(plain_logits)
@@ -141,7 +140,7 @@ def check_gradients(model: Model, coefficient: float, layout: dict, row_len: int
     assert float(sums.loss.value) == pytest.approx(float(loss), rel=1e-5)
     assert ("mean_square" in sums.metrics) == (coefficient > 0)
     if coefficient:
-        assert term > 0.05 * loss  # else a tolerance says little of it
+        assert coefficient * term > 0.05 * loss  # else a tolerance says little of it
         assert float(finalize(sums.metrics)["mean_square"]) == pytest.approx(float(term), rel=1e-5)
     assert_close_in_norm(jax.tree.map(lambda g: np.asarray(g) / sums.loss.weight, grads), expected, 2e-5)
 
@@ -170,7 +169,7 @@ def test_an_evaluation_reports_terms_beside_its_loss(penalised):
     sums = quick_jit(make_evaluation(penalised, SFT_LOSS, layout, Compute(), num_mbs=2))(
         params, pack_in_order(EXAMPLES, 32, num_rows=8)[0]
     )
-    assert float(sums.loss.value) == pytest.approx(float(loss - term), rel=1e-5)
+    assert float(sums.loss.value) == pytest.approx(float(loss - COEFFICIENT * term), rel=1e-5)
     assert float(finalize(sums.metrics)["mean_square"]) == pytest.approx(float(term), rel=1e-5)
 
 

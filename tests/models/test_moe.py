@@ -13,7 +13,7 @@ from realjax.core.layout import ParallelStrategy
 from realjax.engine.products import make_products
 from realjax.models.attention import BlockContext
 from realjax.models.config import MoEConfig
-from realjax.models.moe import MoE
+from realjax.models.moe import MoE, measure_balance
 from realjax.models.products import Products
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import make_layout, make_model, quick_jit
@@ -47,7 +47,7 @@ IS_TOKEN = np.arange(T) < np.array([[T], [4]])
 def context(products: Products) -> BlockContext:
     return BlockContext(
         rotations={},
-        is_token=jnp.asarray(IS_TOKEN),
+        segment_ids=jnp.asarray(IS_TOKEN, jnp.int32),
         attend_fn=lambda q, k, v, window: q,
         constrain=Constrain(),
         products=products,
@@ -130,3 +130,17 @@ def test_padding_has_no_expert_and_changes_nothing():
     y, other = run(x), run(np.where(IS_TOKEN[..., None], x, 9.0))
     np.testing.assert_array_equal(np.asarray(y)[IS_TOKEN], np.asarray(other)[IS_TOKEN])
     assert not np.any(np.asarray(y)[~IS_TOKEN])
+
+
+def test_the_balance_of_a_sequence_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    logits = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(np.float32)
+    segment_ids = np.array([[1] * 4 + [2] * 5, [1] * 7 + [0] * 2])
+    counts = find_best(jnp.asarray(logits), 2).astype(np.float32) * (segment_ids > 0)[..., None]
+    found = np.asarray(measure_balance(jax.nn.softmax(logits), counts, jnp.asarray(segment_ids)))
+    for row, segment in ((0, 1), (0, 2), (1, 1)):
+        own = segment_ids[row] == segment
+        theirs = load_balancing_loss_func((torch.from_numpy(logits[row, own]),), 6, 2)
+        assert found[row, own].mean() == pytest.approx(float(theirs), rel=1e-5)

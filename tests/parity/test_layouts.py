@@ -48,6 +48,7 @@ SPARSE = LayerKind(
         bias=True,
         shared_size=24,
         shared_gate=True,
+        balance_coef=0.3,
     ),
 )
 MODELS = {
@@ -57,6 +58,7 @@ MODELS = {
     "learned": make_model(**LEARNED),
     "capped": make_model(**CAPPED, num_layers=4),
 }
+TERM_COEFS = {"experts": {"router_z_loss": 0.1}}
 SCANNED = Compute(unroll=False)  # as accelerators run it
 BOUNDED = Compute(max_segment_len=max(LENGTHS))
 
@@ -139,17 +141,20 @@ def mean_gradients(
 @pytest.fixture(scope="module")
 def plain() -> dict[str, tuple[Tree, dict[str, float]]]:
     """One sequence a row, one device, dense attention: nothing is split, packed or recomputed."""
-    options = TrainOptions(compute=Compute(attention="dense"))
     batch = one_per_row(EXAMPLES)[0]
+    options = {
+        name: TrainOptions(compute=Compute(attention="dense"), term_coefs=TERM_COEFS.get(name, {})) for name in MODELS
+    }
     return {
-        name: mean_gradients(model, random_tree(model), batch, make_layout(), options) for name, model in MODELS.items()
+        name: mean_gradients(model, random_tree(model), batch, make_layout(), options[name])
+        for name, model in MODELS.items()
     }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss_and_gradients_do_not_depend_on_the_layout_the_packing_or_micro_batches(case, plain):
     model = MODELS[case.model]
-    options = TrainOptions(compute=case.compute, num_mbs=case.num_mbs)
+    options = TrainOptions(compute=case.compute, num_mbs=case.num_mbs, term_coefs=TERM_COEFS.get(case.model, {}))
     layout = make_layout(**case.layout)
     grads, metrics = mean_gradients(model, random_tree(model), case.batch, layout, options)
     expected, expected_metrics = plain[case.model]

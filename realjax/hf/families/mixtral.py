@@ -2,7 +2,14 @@
 
 from realjax.core.json_text import JsonObject
 from realjax.hf.families.llama_like import RULES, read_pattern, read_sizes, write_sizes
-from realjax.hf.families.moe_like import count_experts, find_experts, list_experts, spread_experts
+from realjax.hf.families.moe_like import (
+    count_experts,
+    find_experts,
+    list_experts,
+    read_balance,
+    spread_experts,
+    write_balance,
+)
 from realjax.hf.rules import Family
 from realjax.models.config import AttentionConfig, ModelConfig, MoEConfig
 
@@ -16,6 +23,7 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
         expert_size=hf["intermediate_size"],
         renormalise=True,
         activation=pattern[0].feed_forward.activation,
+        balance_coef=read_balance(hf),
     )
     return ModelConfig(
         family="mixtral",
@@ -29,6 +37,7 @@ def _config_to_hf(config: ModelConfig) -> JsonObject:
     experts = find_experts(config)
     return {
         **write_sizes(config),
+        **write_balance(experts),
         "intermediate_size": experts.expert_size,
         "sliding_window": config.pattern[0].mixer.window,
         "num_local_experts": experts.num_experts,

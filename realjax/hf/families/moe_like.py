@@ -68,6 +68,20 @@ def write_sparse_layers(config: ModelConfig) -> JsonObject:
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
+def read_balance(hf: JsonObject, coef: float = 0.001) -> float:
+    """Returns the coefficient of the balance loss; transformers adds it only where `output_router_logits` is set.
+
+    `coef` is the family's default.
+    """
+    return float(hf.get("router_aux_loss_coef", coef)) if hf.get("output_router_logits", False) else 0.0
+
+
+def write_balance(experts: MoEConfig) -> JsonObject:
+    """Returns the config.json keys of `read_balance`; its inverse."""
+    coef = experts.balance_coef
+    return {"output_router_logits": coef > 0, **({"router_aux_loss_coef": coef} if coef else {})}
+
+
 def find_experts(config: ModelConfig) -> MoEConfig:
     """Returns the experts of a model's layers. Raises ValueError where it has none."""
     for kind in config.pattern:

@@ -6,8 +6,10 @@ from realjax.hf.families.moe_like import (
     EXPERTS,
     count_experts,
     find_experts,
+    read_balance,
     read_sparse_layers,
     spread_experts,
+    write_balance,
     write_sparse_layers,
 )
 from realjax.hf.rules import Family
@@ -26,6 +28,7 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
         expert_size=hf["moe_intermediate_size"],
         renormalise=bool(hf.get("norm_topk_prob", False)),
         activation=pattern[0].feed_forward.activation,
+        balance_coef=read_balance(hf),
     )
     return ModelConfig(
         family="qwen3_moe",
@@ -39,6 +42,7 @@ def _config_to_hf(config: ModelConfig) -> JsonObject:
     experts, mixer = find_experts(config), config.pattern[0].mixer
     return {
         **write_sizes(config),
+        **write_balance(experts),
         **write_sparse_layers(config),
         "attention_bias": mixer.qkv_bias,
         "use_sliding_window": mixer.window is not None,

@@ -26,7 +26,14 @@ SIZES = (
 )
 COUNTS = ("max_window_layers",)
 NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor")
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
+SWITCHES = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "norm_topk_prob",
+    "output_router_logits",
+)
 TEXTS = ("model_type", "hidden_act", "rope_type", "type")
 TABLES = ("rope_parameters", "rope_scaling", "id2label")
 LISTS = ("architectures", "layer_types")
