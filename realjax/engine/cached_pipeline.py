@@ -118,7 +118,7 @@ class Stages:
         run = over_stages(stage, self.layout, num_split=4)
         handed_on, mine = run(params["layers"], cache[wave], *flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
-        out = transformer.norm(handed_on[0], self.forward.products)[:, 0]
+        out = transformer.read_out(handed_on[0], self.forward.products)[:, 0]
         return out, (*cache[:wave], mine, *cache[wave + 1 :]), (handed_on,)
 
     def admit(
@@ -147,7 +147,7 @@ class Stages:
         # Back from micro-batches to the order of the prompts, for each stage.
         last, prompts = jax.vmap(join_rows)(run(params["layers"], *deal_rows((x, lengths), num_stages)))
         write = on_shards(self._write_prompts, self.cache_sharding, num_caches=2)
-        return transformer.norm(last[-1], self.forward.products)[:, 0], write(cache, prompts, sources, places)
+        return transformer.read_out(last[-1], self.forward.products)[:, 0], write(cache, prompts, sources, places)
 
     def _write_prompts(self, caches: Cache, prompts: KVCache, sources: Array, places: Array) -> Cache:
         """Returns a device's own caches with its prompts in them, see the class for which holds what."""

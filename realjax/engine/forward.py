@@ -95,7 +95,7 @@ class ForwardParts:
 
     def read_out(self, params: Tree, x: Array, batch: Batch, sinks: Tree | None = None) -> Mapping[str, Array]:
         """Returns the head's outputs of what the last layer gives, `[R, T, D]`; `sinks` of all but the layers."""
-        hidden = _bind(self.model, params, sinks).norm(x, self.forward.products, "residual_time")
+        hidden = _bind(self.model, params, sinks).read_out(x, self.forward.products, "residual_time")
         # Bound once more, so that the two gradients of a tied table meet in its sink.
         whole = self._shards.gather_outer(params, sinks) if self._shards else (params, sinks)
         return self._head_fn(hidden, _bind(self.model, *whole).head_kernel(), batch)

@@ -1,7 +1,7 @@
 """What we know of an architecture: its config in both directions, and where our leaves lie in its checkpoints."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from realjax.core.json_text import JsonObject
@@ -56,6 +56,7 @@ class Family:
     rules: tuple[Rule, ...]
     config_from_hf: Callable[[JsonObject, bool], ModelConfig]  # (config.json, is_critic)
     config_to_hf: Callable[[ModelConfig], JsonObject]
+    defaults: JsonObject = field(default_factory=dict)  # transformers' values of keys that a config.json may leave out
 
     def name_tensor(self, path: str) -> str:
         """Returns the name that the table gives to a leaf outside the layers."""

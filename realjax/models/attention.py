@@ -13,8 +13,9 @@ from jax import Array
 
 from realjax.core.axes import Constrain
 from realjax.models.config import AttentionConfig, ModelConfig, RopeConfig
-from realjax.models.layers import Linear, apply_rope, make_norm, make_param
+from realjax.models.layers import Linear, make_norm, make_param
 from realjax.models.products import Products
+from realjax.models.rope import apply_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,9 @@ class Attention(nnx.Module):
         self.k = Linear(D, keys, config.qkv_bias)
         self.v = Linear(D, keys, config.qkv_bias)
         self.o = Linear(queries, D, config.o_bias)
-        self.q_norm = make_norm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
-        self.k_norm = make_norm(sizes.head_dim, config.qk_norm, "head_dim") if config.qk_norm else None
+        q_dims, k_dims = (queries, keys) if config.qk_norm_whole else (H, H)
+        self.q_norm = make_norm(q_dims, config.qk_norm) if config.qk_norm else None
+        self.k_norm = make_norm(k_dims, config.qk_norm) if config.qk_norm else None
         self.sinks = make_param((sizes.num_q_heads,), ("q_heads",)) if config.sinks else None
         self.scoring = Scoring(window=config.window, softcap=config.softcap, scale=config.scale)
         self.rope = config.rope

@@ -9,7 +9,7 @@ from jax import Array
 
 from realjax.models.attention import BlockContext, DecodingFn, Scoring
 from realjax.models.config import ModelConfig
-from realjax.models.layers import rope_tables
+from realjax.models.rope import rope_tables
 from realjax.models.stacks import Aux
 from realjax.models.transformer import Block, Forward, Transformer
 
@@ -86,7 +86,7 @@ def prefill(
     x = transformer.embed_tokens(tokens, count_positions(tokens), constrain=forward.constrain)
     x, cache = prefill_blocks(transformer.config, blocks, x, lengths, forward)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return transformer.norm(last, forward.products)[:, 0], cache
+    return transformer.read_out(last, forward.products)[:, 0], cache
 
 
 def count_positions(x: Array) -> Array:
@@ -139,7 +139,7 @@ def decode(
     """
     x = transformer.embed_tokens(tokens[:, None], lengths[:, None])
     x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, decoding_fn, forward)
-    return transformer.norm(x, forward.products)[:, 0], cache
+    return transformer.read_out(x, forward.products)[:, 0], cache
 
 
 def decode_blocks(

@@ -8,16 +8,31 @@ Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding (arXiv:2104.09864). `llama3` scales frequencies as Llama 3.1 does, `linear` divides
-    positions.
-    """
+    """Rotary position embedding, see `models/rope.py`. Raises ValueError for a fraction that is none."""
 
     theta: float = 10000.0
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
+    scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
+    fraction: float = 1.0  # how much of a head turns, from its beginning
+    factor: float = 1.0  # of `longrope`: the model's positions over the original ones
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    original_max_positions: int = 8192  # llama3, yarn, longrope
+    attention_factor: float = 1.0  # of cosines and sines: yarn, longrope
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: one for each pair of dims
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"model config: a fraction of {self.fraction} of each head turns; it must be above 0, up to 1"
+            )
+
+    def count_dims(self, head_dim: int) -> int:
+        """Returns how many dims of a head turn."""
+        return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,7 @@ class AttentionConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: NormConfig | None = None  # over each head of q and k, before rotary
+    qk_norm_whole: bool = False  # that norm is over all heads of q together, and over all of k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +121,9 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """One kind of layer. `attn_post_norm` and `mlp_post_norm` are over what is added to the residual."""
+    """One kind of layer. `attn_post_norm` and `mlp_post_norm` are over what is added to the residual, times
+    `residual_scale`.
+    """
 
     name: str = "full"  # of its own in a pattern; stacks of parameters are called by it
     mixer: AttentionConfig = AttentionConfig()
@@ -114,6 +132,7 @@ class LayerKind:
     attn_post_norm: NormConfig | None = None
     mlp_norm: NormConfig | None = NormConfig()
     mlp_post_norm: NormConfig | None = None
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +155,7 @@ class ModelConfig:
     embed_scale: float | None = None  # embedded tokens are multiplied by it
     learned_positions: bool = False  # a table of `max_positions` rows, which are added to the embedded tokens
     logit_softcap: float | None = None  # logits of the vocabulary are c * tanh(logits / c)
+    logit_scale: float = 1.0  # of the logits of a vocabulary
     is_critic: bool = False  # a scalar head instead of the vocabulary's
     # Layers of zeros at the end of the stack, which make pipeline stages equal. Identities, no part of the model.
     num_empty_layers: int = 0
@@ -165,6 +185,21 @@ class ModelConfig:
         if self.is_critic and self.tied:
             raise ValueError("model config: a critic has its own scalar head and cannot be tied to the embedding")
         self._check_pattern()
+        for rope in self.ropes:
+            self._check_rope(rope)
+
+    def _check_rope(self, rope: RopeConfig) -> None:
+        if (size := rope.count_dims(self.head_dim)) % 2 or not size:
+            raise ValueError(
+                f"model config: {size} of head_dim={self.head_dim} dims turn ({rope.fraction:g} of them); rotary "
+                "embedding needs an even number"
+            )
+        for name, factors in (("short", rope.short_factors), ("long", rope.long_factors)):
+            if rope.scaling == "longrope" and len(factors) != size // 2:
+                raise ValueError(
+                    f"model config: longrope has {len(factors)} {name} factors; it needs {size // 2}, one for each "
+                    f"pair of the {size} dims of a head that turn"
+                )
 
     def _check_pattern(self) -> None:
         if not 0 < len(self.pattern) <= self.num_layers:

@@ -1,4 +1,4 @@
-"""Linear maps, norms and rotary embedding."""
+"""Linear maps and norms."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from realjax.models import sums
-from realjax.models.config import NormConfig, RopeConfig
+from realjax.models.config import NormConfig
 from realjax.models.products import Products
 
 
@@ -33,22 +33,23 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, statistics in float32 (arXiv:1910.07467)."""
+    """x / rms(x) * scale, over the last dims of x; statistics in float32 (arXiv:1910.07467)."""
 
-    def __init__(self, size: int, config: NormConfig, name: str = "norm") -> None:
+    def __init__(self, dims: dict[str, int], config: NormConfig) -> None:
+        scale = make_param(tuple(dims.values()), tuple(dims))
         if config.one_plus:
-            self.scale_less_one = make_param((size,), (name,))
+            self.scale_less_one = scale
         else:
-            self.scale = make_param((size,), (name,))
-        self.eps, self.one_plus = config.eps, config.one_plus
+            self.scale = scale
+        self.eps, self.one_plus, self.dims = config.eps, config.one_plus, tuple(range(-len(dims), 0))
 
     def __call__(self, x: Array, products: Products, time: str = "time") -> Array:
-        """Returns the normed x `[R, T, ..., D]`, whose second dim is named `time`."""
+        """Returns the normed x `[R, T, ..., *D]`, whose second dim is named `time`."""
         return products.over_tokens(self._normalise, x, time)
 
     def _normalise(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=self.dims, keepdims=True) + self.eps)
         if self.one_plus:
             # In float32 to the end: in 16 bits, 1 + w would lose most of w.
             return sums.scale_by(x32 * inverse_rms, 1 + self.scale_less_one[...].astype(jnp.float32)).astype(x.dtype)
@@ -56,20 +57,20 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / deviation(x) * scale + bias, all in float32 (arXiv:1607.06450)."""
+    """(x - mean(x)) / deviation(x) * scale + bias over the last dims of x, all in float32 (arXiv:1607.06450)."""
 
-    def __init__(self, size: int, config: NormConfig, name: str = "norm") -> None:
-        self.scale, self.bias = make_param((size,), (name,)), make_param((size,), (name,))
-        self.eps = config.eps
+    def __init__(self, dims: dict[str, int], config: NormConfig) -> None:
+        self.scale, self.bias = (make_param(tuple(dims.values()), tuple(dims)) for _ in range(2))
+        self.eps, self.dims = config.eps, tuple(range(-len(dims), 0))
 
     def __call__(self, x: Array, products: Products, time: str = "time") -> Array:
-        """Returns the normed x `[R, T, ..., D]`, whose second dim is named `time`."""
+        """Returns the normed x `[R, T, ..., *D]`, whose second dim is named `time`."""
         return products.over_tokens(self._normalise, x, time)
 
     def _normalise(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        inverse_deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        centred = x32 - jnp.mean(x32, axis=self.dims, keepdims=True)
+        inverse_deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=self.dims, keepdims=True) + self.eps)
         scaled = sums.scale_by(centred * inverse_deviation, self.scale[...].astype(jnp.float32))
         return sums.add_bias(scaled, self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
@@ -78,34 +79,11 @@ Norm = RMSNorm | LayerNorm
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 
-def make_norm(size: int, config: NormConfig, name: str = "norm") -> Norm:
-    """Returns the norm that `config` describes over a last dim of this size and axis name."""
-    return NORMS[config.kind](size, config, name)
+def make_norm(dims: dict[str, int], config: NormConfig) -> Norm:
+    """Returns the norm that `config` describes over last dims of these names and sizes."""
+    return NORMS[config.kind](dims, config)
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:
-    """Returns the rotation frequencies `[H/2]` in radians per position, float32."""
-    inverse = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.scaling == "linear":
-        return inverse / rope.factor
-    if rope.scaling == "llama3":
-        # Long wavelengths are stretched by `factor`, short ones kept, with a linear blend between the two bounds.
-        turns = rope.original_max_positions * inverse / (2 * jnp.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = jnp.clip(blend, 0.0, 1.0)
-        return inverse * (blend + (1.0 - blend) / rope.factor)
-    return inverse
-
-
-def rope_tables(rope: RopeConfig, head_dim: int, positions_RT: Array) -> tuple[Array, Array]:
-    """Returns cos and sin `[R, T, H/2]`, float32."""
-    angles = positions_RT[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x_RTNH: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the two halves of each head against each other; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x_RTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_RTNH.dtype)
+def scale_by_number(x: Array, scale: float) -> Array:
+    """Returns x times a number, which is not rounded to the type of x before."""
+    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)

@@ -148,14 +148,14 @@ permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, gr
 
 @jax.custom_vjp
 def scale_by(x: Array, scale: Array) -> Array:
-    """Returns x `[..., D]` times scale `[D]`."""
+    """Returns x `[..., *D]` times scale `[*D]`."""
     return x * scale
 
 
 def _scale_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, scale = residuals
     products = grad.astype(jnp.float32) * x.astype(jnp.float32)
-    return grad * scale, products.sum(axis=tuple(range(x.ndim - 1))).astype(scale.dtype)
+    return grad * scale, products.sum(axis=tuple(range(x.ndim - scale.ndim))).astype(scale.dtype)
 
 
 scale_by.defvjp(lambda x, scale: (x * scale, (x, scale)), _scale_backward)

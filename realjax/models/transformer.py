@@ -16,10 +16,11 @@ from realjax.models import sums
 from realjax.models.attention import Attention, AttentionFn, BlockContext
 from realjax.models.config import LayerKind, MLPConfig, ModelConfig, MoEConfig
 from realjax.models.heads import cap_logits
-from realjax.models.layers import Linear, make_norm, make_param, rope_tables
+from realjax.models.layers import Linear, make_norm, make_param, scale_by_number
 from realjax.models.mlp import MLP
 from realjax.models.moe import MoE
 from realjax.models.products import Products
+from realjax.models.rope import rope_tables
 from realjax.models.stacks import (
     Aux,
     BlockFn,
@@ -70,13 +71,14 @@ class Block(nnx.Module):
     """Attention and feed-forward with residuals, and norms where the kind of layer has them."""
 
     def __init__(self, sizes: ModelConfig, kind: LayerKind) -> None:
-        make = lambda config: None if config is None else make_norm(sizes.hidden_size, config)
+        make = lambda config: None if config is None else make_norm({"norm": sizes.hidden_size}, config)
         self.attn_norm = make(kind.attn_norm)
         self.attn = Attention(sizes, kind.mixer)
         self.attn_post_norm = make(kind.attn_post_norm)
         self.mlp_norm = make(kind.mlp_norm)
         self.mlp = FEED_FORWARDS[type(kind.feed_forward)](sizes, kind.feed_forward)
         self.mlp_post_norm = make(kind.mlp_post_norm)
+        self.residual_scale = kind.residual_scale
 
     def __call__(self, x: Array, context: BlockContext) -> tuple[Array, Aux]:
         # Norms and residuals may be split along the row; projections read whole rows.
@@ -85,9 +87,9 @@ class Block(nnx.Module):
         split = lambda h: constrain(h, ("rows", "residual_time", "act_embed"))
         normed = lambda norm, h: h if norm is None else norm(h, context.products, "residual_time")
         attended = self.attn(whole(normed(self.attn_norm, x)), context)
-        x = x + normed(self.attn_post_norm, split(attended))
+        x = x + scale_by_number(normed(self.attn_post_norm, split(attended)), self.residual_scale)
         fed, terms = self.mlp(whole(normed(self.mlp_norm, x)), context)
-        return x + normed(self.mlp_post_norm, split(fed)), terms
+        return x + scale_by_number(normed(self.mlp_post_norm, split(fed)), self.residual_scale), terms
 
 
 class Embedding(nnx.Module):
@@ -136,7 +138,7 @@ class Transformer(nnx.Module):
             self.positions = Embedding(config.max_positions, config.hidden_size, "positions")
         stacks = {name: self._make_stack(config, kind) for name, kind in config.kinds.items()}
         self.layers = StackedKinds(stacks) if len(stacks) > 1 else next(iter(stacks.values()))
-        self.norm = make_norm(config.hidden_size, config.norm)
+        self.norm = make_norm({"norm": config.hidden_size}, config.norm)
         if not config.tied:
             out = {"score": 1} if config.is_critic else {"vocab": config.vocab_size}
             self.head = Linear({"embed": config.hidden_size}, out)
@@ -159,7 +161,12 @@ class Transformer(nnx.Module):
         blocks, stacks = self.make_stacks(forward)
         x, per_row = self.embed_rows(tokens, positions, forward), read_positions(self.config, positions, segment_ids)
         x, terms = forward.run_layers_fn(blocks, self.config.order, stacks, x, per_row)
-        return self.norm(x, forward.products, "residual_time"), terms
+        return self.read_out(x, forward.products, "residual_time"), terms
+
+    def read_out(self, x: Array, products: Products, time: str = "time") -> Array:
+        """Returns what the head reads of the last layer's `[R, T, D]`: normed, and scaled as logits are to be."""
+        hidden, config = self.norm(x, products, time), self.config
+        return hidden if config.is_critic else scale_by_number(hidden, config.logit_scale)
 
     @property
     def tables(self) -> tuple[Embedding, ...]:

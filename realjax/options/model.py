@@ -9,7 +9,22 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.option import check_ranges, nested, option
 
 # What `realjax.hf.families` says its families are published as.
-ModelClass = Literal["llama", "codellama", "deepseek", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+ModelClass = Literal[
+    "llama",
+    "codellama",
+    "deepseek",
+    "mistral",
+    "ministral3",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "phi4",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "mixtral",
+    "qwen3_moe",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

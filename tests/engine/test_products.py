@@ -44,10 +44,11 @@ def run(module: nnx.Module, products: Products, x: np.ndarray, time: str):
 MODULES = {
     "in heads": lambda: (Linear({"embed": D}, {"q_heads": N, "head_dim": H}, bias=True), random(R, T, D)),
     "out of heads": lambda: (Linear({"q_heads": N, "head_dim": H}, {"embed": D}), random(R, T, N, H)),
+    "norm over heads": lambda: (RMSNorm({"q_heads": N, "head_dim": H}, NormConfig()), random(R, T, N, H)),
     "plain": lambda: (Linear({"embed": D}, {"ffn": 7}), random(R, T, D)),
-    "norm": lambda: (RMSNorm(D, NormConfig()), random(R, T, D)),
-    "layer norm": lambda: (LayerNorm(D, NormConfig(kind="layer")), random(R, T, D)),
-    "norm of heads": lambda: (RMSNorm(H, NormConfig()), random(R, T, N, H)),
+    "norm": lambda: (RMSNorm({"norm": D}, NormConfig()), random(R, T, D)),
+    "norm of heads": lambda: (RMSNorm({"head_dim": H}, NormConfig()), random(R, T, N, H)),
+    "layer norm": lambda: (LayerNorm({"norm": D}, NormConfig(kind="layer")), random(R, T, D)),
 }
 
 

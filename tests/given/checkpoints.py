@@ -112,10 +112,11 @@ def make_checkpoint(out_dir: Path, kind: str, *, dtype: str = "float32", task: s
     torch = pytest.importorskip("torch")
     import transformers
 
-    name, switches = KINDS[kind]
-    config = getattr(transformers, f"{name}Config")(**SIZES, **switches, pad_token_id=0, **options.pop("config", {}))
+    model_type, keys = KINDS[kind]
+    keys = {**SIZES, "pad_token_id": 0, **keys, **options.pop("config", {})}
+    config = transformers.AutoConfig.for_model(model_type, **keys)
     torch.manual_seed(1)
-    model = getattr(transformers, f"{name}For{task}")(config)
+    model = getattr(transformers, f"AutoModelFor{task}").from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()

@@ -14,7 +14,7 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree, map_paths
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import KERNELS
-from realjax.hf.families import FAMILIES, config_from_hf
+from realjax.hf.families import config_from_hf
 from realjax.models.build import Model, build_model
 from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig, RopeConfig
 
@@ -37,22 +37,61 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-KINDS = {
-    "llama": ("Llama", {}),
-    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
-    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {"head_dim": 16}),
-    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
-    "qwen3_moe-sparse": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2}),
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+# Three pairs of dims, of heads of 8 of which six turn.
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 2.5, 6.0]}
+FOUR = {"num_hidden_layers": 4}  # also where two are enough for most families
+# What is tested of every family, a line for each configuration: transformers' `model_type`, and keys beside `SIZES`.
+# Windows of 8 tokens and rotary embeddings of 32 positions or less: the tests' sequences are longer.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "dynamic-rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
+    "mistral-whole": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "ministral3": (
+        "ministral3",
+        {"rope_parameters": {**YARN_ROPE, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-yarn": ("olmo2", {"attention_bias": True, "rope_parameters": YARN_ROPE, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {**FOUR, "sliding_window": 8, "rope_scaling": YARN_ROPE}),
+    "olmo3-whole": ("olmo3", {**FOUR, "sliding_window": 8, "layer_types": ["full_attention"] * 4}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 8}),
+    "phi3-short": (
+        "phi3",
+        {"rope_scaling": {**LONG_ROPE, "attention_factor": 1.2}, "partial_rotary_factor": 0.75}
+        | {"original_max_position_embeddings": 64},
+    ),
+    "phi3-long": (
+        "phi3",
+        {"rope_scaling": LONG_ROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 4},
+    ),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": {**YARN_ROPE, "truncate": False, "beta_fast": 16.0}}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3-yarn": ("qwen3", {"head_dim": 16, "rope_parameters": {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.7}}),
+    "smollm3": ("smollm3", FOUR),
+    "smollm3-untied": ("smollm3", {**FOUR, "no_rope_layers": [0, 1, 0, 1], "tie_word_embeddings": False}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe-sparse": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2}),
 }
-FAMILY_CONFIGS = {name: config_from_hf({"model_type": name, **SIZES, **EXPERTS}, name) for name in FAMILIES}
+# The first of each family, for what one configuration shows.
+FIRST_KINDS = tuple({model_type: kind for kind, (model_type, _) in reversed(KINDS.items())}.values())[::-1]
+# Of each family as transformers has it by default, but for the sizes.
+FAMILY_CONFIGS = {
+    name: config_from_hf(
+        {"model_type": name, **SIZES, **{key: EXPERTS[key] for key in EXPERTS.keys() & KINDS[kind][1]}}, name
+    )
+    for name, kind in zip((KINDS[kind][0] for kind in FIRST_KINDS), FIRST_KINDS)
+}
 # Packed rows of tiny models on CPUs, as attention kernels see them.
 CASE = Case(use="rows", platform="cpu", dtype="float32", head_dim=4)
 # The attention kernels that run on any device.

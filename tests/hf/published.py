@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from realjax.hf.families.llama_like import RULES
+from realjax.hf.families.tables import LAYER, RULES, change, fuse
 from realjax.hf.pieces import LayerNumbers
 from realjax.hf.rules import LAYERS, Rule
 
-LAYER = "model.layers.{layer}."
 # E experts of M hidden numbers each, S of an expert that takes every token, P positions.
 LETTERS = {"V": 64, "D": 32, "F": 48, "N": 4, "K": 2, "G": 2, "H": 8, "E": 3, "M": 24, "S": 40, "P": 64}
 ALIKE: LayerNumbers = {LAYERS: (0, 1, 2, 3)}
@@ -31,19 +30,6 @@ class Published:
     def classes(self) -> tuple[str, str]:
         """The names of transformers' config and model."""
         return self.class_names or (f"{self.name}Config", f"{self.name}ForCausalLM")
-
-
-def change(*rules: Rule) -> tuple[Rule, ...]:
-    """Returns the rules of Llama's form with these, in the place of those that have one of their leaves or tensors."""
-    taken = {rule.path for rule in rules} | {rule.name for rule in rules}
-    kept = [rule for rule in RULES if not {rule.path, rule.name} & taken]
-    end = next(i for i, rule in enumerate(kept) if rule.path == "norm/scale")
-    return (*kept[:end], *rules, *kept[end:])
-
-
-def fuse(name: str, leaves: Mapping[str, str]) -> tuple[Rule, ...]:
-    """Returns the rules of leaves that are parts of one tensor."""
-    return tuple(Rule(path, name, dims) for path, dims in leaves.items())
 
 
 def list_experts(moe: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realjax.hf.families.tables import change
 from realjax.hf.files import SafetensorsFile, TorchFile
 from realjax.hf.load import match_files
 from realjax.hf.pieces import list_pieces, list_tensors
 from realjax.hf.save import OutTensor, make_fetch, write_tensors
 from tests.given.checkpoints import make_bin, read_tensors
 from tests.given.processes import run_workers
-from tests.hf.published import PUBLISHED, change, list_experts
+from tests.hf.published import PUBLISHED, list_experts
 from tests.hf.published_files import find_all, list_outputs, load_published, make_published
 
 ONE = jax.make_mesh((1, 1), ("a", "b"), devices=jax.devices()[:1])

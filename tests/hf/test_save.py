@@ -88,7 +88,7 @@ def test_shards_keep_to_their_size_and_their_index(tmp_path):
     assert all((tmp_path / "out" / file).stat().st_size < 25_000 for file in files)
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "llama3-rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_loads_what_is_written_without_a_source(kind, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -96,7 +96,8 @@ def test_transformers_loads_what_is_written_without_a_source(kind, tmp_path):
     source = make_checkpoint(tmp_path / "hf", kind)
     params, config = load(source)
     save_hf(params, config, tmp_path / "out", max_shard_bytes=20_000)
-    tokens = torch.arange(12)[None]
+    edit_config(tmp_path / "out", pad_token_id=0)  # published ones may lie beyond a tiny vocabulary
+    tokens = torch.arange(40)[None]
     a, b = (AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (source, tmp_path / "out"))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 

@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 
-from realjax.models.config import AttentionConfig, LayerKind, NormConfig, cut_order
+from realjax.models.config import AttentionConfig, LayerKind, NormConfig, RopeConfig, cut_order
 from tests.given.models import make_model
 
 KINDS = (LayerKind(name="near", mixer=AttentionConfig(window=4)), LayerKind(name="far"))
+turned = lambda rope: (LayerKind(mixer=AttentionConfig(rope=rope)),)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,11 @@ KINDS = (LayerKind(name="near", mixer=AttentionConfig(window=4)), LayerKind(name
         ({"num_q_heads": 8, "num_kv_heads": 3}, "8 query heads do not divide over 3 key-value heads"),
         ({"num_empty_layers": -1}, "model config: num_empty_layers=-1; it must be at least 0"),
         ({"head_dim": 5}, "head_dim=5 is odd; rotary embedding needs an even head size"),
+        (
+            {"pattern": turned(RopeConfig(fraction=0.75))},
+            r"3 of head_dim=4 dims turn \(0.75 of them\); rotary embedding",
+        ),
+        ({"pattern": turned(RopeConfig(scaling="longrope", short_factors=(1, 2)))}, "has 0 long factors; it needs 2"),
         ({"is_critic": True, "tied": True}, "a critic has its own scalar head"),
         ({"pattern": ()}, "a pattern of 0 layers for 2"),
         ({"pattern": KINDS * 2}, "a pattern of 4 layers for 2"),

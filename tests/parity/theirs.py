@@ -1,5 +1,7 @@
 """Random transformers models, and their weights and gradients under our names."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from jax import Array
 from transformers.core_model_loading import revert_weight_conversion
 
 from realjax.core.trees import Tree, flatten_paths, unflatten_paths
-from realjax.hf.families import config_from_hf, find_family
+from realjax.hf.families import FAMILIES, config_from_hf, find_family
 from realjax.hf.pieces import find_pieces, group_by_leaf, list_tensors, read_leaf
 from realjax.models.attention import AttentionFn
 from realjax.models.build import Model, build_model
@@ -17,14 +19,41 @@ from realjax.models.transformer import Forward
 from tests.given.models import KINDS, SIZES
 
 torch = pytest.importorskip("torch")
+# A padding token would have no gradient there; and the published one may lie beyond a tiny vocabulary.
+TWO_LAYERS = {**SIZES, "num_hidden_layers": 2, "pad_token_id": None}
 torch.set_num_threads(1)  # its threads would fight with those of the other test processes
 
 
 def make_theirs(kind: str, **changes) -> transformers.PreTrainedModel:
     """Returns a random float32 model of `kind` whose norms and biases are random too."""
-    name, switches = KINDS[kind]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, "num_hidden_layers": 2, **switches, **changes})
-    return randomize(getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager"))
+    model_type, keys = KINDS[kind]
+    config = transformers.AutoConfig.for_model(model_type, **{**TWO_LAYERS, **keys, **changes})
+    return randomize(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+def make_their_critic(
+    kind: str,
+) -> tuple[transformers.PreTrainedModel, Callable[[np.ndarray], np.ndarray]]:
+    """Returns a random classifier of one label, and its scores `[T, 1]` of the tokens of a sequence.
+
+    Where transformers has no such class, it is the trunk of the language model and a matrix of the same name.
+    """
+    model_type, keys = KINDS[kind]
+    critic = {"num_labels": 1, "architectures": [FAMILIES[model_type].critic_class]}
+    config = transformers.AutoConfig.for_model(model_type, **{**TWO_LAYERS, **keys, **critic})
+    if hasattr(transformers, FAMILIES[model_type].critic_class):
+        theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    else:
+        theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        del theirs.lm_head
+        theirs.score = torch.nn.Linear(config.hidden_size, 1, bias=False)
+
+    def score(tokens: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            hidden = theirs.base_model(torch.from_numpy(tokens).long()[None])[0]
+            return np.asarray(theirs.score(hidden)[0])
+
+    return randomize(theirs), score
 
 
 def randomize(theirs: transformers.PreTrainedModel, scale: float = 0.2) -> transformers.PreTrainedModel:

@@ -3,15 +3,34 @@
 from dataclasses import fields, is_dataclass, replace
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families import llama, mixtral, qwen2, qwen3, qwen3_moe
+from realjax.hf.families import (
+    llama,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from realjax.hf.families.unread import ReadKeys, check_unread
 from realjax.hf.families.values import check_values
 from realjax.hf.rules import Family
 from realjax.models.config import LayerKind, ModelConfig
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "ministral3": ministral3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
+    "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "smollm3": smollm3.FAMILY,
     "mixtral": mixtral.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
 }
@@ -45,12 +64,15 @@ def config_from_hf(hf: JsonObject, subject: str) -> ModelConfig:
     labels = len(hf.get("id2label") or "ab")  # transformers leaves out its default of two labels
     if is_critic and hf.get("num_labels", labels) != 1:
         raise ValueError(f"{subject}: {found} with {hf.get('num_labels', labels)} labels; a critic has one")
+    keys = ReadKeys({**family.defaults, **hf})
     try:
-        return family.config_from_hf(hf, is_critic)
+        config = family.config_from_hf(keys, is_critic)
+        check_unread(keys)
     except KeyError as error:
         raise ValueError(f"{subject}: no key {error}; a {found} config needs it") from error
     except ValueError as error:
         raise ValueError(f"{subject}: {error}") from error
+    return config
 
 
 def config_to_hf(config: ModelConfig) -> JsonObject:

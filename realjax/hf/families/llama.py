@@ -1,7 +1,8 @@
 """Llama, and what is published in its form (CodeLlama, DeepSeek LLM, SmolLM2)."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import RULES, read_pattern, read_sizes, write_sizes
+from realjax.hf.families.llama_like import read_pattern, read_sizes, write_sizes
+from realjax.hf.families.tables import RULES
 from realjax.hf.rules import Family
 from realjax.models.config import AttentionConfig, ModelConfig
 
@@ -11,7 +12,7 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     return ModelConfig(
         family="llama",
         **read_sizes(hf, is_critic),
-        max_positions=hf.get("max_position_embeddings", 2048),
+        max_positions=hf["max_position_embeddings"],
         pattern=read_pattern(hf, AttentionConfig(qkv_bias=bias, o_bias=bias), mlp_bias=bool(hf.get("mlp_bias", False))),
     )
 
@@ -29,4 +30,5 @@ FAMILY = Family(
     rules=RULES,
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,
+    defaults={"max_position_embeddings": 2048},
 )

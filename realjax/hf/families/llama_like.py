@@ -1,10 +1,10 @@
-"""What every Llama-like decoder shares: its tensors, and the config keys of sizes, activation, rotary and windows."""
+"""Config keys that Llama-like decoders share: sizes, activation and windows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.rules import Rule
+from realjax.hf.families.rope import read_rope, write_rope
 from realjax.models.config import Activation, AttentionConfig, LayerKind, MLPConfig, ModelConfig, NormConfig, RopeConfig
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -17,32 +17,6 @@ ACTIVATIONS: dict[str, Activation] = {
 HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layers in `layer_types`
-_LAYER = "model.layers.{layer}."
-
-# Biases and q/k norms stand here once for all families: a rule is used only where the model has the leaf.
-RULES = (
-    Rule("embed/table", "model.embed_tokens.weight", "V D -> V D"),
-    Rule("layers/attn_norm/scale", _LAYER + "input_layernorm.weight", "D -> D"),
-    Rule("layers/attn/q/kernel", _LAYER + "self_attn.q_proj.weight", "(N H) D -> D N H"),
-    Rule("layers/attn/k/kernel", _LAYER + "self_attn.k_proj.weight", "(K H) D -> D K H"),
-    Rule("layers/attn/v/kernel", _LAYER + "self_attn.v_proj.weight", "(K H) D -> D K H"),
-    Rule("layers/attn/q/bias", _LAYER + "self_attn.q_proj.bias", "(N H) -> N H"),
-    Rule("layers/attn/k/bias", _LAYER + "self_attn.k_proj.bias", "(K H) -> K H"),
-    Rule("layers/attn/v/bias", _LAYER + "self_attn.v_proj.bias", "(K H) -> K H"),
-    Rule("layers/attn/q_norm/scale", _LAYER + "self_attn.q_norm.weight", "H -> H"),
-    Rule("layers/attn/k_norm/scale", _LAYER + "self_attn.k_norm.weight", "H -> H"),
-    Rule("layers/attn/o/kernel", _LAYER + "self_attn.o_proj.weight", "D (N H) -> N H D"),
-    Rule("layers/attn/o/bias", _LAYER + "self_attn.o_proj.bias", "D -> D"),
-    Rule("layers/mlp_norm/scale", _LAYER + "post_attention_layernorm.weight", "D -> D"),
-    Rule("layers/mlp/gate/kernel", _LAYER + "mlp.gate_proj.weight", "F D -> D F"),
-    Rule("layers/mlp/up/kernel", _LAYER + "mlp.up_proj.weight", "F D -> D F"),
-    Rule("layers/mlp/down/kernel", _LAYER + "mlp.down_proj.weight", "D F -> F D"),
-    Rule("layers/mlp/gate/bias", _LAYER + "mlp.gate_proj.bias", "F -> F"),
-    Rule("layers/mlp/up/bias", _LAYER + "mlp.up_proj.bias", "F -> F"),
-    Rule("layers/mlp/down/bias", _LAYER + "mlp.down_proj.bias", "D -> D"),
-    Rule("norm/scale", "model.norm.weight", "D -> D"),
-    Rule("head/kernel", "lm_head.weight", "V D -> D V"),
-)
 
 
 def read_sizes(hf: JsonObject, is_critic: bool) -> JsonObject:
@@ -71,45 +45,24 @@ def read_norm(hf: JsonObject) -> NormConfig:
 
 
 def read_pattern(
-    hf: JsonObject, mixer: AttentionConfig, windows: Sequence[int | None] = (None,), *, mlp_bias: bool = False
+    hf: JsonObject,
+    mixer: AttentionConfig,
+    windows: Sequence[int | None] = (None,),
+    *,
+    rope: RopeConfig | None = None,
+    mlp_bias: bool = False,
 ) -> tuple[LayerKind, ...]:
     """Returns the layers with windows that repeat; `mixer` says what is a family's own, rotary embedding apart.
 
-    Raises ValueError for an activation or rotary scaling we do not compute.
+    That is `rope`, or what `read_rope` finds. Raises ValueError for what we do not compute of it, or an activation.
     """
     if (activation := hf.get("hidden_act", "silu")) not in ACTIVATIONS:
         raise ValueError(f"hidden_act '{activation}' is not supported; supported: {', '.join(ACTIVATIONS)}")
-    norm, mixer = read_norm(hf), replace(mixer, rope=read_rope(hf))
+    norm, mixer = read_norm(hf), replace(mixer, rope=rope or read_rope(hf))
     feed_forward = MLPConfig(activation=ACTIVATIONS[activation], bias=mlp_bias)
     kind = LayerKind(name="full", mixer=mixer, feed_forward=feed_forward, attn_norm=norm, mlp_norm=norm)
     sliding = lambda window: replace(kind, name="sliding", mixer=replace(mixer, window=window))
     return tuple(kind if window is None else sliding(window) for window in windows)
-
-
-def read_rope(hf: JsonObject) -> RopeConfig:
-    """Returns the rotary embedding from transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
-    params = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = params.get("rope_type", params.get("type", "default"))
-    theta = float(params.get("rope_theta", hf.get("rope_theta") or 10000.0))
-    if params.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is not supported; use a model with full rotary embedding")
-    if kind == "default" and set(params) <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(theta=theta, scaling="linear", factor=float(params["factor"]))
-    if kind == "llama3":
-        return RopeConfig(
-            theta=theta,
-            scaling="llama3",
-            factor=float(params["factor"]),
-            low_freq_factor=float(params["low_freq_factor"]),
-            high_freq_factor=float(params["high_freq_factor"]),
-            original_max_positions=int(params["original_max_position_embeddings"]),
-        )
-    raise ValueError(
-        f"rotary embedding {dict(params)} is not supported (supported rope_type: default, linear, llama3); to train at "
-        "the original length, remove it from config.json and set max_position_embeddings to that length"
-    )
 
 
 def read_windows(hf: JsonObject) -> list[int | None]:
@@ -117,21 +70,24 @@ def read_windows(hf: JsonObject) -> list[int | None]:
 
     transformers gives the window to layers from `max_window_layers` on, or to those that `layer_types` names.
     """
-    num_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
-    if not hf.get("use_sliding_window", False) or window is None:
-        return [None]
-    first = hf.get("max_window_layers", 28)
+    num_layers, window, first = hf["num_hidden_layers"], hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
     kinds = hf.get("layer_types") or [FULL if i < first else SLIDING for i in range(num_layers)]
+    return place_windows(kinds, window if hf.get("use_sliding_window", False) else None, num_layers)
+
+
+def place_windows(kinds: Sequence[str], window: int | None, num_layers: int) -> list[int | None]:
+    """Returns the windows of layers as they repeat, of each layer's name in `layer_types`. ValueError for others."""
     if len(kinds) != num_layers or not set(kinds) <= {FULL, SLIDING}:
         raise ValueError(
             f"layer_types {kinds} for {num_layers} layers; it needs one of {FULL} and {SLIDING} for each layer"
         )
-    return [window if kind == SLIDING else None for kind in kinds[: find_period(kinds)]]
+    windows = [window if kind == SLIDING else None for kind in kinds]
+    return windows[: find_period(windows)]
 
 
 def find_period(kinds: Sequence[object]) -> int:
-    """Returns after how many of the layers their kinds repeat; as many as there are where they do not."""
-    return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+    """Returns after how many layers their kinds repeat."""
+    return next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
 
 
 def write_sizes(config: ModelConfig) -> JsonObject:
@@ -148,7 +104,7 @@ def write_sizes(config: ModelConfig) -> JsonObject:
         "rms_norm_eps": config.norm.eps,
         "hidden_act": HF_ACTIVATIONS[config.pattern[0].feed_forward.activation],
         "tie_word_embeddings": config.tied,
-        **_write_rope(config.pattern[0].mixer.rope),
+        **write_rope(next(iter(config.ropes), None)),
     }
 
 
@@ -162,18 +118,3 @@ def write_windows(config: ModelConfig) -> JsonObject:
     if windows[:num_full] == [None] * num_full:
         return keys
     return {**keys, "layer_types": [FULL if window is None else SLIDING for window in windows]}
-
-
-def _write_rope(rope: RopeConfig | None) -> JsonObject:
-    if rope is None:
-        raise ValueError("model config: layers without rotary embedding, which a HuggingFace config of this family has")
-    if rope.scaling == "none":
-        return {"rope_theta": rope.theta, "rope_scaling": None}
-    scaling: JsonObject = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
-    return {"rope_theta": rope.theta, "rope_scaling": scaling}

@@ -1,7 +1,7 @@
 """Mixtral: experts in every layer, whose weights are renormalised; an optional window of all layers."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import RULES, read_pattern, read_sizes, write_sizes
+from realjax.hf.families.llama_like import read_pattern, read_sizes, write_sizes
 from realjax.hf.families.moe_like import (
     count_experts,
     find_experts,
@@ -10,12 +10,12 @@ from realjax.hf.families.moe_like import (
     spread_experts,
     write_balance,
 )
+from realjax.hf.families.tables import RULES
 from realjax.hf.rules import Family
 from realjax.models.config import AttentionConfig, ModelConfig, MoEConfig
 
 
 def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
-    hf = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, **hf}
     sizes, pattern = read_sizes(hf, is_critic), read_pattern(hf, AttentionConfig(), [hf.get("sliding_window")])
     experts = MoEConfig(
         num_experts=count_experts(hf),
@@ -53,4 +53,5 @@ FAMILY = Family(
     rules=(*RULES, *list_experts("block_sparse_moe", "w1", "w3", "w2")),
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
 )

@@ -36,7 +36,8 @@ EXPERTS = list_experts("mlp", "gate_proj", "up_proj", "down_proj")
 
 def count_experts(hf: JsonObject) -> int:
     """Returns the number of experts; transformers 4 and 5 call it differently. Raises KeyError for neither."""
-    return hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
+    counts = [hf.get("num_experts"), hf.get("num_local_experts")]
+    return hf["num_local_experts"] if counts[0] is None else counts[0]
 
 
 def spread_experts(

@@ -1,7 +1,8 @@
 """Qwen2 and Qwen2.5: always a bias on q, k and v, never on o; optional sliding windows."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import RULES, read_pattern, read_sizes, read_windows, write_sizes, write_windows
+from realjax.hf.families.llama_like import read_pattern, read_sizes, read_windows, write_sizes, write_windows
+from realjax.hf.families.tables import RULES
 from realjax.hf.rules import Family
 from realjax.models.config import AttentionConfig, ModelConfig
 
@@ -10,7 +11,7 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     return ModelConfig(
         family="qwen2",
         **read_sizes(hf, is_critic),
-        max_positions=hf.get("max_position_embeddings", 32768),
+        max_positions=hf["max_position_embeddings"],
         pattern=read_pattern(hf, AttentionConfig(qkv_bias=True), read_windows(hf)),
     )
 
@@ -27,4 +28,5 @@ FAMILY = Family(
     rules=RULES,
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,
+    defaults={"max_position_embeddings": 32768},
 )

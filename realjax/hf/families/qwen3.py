@@ -2,7 +2,6 @@
 
 from realjax.core.json_text import JsonObject
 from realjax.hf.families.llama_like import (
-    RULES,
     read_norm,
     read_pattern,
     read_sizes,
@@ -10,20 +9,21 @@ from realjax.hf.families.llama_like import (
     write_sizes,
     write_windows,
 )
+from realjax.hf.families.tables import RULES
 from realjax.hf.rules import Family
 from realjax.models.config import AttentionConfig, ModelConfig
 
 
 def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
-    if (head_dim := hf.get("head_dim", 128)) is None:  # not hidden_size over heads
+    if (head_dim := hf["head_dim"]) is None:  # not hidden_size over heads
         raise ValueError("head_dim is null; a Qwen3 config needs it (128 in the published ones)")
     sizes = {**read_sizes(hf, is_critic), "head_dim": head_dim}
     mixer = AttentionConfig(qkv_bias=bias, o_bias=bias, qk_norm=read_norm(hf))
     return ModelConfig(
         family="qwen3",
         **sizes,
-        max_positions=hf.get("max_position_embeddings", 32768),
+        max_positions=hf["max_position_embeddings"],
         pattern=read_pattern(hf, mixer, read_windows(hf)),
     )
 
@@ -40,4 +40,5 @@ FAMILY = Family(
     rules=RULES,
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,
+    defaults={"max_position_embeddings": 32768, "head_dim": 128},
 )

@@ -1,7 +1,7 @@
 """Qwen3 with experts: Qwen3's attention, and a router that takes the softmax before it chooses."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import RULES, read_norm, read_pattern, read_sizes, write_sizes
+from realjax.hf.families.llama_like import read_norm, read_pattern, read_sizes, write_sizes
 from realjax.hf.families.moe_like import (
     EXPERTS,
     count_experts,
@@ -12,6 +12,7 @@ from realjax.hf.families.moe_like import (
     write_balance,
     write_sparse_layers,
 )
+from realjax.hf.families.tables import RULES
 from realjax.hf.rules import Family
 from realjax.models.config import AttentionConfig, ModelConfig, MoEConfig
 
@@ -20,7 +21,8 @@ def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
     bias, sizes = bool(hf.get("attention_bias", False)), read_sizes(hf, is_critic)
     mixer = AttentionConfig(qkv_bias=bias, o_bias=bias, qk_norm=read_norm(hf))
     # A window, if any, is that of all layers.
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    window = hf.get("sliding_window", 4096)
+    window = window if hf.get("use_sliding_window", False) else None
     pattern = read_pattern(hf, mixer, [window])
     experts = MoEConfig(
         num_experts=count_experts(hf),

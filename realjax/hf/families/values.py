@@ -1,6 +1,6 @@
 """What may stand behind the keys of a config.json, before anything computes with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from realjax.core.json_text import JsonObject
 
@@ -17,6 +17,7 @@ SIZES = (
     "max_position_embeddings",
     "original_max_position_embeddings",
     "sliding_window",
+    "no_rope_layer_interval",
     "num_labels",
     "num_experts",
     "num_local_experts",
@@ -25,7 +26,23 @@ SIZES = (
     "decoder_sparse_step",
 )
 COUNTS = ("max_window_layers",)
-NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor")
+NUMBERS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
 SWITCHES = (
     "tie_word_embeddings",
     "attention_bias",
@@ -33,14 +50,18 @@ SWITCHES = (
     "use_sliding_window",
     "norm_topk_prob",
     "output_router_logits",
+    "truncate",
 )
 TEXTS = ("model_type", "hidden_act", "rope_type", "type")
-TABLES = ("rope_parameters", "rope_scaling", "id2label")
+ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
+TABLES = (*ROPES, "id2label")
 LISTS = ("architectures", "layer_types")
-INDICES = ("mlp_only_layers",)
+NUMBER_LISTS = ("short_factor", "long_factor")
+COUNT_LISTS = ("no_rope_layers", "mlp_only_layers")
 # What some writers put where they mean that there is none, or the default.
 MAY_BE_NULL = frozenset(
-    {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels", *TABLES, *LISTS, *INDICES}
+    {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels", *TABLES, *LISTS, *COUNT_LISTS}
+    | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor", "factor"}
 )
 
 
@@ -53,8 +74,9 @@ def check_values(hf: JsonObject, subject: str) -> None:
         **dict.fromkeys(SWITCHES, (lambda x: isinstance(x, bool), "true or false")),
         **dict.fromkeys(TEXTS, (lambda x: isinstance(x, str), "a text")),
         **dict.fromkeys(TABLES, (lambda x: isinstance(x, Mapping), "an object")),
-        **dict.fromkeys(LISTS, (_is_texts, "a list of texts")),
-        **dict.fromkeys(INDICES, (_are_counts, "a list of whole numbers")),
+        **dict.fromkeys(LISTS, (lambda x: _is_list(x, lambda text: isinstance(text, str)), "a list of texts")),
+        **dict.fromkeys(NUMBER_LISTS, (lambda x: _is_list(x, _is_number), "a list of numbers above 0")),
+        **dict.fromkeys(COUNT_LISTS, (lambda x: _is_list(x, _is_count), "a list of whole numbers")),
     }
     for key, value in hf.items():
         if key not in kinds or (value is None and key in MAY_BE_NULL):
@@ -66,7 +88,7 @@ def check_values(hf: JsonObject, subject: str) -> None:
             raise ValueError(
                 f"{subject}: {key} is {shown}; it must be {needed}: use the config.json that belongs to the weights"
             )
-    for key in ("rope_parameters", "rope_scaling"):
+    for key in ROPES:
         if inner := hf.get(key):
             check_values(inner, f"{subject}: {key}")
 
@@ -83,9 +105,5 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
+def _is_list(value: object, is_right: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_right, value))
