@@ -141,12 +141,13 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
         choice.strategy,
     )
     num_slots, prompts = count_slots(work, choice), work.prompts.longest
-    of_token = 2 * split.keys * size * split.num_layers  # keys and values
-    admitted = max(1, num_slots // 4 // s.row_multiple) * s.pp * _bucket(prompts, SHORTEST_PROMPTS)
-    layer = LayerBytes(split=split, tokens=admitted // s.pp, size=size)
+    # Keys and values of a row with room for so many tokens.
+    cached = lambda length: 2 * split.keys * size * split.num_layers * work.model.mean_places(length)
+    admitted, bucket = max(1, num_slots // 4 // s.row_multiple) * s.pp, _bucket(prompts, SHORTEST_PROMPTS)
+    layer = LayerBytes(split=split, tokens=admitted * bucket // s.pp, size=size)
     # Some are there as they were made too. In stages each of 2P - 1 ticks makes some, and P of them are put in order.
-    prompt_caches = of_token * admitted * (1.25 if s.pp == 1 else (2 * s.pp - 1) / s.pp + 1)
-    cache = num_slots / s.dp * cache_length(prompts, work.most_new_tokens or work.answers.longest) * of_token
+    prompt_caches = cached(bucket) * admitted * (1.25 if s.pp == 1 else (2 * s.pp - 1) / s.pp + 1)
+    cache = num_slots / s.dp * cached(cache_length(prompts, work.most_new_tokens or work.answers.longest))
     decode = FLOAT32 * 4 * num_slots / s.dp * split.vocab
     if s.pp > 1:
         # In front of the loop XLA turns the kernels of queries, keys and values, and the values of one of P waves.

@@ -1,5 +1,6 @@
 """What a step has to compute, wherever it runs: the calls with their models and lengths, as the planner sees them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -9,7 +10,7 @@ import numpy as np
 from realjax.allocation.params import count_params
 from realjax.core.layout import ParallelStrategy
 from realjax.dataflow.graph import MicroBatches
-from realjax.models.config import MLPConfig, ModelConfig, list_cuts
+from realjax.models.config import MLPConfig, ModelConfig, count_places, list_cuts
 
 Kind = Literal["generate", "inference", "train"]
 # fn(multiple) -> (R, T): rows of one update's batch and their tokens, where R is a multiple of that. R is a mean.
@@ -33,13 +34,13 @@ class ModelShape:
     other_params: int = 0  # beyond what the sizes make; below 0 where some layers are smaller
     num_experts: int = 1
     experts_per_token: int = 1
-    window: int | None = None  # the most tokens that any layer looks back; None: all
+    windows: tuple[int | None, ...] = (None,)  # how far layers look back, in turn; None: as far as there are tokens
     cuts: tuple[int, ...] | None = None  # the numbers of equal pipeline stages; None: any, with empty layers
 
     @classmethod
     def of(cls, config: ModelConfig) -> "ModelShape":
         """Returns the sizes of a model of the house."""
-        windows, moe = [layer.mixer.window for layer in config.layers], config.experts
+        windows, moe = tuple(layer.mixer.window for layer in config.layers), config.experts
         shape = cls(
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
@@ -55,10 +56,15 @@ class ModelShape:
             ),
             is_tied=config.tied,
             is_critic=config.is_critic,
-            window=None if None in windows else max(filter(None, windows)),
+            windows=windows if len(set(windows)) > 1 else windows[:1],
             cuts=None if len(config.kinds) == 1 else tuple(list_cuts(config.order)),
         )
         return replace(shape, other_params=count_params(config) - shape.num_params)
+
+    def mean_places(self, length: float) -> float:
+        """Returns the places that a layer's cache has for rows of up to `length` tokens, a mean over the layers."""
+        places = [min(length, count_places(window, math.ceil(length))) for window in self.windows]
+        return sum(places) / len(places)
 
     @property
     def attention_params(self) -> int:

@@ -108,7 +108,7 @@ class OneStage:
 
     def init_cache(self, num_slots: int, length: int) -> Cache:
         config = self.model.config
-        return (init_cache(config, config.num_layers, (num_slots,), length, self.dtype),)
+        return (init_cache(config, config.order[: config.num_layers], (num_slots,), length, self.dtype),)
 
     def cache_length(self, cache: Cache) -> int:
         return cache[0].length

@@ -82,7 +82,7 @@ class Stages:
         """Returns the empty caches of a round's ticks."""
         config, num_stages = self.model.config, self.num_waves
         rows = (num_stages, num_slots // num_stages)
-        make = lambda: init_cache(config, len(self.stage_order), rows, length, self.dtype)
+        make = lambda: init_cache(config, self.stage_order, rows, length, self.dtype)
         return tuple(make() for _ in range(num_stages))
 
     def cache_length(self, cache: Cache) -> int:

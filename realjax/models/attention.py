@@ -35,7 +35,8 @@ class Scoring:
 # Of all of them, `sinks_N` are float32 logits, each head's own in every softmax, beside those of the keys; or None.
 # attention_fn(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT, scoring, sinks_N) -> RTNH
 AttentionFn = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array]
-# decoding_fn(q_BNH, k_BKHS, v_BKSH, lengths_B, scoring, sinks_N) -> BNH: a new token a row, at `lengths` of its cache.
+# decoding_fn(q_BNH, k_BKHS, v_BKSH, lengths_B, scoring, sinks_N) -> BNH: token number `lengths` of each row, which the
+# cache has already. With a window the cache is a ring: token t is at t mod S.
 DecodingFn = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array]
 # attend_fn(q_RTNH, k_RTKH, v_RTKH, scoring, sinks_N) -> RTNH: with all else fixed; a cache may stand behind it.
 AttendFn = Callable[[Array, Array, Array, Scoring, Array | None], Array]

@@ -1,14 +1,18 @@
-"""The key-value cache, and the two uses of the blocks that fill and read it: whole prompts, and one token a row."""
+"""The key-value cache, and the two uses of the blocks that fill and read it: whole prompts, and one token a row.
+
+A layer with a window keeps the last tokens only: its S places, see `config.count_places`, are a ring, token t at
+t mod S. Up to S tokens a row it lies as in any other layer. What takes a token's place is never one that it sees.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from realjax.models.attention import BlockContext, DecodingFn, Scoring
-from realjax.models.config import ModelConfig
+from realjax.models.config import ModelConfig, count_places
 from realjax.models.rope import rope_tables
 from realjax.models.stacks import Aux
 from realjax.models.transformer import Block, Forward, Transformer
@@ -20,28 +24,30 @@ BlockCall = Callable[[Array, BlockContext], tuple[Array, Aux]]  # as a `Block` i
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys `[..., B, K, H, S]` and values `[..., B, K, S, H]` of each layer; token t of a row is at index t of S.
+    """Keys `[..., B, K, H, S]` and values `[..., B, K, S, H]` of each layer, in the places S that it has.
 
     Both of decoding's products then read the cache as it lies; with the heads inside, it was transposed every token.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
-
-    @property
-    def length(self) -> int:
-        return self.keys[0].shape[-1]
+    windows: tuple[int | None, ...] = field(metadata={"static": True})  # of each layer
+    length: int = field(metadata={"static": True})  # tokens that a row has room for
 
 
 # Names of the dims that keys and values agree on, rows first; the two within a head are never split.
 CACHE_NAMES = ("rows", "kv_heads", "head_dim", "head_dim")
 
 
-def init_cache(config: ModelConfig, num_layers: int, rows: tuple[int, ...], length: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache of `num_layers` layers, with `rows` for its leading dims."""
+def init_cache(
+    config: ModelConfig, order: Sequence[str], rows: tuple[int, ...], length: int, dtype: jnp.dtype
+) -> KVCache:
+    """Returns an empty cache of layers of the kinds `order`, with `rows` for its leading dims."""
     heads, size = (*rows, config.num_kv_heads), config.head_dim
-    keys = tuple(jnp.zeros((*heads, size, length), dtype) for _ in range(num_layers))
-    return KVCache(keys, tuple(jnp.zeros((*heads, length, size), dtype) for _ in range(num_layers)))
+    windows = tuple(config.kinds[name].mixer.window for name in order)
+    places = [count_places(window, length) for window in windows]
+    keys = tuple(jnp.zeros((*heads, size, num), dtype) for num in places)
+    return KVCache(keys, tuple(jnp.zeros((*heads, num, size), dtype) for num in places), windows, length)
 
 
 def pad_dim(x: Array, dim: int, length: int) -> Array:
@@ -51,25 +57,42 @@ def pad_dim(x: Array, dim: int, length: int) -> Array:
 
 
 def grow_cache(cache: KVCache, length: int, pad_fn: PadFn = pad_dim) -> KVCache:
-    """Returns the cache with room for `length` tokens a row; `pad_fn`, called as `pad_dim`, makes one array each."""
-    keys, values = (pad_fn(x, -1, length) for x in cache.keys), (pad_fn(x, -2, length) for x in cache.values)
-    return KVCache(tuple(keys), tuple(values))
+    """Returns the cache with room for `length` tokens a row; `pad_fn`, called as `pad_dim`, makes one array each.
+
+    A ring that is as long as its window needs stays. A shorter one has not come round: its tokens are at their index.
+    """
+
+    def grow(arrays: tuple[Array, ...], dim: int) -> tuple[Array, ...]:
+        places = [count_places(window, length) for window in cache.windows]
+        return tuple(x if x.shape[dim] == num else pad_fn(x, dim, num) for x, num in zip(arrays, places))
+
+    return replace(cache, keys=grow(cache.keys, -1), values=grow(cache.values, -2), length=length)
 
 
 def write_rows(cache: KVCache, prompts: KVCache, sources: Array, slots: Array) -> KVCache:
     """Returns the cache with the rows `sources` `[R]` of `prompts` at `slots` `[R]`; a slot beyond the last is dropped.
 
-    Prompts may be padded to more than the cache has room for, not longer.
+    Prompts may be padded to more than the cache has room for, not longer. Rings of both are as long, or hold no more
+    than the shorter has places for.
     """
-    length = min(prompts.length, cache.length)
 
     def write(x: Array, new: Array, dim: int) -> Array:
+        length = min(x.shape[dim], new.shape[dim])
         at = (slots, *[slice(None)] * (x.ndim + dim - 1), slice(length))
         return x.at[at].set(jax.lax.slice_in_dim(new, 0, length, axis=dim)[sources], mode="drop")
 
     keys = (write(x, new, -1) for x, new in zip(cache.keys, prompts.keys))
     values = (write(x, new, -2) for x, new in zip(cache.values, prompts.values))
-    return KVCache(tuple(keys), tuple(values))
+    return replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+def take_last(x: Array, lengths: Array, num: int) -> Array:
+    """Returns rows `[B, T, ...]` of `lengths` `[B]` tokens as a ring `[B, num, ...]` of the last of them."""
+    last = lengths[:, None] - 1
+    # Places that no token of a shorter row has come to get its first one, which is not read there.
+    index = jnp.maximum(last - (last - jnp.arange(num)) % num, 0)
+    # Mapped over rows, the reads stay on the devices that hold them.
+    return jax.vmap(lambda row, index: row[index])(x, index)
 
 
 def prefill(
@@ -104,12 +127,16 @@ def prefill_blocks(
     """Returns the hidden states `[B, T, D]` after some blocks of prompts padded on the right, and their cache."""
     positions = count_positions(x)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    prompts = KVCache((), ())
+    keys: list[Array] = []
+    values: list[Array] = []
+    windows: list[int | None] = []
 
     def attend_fn(q: Array, k: Array, v: Array, scoring: Scoring, sinks: Array | None) -> Array:
-        nonlocal prompts
-        keys, values = jnp.einsum("BSKH->BKHS", k), jnp.einsum("BSKH->BKSH", v)
-        prompts = KVCache((*prompts.keys, keys), (*prompts.values, values))
+        windows.append(scoring.window)
+        num = count_places(scoring.window, x.shape[1])
+        kept = (k, v) if num == x.shape[1] else (take_last(k, lengths, num), take_last(v, lengths, num))
+        keys.append(jnp.einsum("BSKH->BKHS", kept[0]))
+        values.append(jnp.einsum("BSKH->BKSH", kept[1]))
         return forward.attention_fn(q, k, v, segment_ids, scoring, sinks)
 
     context = BlockContext(
@@ -121,7 +148,7 @@ def prefill_blocks(
     )
     for block in blocks:
         x, _ = block(x, context)
-    return x, prompts
+    return x, KVCache(tuple(keys), tuple(values), tuple(windows), x.shape[1])
 
 
 def decode(
@@ -152,17 +179,18 @@ def decode_blocks(
     forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
-    written = KVCache((), ())
+    all_keys: list[Array] = []
+    all_values: list[Array] = []
     # Mapped over rows, the writes stay on the devices that hold them.
     write_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new[0], mode="drop"))
     write_value = jax.vmap(lambda row, new, at: row.at[:, at].set(new[0], mode="drop"))
 
     def attend_fn(q: Array, k: Array, v: Array, scoring: Scoring, sinks: Array | None) -> Array:
-        nonlocal written
-        layer = len(written.keys)
-        keys = write_key(cache.keys[layer], k, lengths)
-        values = write_value(cache.values[layer], v, lengths)
-        written = KVCache((*written.keys, keys), (*written.values, values))
+        keys, values = cache.keys[len(all_keys)], cache.values[len(all_values)]
+        at = lengths if scoring.window is None else lengths % keys.shape[-1]
+        keys, values = write_key(keys, k, at), write_value(values, v, at)
+        all_keys.append(keys)
+        all_values.append(values)
         return decoding_fn(q[:, 0], keys, values, lengths, scoring, sinks)[:, None]
 
     context = BlockContext(
@@ -174,4 +202,4 @@ def decode_blocks(
     )
     for block in blocks:
         x, _ = block(x, context)
-    return x, written
+    return x, replace(cache, keys=tuple(all_keys), values=tuple(all_values))

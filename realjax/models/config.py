@@ -265,6 +265,15 @@ class ModelConfig:
         return replace(self, is_critic=True, tied=False)
 
 
+# Places of a window's ring come in a multiple of this: products over them then are whole tiles.
+RING_MULTIPLE = 16
+
+
+def count_places(window: int | None, length: int) -> int:
+    """Returns the places that a layer's cache has for rows of up to `length` tokens: no more than its window needs."""
+    return length if window is None else min(length, -(-window // RING_MULTIPLE) * RING_MULTIPLE)
+
+
 def list_cuts(order: tuple[str, ...]) -> list[int]:
     """Returns the numbers of pipeline stages that all have layers of the same kinds in the same order."""
     return [n for n in range(1, len(order) + 1) if order == order[: len(order) // n] * n]

@@ -179,6 +179,17 @@ def test_decoding_reads_weights_and_caches():
     assert terms["cache"] == pytest.approx(384 * cached)
 
 
+def test_a_window_bounds_what_a_round_reads_and_what_tokens_see():
+    near = replace(LLAMA, windows=(100, None))
+    decoded, trained = (
+        [call_cost(make_work(kind, model=model), choose(), H100S).terms for model in (LLAMA, near)]
+        for kind in ("generate", "train")
+    )
+    room = mean_context(make_work("generate"), is_paged=False)
+    assert decoded[1]["cache"] == pytest.approx(decoded[0]["cache"] * (1 + 112 / room) / 2)
+    assert trained[0]["attention"] / 2 < trained[1]["attention"] < trained[0]["attention"]
+
+
 def test_stages_read_their_weights_once_for_every_wave():
     whole, staged = (call_cost(make_work("generate"), choose(**s), H100S).terms for s in ({}, {"pp": 4}))
     assert staged["weights"] == pytest.approx(whole["weights"], rel=0.2)

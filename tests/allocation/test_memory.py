@@ -8,7 +8,9 @@ import jax
 import pytest
 
 from realjax.allocation import memory
+from realjax.allocation.choice import Choice
 from realjax.allocation.memory import MicroBatch, call_memory, find_smallest_change, home_memory, smallest_change
+from realjax.allocation.workload import Lengths, ModelShape
 from realjax.aot.targets import find_target
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.generation_config import GenerationConfig
@@ -22,8 +24,12 @@ from realjax.engine.pipeline import num_stage_batches
 from realjax.engine.state import abstract_train_state
 from realjax.models import heads
 from realjax.models.build import build_model
+from realjax.models.config import AttentionConfig, LayerKind
 from realjax.reshard import apply
 from realjax.runtime.memory import device_bytes
+from tests.engine.generation_cases import make_programs
+from tests.given.models import make_layout, make_model
+from tests.given.workloads import make_call, make_role
 from tools.bench.memory_model import Case, compile_case, read_cases
 
 # Made by `python -m tools.bench.memory_model tests/allocation/memory_cases.csv --compile`, with the extra `aot`.
@@ -102,6 +108,23 @@ def test_a_slot_has_the_room_that_the_engine_gives_it(prompt, num_new):
     config = GenerationConfig(max_new_tokens=num_new)
     bucket = admission.bucket_length(prompt + num_new - 1, batching.SHORTEST_CACHE)
     assert memory.cache_length(prompt, num_new) == min(bucket, batching.most_needed(prompt, config))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dp": 2, "tp": 2}, {"pp": 2}], ids=str)
+def test_a_cache_is_as_large_as_the_engine_makes_it(sizes):
+    """Of layers with windows of 20 and 5, whose rings have 32 and 16 places, and of two without."""
+    near, nearer = (LayerKind(name=f"window{n}", mixer=AttentionConfig(window=n)) for n in (20, 5))
+    model, layout = make_model(num_layers=8, pattern=(near, LayerKind(), nearer, LayerKind())), make_layout(**sizes)
+    config = GenerationConfig(max_new_tokens=40)
+    slots = make_programs(model, config, layout, num_slots=8).start(memory.cache_length(30, 40), has_greedy=False)
+    role = dataclasses.replace(make_role("actor", ModelShape.of(model.config)), dtype="float32")
+    work = make_call("gen", "generate", role, num_sequences=8)
+    work = dataclasses.replace(work, prompts=Lengths.all(30), answers=Lengths.all(40))
+    choice = Choice(strategy=layout.strategy, devices=tuple(range(layout.strategy.size)), num_slots=8)
+    cache = call_memory(work, role, choice, at_home=True).terms["cache"]
+    assert cache == device_bytes(jax.tree.leaves(slots.cache), layout.devices[0])
+    # 8 slots of 128 tokens, keys and values of two heads of four float32 numbers.
+    assert cache == 8 * 2 * 2 * 4 * 4 * 2 * (32 + 128 + 16 + 128) / layout.strategy.size
 
 
 def test_parameters_that_arrive_need_room_beside_them():

@@ -7,7 +7,7 @@ from realjax.allocation.run_workload import read_workload
 from realjax.allocation.workload import Lengths, ModelShape
 from realjax.core.trees import map_paths, num_params
 from realjax.models.build import build_model
-from realjax.models.config import LayerKind, MoEConfig
+from realjax.models.config import AttentionConfig, LayerKind, MoEConfig
 from tests.given.models import CAPPED, FAMILY_CONFIGS, FULL, LEARNED, make_model
 from tests.given.runs import LONGEST, build_rl_spec, build_spec, make_options
 
@@ -34,6 +34,15 @@ MIXED = {"pattern": (LayerKind(name="dense"), LayerKind(name="sparse", feed_forw
 def test_a_shape_counts_every_leaf_that_a_model_can_have(changes):
     model = make_model(**changes)
     assert ModelShape.of(model.config).num_params == model.num_params == num_params(model.abstract)
+
+
+def test_a_shape_says_how_far_layers_look_back():
+    near = LayerKind(name="near", mixer=AttentionConfig(window=20))
+    patterns = ((LayerKind(),), (near,), (near, LayerKind()))
+    shapes = [ModelShape.of(make_model(pattern=pattern).config) for pattern in patterns]
+    assert [shape.windows for shape in shapes] == [(None,), (20,), (20, None)]
+    assert [shape.mean_places(10.5) for shape in shapes] == [10.5] * 3
+    assert [shape.mean_places(100.5) for shape in shapes] == [100.5, 32, 66.25]
 
 
 def test_lengths_add_up_as_independent_ones_do():

@@ -21,7 +21,7 @@ from realjax.models import transformer
 from realjax.models.build import Model, build_model
 from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, NormConfig, RopeConfig
 from realjax.models.mlp import MLP
-from tests.engine.generation_cases import run
+from tests.engine.generation_cases import EOS, run
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
 from tests.given.sequences import make_examples, one_per_row, pack_in_order
@@ -175,14 +175,17 @@ def test_an_evaluation_reports_terms_beside_its_loss(penalised):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_greedy_decoding_is_the_plain_forward_pass(layout):
+    """Also of prompts and answers that a window's ring of 16 places has no room for."""
     params = random_tree(TOY, scale=0.4)
-    config = GenerationConfig(max_new_tokens=8, min_new_tokens=0, greedy=True)
-    prompts = [example["tokens"] for example in make_examples([3, 11, 6, 8])]
+    config = GenerationConfig(max_new_tokens=20, min_new_tokens=18, greedy=True)
+    prompts = [example["tokens"] for example in make_examples([3, 11, 40, 17])]
     requests = [Request(tokens=prompt, row_id=i) for i, prompt in enumerate(prompts)]
     found = run(TOY, params, config, make_layout(**layout), requests=requests)
     whole = [np.concatenate([prompt, generation.tokens]) for prompt, generation in zip(prompts, found, strict=True)]
-    rows = np.stack([np.pad(tokens, (0, 20 - len(tokens))) for tokens in whole])
-    likeliest = np.asarray(PLAIN_LOGITS(params, rows)[0]).argmax(axis=-1)
-    for prompt, tokens, best, generation in zip(prompts, whole, likeliest, found):
-        assert len(generation.tokens) == 8 or generation.ended
+    rows = np.stack([np.pad(tokens, (0, 60 - len(tokens))) for tokens in whole])
+    logits = np.array(PLAIN_LOGITS(params, rows)[0])
+    for prompt, tokens, best, generation in zip(prompts, whole, logits, found):
+        assert len(generation.tokens) == 20 or generation.ended
+        best[: len(prompt) + 17, EOS] = -np.inf
+        best = best.argmax(axis=-1)
         np.testing.assert_array_equal(best[len(prompt) - 1 : len(tokens) - 1], generation.tokens)

@@ -1,56 +1,75 @@
 """Prompts and then tokens one by one, through the cache, give the hidden states of a whole forward pass."""
 
-import jax
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from realjax.engine.attention.reference import dense_attention, dense_decoding
 from realjax.models.cache import decode, grow_cache, init_cache, prefill, write_rows
+from realjax.models.config import RING_MULTIPLE, AttentionConfig, LayerKind, count_places
+from realjax.models.stacks import list_layers, split_kinds
 from realjax.models.transformer import Forward
 from tests.given.models import FULL, make_model, quick_jit, random_tree
 
-LENGTHS, ROW_LEN = [3, 7, 5], 12
+SLIDING, WIDE = (LayerKind(name=f"window{n}", mixer=AttentionConfig(window=n, sinks=True)) for n in (5, 20))
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 4, **FULL}], ids=["plain", "window"])
-def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes):
+@pytest.mark.parametrize(
+    ("changes", "lengths", "row_len"),
+    [
+        (FULL, [3, 7, 5], 12),
+        ({"pattern": (SLIDING, LayerKind())}, [3, 7, 5], 40),  # a ring of 16, shorter at first
+        ({"pattern": (SLIDING, WIDE), "num_layers": 2}, [3, 30, 17], 44),  # rings of 16 and 32, and a longer prompt
+    ],
+    ids=["plain", "window", "windows"],
+)
+def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes, lengths, row_len):
     model, forward = make_model(**changes), Forward(attention_fn=dense_attention)
-    params = random_tree(model)
-    tokens = np.random.default_rng(0).integers(0, 96, (3, ROW_LEN)).astype(np.int32)
-    row = (jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(ROW_LEN), tokens.shape), jnp.ones_like(tokens))
+    params, order, room = random_tree(model), model.config.order, max(lengths) + 1
+    tokens = np.random.default_rng(0).integers(0, 96, (3, row_len)).astype(np.int32)
+    row = (jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(row_len), tokens.shape), jnp.ones_like(tokens))
     whole = quick_jit(lambda params: model.bind(params)(*row, forward)[0])(params)
 
     @quick_jit
     def admit(params, prompts, lengths, places):
         hidden, rows = prefill(*model.bind_layers(params), prompts, lengths, forward)
-        return hidden, write_rows(init_cache(model.config, 2, (4,), 8, jnp.float32), rows, np.arange(3), places)
+        return hidden, write_rows(init_cache(model.config, order, (4,), room, jnp.float32), rows, np.arange(3), places)
 
     @quick_jit
     def advance(params, cache, tokens, lengths):
         return decode(*model.bind_layers(params), cache, tokens, lengths, dense_decoding, forward)
 
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(model.config.num_layers)]
+    layers = list_layers(split_kinds(model.config, params["layers"]), order, lambda x, i: x[i])
     unstacked, places = {**params, "layers": layers}, np.array([2, 0, 3])
-    hidden, cache = admit(unstacked, tokens[:, :7], np.array(LENGTHS), places)
-    np.testing.assert_allclose(hidden, [whole[i, n - 1] for i, n in enumerate(LENGTHS)], atol=1e-5, rtol=1e-5)
-    for step in range(ROW_LEN - max(LENGTHS)):
-        if max(LENGTHS) + step >= cache.length:
-            cache = grow_cache(cache, 16)
+    hidden, cache = admit(unstacked, tokens[:, : max(lengths) + 2], np.array(lengths), places)
+    np.testing.assert_allclose(hidden, [whole[i, n - 1] for i, n in enumerate(lengths)], atol=1e-5, rtol=1e-5)
+    for step in range(row_len - max(lengths)):
+        if max(lengths) + step >= cache.length:
+            cache = grow_cache(cache, cache.length + 12)
         at = np.zeros(4, np.int32)
-        at[places] = np.array(LENGTHS) + step
+        at[places] = np.array(lengths) + step
         new = np.zeros(4, np.int32)
         new[places] = tokens[range(3), at[places]]
         hidden, cache = advance(unstacked, cache, new, at)
-        expected = [whole[i, n + step] for i, n in enumerate(LENGTHS)]
+        expected = [whole[i, n + step] for i, n in enumerate(lengths)]
         np.testing.assert_allclose(hidden[places], expected, atol=1e-5, rtol=1e-5)
+    places = [count_places(model.config.kinds[name].mixer.window, cache.length) for name in order]
+    assert [x.shape[-1] for x in cache.keys] == [x.shape[-2] for x in cache.values] == places
+
+
+def test_a_window_has_the_places_that_it_needs_and_no_more():
+    assert [count_places(None, n) for n in (5, 5000)] == [5, 5000]
+    assert [count_places(20, n) for n in (5, 31, 32, 33, 5000)] == [5, 31, 32, 32, 32]
+    assert all(window <= count_places(window, 10**6) < window + RING_MULTIPLE for window in range(1, 100))
 
 
 def test_a_prompt_without_a_slot_changes_nothing():
     model = make_model()
-    cache = init_cache(model.config, 2, (2,), 8, jnp.float32)
-    rows = init_cache(model.config, 2, (3,), 4, jnp.float32)
-    rows = type(rows)(tuple(x + 1 for x in rows.keys), tuple(x + 2 for x in rows.values))
+    cache = init_cache(model.config, model.config.order, (2,), 8, jnp.float32)
+    rows = init_cache(model.config, model.config.order, (3,), 4, jnp.float32)
+    rows = replace(rows, keys=tuple(x + 1 for x in rows.keys), values=tuple(x + 2 for x in rows.values))
     written = write_rows(cache, rows, jnp.array([0, 1, 2]), jnp.array([2, 1, 2]))
     for layer in (*written.keys, *written.values):
         assert not layer[0].any()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from realjax.allocation.workload import ModelShape
 
 
-def _shape(sizes: tuple[int, int, int, int, int, int, int], **more: int | bool) -> ModelShape:
+def _shape(sizes: tuple[int, int, int, int, int, int, int], **more: int | bool | tuple[int, ...]) -> ModelShape:
     """Returns the shape of (hidden size, layers, heads, key-value heads, head size, feed-forward size, vocabulary)."""
     hidden, layers, heads, kv_heads, head_dim, ffn, vocab = sizes
     plain = ModelShape(
@@ -39,7 +39,7 @@ KNOWN: Mapping[str, ModelShape] = {
     "llama3-70b": _shape((8192, 80, 64, 8, 128, 28672, 128256)),
     "llama3-405b": _shape((16384, 126, 128, 8, 128, 53248, 128256)),
     # Mistral, arXiv:2310.06825; Mixtral, arXiv:2401.04088.
-    "mistral-7b": _shape((4096, 32, 32, 8, 128, 14336, 32000), window=4096),
+    "mistral-7b": _shape((4096, 32, 32, 8, 128, 14336, 32000), windows=(4096,)),
     "mixtral-8x7b": _shape((4096, 32, 32, 8, 128, 14336, 32000), num_experts=8, experts_per_token=2),
     "mixtral-8x22b": _shape((6144, 56, 48, 8, 128, 16384, 32768), num_experts=8, experts_per_token=2),
     # MosaicML's MPT in llm-foundry's scripts/train/yamls: ungated, tied, learned nothing for positions.

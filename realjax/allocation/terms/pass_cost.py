@@ -74,8 +74,8 @@ def plan_passes(work: CallWork, choice: Choice, cluster: Cluster, *, is_train: b
     squares = sequences * work.lengths.mean_square / (s.dp * choice.context * num_batches)
     rates = find_rates(cluster, work.dtype)
     squares = rates.squares(local / per_part, row_len / choice.context, work.lengths.longest, squares)
-    if work.model.window:
-        squares = min(squares, 2 * local / per_part * row_len / choice.context * work.model.window)
+    windows, tokens = work.model.windows, local / per_part * row_len / choice.context
+    squares = sum(min(squares, 2 * tokens * window) if window else squares for window in windows) / len(windows)
     return Passes(
         choice=choice,
         cluster=cluster,
@@ -84,7 +84,7 @@ def plan_passes(work: CallWork, choice: Choice, cluster: Cluster, *, is_train: b
         work=work,
         num_layers=-(-work.model.num_layers // s.pp),
         row_len=row_len,
-        tokens=local / per_part * row_len / choice.context,
+        tokens=tokens,
         squares=squares,
         num_batches=num_batches,
         ticks=num_batches + bubbles if is_train else num_mbs * (per_part + bubbles),

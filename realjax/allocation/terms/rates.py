@@ -140,9 +140,7 @@ class Rates:
     def decode(self, model: ModelShape, rows: float, context: float, split: LayerSplit) -> Layer:
         """Returns a layer's step of one token for each of `rows`, which reads `context` cached tokens of each."""
         kv = max(model.num_kv_heads / split.tp, 1) * model.head_dim
-        if model.window:
-            context = min(context, model.window)
-        cached = self.passes(2 * rows * context * kv * self.cache_bytes)
+        cached = self.passes(2 * rows * model.mean_places(context) * kv * self.cache_bytes)
         memory = self.passes(rows * self.itemsize * _values_passed(model, split))
         return Layer(self.products(model, rows, split), cached, memory)
 

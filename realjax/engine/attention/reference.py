@@ -49,10 +49,15 @@ def dense_attention(
 
 
 def cache_mask(lengths: Array, cache_len: int, window: int | None) -> Array:
-    """Returns the mask `[B, S]`, True where the token at index `lengths` `[B]` of its row may see index s."""
+    """Returns the mask `[B, S]`, True where token number `lengths` `[B]` of its row may see what is at index s.
+
+    That is token s; with a window, the last one so far whose number is s modulo the length.
+    """
     index = jnp.arange(cache_len)[None]
-    mask = index <= lengths[:, None]
-    return mask if window is None else mask & (index > lengths[:, None] - window)
+    if window is None:
+        return index <= lengths[:, None]
+    back = (lengths[:, None] - index) % cache_len
+    return (back < window) & (back <= lengths[:, None])
 
 
 def dense_decoding(
