@@ -49,8 +49,6 @@ def _find_cudnn_fault(case: Case) -> str | None:
         return f"for packed rows it needs compute capability 9.0 (Hopper) or later, and the devices' is {found}"
     if case.softcap is not None:
         return f"it does not cap scores, and the model's are capped at {case.softcap:g}"
-    if case.sinks:
-        return "it knows no sinks, and the model's heads have them"
     if case.head_dim % 8 or case.head_dim > 256:
         return f"it needs a head size that is a multiple of 8 up to 256, and the model's is {case.head_dim}"
     return find_api_fault()

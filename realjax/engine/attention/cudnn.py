@@ -3,14 +3,17 @@
 cuDNN has a layout for packed rows: from a list of starts and lengths it takes sequences of up to `seq_len` tokens out
 of one run of memory, each causal by itself, and touches nothing between them. The list, and room for each of its
 sequences at full length, are of fixed size, so segments go in by groups: nearly always one, and more where they are
-many and short. JAX has these calls in a private module, see `find_api_fault`. They are bound here by themselves, below
-JAX's own function, which takes offsets of keys for offsets of queries where the heads differ (mended in
+many and short. Sinks stay outside of the calls: with the log normalisers at hand a logit more is a factor of the
+outputs, and the backward call goes by the normalisers and outputs that it is given.
+
+JAX has these calls in a private module, see `find_api_fault`. They are bound here by themselves, below JAX's own
+function, which takes offsets of keys for offsets of queries where the heads differ (mended in
 https://github.com/jax-ml/jax/pull/39521), and asks the default backend, not the devices at hand, what it can do.
 """
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -63,6 +66,7 @@ class Segments:
     lengths: Array  # [G * group_size] 0 where there is none
     group: Array  # [R, T, 1, 1] which group a token's segment is in, -1 on padding
     num_groups: Array
+    number: Array  # [R, T] the token's segment
 
 
 def cudnn_attention(
@@ -91,7 +95,7 @@ def cudnn_attention(
     window = scoring.window if scoring.window is not None and scoring.window < seq_len else None
     scale = scoring.find_scale(H)
     shape = Shape(num_parts=rows * T // seq_len, seq_len=seq_len, window=window, scale=scale)
-    attend = lambda args: _attend(*args[:3], find_segments(args[3], shape.group_size), shape)
+    attend = lambda args: _attend(*args[:3], sinks, find_segments(args[3], shape.group_size), shape)
     if rows == R:
         return attend((q, k, v, segment_ids))
     parts = jax.tree.map(lambda x: x.reshape(R // rows, rows, *x.shape[1:]), (q, k, v, segment_ids))
@@ -110,38 +114,43 @@ def find_segments(segment_ids: Array, group_size: int) -> Segments:
     starts = jnp.nonzero(begins, size=size, fill_value=num_tokens)[0].astype(jnp.int32)
     lengths = jnp.zeros(size, jnp.int32).at[number].add(is_token.astype(jnp.int32))
     group = jnp.where(is_token, number // group_size, -1).reshape(*segment_ids.shape, 1, 1)
-    return Segments(starts, lengths, group, group.max() + 1)
+    return Segments(starts, lengths, group, group.max() + 1, number.reshape(segment_ids.shape))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, segments: Segments, shape: Shape) -> Array:
-    forward = partial(_call_forward, q, k, v, segments, shape, is_training=False)
-    return _by_groups(lambda group: (forward(group)[0],), segments, shape)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, sinks: Array | None, segments: Segments, shape: Shape) -> Array:
+    forward = partial(_call_forward, (q, k, v), sinks, segments, shape, is_training=False)
+    return _by_groups(lambda group: forward(group)[0][:1], segments, shape)[0]
 
 
 def _attend_forward(
-    q: Array, k: Array, v: Array, segments: Segments, shape: Shape
-) -> tuple[Array, tuple[Array, Array, Array, Segments, Array, Array]]:
-    forward = partial(_call_forward, q, k, v, segments, shape, is_training=True)
-    attended, log_totals = forward(jnp.int32(0))
-    attended = _by_groups(lambda group: (forward(group)[0],), segments, shape, (attended,))[0]
-    return attended, (q, k, v, segments, attended, log_totals)
+    q: Array, k: Array, v: Array, sinks: Array | None, segments: Segments, shape: Shape
+) -> tuple[Array, tuple[Any, ...]]:
+    forward = partial(_call_forward, (q, k, v), sinks, segments, shape, is_training=True)
+    of_tokens, log_totals = forward(jnp.int32(0))
+    of_tokens = _by_groups(lambda group: forward(group)[0], segments, shape, of_tokens)
+    return of_tokens[0], ((q, k, v), sinks, segments, of_tokens, log_totals)
 
 
 def _attend_backward(
-    shape: Shape, residuals: tuple[Array, Array, Array, Segments, Array, Array], grad: Array
-) -> tuple[Array, Array, Array, None]:
-    q, k, v, segments, attended, log_totals = residuals
+    shape: Shape, residuals: tuple[Any, ...], grad: Array
+) -> tuple[Array, Array, Array, Array | None, None]:
+    inputs, sinks, segments, (attended, *totals), log_totals = residuals
 
-    def backward(group: Array, log_totals: Array) -> tuple[Array, ...]:
-        return _call_backward((q, k, v), segments, shape, group, log_totals, attended, grad.astype(q.dtype))
+    def backward(group: Array, log_totals: Sequence[Array]) -> tuple[Array, ...]:
+        return _call_backward(inputs, segments, shape, group, log_totals, attended, grad.astype(attended.dtype))
 
     def again(group: Array) -> tuple[Array, ...]:
         # Kept for the first group only: later ones are rare.
-        return backward(group, _call_forward(q, k, v, segments, shape, group, is_training=True)[1])
+        return backward(group, _call_forward(inputs, sinks, segments, shape, group, is_training=True)[1])
 
     grad_q, grad_k, grad_v = _by_groups(again, segments, shape, backward(jnp.int32(0), log_totals))
-    return grad_q, grad_k, grad_v, None
+    if sinks is None:
+        return grad_q, grad_k, grad_v, None, None
+    # A sink has a score like a key, and a value of zero.
+    mean_grad = jnp.sum(grad.astype(jnp.float32) * attended, axis=-1, keepdims=True)
+    of_sinks = jnp.exp(sinks[:, None] - totals[0]) * mean_grad
+    return grad_q, grad_k, grad_v, -jnp.sum(jnp.where(segments.group < 0, 0, of_sinks), axis=(0, 1, 3)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -169,15 +178,37 @@ def _by_groups(
 
 
 def _call_forward(
-    q: Array, k: Array, v: Array, segments: Segments, shape: Shape, group: Array, *, is_training: bool
-) -> tuple[Array, ...]:
-    """Returns a group's outputs `[R, T, N, H]`, and each query's log normaliser where it is for training."""
-    calls = load_calls()
-    flat = _in_parts(shape, q, k, v)
-    results = calls._dot_product_attention_fwd_p.bind(
-        *flat, *_list_group(q, k, segments, shape, group), **_options(calls, "fwd", shape), is_training=is_training
+    inputs: tuple[Array, Array, Array],
+    sinks: Array | None,
+    segments: Segments,
+    shape: Shape,
+    group: Array,
+    *,
+    is_training: bool,
+) -> tuple[tuple[Array, ...], Sequence[Array]]:
+    """Returns a group's outputs `[R, T, N, H]`, with sinks also its log normalisers `[R, T, N, 1]`; and these as the
+    backward call takes them, where it is for training.
+    """
+    calls, (q, k, _) = load_calls(), inputs
+    attended, *log_totals = calls._dot_product_attention_fwd_p.bind(
+        *_in_parts(shape, *inputs),
+        *_list_group(q, k, segments, shape, group),
+        **_options(calls, "fwd", shape),
+        is_training=is_training or sinks is not None,
     )
-    return results[0].reshape(q.shape), *results[1:]
+    attended = attended.reshape(q.shape)
+    if sinks is None:
+        return (attended,), log_totals
+    # [group_size, N, seq_len]
+    with_sinks = jnp.logaddexp(log_totals[0], sinks[:, None])
+    own, totals = (_read_tokens(x, segments, shape, group) for x in (log_totals[0], with_sinks))
+    return ((attended * jnp.exp(own - totals)).astype(q.dtype), totals), [with_sinks]
+
+
+def _read_tokens(x: Array, segments: Segments, shape: Shape, group: Array) -> Array:
+    """Returns what a group's array `[group_size, N, seq_len]` has for its tokens, `[R, T, N, 1]`."""
+    index = jnp.arange(segments.number.size).reshape(segments.number.shape) - segments.starts[segments.number]
+    return x[segments.number - group * shape.group_size, :, index][..., None]
 
 
 def _call_backward(
@@ -185,7 +216,7 @@ def _call_backward(
     segments: Segments,
     shape: Shape,
     group: Array,
-    log_totals: Array,
+    log_totals: Sequence[Array],
     attended: Array,
     grad: Array,
 ) -> tuple[Array, ...]:
@@ -194,7 +225,7 @@ def _call_backward(
     results = calls._dot_product_attention_bwd_p.bind(
         *_in_parts(shape, *inputs),
         *_list_group(q, k, segments, shape, group),
-        log_totals,
+        *log_totals,
         *_in_parts(shape, attended, grad),
         **_options(calls, "bwd", shape),
     )

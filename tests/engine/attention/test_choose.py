@@ -44,7 +44,7 @@ def test_auto_has_a_kernel_for_every_case():
         ("rows", replace(H100, capability=None), "blocked"),
         ("rows", replace(H100, dtype="float32"), "blocked"),
         ("rows", replace(H100, softcap=50.0), "blocked"),
-        ("prefill", replace(H100, sinks=True), "blocked"),
+        ("prefill", replace(H100, sinks=True), "cudnn"),
     ],
 )
 def test_auto_takes(use, case, kernel):
@@ -70,7 +70,6 @@ def test_a_kernel_that_is_asked_for_serves_every_use_that_it_has_a_form_for(name
         ({"capability": (8, 0)}, "capability 9.0 .Hopper. or later, and the devices' is 8.0; use auto"),
         ({"capability": None}, "capability 9.0 .Hopper. or later, and the devices' is not known; use auto"),
         ({"softcap": 50.0}, "does not cap scores, and the model's are capped at 50; use auto"),
-        ({"sinks": True}, "knows no sinks, and the model's heads have them; use auto"),
         ({"head_dim": 60}, "a multiple of 8 up to 256, and the model's is 60; use auto"),
         ({"head_dim": 264}, "a multiple of 8 up to 256, and the model's is 264; use auto"),
     ],

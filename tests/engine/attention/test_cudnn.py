@@ -54,24 +54,27 @@ def by_cudnn(window=None, bound=None):
 
 
 def by_definition(window=None):
-    return lambda *args: dense_attention(*args, Scoring(window=window))
+    def attend(q, k, v, segment_ids, sinks=None):
+        return dense_attention(q, k, v, segment_ids, Scoring(window=window), sinks)
+
+    return attend
 
 
-def outcome(attend, segment_ids, weights, q, k, v):
-    """Returns values and gradients, the values of padding left out."""
+def outcome(attend, segment_ids, weights, *inputs):
+    """Returns values and gradients of q, k, v and sinks, if any; the values of padding left out."""
     is_token = (segment_ids > 0)[..., None, None]
 
-    def loss(q, k, v):
-        attended = attend(q, k, v, segment_ids)
+    def loss(q, k, v, *sinks):
+        attended = attend(q, k, v, segment_ids, *sinks)
         return (jnp.where(is_token, attended, 0) * weights).sum(), attended
 
-    (_, attended), grads = quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    (_, attended), grads = quick_jit(jax.value_and_grad(loss, range(len(inputs)), has_aux=True))(*inputs)
     return np.where(is_token, attended, 0), *grads
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_packing_agrees_with_the_definition(seed):
-    """Values and gradients: whatever is packed, bounded and seen, in one group of segments or in many."""
+    """Values and gradients: whatever is packed, bounded and seen, with or without sinks, in any number of groups."""
     rng = np.random.default_rng(seed)
     num_rows, row_len = int(rng.integers(1, 4)), int(rng.choice([24, 60, 96]))
     longest = int(rng.choice([row_len, row_len // 2, row_len // 4]))
@@ -79,8 +82,9 @@ def test_any_packing_agrees_with_the_definition(seed):
     bound = None if longest == row_len else longest
     segment_ids = pack_at_random(rng, num_rows, row_len, longest)
     q, k, v, weights = draw(seed, num_rows, row_len, int(rng.choice([1, 2, 4])))
-    found = outcome(by_cudnn(window=window, bound=bound), segment_ids, weights, q, k, v)
-    expected = outcome(by_definition(window=window), segment_ids, weights, q, k, v)
+    sinks = [] if seed % 2 else [rng.standard_normal(N).astype(np.float32)]
+    found = outcome(by_cudnn(window=window, bound=bound), segment_ids, weights, q, k, v, *sinks)
+    expected = outcome(by_definition(window=window), segment_ids, weights, q, k, v, *sinks)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -139,9 +143,10 @@ def test_devices_attend_to_their_own_rows_and_heads(layout: Layout):
     """Each with the lists of its own rows; four query heads share four key-value heads."""
     segment_ids = pack_at_random(np.random.default_rng(3), 4, 24, 12)
     q, k, v, weights = draw(0, 4, 24, num_kv_heads=4)
-    attend = lambda *args: on_own_heads(by_cudnn(), layout)(*args, None)
-    found = outcome(attend, segment_ids, weights, *jax.device_put((q, k, v), layout.sharding("data", None, "tensor")))
-    expected = outcome(by_definition(), segment_ids, weights, q, k, v)
+    sinks = np.array([0.5, -1.0, 3.0, 0.0], np.float32)
+    placed = jax.device_put((q, k, v), layout.sharding("data", None, "tensor"))
+    found = outcome(on_own_heads(by_cudnn(), layout), segment_ids, weights, *placed, sinks)
+    expected = outcome(by_definition(), segment_ids, weights, q, k, v, sinks)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

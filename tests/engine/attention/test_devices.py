@@ -17,7 +17,7 @@ from tests.given.cudnn import emulate_cudnn
 from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
 from tests.given.sequences import make_examples, pack_in_order
 
-MODEL = make_model()
+MODEL = make_model(window=20, sinks=True)
 BATCH = pack_in_order(make_examples([9, 30, 17, 3, 22, 8, 14]), 32, num_rows=8)[0]
 HEADS = {"rows": 8, "q": MODEL.config.num_q_heads, "kv": MODEL.config.num_kv_heads}
 
