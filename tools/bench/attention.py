@@ -36,6 +36,8 @@ def main() -> None:
         num_q_heads=num_q,
         num_kv_heads=num_kv,
         window=args.window,
+        softcap=args.softcap,
+        sinks=args.sinks,
         capability=find_capability(device),
     )
     inputs = draw_inputs(args)
@@ -61,6 +63,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, nargs=2, default=(4, 2), help="query and key-value heads")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--window", type=int)
+    parser.add_argument("--softcap", type=float, help="cap of scores")
+    parser.add_argument("--sinks", action="store_true", help="a learned logit a head in each softmax")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without", nargs="*", default=[], choices=list(KERNELS), help="kernels not to time")
     return parser.parse_args()
@@ -86,9 +90,10 @@ def count_lengths(segment_ids: np.ndarray) -> np.ndarray:
 def make_programs(name: str, case: Case, args: argparse.Namespace):
     """Returns the jitted forward pass, and values with gradients."""
     attention_fn = make_attention(name, case, max_segment_len=args.lengths[1])
+    sinks = jnp.zeros(args.heads[0], jnp.float32) if args.sinks else None
 
     def forward(q: Array, k: Array, v: Array, weights: Array, segment_ids: Array) -> Array:
-        return attention_fn(q, k, v, segment_ids, Scoring(window=args.window), None)
+        return attention_fn(q, k, v, segment_ids, Scoring(window=args.window, softcap=args.softcap), sinks)
 
     def both(q: Array, k: Array, v: Array, weights: Array, segment_ids: Array) -> tuple[Array, ...]:
         attended, backward = jax.vjp(lambda q, k, v: forward(q, k, v, weights, segment_ids), q, k, v)
