@@ -1,4 +1,4 @@
-"""Experts that devices share: each runs its own on the tokens of all, which are gathered and summed up again.
+"""Experts that devices share: tokens come to the devices that have theirs, and what these make of them is summed.
 
 Nothing is dropped, and no shape depends on where tokens go. A device runs the pairs of a token and an expert that are
 its own in turns of so many: their number alone decides how often, the first turn is most often the last.
@@ -12,31 +12,49 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.core.axes import Axes
 from realjax.core.trees import Tree
 from realjax.engine.manual_axes import find_share, gather_tokens, sum_tokens
+from realjax.engine.routes import find_route
 from realjax.models.products import ExpertsFn, Routed
 
 ROOM = 1.25  # of a turn: times the pairs that a device has when all have as many
 FEW_PAIRS = 2**13  # are run at once, whoever's they are
+WORTHWHILE = 2**20  # bytes that must be saved for the time that finding out who needs what takes
 
 
-def share_experts(fn: ExpertsFn, axes: Axes) -> ExpertsFn:
-    """Returns `fn` of a device's own tokens, where those along `axes` have tokens each and share the experts."""
+def share_experts(fn: ExpertsFn, axes: tuple[str, ...], *, can_send: bool) -> ExpertsFn:
+    """Returns `fn` of a device's own tokens, where those along `axes` have tokens each, and along the first of them
+    share the experts.
+
+    Where they `can_send` what is another's alone, and it saves much, they do; else all of them get all tokens.
+    """
 
     def of_each(routed: Routed, params: Tree) -> Array:
         (part, num_parts), num_own = find_share(), len(jax.tree.leaves(params)[0])
-        x, ids, weights = (
-            gather_tokens(x.reshape(-1, x.shape[-1]), axes) for x in (routed.x, routed.ids, routed.weights)
-        )
-        own = ids - part * num_own
-        # Another device's expert is none of this one's, as padding has none.
+        x, ids, weights = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (routed.x, routed.ids, routed.weights))
+        is_sent = can_send and saved_bytes(x, ids.shape[1], num_parts) >= WORTHWHILE
+        route, rest = (find_route(ids, num_own), axes[1:]) if is_sent else (None, axes)
+
+        def spread(x: Array) -> Array:
+            x = route.spread(x) if route else x
+            return gather_tokens(x, rest) if rest else x
+
+        # Where nothing came there is 0, which is no expert's number now. Another device's is none here either.
+        own = spread(ids + 1) - 1 - part * num_own
         own = jnp.where((own >= 0) & (own < num_own), own, num_own)
         most = max(FEW_PAIRS, math.ceil(ROOM * own.size / num_parts))
-        y = run_in_turns(fn, Routed(x, own, weights), params, most)
-        return sum_tokens(y, axes).reshape(routed.x.shape)
+        y = run_in_turns(fn, Routed(spread(x), own, spread(weights)), params, most)
+        y = sum_tokens(y, rest) if rest else y
+        return (route.collect(y) if route else y).reshape(routed.x.shape)
 
     return of_each
+
+
+def saved_bytes(x: Array, num_chosen: int, num_parts: int) -> float:
+    """Returns the bytes of tokens `[n, D]` that a device need not send, there and back, where each goes to the devices
+    of its experts alone, which it chooses alike: of the others, (1 - 1/P)^k have none of its k.
+    """
+    return 2 * x.size * x.dtype.itemsize * (num_parts - 1) * (1 - 1 / num_parts) ** num_chosen
 
 
 def run_in_turns(fn: ExpertsFn, routed: Routed, params: Tree, most: int) -> Array:

@@ -24,7 +24,7 @@ T, G = TypeVar("T"), TypeVar("G")
 WHOLE = PartitionSpec()
 ROWS = PartitionSpec(ROW_AXES)
 # share_fn(fn, axes) -> fn of a device's own tokens, which all devices along these axes have a part of
-ShareFn = Callable[[ExpertsFn, Axes], ExpertsFn]
+ShareFn = Callable[[ExpertsFn, tuple[str, ...]], ExpertsFn]
 
 
 def find_data_parts(shardings: Tree) -> Tree:
@@ -263,6 +263,21 @@ def _sum_tokens(y: Array, axes: Axes) -> Array:
 
 _gather_tokens.defvjp(lambda x, axes: (gather_tokens(x, axes), None), lambda axes, _, grad: (sum_tokens(grad, axes),))
 _sum_tokens.defvjp(lambda y, axes: (sum_tokens(y, axes), None), lambda axes, _, grad: (gather_tokens(grad, axes),))
+
+
+def gather_shares(x: Array) -> Array:
+    """Returns `x` of all devices that share experts, stacked."""
+    return jax.lax.all_gather(x, "expert")
+
+
+def send_rows(x: Array, num_rows: int, starts: Array, sizes: Array, places: Array, arriving: Array) -> Array:
+    """Returns `[num_rows, ...]` rows that came from the devices that share experts, 0 where none did.
+
+    To each of them go `sizes` of this one's rows, from `starts` on, and lie there from `places` on; `arriving` come
+    from each. Accelerators alone can.
+    """
+    into = jnp.zeros((num_rows, *x.shape[1:]), x.dtype)
+    return jax.lax.ragged_all_to_all(x, into, starts, sizes, places, arriving, axis_name="expert")
 
 
 def over_stages(fn: Callable[..., T], layout: Layout, num_split: int) -> Callable[..., T]:

@@ -20,8 +20,10 @@ from realjax.models.products import Products
 
 def make_products(rules: Rules, layout: Layout) -> Products:
     """Returns the products for the layout's devices, where activations are split as the rules say."""
-    over_experts = partial(run_on_own_parts, rules=in_use_rules(rules), layout=layout, share_fn=share_experts)
-    if layout.devices[0].platform != "cpu":
+    is_cpu = layout.devices[0].platform == "cpu"
+    share_fn = partial(share_experts, can_send=not is_cpu)
+    over_experts = partial(run_on_own_parts, rules=in_use_rules(rules), layout=layout, share_fn=share_fn)
+    if not is_cpu:
         # Rows and time stay apart: merged, an accelerator's sums under sequence parallelism would not be scattered.
         return Products(over_experts=over_experts)
 

@@ -15,6 +15,7 @@ from realjax.engine.batching import Batcher, Generation, Request, generate
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
 from realjax.models.build import Model
+from realjax.models.config import LayerKind, MoEConfig
 from realjax.reshard.fetch import fetch
 from tests.given.models import make_model, random_tree
 from tests.given.processes import work
@@ -78,6 +79,10 @@ def main() -> None:
         run(model, params, of_second, 4, dp=2, tp=2),
     ):
         compare(expected, found)
+    model = make_model(pattern=(LayerKind(feed_forward=MoEConfig(num_experts=4, experts_per_token=2, expert_size=16)),))
+    params = random_tree(model, scale=0.4)
+    # Each two devices that share experts are of both processes.
+    compare(run(model, params, jax.local_devices()[:1], 2), run(model, params, split_pairs, 4, dp=4, ep=2))
     print("all equal", flush=True)
 
 

@@ -1,15 +1,19 @@
 """Experts shared by devices: the same losses, gradients and tokens as where each device has all of them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
+from realjax.aot.hlo import bytes_along, collectives
 from realjax.core.axes import train_rules
 from realjax.core.compute import Compute
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
+from realjax.core.trees import flatten_paths
 from realjax.engine import experts
 from realjax.engine.compiled import place_batch
 from realjax.engine.experts import run_in_turns
@@ -60,6 +64,23 @@ def test_gradients_do_not_depend_on_who_has_which_experts(layout, expected, turn
     grads, sums = gradients(make_layout(**layout))
     assert float(sums.loss.value) == pytest.approx(float(expected[1].loss.value), rel=1e-5)
     assert_close_in_norm(grads, expected[0], 1e-5)
+
+
+def test_what_crosses_is_tokens_there_and_back():
+    """Hidden states are gathered and swapped once a layer on the way there, and once on the way back as gradients; the
+    numbers of experts are gathered, and their weights there and back. Gradients of all else are summed once."""
+    layout = make_layout(dp=4, ep=4)
+    batch = place_batch(BATCH, train_rules(layout.strategy), layout)
+    fn = quick_jit(make_gradients(MODEL, SFT_LOSS, layout, TrainOptions()))
+    found = collectives(fn.lower(place_params(MODEL, PARAMS, layout), batch).compile().as_text())
+    layers, tokens = MODEL.config.num_layers, BATCH.num_rows * BATCH.row_len
+    states, chosen = 4 * tokens * MODEL.config.hidden_size, 4 * tokens * CONFIG.experts_per_token
+    along = partial(bytes_along, found, layout, "expert")
+    assert along(kind="all-gather") == layers * (2 * states + 2 * chosen)
+    assert along(kind="all-to-all") == layers * (2 * states + chosen)
+    assert {one.axes(layout) for one in found} == {("expert",)}
+    whole = sum(x.nbytes for path, x in flatten_paths(PARAMS).items() if "/experts/" not in path or "down/bias" in path)
+    assert whole <= along(kind="all-reduce") < 1.05 * whole
 
 
 def test_losses_of_an_evaluation_do_not_either(expected):

@@ -24,9 +24,14 @@ LAYOUTS = {
     "middle": (4, 1, 1, 3, (2, 3, 4, 5), False),
     "quarter": (1, 1, 2, 0, (5, 2), False),
     "single": (1, 1, 1, 0, (6,), False),
+    "experts": (4, 1, 2, 0, (0, 1, 2, 3, 4, 5, 6, 7), False),
+    "experts-zero3": (4, 2, 1, 3, (7, 3, 1, 5, 0, 2, 4, 6), False),
     "host": (2, 1, 4, 0, (0, 1, 2, 3, 4, 5, 6, 7), True),
     "host-half": (1, 2, 2, 0, (6, 1, 0, 7), True),
 }
+
+# Devices that share experts, where they do.
+EXPERT_SIZES = {"experts": 4, "experts-zero3": 2}
 
 # leaf: (names of the dims, sizes). Two KV heads lie whole on every device where tp is 4 or 8.
 DENSE = {
@@ -41,7 +46,7 @@ VARIANTS = {
     "tied": DENSE,
     "untied": {**DENSE, "head": (("embed", "vocab"), (16, 32))},
     "gqa": {**DENSE, "layers/k": (("layers", "embed", "kv_heads", "head_dim"), (8, 16, 2, 4))},
-    "moe": {**DENSE, "layers/experts": (("layers", "experts", "embed", "expert_ffn"), (8, 8, 16, 3))},
+    "moe": {**DENSE, "layers/experts": (("layers", "experts", "expert_embed", "ffn"), (8, 4, 16, 8))},
 }
 VARIANTS["everything"] = {**VARIANTS["untied"], **VARIANTS["gqa"], **VARIANTS["moe"]}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -67,9 +72,8 @@ def make_shardings(variant: str, layout_name: str) -> Tree:
     """Returns the shardings of a variant's tree in one of `LAYOUTS`."""
     dp, pp, tp, zero_stage, positions, host = LAYOUTS[layout_name]
     devices = sorted(jax.devices(), key=lambda d: d.id)
-    strategy = ParallelStrategy(dp=dp, pp=pp, tp=tp, zero_stage=zero_stage)
-    layout = Layout.of(strategy, [devices[i] for i in positions])
-    rules = {**train_rules(strategy), "experts": "tensor", "expert_ffn": None}
+    strategy = ParallelStrategy(dp=dp, pp=pp, tp=tp, zero_stage=zero_stage, ep=EXPERT_SIZES.get(layout_name, 1))
+    layout, rules = Layout.of(strategy, [devices[i] for i in positions]), train_rules(strategy)
     tree = make_host_tree(variant, DTYPES["float32"])
     names = map_paths(lambda path, _: VARIANTS[variant][path][0], tree)
     shardings = tree_shardings(names, tree, rules, layout)

@@ -14,7 +14,7 @@ from tests.given.processes import work
 from tests.reshard.cases import DTYPES, LAYOUTS, check_equal, make_host_tree, make_shardings, place
 
 # Grows, shrinks, permutes, jumps between processes, and leaves some without a shard.
-WALK = ("mixed", "first-half", "second-half", "tensor8-permuted", "host-half", "single", "zero3")
+WALK = ("mixed", "first-half", "second-half", "tensor8-permuted", "host-half", "single", "zero3", "experts-zero3")
 
 
 def walk(variant: str, dtype: str, names: tuple[str, ...], **options) -> None:
