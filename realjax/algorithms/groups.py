@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from realjax.algorithms.policy import PolicyParameters
+from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import (
     Penalty,
-    Responses,
     discounted_to_tokens,
     rollout_metrics,
     sequence_shares,

@@ -14,7 +14,8 @@ import numpy as np
 from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.kl import Estimator
 from realjax.algorithms.policy import PolicyParameters
-from realjax.algorithms.returns import Responses, kl_penalty
+from realjax.algorithms.responses import Responses
+from realjax.algorithms.returns import kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import measure_mean
 from realjax.core.option import check_conditions, option

@@ -1,22 +1,25 @@
-"""The policy loss that PPO, GRPO, RLOO and ReMax share, and its options."""
+"""The policy loss that all algorithms share which learn from rewards of their own answers, and its options."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from realjax.algorithms.corrections import CorrectionParameters
 from realjax.algorithms.kl import MAX_EXPONENT, Estimator, estimate_kl
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean, Total
-from realjax.core.option import check_conditions, check_ranges, option
+from realjax.core.option import check_conditions, check_ranges, nested, option
 from realjax.core.segments import spread_to_tokens, sum_by_segment
 
 Aggregation = Literal["token", "sequence", "constant"]
+Surrogate = Literal["clip", "reinforce", "gspo", "gspo_token", "cispo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,11 @@ class PolicyParameters:
         "subtracted from the score of a response cut off at max_new_tokens; null: it is scored as any other",
     )
     adv_norm: bool = option(True, "whiten advantages over the whole batch")
-    surrogate: Literal["clip", "reinforce"] = option(
-        "clip", "clip: PPO's clipped probability ratio. reinforce: the plain policy gradient, without a ratio"
+    surrogate: Surrogate = option(
+        "clip",
+        "clip: PPO's clipped probability ratio. reinforce: the plain policy gradient, without a ratio. gspo: as clip, "
+        "with the geometric mean of a response's ratios. gspo_token: the same, but each token has a gradient of its "
+        "own advantage. cispo: the plain policy gradient times the clipped ratio, a constant",
     )
     eps_clip: float = option(0.2, "the ratio counts up to 1 - eps_clip below and 1 + eps_clip above", above=0, below=1)
     eps_clip_high: float | None = option(
@@ -67,6 +73,7 @@ class PolicyParameters:
     recompute_logprobs: bool = option(
         False, "take the old log-probabilities from a pass of the actor over whole sequences, not from the sampler"
     )
+    correction: CorrectionParameters = nested(CorrectionParameters)
 
     # Of the host call that makes advantages: the keys that only this algorithm reads, and the keys that it writes.
     JUDGED_BY: ClassVar[tuple[str, ...]] = ("group",)
@@ -81,6 +88,13 @@ class PolicyParameters:
                 "False with kl_in=loss, whose coefficient is fixed, and with kl_ctl=0, which no factor changes",
             ),
         )
+        if self.correction.is_on and not self.recompute_logprobs:
+            name = "reject_above" if self.correction.kind == "none" else "kind"
+            raise ValueError(
+                f"correction.{name}: found {getattr(self.correction, name)} with recompute_logprobs=False, where the "
+                "sampler's log-probabilities are those that training starts from, and nothing is to be corrected; set "
+                f"recompute_logprobs to True, or leave {name} out"
+            )
 
     @property
     def old_logprobs(self) -> str:
@@ -109,7 +123,8 @@ class PolicyParameters:
         """The keys that the actor's training call reads, beside those of its `Draw`."""
         reference = ("ref_logprobs",) if self.has_kl_loss else ()
         share = () if self.loss_aggregation == "token" else ("seq_share",)
-        return ("tokens", "train_mask", "advantages", self.old_logprobs, *reference, *share)
+        correction = ("correction",) if self.correction.is_on else ()
+        return ("tokens", "train_mask", "advantages", self.old_logprobs, *reference, *share, *correction)
 
 
 def make_policy_loss(parameters: PolicyParameters, draw: Draw = Draw()) -> Loss:  # noqa: B008 - frozen
@@ -141,26 +156,35 @@ def policy_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: Polic
     """Returns the policy loss (arXiv:1707.06347 eq. 7), the KL and the entropy bonus, summed with `token_weights`.
 
     Reads `train_mask`, `advantages`, the old log-probabilities and, for a KL in the loss, `ref_logprobs`, all `[R, T]`;
-    and `seq_share` `[R, S]` where sequences count.
-    Metrics are means over trained tokens but for `actor_loss`, which is aggregated as the loss. `ppo_approx_kl` is the
-    mean of logprob - old logprob, `approx_kl` estimates KL(old || new) by k3 and is never negative.
+    `seq_share` `[R, S]` where sequences count; and `correction` `[R, T]`, which weighs the surrogate alone. Tokens that
+    it leaves out add nothing, but the loss is divided as if they did, so that the others weigh what they weighed.
+    Metrics are means over tokens learned from but for `actor_loss`, which is aggregated as the loss. `ppo_approx_kl` is
+    the mean of logprob - old logprob, `approx_kl` estimates KL(old || new) by k3 and is never negative.
     """
-    mask = batch["train_mask"]
+    mask, correction = batch["train_mask"], None
+    weights, total = token_weights(batch, parameters.loss_aggregation, max_response_len=parameters.max_response_len)
+    if parameters.correction.is_on:
+        correction = jnp.where(mask, batch["correction"], 0)
+        mask = correction > 0
     # Selected before any arithmetic: whatever stands at other tokens, nan included, reaches neither sums nor gradients.
     select = lambda x: jnp.where(mask, x, 0)
     logprobs, old = select(outputs["logprobs"]), select(batch[parameters.old_logprobs])
     advantages = select(batch["advantages"])
     num_tokens = jnp.sum(mask.astype(jnp.float32))
     mean = lambda x: Mean(jnp.sum(select(x).astype(jnp.float32)), num_tokens)
-    weights, total = token_weights(batch, parameters.loss_aggregation, max_response_len=parameters.max_response_len)
 
-    ratio = jnp.exp(jnp.clip(logprobs - old, -MAX_EXPONENT, MAX_EXPONENT))
+    log_ratio = logprobs - old
+    if parameters.surrogate in ("gspo", "gspo_token"):
+        log_ratio = _of_responses(log_ratio, mask, batch["segment_ids"], own_gradient=parameters.surrogate != "gspo")
+    ratio = jnp.exp(jnp.clip(log_ratio, -MAX_EXPONENT, MAX_EXPONENT))
     losses, metrics = _surrogate(ratio, logprobs, advantages, parameters)
     metrics |= {
         "importance_weight": ratio,
         "ppo_approx_kl": logprobs - old,
         "approx_kl": estimate_kl(old, logprobs, "k3"),
     }
+    if correction is not None:
+        losses *= correction
     actor_loss = jnp.sum(weights * losses)
     if parameters.has_kl_loss:
         metrics["kl_loss"] = estimate_kl(logprobs, select(batch["ref_logprobs"]), parameters.kl_estimator)
@@ -195,6 +219,16 @@ def token_weights(
     return weights / jnp.maximum(spread_to_tokens(lens, segment_ids), 1), num_seqs
 
 
+def _of_responses(log_ratio: Array, mask: Array, segment_ids: Array, *, own_gradient: bool) -> Array:
+    """Returns for each token `[R, T]` the mean over its response's tokens (arXiv:2507.18071 eq. 7).
+
+    With `own_gradient` it changes with the token's own log-probability alone, at a rate of 1 (eq. 14).
+    """
+    sums = lambda x: spread_to_tokens(sum_by_segment(x, segment_ids, x.shape[1]), segment_ids)
+    means = sums(log_ratio) / jnp.maximum(sums(mask.astype(jnp.float32)), 1)
+    return jax.lax.stop_gradient(means - log_ratio) + log_ratio if own_gradient else means
+
+
 def _surrogate(
     ratio: Array, logprobs: Array, advantages: Array, parameters: PolicyParameters
 ) -> tuple[Array, dict[str, Array]]:
@@ -203,9 +237,13 @@ def _surrogate(
         return -advantages * logprobs, {}
     eps_high = parameters.eps_clip if parameters.eps_clip_high is None else parameters.eps_clip_high
     low, high = 1 - parameters.eps_clip, 1 + eps_high
-    losses = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, low, high))
-    is_low, is_high = (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
+    # Clipping the ratio of CISPO (arXiv:2506.13585 eq. 4) leaves a token its gradient, whatever the advantage.
+    is_cispo = parameters.surrogate == "cispo"
+    is_low, is_high = (is_cispo | (advantages < 0)) & (ratio < low), (is_cispo | (advantages > 0)) & (ratio > high)
     clipped = {"actor_clip_ratio": is_low | is_high, "clip_ratio_low": is_low, "clip_ratio_high": is_high}
+    if is_cispo:
+        return -jax.lax.stop_gradient(jnp.clip(ratio, low, high)) * advantages * logprobs, clipped
+    losses = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, low, high))
     # Where the advantage is negative the loss would grow with the ratio without end (arXiv:1912.09729).
     if parameters.dual_clip is not None:
         is_dual = (advantages < 0) & (ratio > parameters.dual_clip)

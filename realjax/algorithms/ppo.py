@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 from realjax.algorithms.policy import PolicyParameters
+from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import (
-    Responses,
     clipped_scores,
     generalized_advantages,
     kl_penalty,

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
 from realjax.algorithms.groups import Groups, spread_advantages
-from realjax.algorithms.policy import PolicyParameters
-from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
+from realjax.algorithms.policy import PolicyParameters, Surrogate
+from realjax.algorithms.responses import Responses
+from realjax.algorithms.returns import clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import measure_mean
 from realjax.core.option import option
@@ -21,8 +22,8 @@ class ReMaxParameters(PolicyParameters):
     kl_ctl: float = option(0.0, "coefficient of the KL to the reference; 0: no reference model is needed", at_least=0)
     discount: float = option(0.99, "discount of rewards, per token", above=0, at_most=1)
     adv_norm: bool = option(False, "whiten advantages over the whole batch")
-    surrogate: Literal["clip", "reinforce"] = option(
-        "reinforce", "reinforce: the plain policy gradient, without a ratio. clip: PPO's clipped probability ratio"
+    surrogate: Surrogate = option(
+        "reinforce", "reinforce: the plain policy gradient, without a ratio. The others: as in PPO"
     )
 
     JUDGED_BY: ClassVar[tuple[str, ...]] = ("group", "is_baseline")

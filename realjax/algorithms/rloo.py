@@ -7,7 +7,8 @@ import numpy as np
 
 from realjax.algorithms.groups import Groups, spread_advantages
 from realjax.algorithms.policy import PolicyParameters
-from realjax.algorithms.returns import Responses, clipped_scores, kl_penalty
+from realjax.algorithms.responses import Responses
+from realjax.algorithms.returns import clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import measure_mean
 from realjax.core.option import option

@@ -44,6 +44,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     "old_values": PER_TOKEN,
     "train_mask": PER_TOKEN,
     "seq_share": PER_SEGMENT,
+    "correction": PER_TOKEN,
     # what a model call adds for itself
     "targets": ("rows", "targets"),
 }

@@ -65,6 +65,24 @@ class Std:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class EffectiveShare:
+    """(sum of weights)^2 / (number of them * sum of their squares): 1 where all are equal, 0 where all are 0."""
+
+    sum: Any
+    squares: Any
+    weight: Any  # how many weights
+
+    @property
+    def value(self) -> Any:
+        # The last term: 0 and not nan, where all weights are 0.
+        return self.sum * self.sum / (self.weight * self.squares + (self.squares == 0))
+
+    def merged(self, other: "EffectiveShare") -> "EffectiveShare":
+        return EffectiveShare(self.sum + other.sum, self.squares + other.squares, self.weight + other.weight)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Least:
     """The smallest of a set's values."""
 
@@ -115,7 +133,7 @@ class Load:
         return Load(self.counts + other.counts)
 
 
-Metric = Mean | Total | Std | Least | Most | Last | Load
+Metric = Mean | Total | Std | EffectiveShare | Least | Most | Last | Load
 
 
 def measure_mean(values: np.ndarray, mask: np.ndarray) -> Mean:

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
-from realjax.algorithms.returns import Responses, answer_metrics
+from realjax.algorithms.responses import Responses
+from realjax.algorithms.returns import answer_metrics
 from realjax.core.host_call import Arrays, HostResult, State
 from realjax.core.texts import decode_answers, make_stop_fn
 from realjax.data.loader import Loader

@@ -18,6 +18,7 @@ def build(config: PPOConfig) -> RunSpec:
             *setup.references(),
             setup.infer("critic_inf", "critic", "values", "values"),
             setup.advantages(make_advantages(options)),
+            *setup.corrections(),
             setup.train_actor(),
             setup.train("critic", make_critic_loss(options), CRITIC_INPUTS),
         ),

@@ -7,8 +7,10 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from realjax.algorithms.corrections import CORRECTION_INPUTS, CorrectionParameters, make_corrections
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss
-from realjax.algorithms.returns import Responses, rollout_metrics
+from realjax.algorithms.responses import Responses
+from realjax.algorithms.returns import rollout_metrics
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.json_text import JsonObject
@@ -183,6 +185,14 @@ class Setup:
             name="advantages", fn=fn, inputs=self.options.advantage_inputs, outputs=self.options.ADVANTAGE_OUTPUTS
         )
 
+    def corrections(self) -> tuple[Host, ...]:
+        """Returns the host call that weighs tokens which another policy drew, if one is asked for."""
+        correction = self.options.correction
+        if not correction.is_on:
+            return ()
+        fn = make_corrections(correction)
+        return (Host(name="corrections", fn=fn, inputs=CORRECTION_INPUTS, outputs=("correction",)),)
+
     def train(self, role: str, loss: Loss, inputs: tuple[str, ...]) -> Train:
         """Returns the training call of a role, in the minibatches that the options ask for."""
         kept, options, name = ("kept",) if loss.draw.kept else (), self.options, f"{role}_train"
@@ -240,7 +250,7 @@ class Setup:
         variants = {}
         for variant in options.draws:
             answer = replace(base, name=f"{variant}_gen", config=ways[variant])
-            parameters = replace(self.options, recompute_logprobs=False)
+            parameters = replace(self.options, recompute_logprobs=False, correction=CorrectionParameters())
             measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
             inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
             variants[variant] = (
@@ -263,8 +273,8 @@ def build_without_critic(
     """Returns the run of an algorithm that judges answers without a value model; ValueError as for `Setup`."""
     setup = Setup(config)
     answers, advantages = setup.generate(has_baseline=has_baseline), setup.advantages(make_advantages(setup.options))
-    calls = (answers, *setup.rewards(), *setup.references(), advantages, setup.train_actor())
-    return setup.run_spec(experiment, calls)
+    judged = (answers, *setup.rewards(), *setup.references(), advantages)
+    return setup.run_spec(experiment, (*judged, *setup.corrections(), setup.train_actor()))
 
 
 def measured_names(parameters: PolicyParameters) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+from realjax.algorithms.corrections import CorrectionParameters
 from realjax.algorithms.grpo import GRPOParameters
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.ppo import PPOParameters
@@ -83,7 +84,12 @@ VOID: dict[type, tuple[Void, ...]] = {
     PolicyParameters: (
         Void(when={"kl_ctl": 0.0}, options=("kl_in", "kl_estimator")),
         Void(when={"use_adaptive_kl_ctl": False}, options=("adaptive_kl_target", "adaptive_kl_horizon")),
-        Void(when={"surrogate": "reinforce"}, options=("eps_clip", "eps_clip_high", "dual_clip")),
+        Void(when={"surrogate": "reinforce"}, options=("eps_clip", "eps_clip_high")),
+        Void(when={"surrogate": ("reinforce", "cispo")}, options=("dual_clip",)),
+    ),
+    CorrectionParameters: (
+        Void(when={"kind": "none"}, options=("level", "low", "high")),
+        Void(when={"kind": "tis"}, options=("low",)),
     ),
     PPOParameters: (
         _LENGTH,

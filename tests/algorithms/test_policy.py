@@ -1,10 +1,13 @@
 """The policy loss is that of a loop over tokens, however these are packed and split, and so is its gradient."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realjax.algorithms.corrections import CorrectionParameters
 from realjax.algorithms.grpo import GRPOParameters, make_advantages
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss, policy_loss
 from realjax.core.batch import Batch
@@ -15,6 +18,7 @@ from realjax.runtime.rollouts import make_minibatches
 from tests.algorithms.rollout_cases import CUT_OFF, LENGTHS, PACKINGS, Packing, host_arrays, make_rollouts
 from tests.given.sequences import unpack_array
 
+CORRECTION = CorrectionParameters(kind="mis")  # the weights are random ones
 VARIANTS = {
     "ReaL": PolicyParameters(),
     "sequence": PolicyParameters(loss_aggregation="sequence", kl_in="loss", kl_estimator="k3"),
@@ -22,6 +26,22 @@ VARIANTS = {
     "clip-higher": PolicyParameters(eps_clip=0.1, eps_clip_high=0.4, dual_clip=1.3),
     "entropy": PolicyParameters(entropy_coef=0.02, kl_in="loss", kl_estimator="k1", recompute_logprobs=True),
     "reinforce": PolicyParameters(surrogate="reinforce", loss_aggregation="sequence"),
+    "gspo": PolicyParameters(surrogate="gspo", loss_aggregation="sequence", eps_clip=0.05, eps_clip_high=0.1),
+    "gspo token": PolicyParameters(surrogate="gspo_token", eps_clip=0.05, dual_clip=1.1),
+    "cispo": PolicyParameters(surrogate="cispo", eps_clip=0.2, eps_clip_high=0.3, entropy_coef=0.01),
+    "corrected": PolicyParameters(
+        correction=CORRECTION, recompute_logprobs=True, kl_in="loss", kl_estimator="k3", entropy_coef=0.02
+    ),
+    "corrected gspo": PolicyParameters(
+        correction=CORRECTION, recompute_logprobs=True, surrogate="gspo", loss_aggregation="sequence", eps_clip=0.05
+    ),
+    "corrected reinforce": PolicyParameters(
+        correction=CORRECTION,
+        recompute_logprobs=True,
+        surrogate="reinforce",
+        loss_aggregation="constant",
+        max_response_len=16,
+    ),
 }
 # What the actor says is packed as the batch is, under keys that the loss does not read.
 NEW, ENTROPY = "values", "scores"
@@ -42,39 +62,58 @@ def make_cases(seed=0, change=0.35):
             "seq_share": np.float32(mask.any() * len(LENGTHS) / NUM_LEARNED),
             NEW: r["logprobs"] + change * normal(),
             ENTROPY: np.abs(normal()),
+            "correction": (np.exp(normal()) * (normal() > -0.5)).astype(np.float32),  # some tokens are left out
         }
     return rollouts
 
 
-def plain_loss(rollouts, news, entropies, p):
-    """The loss of all sequences in float64, and metrics."""
-    sums, lens, count = [], [], {"low": 0, "high": 0, "dual": 0, "ratio": 0.0, "gap": 0.0, "kl": 0.0, "k3": 0.0}
-    high = p.eps_clip if p.eps_clip_high is None else p.eps_clip_high
-    for r, new, entropy in zip(rollouts, news, entropies, strict=True):
+def plain_log_ratio(gaps, gaps_before, t, surrogate):
+    """The log-ratio of token t, where constants are those of the point at which the gradient is taken."""
+    if surrogate == "gspo":
+        return np.mean(list(gaps.values()))
+    if surrogate == "gspo_token":
+        return np.mean(list(gaps_before.values())) + gaps[t] - gaps_before[t]
+    return gaps[t]
+
+
+def plain_loss(rollouts, news, entropies, p, before=None):
+    """The loss of all sequences in float64, and metrics. Constants of the gradient are those of `before`, or `news`."""
+    sums, lens, num_kept = [], [], 0
+    count = {"low": 0, "high": 0, "dual": 0, "ratio": 0.0, "gap": 0.0, "kl": 0.0, "k3": 0.0}
+    low, high = 1 - p.eps_clip, 1 + (p.eps_clip if p.eps_clip_high is None else p.eps_clip_high)
+    is_cispo = p.surrogate == "cispo"
+    for r, new, old_new, entropy in zip(rollouts, news, before or news, entropies, strict=True):
+        weight = r["correction"].astype(np.float64) if p.correction.is_on else np.ones(len(new))
+        kept = [t for t in np.flatnonzero(r["train_mask"]) if weight[t] > 0]
+        gaps, gaps_before = ({t: x[t] - float(r[p.old_logprobs][t]) for t in kept} for x in (new, old_new))
         total = 0.0
-        for t in np.flatnonzero(r["train_mask"]):
-            a, gap = float(r["advantages"][t]), new[t] - float(r[p.old_logprobs][t])
-            ratio = np.exp(gap)
-            loss = max(-a * ratio, -a * min(max(ratio, 1 - p.eps_clip), 1 + high))
+        for t in kept:
+            a, gap = float(r["advantages"][t]), gaps[t]
+            ratio = np.exp(plain_log_ratio(gaps, gaps_before, t, p.surrogate))
+            loss = max(-a * ratio, -a * min(max(ratio, low), high))
             if a < 0 and p.dual_clip is not None:
                 count["dual"] += loss > -a * p.dual_clip
                 loss = min(loss, -a * p.dual_clip)
             if p.surrogate == "reinforce":
                 loss = -a * new[t]
+            if is_cispo:
+                loss = -min(max(np.exp(gaps_before[t]), low), high) * a * new[t]
+            loss *= weight[t]
             d = new[t] - float(r["ref_logprobs"][t])
             kl = {"k1": d, "k2": d * d / 2, "k3": np.exp(-d) - 1 + d}[p.kl_estimator]
             if p.kl_in == "loss":
                 loss += p.kl_ctl * kl
             total += loss - p.entropy_coef * entropy[t]
-            count["low"] += a < 0 and ratio < 1 - p.eps_clip
-            count["high"] += a > 0 and ratio > 1 + high
+            count["low"] += (is_cispo or a < 0) and ratio < low
+            count["high"] += (is_cispo or a > 0) and ratio > high
             count["ratio"] += ratio
             count["gap"] += gap
             count["kl"] += kl
-            count["k3"] += ratio - 1 - gap
+            count["k3"] += np.exp(gap) - 1 - gap
         sums.append(total)
         lens.append(int(r["train_mask"].sum()))
-    means = {name: value / sum(lens) for name, value in count.items()}
+        num_kept += len(kept)
+    means = {name: value / num_kept for name, value in count.items()} | {"tokens": num_kept}
     if p.loss_aggregation == "sequence":
         return np.mean([s / max(n, 1) for s, n in zip(sums, lens, strict=True)]), means
     if p.loss_aggregation == "constant":
@@ -94,30 +133,41 @@ def outputs_of(batch):
     return {"logprobs": jnp.asarray(batch[NEW]), "entropy": jnp.asarray(batch[ENTROPY])}
 
 
+@cache
+def plain_results(variant):
+    """The loss, the gradient of each sequence's log-probabilities by differences, and metrics."""
+    p, rollouts = VARIANTS[variant], make_cases()
+    news = [r[NEW].astype(np.float64) for r in rollouts]
+    entropies = [r[ENTROPY].astype(np.float64) for r in rollouts]
+    loss, means = plain_loss(rollouts, news, entropies, p)
+    grads = [np.zeros(len(new)) for new in news]
+    for i, grad in enumerate(grads):
+        for t in range(len(grad)):
+            nudge = np.zeros(len(grad))
+            nudge[t] = 1e-6
+            up, down = (
+                plain_loss(rollouts, news[:i] + [news[i] + s] + news[i + 1 :], entropies, p, news)[0]
+                for s in (nudge, -nudge)
+            )
+            grad[t] = (up - down) / 2e-6
+    return loss, grads, means
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_gradient_and_metrics_are_those_of_a_loop(packing, variant):
     p, rollouts = VARIANTS[variant], make_cases()
     batch, plan = PACKINGS[packing].pack(rollouts)
     (loss, sums), grads = jax.value_and_grad(mean_loss(p, batch), has_aux=True)(outputs_of(batch))
-    news = [r[NEW].astype(np.float64) for r in rollouts]
-    entropies = [r[ENTROPY].astype(np.float64) for r in rollouts]
-    expected, means = plain_loss(rollouts, news, entropies, p)
-    assert float(loss) == pytest.approx(expected, rel=2e-5)
-
-    for i, own in enumerate(unpack_array(grads["logprobs"], plan)):
-        for t in range(len(own)):
-            nudge = np.zeros(len(own))
-            nudge[t] = 1e-6
-            up, down = (
-                plain_loss(rollouts, news[:i] + [news[i] + s] + news[i + 1 :], entropies, p)[0] for s in (nudge, -nudge)
-            )
-            assert own[t] == pytest.approx((up - down) / 2e-6, abs=1e-6)
+    expected, expected_grads, means = plain_results(variant)
+    assert float(loss) == pytest.approx(expected, rel=2e-5, abs=1e-6)
+    for own, others in zip(unpack_array(grads["logprobs"], plan), expected_grads, strict=True):
+        np.testing.assert_allclose(own, others, rtol=0, atol=1e-6)
     assert np.asarray(grads["entropy"]).any() == (p.entropy_coef > 0)
 
     found = {name: float(value) for name, value in finalize(sums.metrics).items()}
     names = {"importance_weight": "ratio", "ppo_approx_kl": "gap", "approx_kl": "k3"}
-    if p.surrogate == "clip":
+    if p.surrogate != "reinforce":
         names |= {"clip_ratio_low": "low", "clip_ratio_high": "high"}
         assert found["actor_clip_ratio"] == pytest.approx(means["low"] + means["high"], rel=1e-5)
     if p.dual_clip is not None:
@@ -126,7 +176,7 @@ def test_loss_gradient_and_metrics_are_those_of_a_loop(packing, variant):
     if p.has_kl_loss:
         names |= {"kl_loss": "kl"}
     assert {name: found[name] for name in names} == pytest.approx({n: means[k] for n, k in names.items()}, abs=1e-5)
-    assert found["n_tokens"] == sum(r["train_mask"].sum() for r in rollouts)
+    assert found["n_tokens"] == means["tokens"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -146,7 +196,7 @@ def test_nothing_off_the_train_mask_counts(variant, garbage):
     batch, _ = PACKINGS["two rows"].pack(make_cases())
     mask = np.asarray(batch["train_mask"])
     spoil = lambda x: np.where(mask, x, garbage).astype(np.float32)
-    keys = ("advantages", "logprobs", "old_logprobs", "ref_logprobs")
+    keys = ("advantages", "logprobs", "old_logprobs", "ref_logprobs", "correction")
     spoiled = Batch(arrays=dict(batch.arrays) | {key: spoil(batch[key]) for key in keys})
     run = lambda rows, outputs: jax.value_and_grad(mean_loss(p, rows), has_aux=True)(outputs)
     expected = run(batch, outputs_of(batch))
@@ -155,7 +205,7 @@ def test_nothing_off_the_train_mask_counts(variant, garbage):
     assert not np.asarray(found[1]["logprobs"])[~mask].any()
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "entropy"])
+@pytest.mark.parametrize("variant", [name for name, p in VARIANTS.items() if not p.recompute_logprobs])
 def test_an_unchanged_actor_has_ratio_1_and_clips_nothing(variant):
     p = VARIANTS[variant]
     batch, _ = PACKINGS["short rows"].pack(make_cases(change=0.0))

@@ -5,8 +5,8 @@ import pytest
 
 from realjax.algorithms.kl import KL_COEFFICIENT
 from realjax.algorithms.policy import PolicyParameters
+from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import (
-    Responses,
     clipped_scores,
     discounted_to_tokens,
     generalized_advantages,

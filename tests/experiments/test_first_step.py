@@ -79,6 +79,7 @@ UNRECORDED = {"algo__gen__force_no_logits_mask": True, "algo__recompute_logprobs
 # Every draw from a part of the vocabulary, and how ratios stay those of one distribution.
 RESTRICTED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}, not recorded": (name, UNRECORDED) for name in ("ppo", "grpo", "rloo", "remax")},
+    "corrected": ("grpo", {"algo__recompute_logprobs": True, "algo__correction__kind": "tis"}),
     "greedy without end-of-text": ("ppo", {"algo__gen__greedy": True, "algo__gen__min_new_tokens": 6}),
 }
 
@@ -97,6 +98,11 @@ def test_ratios_are_1_without_a_learning_rate(case, given, tmp_path):
         assert (update["actor_clip_ratio"], update["early_stop"]) == (0, 0)
         assert abs(update["approx_kl"]) < 1e-6
     assert as_numbers(result.metrics["advantages"])[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert ("corrections" in result.metrics) == (case == "corrected")
+    if case == "corrected":
+        (weights,) = as_numbers(result.metrics["corrections"])
+        assert weights["correction_weight"] == pytest.approx(1, abs=1e-5) and weights["correction_cut"] == 0
+        assert weights["correction_ess"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"algo__recompute_logprobs": True}, {"algo__gen__greedy": True}], ids=str)
