@@ -1,4 +1,4 @@
-"""Responses judged as a whole against others to the same prompt: what GRPO, RLOO and ReMax have in common."""
+"""Responses judged against others, without a critic: what GRPO, RLOO, ReMax and REINFORCE++ have in common."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +33,11 @@ class Groups:
         groups = cls(exists, numbers, np.zeros(exists.shape))
         return replace(groups, sizes=groups.sum(np.ones(exists.shape)))
 
+    @property
+    def num_groups(self) -> int:
+        """G, the prompts."""
+        return int(self.numbers.max(initial=-1)) + 1
+
     def sum(self, values_RS: np.ndarray) -> np.ndarray:
         """Returns the sum over each sequence's group."""
         return self._spread(np.bincount(self.numbers, values_RS[self.exists]))
@@ -47,8 +52,8 @@ class Groups:
 
     def is_uniform(self, values_RS: np.ndarray) -> np.ndarray:
         """Returns whether all values of each sequence's group are equal."""
-        values, num_groups = values_RS[self.exists], self.numbers.max(initial=-1) + 1
-        least, most = np.full(num_groups, np.inf), np.full(num_groups, -np.inf)
+        values = values_RS[self.exists]
+        least, most = np.full(self.num_groups, np.inf), np.full(self.num_groups, -np.inf)
         np.minimum.at(least, self.numbers, values)
         np.maximum.at(most, self.numbers, values)
         return self._spread(least == most)
@@ -69,12 +74,28 @@ def spread_advantages(
     parameters: PolicyParameters,
     metrics: Mapping[str, Metric],
 ) -> HostResult:
-    """Returns the result of a host call that found one advantage for each sequence.
+    """Returns the result of a host call that found one advantage for each sequence; see `finish_advantages`."""
+    advantages = discounted_to_tokens(responses.only(is_trained), advantages_RS, parameters.discount)
+    return finish_advantages(
+        arrays, responses, advantages, is_trained, penalty=penalty, parameters=parameters, metrics=metrics
+    )
+
+
+def finish_advantages(
+    arrays: Arrays,
+    responses: Responses,
+    advantages: np.ndarray,
+    is_trained: np.ndarray,
+    *,
+    penalty: Penalty,
+    parameters: PolicyParameters,
+    metrics: Mapping[str, Metric],
+) -> HostResult:
+    """Returns the result of a host call that found advantages `[R, T]`, whitened where that is asked for.
 
     `is_trained` `[R, S]`: sequences to learn from. Metrics of lengths and scores are of all `responses`.
     """
     trained = responses.only(is_trained)
-    advantages = discounted_to_tokens(trained, advantages_RS, parameters.discount)
     reported = rollout_metrics(arrays, responses, parameters) | penalty.metrics | dict(metrics)
     reported |= {
         "advantage": measure_mean(advantages, trained.mask),

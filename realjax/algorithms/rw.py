@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.algorithms.pairs import sum_by_pair
+from realjax.algorithms.pairs import score_metrics, sum_by_pair
 from realjax.core.batch import Batch
 from realjax.core.loss import Loss, LossSums
-from realjax.core.metrics import Mean, Total
+from realjax.core.metrics import Mean
 from realjax.core.segments import last_token_mask
 
 
@@ -22,19 +22,8 @@ def reward_loss(outputs: Mapping[str, Array], batch: Batch) -> LossSums:
     weights, segment_ids = batch["pair_weight"], batch["segment_ids"]
     scores = jnp.where(last_token_mask(segment_ids), outputs["values"], 0)
     better, worse = sum_by_pair(scores, segment_ids, weights.shape[1])
-    is_pair = (weights > 0).astype(jnp.float32)
-    num_pairs, num_prompts = jnp.sum(is_pair), jnp.sum(weights)
-    mean = lambda x: Mean(jnp.sum(jnp.where(is_pair > 0, x, 0)), num_pairs)
-    return LossSums(
-        loss=Mean(-jnp.sum(weights * jax.nn.log_sigmoid(better - worse)), num_prompts),
-        metrics={
-            "acc": mean(better > worse),
-            "pos_score": mean(better),
-            "neg_score": mean(worse),
-            "margin": mean(better - worse),
-            "n_pairs": Total(num_pairs),
-        },
-    )
+    loss = Mean(-jnp.sum(weights * jax.nn.log_sigmoid(better - worse)), jnp.sum(weights))
+    return LossSums(loss=loss, metrics=score_metrics(better, worse, weights > 0))
 
 
 REWARD_LOSS = Loss(head="values", fn=reward_loss)

@@ -38,8 +38,8 @@ from realjax.options.generation import GenConfig
 from realjax.options.parallel import allocation_options
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
-from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
-from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
+from realjax.options.rl import GRPOConfig, PPOConfig, ReinforcePPConfig, ReMaxConfig, RLOOConfig
+from realjax.options.supervised import DPOConfig, KTOConfig, ORPOConfig, RWConfig, SFTConfig, SimPOConfig
 from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
 
 logger = logging.getLogger("realjax.quickstart")
@@ -76,6 +76,15 @@ EXPERIMENTS = {
     "dpo": Experiment(
         config_cls=DPOConfig, module="realjax.experiments.dpo", summary="direct preference optimisation on pairs"
     ),
+    "kto": Experiment(
+        config_cls=KTOConfig, module="realjax.experiments.kto", summary="KTO on answers that are desirable or not"
+    ),
+    "simpo": Experiment(
+        config_cls=SimPOConfig, module="realjax.experiments.simpo", summary="SimPO on pairs, without a reference"
+    ),
+    "orpo": Experiment(
+        config_cls=ORPOConfig, module="realjax.experiments.orpo", summary="ORPO on pairs, without a reference"
+    ),
     "ppo": Experiment(
         config_cls=PPOConfig, module="realjax.experiments.ppo", summary="PPO on rewards of a model's own answers"
     ),
@@ -87,6 +96,11 @@ EXPERIMENTS = {
     ),
     "remax": Experiment(
         config_cls=ReMaxConfig, module="realjax.experiments.remax", summary="ReMax: the greedy answer as baseline"
+    ),
+    "reinforce_pp": Experiment(
+        config_cls=ReinforcePPConfig,
+        module="realjax.experiments.reinforce_pp",
+        summary="REINFORCE++: returns normalised over the whole batch",
     ),
     "gen": Experiment(config_cls=GenConfig, module="realjax.experiments.gen", summary="answers to a file of prompts"),
 }
@@ -327,8 +341,8 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, cache: Path) -> tuple[ja
 
 
 def _usage() -> str:
-    lines = [f"  {name:8} {experiment.summary}" for name, experiment in EXPERIMENTS.items()]
-    lines += ["", "Other commands:", *(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())]
+    lines = [f"  {name:12} {experiment.summary}" for name, experiment in EXPERIMENTS.items()]
+    lines += ["", "Other commands:", *(f"  {name:12} {command.summary}" for name, command in COMMANDS.items())]
     return "\n".join(
         [
             "Usage: realjax <experiment> key=value ...",

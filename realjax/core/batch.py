@@ -24,6 +24,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     # data sets
     "loss_mask": PER_TOKEN,
     "pair_weight": ("rows", "pairs"),
+    "desirable": ("rows", "pairs"),
     "prompt_id": PER_SEGMENT,
     # rollouts
     "logprobs": PER_TOKEN,
@@ -45,6 +46,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     "train_mask": PER_TOKEN,
     "seq_share": PER_SEGMENT,
     "correction": PER_TOKEN,
+    "kl_baseline": ("rows", "pairs"),
     # what a model call adds for itself
     "targets": ("rows", "targets"),
 }

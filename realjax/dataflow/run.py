@@ -47,12 +47,12 @@ class RoleSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A loss measured on held-out batches with a role's current parameters, after inference calls that it reads."""
+    """A loss measured on held-out batches with a role's current parameters, after calls whose keys it reads."""
 
     role: str
     loss: Loss
     loader: Loader
-    calls: tuple[Inference, ...] = ()
+    calls: tuple[Inference | Host, ...] = ()
     name: str = "evaluation"  # whose options the micro-batches are, in errors
     micro_batches: MicroBatches = MicroBatches()  # as those of the call that trains the role
 

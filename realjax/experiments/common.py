@@ -2,17 +2,19 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from realjax.core.draw import Draw
 from realjax.core.identity import Identity
+from realjax.core.loss import Loss
 from realjax.data.loader import Dataset, Loader
 from realjax.data.paired import PairedDataset, load_paired
-from realjax.dataflow.graph import Inference, Train
+from realjax.dataflow.graph import DataflowGraph, Host, Inference, Train
 from realjax.dataflow.run import Evaluation, Frequency, RoleSpec, RunSpec
 from realjax.hf.families import find_family
 from realjax.hf.files import resolve_model_path
@@ -27,7 +29,7 @@ from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import allocation_options
 from realjax.options.paths import run_paths
 from realjax.options.resume import sort_options
-from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
+from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 logger = logging.getLogger("realjax.experiments")
 
@@ -113,7 +115,7 @@ def num_common_tokens(roles: Iterable[RoleSpec]) -> int:
     return min(role.config.vocab_size for role in roles)
 
 
-def measure_loss(call: Train, held_out: Loader, before: tuple[Inference, ...] = ()) -> Evaluation:
+def measure_loss(call: Train, held_out: Loader, before: tuple[Inference | Host, ...] = ()) -> Evaluation:
     """Returns the measure of a training call's loss on held-out batches, in micro-batches as that call's."""
     return Evaluation(
         name=f"evaluation in the micro-batches of {call.name}",
@@ -126,7 +128,7 @@ def measure_loss(call: Train, held_out: Loader, before: tuple[Inference, ...] = 
 
 
 def make_loaders(
-    config: SFTConfig | RWConfig | DPOConfig, train: Dataset, valid: Dataset | None
+    config: SFTConfig | RWConfig | DPOConfig | KTOConfig | PairsConfig, train: Dataset, valid: Dataset | None
 ) -> tuple[Loader, Loader | None]:
     """Returns the loaders of the training set, and of the held-out set when there is one."""
     loader = Loader(
@@ -164,6 +166,30 @@ def load_pairs(
 
     train = load(data.train_path, "dataset.train_path")
     return train, load(data.valid_path, "dataset.valid_path") if data.valid_path else None
+
+
+def build_on_pairs(experiment: str, config: PairsConfig, make_loss: Callable[[Draw], Loss]) -> RunSpec:
+    """Returns the run of one training call on pairs of answers; ValueError for data or a model that cannot work."""
+    role = describe_role("actor", config.actor, is_trained=True)
+    tokenizer = load_tokenizer(role.path)
+    loader, held_out = make_loaders(config, *load_pairs(config.dataset, tokenizer))
+    train = Train(
+        name="actor_train",
+        role="actor",
+        inputs=("tokens", "loss_mask", "pair_weight"),
+        loss=make_loss(Draw(num_tokens=role.config.vocab_size)),
+        max_seqlen=loader.longest,
+        micro_batches=config.actor_train.micro_batches,
+    )
+    return run_spec(
+        config,
+        experiment=experiment,
+        graph=DataflowGraph((train,), frozenset(train.inputs)),
+        roles={role.name: role},
+        tokenizer=tokenizer,
+        loader=loader,
+        evaluation=held_out and measure_loss(train, held_out),
+    )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -7,7 +7,9 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from realjax.algorithms.attempts import list_sizes, measure_attempts
 from realjax.algorithms.corrections import CORRECTION_INPUTS, CorrectionParameters, make_corrections
+from realjax.algorithms.groups import Groups
 from realjax.algorithms.policy import PolicyParameters, make_policy_loss
 from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import rollout_metrics
@@ -15,6 +17,7 @@ from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.json_text import JsonObject
 from realjax.core.loss import Loss
+from realjax.core.segments import segment_mask
 from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
@@ -37,7 +40,15 @@ from realjax.rewards.mix import (
     mix_rewards,
     mixed_inputs,
 )
-from realjax.rewards.text import TEXT_REWARD_INPUTS, TextFn, check_row, load_function, make_text_reward
+from realjax.rewards.text import (
+    TEXT_REWARD_INPUTS,
+    TextFn,
+    call_votes,
+    check_row,
+    load_function,
+    make_text_reward,
+    read_rollout,
+)
 
 logger = logging.getLogger("realjax.rl")
 ROLLOUT_KEYS = ("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id")
@@ -244,23 +255,41 @@ class Setup:
             return None
         options, gen = self.config.eval, self.options.gen
         scored = self.rewards(self.held_out)
-        ways = {"greedy": replace(gen, greedy=True), "sampled": gen}
+        ways = {"greedy": (replace(gen, greedy=True), 1), "sampled": (gen, options.num_samples)}
         num_prompts = min(self.config.dataset.train_bs_n_seqs, len(self.held_out))
-        base = replace(self.generate(), placed_as="actor_gen", num_prompts=num_prompts, num_samples=1)
+        base = replace(self.generate(), placed_as="actor_gen", num_prompts=num_prompts)
+        parameters = replace(self.options, recompute_logprobs=False, correction=CorrectionParameters())
+        measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
+        inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
+        measures = Host(name="measures", fn=measure, inputs=inputs, outputs=(), metrics=names)
         variants = {}
         for variant in options.draws:
-            answer = replace(base, name=f"{variant}_gen", config=ways[variant])
-            parameters = replace(self.options, recompute_logprobs=False, correction=CorrectionParameters())
-            measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
-            inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
-            variants[variant] = (
-                answer,
-                *scored,
-                Host(name="measures", fn=measure, inputs=inputs, outputs=(), metrics=names),
-            )
+            way, num_samples = ways[variant]
+            answer = replace(base, name=f"{variant}_gen", config=way, num_samples=num_samples)
+            attempts = (self._attempts(self.held_out),) if num_samples > 1 else ()
+            variants[variant] = (answer, *scored, measures, *attempts)
         batch_size, seed = self.config.dataset.train_bs_n_seqs, self.config.seed
         loader = Loader(self.held_out, batch_size=batch_size, seed=seed, in_order=True)
         return RolloutEvaluation(role="actor", variants=variants, loader=loader, best_metric=options.best_metric)
+
+    def _attempts(self, prompts: PromptDataset) -> Host:
+        """Returns the call that measures several answers to a prompt as attempts to solve it."""
+        options, name = self.config.eval, "eval.vote_fn"
+        vote_fn = load_function(options.vote_fn, name) if options.vote_fn else None
+
+        def measure(arrays: Arrays, state: State) -> HostResult:
+            groups = Groups.of(arrays["group"], segment_mask(arrays["segment_ids"], arrays["group"].shape[1]))
+            votes = None
+            if vote_fn is not None:
+                _, *texts = read_rollout(arrays, self.tokenizer, prompts.rows)
+                votes = call_votes(vote_fn, f"{name} {options.vote_fn}", *texts)
+            solved = arrays["rewards"] > options.success_above
+            return HostResult(arrays={}, metrics=measure_attempts(solved, groups, options.num_samples, votes))
+
+        majority = (f"majority@{options.num_samples}",) if vote_fn else ()
+        names = (*(f"pass@{k}" for k in list_sizes(options.num_samples)), *majority)
+        inputs = ("loss_mask", "prompt_id", "group", "rewards")
+        return Host(name="attempts", fn=measure, inputs=inputs, outputs=(), metrics=names)
 
 
 def build_without_critic(

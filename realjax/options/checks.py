@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswerDatasetConfig, PromptOnlyDatasetConfig
+from realjax.options.datasets import (
+    LabelledAnswerDatasetConfig,
+    PairedComparisonDatasetConfig,
+    PromptAnswerDatasetConfig,
+    PromptOnlyDatasetConfig,
+)
 from realjax.options.fields import find_instances
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.paths import check_directory_name, find_fileroot
@@ -14,8 +19,15 @@ from realjax.options.void import list_void
 
 Config = TypeVar("Config", bound=CommonExperimentConfig)
 Kind = TypeVar("Kind")
-DATASETS = (PromptAnswerDatasetConfig, PairedComparisonDatasetConfig, PromptOnlyDatasetConfig)
-DatasetConfig = PromptAnswerDatasetConfig | PairedComparisonDatasetConfig | PromptOnlyDatasetConfig
+DATASETS = (
+    PromptAnswerDatasetConfig,
+    PairedComparisonDatasetConfig,
+    LabelledAnswerDatasetConfig,
+    PromptOnlyDatasetConfig,
+)
+DatasetConfig = (
+    PromptAnswerDatasetConfig | PairedComparisonDatasetConfig | LabelledAnswerDatasetConfig | PromptOnlyDatasetConfig
+)
 
 
 def resolve_names(config: Config, experiment: str) -> Config:

@@ -48,6 +48,23 @@ class PairedComparisonDatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledAnswerDatasetConfig:
+    """Rows with a `prompt`, an `answer` and a `label`, for KTO."""
+
+    train_path: str = option("", "training data, .json or .jsonl")
+    valid_path: str | None = option(None, "validation data, .json or .jsonl; null evaluates nothing")
+    max_seqlen: int = option(
+        1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2, at_most=2**24
+    )
+    train_bs_n_seqs: int = option(256, "answers in a training batch", at_least=1, at_most=2**24)
+    valid_bs_n_seqs: int = option(256, "answers in a validation batch", at_least=1, at_most=2**24)
+    use_chat_template: bool = option(False, CHAT_TEMPLATE)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptOnlyDatasetConfig:
     """Rows with a `prompt`, for generation and reinforcement learning."""
 

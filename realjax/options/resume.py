@@ -17,7 +17,8 @@ HARMLESS = (
     *("*.path", "*.train_path", "*.valid_path", "*.valid_bs_n_seqs", "reward.classifier"),
     *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots"),
     *("*.type.size", "*.gradient_checkpointing", "*.attention", "*.unroll_layers", "*.loss_chunk_tokens"),
-    *("*.zero_stage", "*.offload", "eval.greedy", "eval.sampled", "eval.num_prompts"),
+    *("*.zero_stage", "*.offload", "eval.greedy", "eval.sampled", "eval.num_*"),
+    *("eval.success_above", "eval.vote_fn"),
 )
 # What one changes on purpose on the way: how long a run is, and how it steps.
 STEERING = ("exp_ctrl.total_train_epochs", "exp_ctrl.lr_schedule_epochs", "*.optimizer.*")

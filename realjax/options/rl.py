@@ -1,4 +1,4 @@
-"""Options of reinforcement learning: PPO, GRPO, RLOO and ReMax; and where rewards come from."""
+"""Options of reinforcement learning, one class for each algorithm; and where rewards come from."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from realjax.algorithms.grpo import GRPOParameters
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.ppo import PPOParameters
+from realjax.algorithms.reinforce_pp import ReinforcePPParameters
 from realjax.algorithms.remax import ReMaxParameters
 from realjax.algorithms.rloo import RLOOParameters
 from realjax.core.option import check_ranges, nested, option
@@ -47,6 +48,15 @@ class EvaluationOptions:
     greedy: bool = option(True, "answer with the likeliest tokens")
     sampled: bool = option(True, "answer with tokens drawn as in training")
     num_prompts: int | None = option(None, "prompts answered, from the start of valid_path; null is all", at_least=1)
+    num_samples: int = option(
+        1, "answers drawn as in training for each prompt; of several, pass@k is reported", at_least=1, at_most=2**16
+    )
+    success_above: float = option(0.5, "answers whose reward is above this solve their prompt, for pass@k")
+    vote_fn: str | None = option(
+        None,
+        "function <module>:<function> of (prompts, answers, rows of the data) that returns what each answer votes for, "
+        "such as realjax.rewards.verifiable:number_vote, for majority@k; null: no such metric",
+    )
     best_metric: str | None = option(
         None,
         "metric of the evaluation, such as greedy/task_reward, whose highest value marks the checkpoint kept as best",
@@ -142,6 +152,11 @@ class ReMaxHyperparameters(ReMaxParameters, StepOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReinforcePPHyperparameters(ReinforcePPParameters, StepOptions):
+    """REINFORCE++: how sequences are drawn, scored and learned from."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RLConfig(CommonExperimentConfig):
     """Options of every algorithm that learns from rewards of its own answers to prompts."""
 
@@ -163,6 +178,8 @@ class RLConfig(CommonExperimentConfig):
         check_role("actor", self.actor, is_critic=False, is_trained=True)
         check_role("ref", self.ref, is_critic=False, is_trained=False)
         check_role("rew", self.rew, is_critic=True, is_trained=False)
+        if self.eval.sampled:
+            check_samples_differ("eval.num_samples", self.eval.num_samples, self.algorithm.gen)
         num_seqs = self.dataset.train_bs_n_seqs * self.num_samples
         if self.algorithm.ppo_n_minibatches > num_seqs:
             raise ValueError(
@@ -192,8 +209,9 @@ class RLConfig(CommonExperimentConfig):
                 "rew.path: nothing given, and no other source of rewards; give a reward model here, a function as "
                 "reward.fn, or a classifier as reward.classifier"
             )
-        if self.reward.fn:
-            load_function(self.reward.fn, "reward.fn")
+        for name, fn in (("reward.fn", self.reward.fn), ("eval.vote_fn", self.eval.vote_fn)):
+            if fn:
+                load_function(fn, name)
 
     def notices(self) -> list[str]:
         notices = []
@@ -276,6 +294,33 @@ class RLOOConfig(RLConfig):
     @property
     def algorithm(self) -> RLOOHyperparameters:
         return self.rloo
+
+    @property
+    def num_samples(self) -> int:
+        return self.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePPConfig(RLConfig):
+    """REINFORCE++: an actor learns from rewards, compared with those of all answers of a step."""
+
+    group_size: int = option(
+        1, "answers to each prompt; with reinforce.use_baseline at least 2", at_least=1, at_most=2**16
+    )
+    reinforce: ReinforcePPHyperparameters = nested(ReinforcePPHyperparameters)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_samples_differ("group_size", self.group_size, self.reinforce.gen)
+        if self.reinforce.use_baseline and self.group_size < 2:
+            raise ValueError(
+                "reinforce.use_baseline: found True with group_size=1, where an answer is its own baseline and nothing "
+                "is left to learn from; set group_size to 2 or more, or use_baseline to False"
+            )
+
+    @property
+    def algorithm(self) -> ReinforcePPHyperparameters:
+        return self.reinforce
 
     @property
     def num_samples(self) -> int:

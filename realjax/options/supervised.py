@@ -2,14 +2,23 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from realjax.algorithms.dpo import DPOParameters
-from realjax.core.option import nested, option
+from realjax.algorithms.kto import KTOParameters
+from realjax.algorithms.orpo import ORPOParameters
+from realjax.algorithms.simpo import SimPOParameters
+from realjax.core.option import DataclassInstance, nested, option
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.datasets import PairedComparisonDatasetConfig, PromptAnswerDatasetConfig
+from realjax.options.datasets import (
+    LabelledAnswerDatasetConfig,
+    PairedComparisonDatasetConfig,
+    PromptAnswerDatasetConfig,
+)
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
+
+Parameters = TypeVar("Parameters", bound=DataclassInstance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +77,75 @@ class DPOConfig(DPOParameters, CommonExperimentConfig):
     @property
     def parameters(self) -> DPOParameters:
         """What the loss needs to know."""
-        names = (field.name for field in dataclasses.fields(DPOParameters))
-        return DPOParameters(**{name: getattr(self, name) for name in names})
+        return select_options(DPOParameters, self)
 
     @property
     def unused(self) -> frozenset[str]:
         """Names of the models and calls that a run with these options does without."""
         return frozenset({"ref", "ref_inf"}) if self.reference_free else frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(CommonExperimentConfig):
+    """Options of what learns from pairs of answers without a reference."""
+
+    actor: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    actor_train: MFCConfig = nested(MFCConfig)
+    dataset: PairedComparisonDatasetConfig = nested(PairedComparisonDatasetConfig)
+
+    EVALUATES: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_role("actor", self.actor, is_critic=False, is_trained=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimPOConfig(SimPOParameters, PairsConfig):
+    """SimPO: an actor learns from pairs of answers, compared by their mean log-probabilities."""
+
+    @property
+    def parameters(self) -> SimPOParameters:
+        """What the loss needs to know."""
+        return select_options(SimPOParameters, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ORPOConfig(ORPOParameters, PairsConfig):
+    """ORPO: an actor is fine-tuned on better answers, against the odds of the worse ones."""
+
+    @property
+    def parameters(self) -> ORPOParameters:
+        """What the loss needs to know."""
+        return select_options(ORPOParameters, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(KTOParameters, CommonExperimentConfig):
+    """KTO: an actor learns from answers that are labelled as desirable or not, against a frozen reference."""
+
+    actor: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    ref: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
+    actor_train: MFCConfig = nested(MFCConfig)
+    ref_inf: MFCConfig = nested(MFCConfig)
+    dataset: LabelledAnswerDatasetConfig = nested(LabelledAnswerDatasetConfig)
+
+    EVALUATES: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_role("actor", self.actor, is_critic=False, is_trained=True)
+        check_role("ref", self.ref, is_critic=False, is_trained=False)
+
+    @property
+    def parameters(self) -> KTOParameters:
+        """What the loss needs to know."""
+        return select_options(KTOParameters, self)
+
+
+def select_options(cls: type[Parameters], config: DataclassInstance) -> Parameters:
+    """Returns those of an experiment's options that `cls` declares."""
+    return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
 def check_role(name: str, model: ModelTrainEvalConfig, *, is_critic: bool, is_trained: bool) -> None:

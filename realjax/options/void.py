@@ -10,6 +10,7 @@ from realjax.algorithms.corrections import CorrectionParameters
 from realjax.algorithms.grpo import GRPOParameters
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.ppo import PPOParameters
+from realjax.algorithms.reinforce_pp import ReinforcePPParameters
 from realjax.algorithms.remax import ReMaxParameters
 from realjax.algorithms.rloo import RLOOParameters
 from realjax.core.generation_config import GenerationConfig
@@ -18,8 +19,8 @@ from realjax.core.option import DataclassInstance
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
-from realjax.options.rl import PPOConfig, RewardOptions, RLConfig, StepOptions
-from realjax.options.supervised import DPOConfig, RWConfig, SFTConfig
+from realjax.options.rl import EvaluationOptions, PPOConfig, RewardOptions, RLConfig, StepOptions
+from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +103,15 @@ VOID: dict[type, tuple[Void, ...]] = {
     ),
     RLOOParameters: (_LENGTH,),
     ReMaxParameters: (_LENGTH,),
+    ReinforcePPParameters: (_LENGTH,),
     StepOptions: (Void(when={"ppo_n_minibatches": 1}, options=("shuffle_minibatches",)),),
     RewardOptions: (
         Void(when={"fn": None}, options=("fn_weight",)),
         Void(when={"classifier": None}, options=("classifier_weight", "classifier_label")),
+    ),
+    EvaluationOptions: (
+        Void(when={"sampled": False}, options=("num_samples", "success_above", "vote_fn")),
+        Void(when={"num_samples": 1}, options=("success_above", "vote_fn")),
     ),
     RLConfig: (
         Void(when={"algorithm.kl_ctl": 0.0}, options=("ref", "ref_inf"), reason="with kl_ctl=0 no reference is loaded"),
@@ -138,6 +144,15 @@ VOID: dict[type, tuple[Void, ...]] = {
         _of_heuristic("actor", "ref"),
         Void(when={"reference_free": True}, options=("ref", "ref_inf")),
         _without_training("ref"),
+        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+    ),
+    KTOConfig: (
+        _of_heuristic("actor", "ref"),
+        _without_training("ref"),
+        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+    ),
+    PairsConfig: (
+        _of_heuristic("actor"),
         _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
     ),
     GenConfig: (

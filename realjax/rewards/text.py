@@ -3,7 +3,7 @@
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -37,20 +37,44 @@ def make_text_reward(fn: TextFn, tokenizer: "PreTrainedTokenizerBase", rows: Seq
     """
 
     def reward(arrays: Arrays, state: State) -> HostResult:
-        prompt_ids = arrays["prompt_id"]
-        rewards = np.zeros(prompt_ids.shape, np.float32)
-        places, prompts, answers = [], [], []
-        for row, segment, own in segment_slices(arrays["segment_ids"]):
-            tokens, is_answer = arrays["tokens"][row, own], arrays["loss_mask"][row, own]
-            places.append((row, segment))
-            prompts.append(tokens[~is_answer].tolist())
-            answers.append(tokens[is_answer].tolist())
-        found = [rows[int(prompt_ids[place])] for place in places]
-        texts = decode_answers(tokenizer, prompts, answers)
-        rewards[tuple(np.array(places).T)] = _checked_call(fn, name, *texts, found)
+        rewards = np.zeros(arrays["prompt_id"].shape, np.float32)
+        places, prompts, answers, found = read_rollout(arrays, tokenizer, rows)
+        rewards[tuple(np.array(places).T)] = _checked_call(fn, name, prompts, answers, found)
         return HostResult(arrays={"rewards": rewards})
 
     return reward
+
+
+def read_rollout(
+    arrays: Arrays, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]
+) -> tuple[list[tuple[int, int]], list[str], list[str], list[Row]]:
+    """Returns (row, column) of each sequence, row by row, the texts of its prompt and of its answer, and its data."""
+    places, prompts, answers = [], [], []
+    for row, segment, own in segment_slices(arrays["segment_ids"]):
+        tokens, is_answer = arrays["tokens"][row, own], arrays["loss_mask"][row, own]
+        places.append((row, segment))
+        prompts.append(tokens[~is_answer].tolist())
+        answers.append(tokens[is_answer].tolist())
+    found = [rows[int(arrays["prompt_id"][place])] for place in places]
+    return places, *decode_answers(tokenizer, prompts, answers), found
+
+
+def call_votes(
+    fn: TextFn, name: str, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]
+) -> list[Hashable]:
+    """Returns what each answer votes for; RuntimeError, saying `name`, where the function raises, and ValueError where
+    it does not return one vote that can be compared for each answer.
+    """
+    try:
+        votes: list[Any] = list(fn(list(prompts), list(answers), copy.deepcopy(list(rows))))
+    except (Exception, SystemExit) as error:
+        raise RuntimeError(f"{name}: it raised {_describe(error)}") from error
+    if len(votes) != len(answers) or not all(isinstance(vote, Hashable) for vote in votes):
+        raise ValueError(
+            f"{name}: it returned {_shorten(votes)}; it needs to return one text, number or None for each of "
+            f"{len(answers)} answers"
+        )
+    return votes
 
 
 def load_function(path: str, name: str = "reward.fn") -> TextFn:

@@ -71,3 +71,8 @@ def number_reward(prompts: Sequence[str], answers: Sequence[str], rows: Sequence
     Raises ValueError for a row without an answer that holds a number.
     """
     return [float(final_number(answer) == reference_number(row)) for answer, row in zip(answers, rows, strict=True)]
+
+
+def number_vote(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[Number | None]:
+    """Returns the final number of each answer: what it votes for as `eval.vote_fn`."""
+    return [final_number(answer) for answer in answers]

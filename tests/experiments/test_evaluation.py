@@ -11,6 +11,7 @@ from tests.given.models import quick_compiles
 from tests.given.runs import build_rl_spec, load_executor
 
 pytestmark = pytest.mark.slow
+SAMPLES, SUCCESS = {"greedy": 1, "sampled": 3}, 0.2
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,9 @@ def values_of(given, tmp_path_factory):
             dataset__train_bs_n_seqs=batch_size,
             dataset__valid_path=given.held_out,
             reward__fn="tests.given.rewards:shortness",
+            eval__num_samples=SAMPLES["sampled"],
+            eval__success_above=SUCCESS,
+            eval__vote_fn="tests.given.rewards:first_letter",
             **changes,
         )
         evaluation = spec.evaluation
@@ -62,10 +66,18 @@ def test_they_do_not_depend_on_the_batch_size(batch_size, values_of):
 def test_they_are_those_of_plain_numpy(values_of):
     found, answers = values_of(4)
     for variant, rewards in answers.items():
-        assert len(rewards) == 6
+        assert len(rewards) == 6 * SAMPLES[variant]
         assert found[f"{variant}/task_reward"] == pytest.approx(rewards.mean(dtype=np.float64), rel=1e-5)
         assert found[f"{variant}/task_reward_std"] == pytest.approx(rewards.std(dtype=np.float64), rel=1e-5)
-        assert found[f"{variant}/n_seqs"] == 6
+        assert found[f"{variant}/n_seqs"] == len(rewards)
         assert found[f"{variant}/min_response_len"] <= found[f"{variant}/avg_response_len"]
         assert float(found[f"{variant}/min_response_len"]).is_integer()
     assert found["sampled/min_response_len"] < found["sampled/max_response_len"]
+
+
+def test_several_answers_are_attempts_to_solve_a_prompt(values_of):
+    found, answers = values_of(4)
+    assert found["sampled/pass@1"] == pytest.approx((answers["sampled"] > SUCCESS).mean())
+    assert 0 < found["sampled/pass@1"] < found["sampled/pass@2"] < found["sampled/pass@3"]
+    assert 0 <= found["sampled/majority@3"] <= found["sampled/pass@3"]
+    assert not any(name.startswith("greedy/pass") for name in found)

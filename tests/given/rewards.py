@@ -13,3 +13,8 @@ def shortness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row
 def sameness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
     """Returns the same for all answers to a prompt, from its row of the data."""
     return [float(row["id"]) for row in rows]
+
+
+def first_letter(prompts, answers, rows):
+    """What an answer votes for."""
+    return [answer.strip()[:1] or None for answer in answers]

@@ -18,6 +18,7 @@ from realjax.apps.quickstart import EXPERIMENTS
 from realjax.dataflow.run import RunSpec
 from realjax.options.checks import resolve_names, validate
 from realjax.options.datasets import (
+    LabelledAnswerDatasetConfig,
     PairedComparisonDatasetConfig,
     PromptAnswerDatasetConfig,
     PromptOnlyDatasetConfig,
@@ -38,7 +39,7 @@ LONGEST = 8
 # One draw in six or so ends an answer.
 EOS_IDS = (0, *range(260, 310))
 # The experiments of reinforcement learning, and the option group of each one's algorithm.
-GROUPS = {"ppo": "ppo", "grpo": "ppo", "rloo": "rloo", "remax": "remax"}
+GROUPS = {"ppo": "ppo", "grpo": "ppo", "rloo": "rloo", "remax": "remax", "reinforce_pp": "reinforce"}
 # Layouts of each call, as options.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one device": {"n_gpus_per_node": 1, "allocation_mode": "d1p1m1"},
@@ -73,6 +74,7 @@ class Given:
         self.actor, self.ref = folder / "actor", folder / "ref"
         # A few rows that are all alike.
         self.rows, self.pairs = folder / "rows.jsonl", folder / "pairs.jsonl"
+        self.labelled = folder / "labelled.jsonl"
         # Rows of random words, to learn from and to be measured on: many, and a few.
         self.train, self.valid = folder / "sft-train.jsonl", folder / "sft-valid.jsonl"
         self.prompts, self.held_out = folder / "prompts.jsonl", folder / "held-out.jsonl"
@@ -81,7 +83,11 @@ class Given:
         """Returns the options of a dataset of this kind."""
         if isinstance(dataset, PromptOnlyDatasetConfig):
             return {"path": self.rows, "max_prompt_len": LONGEST, "train_bs_n_seqs": 4}
-        kinds = {PromptAnswerDatasetConfig: self.rows, PairedComparisonDatasetConfig: self.pairs}
+        kinds = {
+            PromptAnswerDatasetConfig: self.rows,
+            PairedComparisonDatasetConfig: self.pairs,
+            LabelledAnswerDatasetConfig: self.labelled,
+        }
         return {"train_path": kinds[type(dataset)], "max_seqlen": LONGEST, "train_bs_n_seqs": 4}
 
 
@@ -103,6 +109,7 @@ def write_given(folder: Path) -> Given:
         edit_tensors(directory, spread)
     write_jsonl(given.rows, [ROW] * 8)
     write_jsonl(given.pairs, [PAIR] * 8)
+    write_jsonl(given.labelled, [{**ROW, "label": i % 2 == 0} for i in range(8)])
     for path, num_rows, seed in ((given.train, 520, 1), (given.valid, 40, 2), (given.prompts, 32, 1)):
         write_rows(path, num_rows, seed)
     write_rows(given.held_out, 6, seed=2)

@@ -18,7 +18,7 @@ from realjax.options.fields import list_options
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import allocation_options
 from realjax.options.parsing import build, parse_overrides
-from realjax.options.rl import GRPOConfig, PPOConfig, ReMaxConfig, RLOOConfig
+from realjax.options.rl import GRPOConfig, PPOConfig, ReinforcePPConfig, ReMaxConfig, RLOOConfig
 
 QUICKSTART_PPO = shlex.split("""
     experiment_name=quickstart-ppo \
@@ -91,7 +91,14 @@ MANUAL_LAYOUTS = {
 }
 SYMMETRIC = [*SCRIPT, "allocation_mode=m2d2p2", "actor_gen.n_mbs=2", "actor_train.n_mbs=4", "ref_inf.n_mbs=2"]
 
-CONFIGS = {"ppo": PPOConfig, "grpo": GRPOConfig, "rloo": RLOOConfig, "remax": ReMaxConfig, "gen": GenConfig}
+CONFIGS = {
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "remax": ReMaxConfig,
+    "reinforce_pp": ReinforcePPConfig,
+    "gen": GenConfig,
+}
 
 
 @pytest.fixture
@@ -282,6 +289,13 @@ def test_lengths_follow_the_generation():
         (GRPOConfig, ["group_size=1"], "^group_size: found 1; it must be at least 2"),
         (GRPOConfig, ["ppo.greedy=True"], "^group_size: found 4 with greedy=True"),
         (RLOOConfig, ["rloo.temperature=0"], "^group_size: found 4 with greedy=True"),
+        (GRPOConfig, ["ppo.gen.greedy=True", "group_size=2", "eval.num_samples=2"], "found 2 with greedy=True"),
+        (
+            ReinforcePPConfig,
+            ["eval.num_samples=2", "reinforce.temperature=0"],
+            "^eval.num_samples: found 2 with",
+        ),
+        (ReinforcePPConfig, ["reinforce.use_baseline=True"], "^reinforce.use_baseline: found True with group_size=1"),
         (ReMaxConfig, ["gen.greedy=True"], "with greedy=True"),
     ],
 )
