@@ -175,7 +175,9 @@ def policy_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: Polic
 
     log_ratio = logprobs - old
     if parameters.surrogate in ("gspo", "gspo_token"):
-        log_ratio = _of_responses(log_ratio, mask, batch["segment_ids"], own_gradient=parameters.surrogate != "gspo")
+        log_ratio = _of_responses(
+            log_ratio, mask, batch["segment_ids"], own_gradient=parameters.surrogate == "gspo_token"
+        )
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_EXPONENT, MAX_EXPONENT))
     losses, metrics = _surrogate(ratio, logprobs, advantages, parameters)
     metrics |= {

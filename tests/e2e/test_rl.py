@@ -151,7 +151,7 @@ def test_groups_that_teach_nothing_make_no_update(trial):
     assert not find_differing(after, before)
 
 
-@pytest.mark.parametrize("experiment", ["rloo", "remax"])
+@pytest.mark.parametrize("experiment", ["rloo", "remax", "reinforce_pp"])
 def test_answers_of_one_token(experiment, trial):
     trial = replace(trial, experiment=experiment)
     changes = {"algo.gen.max_new_tokens": 1, "algo.max_response_len": 1}

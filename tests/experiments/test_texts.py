@@ -42,7 +42,7 @@ def test_chats_are_read_by_all(experiment, given, tmp_path):
     for model in (given.language_model, given.reward_model):
         (model / "chat_template.jinja").write_text(TEMPLATE)
     chat = [{"role": "system", "content": "the "}, {"role": "user", "content": "film"}]
-    for path, row in ((given.rows, ROW), (given.pairs, PAIR)):
+    for path, row in ((given.rows, ROW), (given.pairs, PAIR), (given.labelled, {**ROW, "label": True})):
         write_jsonl(path, [row | {"prompt": chat}] * 8)
     spec = build_spec(experiment, options)
     tokens = spec.loader.batch(0)["tokens"][0]

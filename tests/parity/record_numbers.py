@@ -28,7 +28,7 @@ from safetensors.numpy import load_file  # noqa: E402
 from realjax.apps import quickstart  # noqa: E402
 from realjax.record.metrics import read_metrics  # noqa: E402
 from tests.given.compare import without_clocks  # noqa: E402
-from tests.given.runs import GROUPS, Given, make_rl_options, write_given  # noqa: E402
+from tests.given.runs import GROUPS, Given, list_models, make_rl_options, write_given  # noqa: E402
 from tests.given.texts import write_pairs  # noqa: E402
 
 # By name: devices, allocation_mode, and the zero stage of trained roles.
@@ -38,7 +38,7 @@ LAYOUTS = {
     "pipeline": (4, "d2p2m1", 0),
     "zero3": (4, "d4p1m1", 3),
 }
-TRAINED = {"sft": ("model",), "rw": ("model",), "dpo": ("actor",), "ppo": ("actor", "critic"), "gen": ()}
+TRAINED = {"sft": ("model",), "rw": ("model",), "ppo": ("actor", "critic"), "gen": ()}  # the others: the actor
 # What a clock, a path or the machine's memory decides.
 MEASURED = ("memory_mib", "moved_mib", "device_peak_mib")
 
@@ -51,10 +51,10 @@ def list_options(experiment: str, given: Given, root: Path, pairs: Path) -> dict
     if experiment == "gen":
         gen = {"gen.max_new_tokens": 8, "gen.top_k": 60, "gen.top_p": 0.9, "num_samples": 2}
         return {**common, "model.path": given.actor, "dataset.path": given.prompts, **gen}
-    roles = ("actor", "ref") if experiment == "dpo" else ("model",)
-    data = {"dataset.train_path": pairs if experiment in ("rw", "dpo") else given.prompts, "dataset.max_seqlen": 32}
-    models = {f"{role}.path": given.actor for role in roles}
-    trained = {f"{role}.optimizer.lr": 0.01 for role in TRAINED[experiment]}
+    path = {"sft": given.prompts, "kto": given.labelled}.get(experiment, pairs)
+    data = {"dataset.train_path": path, "dataset.max_seqlen": 32}
+    models = {f"{role}.path": given.actor for role in list_models(experiment)}
+    trained = {f"{role}.optimizer.lr": 0.01 for role in TRAINED.get(experiment, ("actor",))}
     return {**common, **models, **trained, **data, "dataset.train_bs_n_seqs": 8}
 
 
