@@ -51,6 +51,6 @@ def measure_attempts(
         for k in list_sizes(num_samples)
     }
     if votes is not None:
-        majorities = [find_majority([votes[i] for i in own], solved[own].tolist()) for own in members]
+        majorities = [find_majority([votes[int(i)] for i in own], solved[own].tolist()) for own in members]
         metrics[f"majority@{num_samples}"] = mean(majorities)
     return metrics

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
+from realjax.core.loss import Sums
 from realjax.core.metrics import Mean, Total
 from realjax.core.segments import sum_by_segment
 
@@ -25,7 +26,7 @@ def mean_over_pairs(values_RP: Array, is_pair: Array) -> Mean:
     return Mean(jnp.sum(jnp.where(is_pair, values_RP, 0)), jnp.sum(is_pair.astype(jnp.float32)))
 
 
-def score_metrics(better: Array, worse: Array, is_pair: Array) -> dict[str, Mean | Total]:
+def score_metrics(better: Array, worse: Array, is_pair: Array) -> Sums:
     """Returns what is to be known of the scores `[R, P]` of both answers."""
     values = {"acc": better > worse, "pos_score": better, "neg_score": worse, "margin": better - worse}
     means = {name: mean_over_pairs(x, is_pair) for name, x in values.items()}

@@ -11,6 +11,9 @@ from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.metrics import Load, Mean, Total
 
+# Of a loss and of the layers: parts add up, entry by entry.
+Sums = dict[str, Mean | Total | Load]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class LossSums:
     """
 
     loss: Mean
-    metrics: dict[str, Mean | Total | Load]
+    metrics: Sums
 
     def with_terms(self, terms: Mapping[str, Mean | Load], shares: Mapping[str, Array]) -> "LossSums":
         """Returns the sums with terms of the layers: reported by name, and added to the loss where one has a share."""

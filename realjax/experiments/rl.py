@@ -281,8 +281,8 @@ class Setup:
             groups = Groups.of(arrays["group"], segment_mask(arrays["segment_ids"], arrays["group"].shape[1]))
             votes = None
             if vote_fn is not None:
-                _, *texts = read_rollout(arrays, self.tokenizer, prompts.rows)
-                votes = call_votes(vote_fn, f"{name} {options.vote_fn}", *texts)
+                _, asked, answers, rows = read_rollout(arrays, self.tokenizer, prompts.rows)
+                votes = call_votes(vote_fn, f"{name} {options.vote_fn}", asked, answers, rows)
             solved = arrays["rewards"] > options.success_above
             return HostResult(arrays={}, metrics=measure_attempts(solved, groups, options.num_samples, votes))
 

@@ -80,7 +80,7 @@ def test_another_command_gets_its_words_and_stands_in_the_help(monkeypatch, caps
     assert quickstart.main(["other", "a=1", "--b"]) == 3
     assert given == [["a=1", "--b"]]
     assert quickstart.main(["--help"]) == 0
-    assert "other    does something else" in capsys.readouterr().out
+    assert "other        does something else" in capsys.readouterr().out
     assert quickstart.main(["othr"]) == 2
     assert "did you mean other?" in capsys.readouterr().err
 

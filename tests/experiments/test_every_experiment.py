@@ -156,7 +156,7 @@ def test_names_that_are_no_directories(experiment, name, given, tmp_path):
         assert_refused(experiment, f"^{name}: found ", given, tmp_path / "root", **{name: value})
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("sft", "rw")])
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("sft", "rw", "simpo", "orpo")])
 def test_a_key_whose_dims_have_no_names(experiment, given, tmp_path, monkeypatch):
     key = list(build_spec(experiment, make_options(experiment, given, tmp_path / "root")).graph.producers)[-1]
     monkeypatch.delitem(BATCH_DIMS, key)

@@ -109,7 +109,7 @@ def write_given(folder: Path) -> Given:
         edit_tensors(directory, spread)
     write_jsonl(given.rows, [ROW] * 8)
     write_jsonl(given.pairs, [PAIR] * 8)
-    write_jsonl(given.labelled, [{**ROW, "label": i % 2 == 0} for i in range(8)])
+    write_jsonl(given.labelled, [{**ROW, "label": True}, {**ROW, "answer": " bad", "label": False}] * 4)
     for path, num_rows, seed in ((given.train, 520, 1), (given.valid, 40, 2), (given.prompts, 32, 1)):
         write_rows(path, num_rows, seed)
     write_rows(given.held_out, 6, seed=2)
