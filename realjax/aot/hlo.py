@@ -30,10 +30,10 @@ class Collective:
     """One instruction that devices take part in together.
 
     `bytes` is what it handles on one device in one run: of its operands and its results the larger, so what an
-    all-gather has gathered and what a reduce-scatter was given. It runs `times` in a run of the program, or, if it
-    `is_open`, in a turn of a loop whose turns are not known. A group (a row of `groups` `[G, S]`, devices by their
-    place in the program's mesh) exchanges with itself alone; for a collective-permute rows are pairs of source and
-    target.
+    all-gather has gathered and what a reduce-scatter was given; of a ragged all-to-all what it has room for. It runs
+    `times` in a run of the program, or, if it `is_open`, in a turn of a loop whose turns are not known. A group (a row
+    of `groups` `[G, S]`, devices by their place in the program's mesh) exchanges with itself alone; for a
+    collective-permute rows are pairs of source and target.
     """
 
     kind: str
@@ -158,6 +158,8 @@ class _Reader:
         if one.opcode.endswith("-start") and len(results) > len(operands):
             # The first half of what `-start` gives is its operands again.
             results = results[len(operands) : 2 * len(operands)]
+        if one.kind == "ragged-all-to-all":
+            operands, results = operands[:1], operands[1:2]  # what it is written into; the others are sizes
         size = lambda shapes: sum(shape.num_bytes for shape in shapes)
         larger = max(operands, results, key=size)
         op_name = re.search(r'\bop_name="([^"]*)"', one.attributes)

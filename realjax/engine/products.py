@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from realjax.core.axes import Rules, in_use_rules
 from realjax.core.layout import Layout
 from realjax.engine.experts import share_experts
+from realjax.engine.groups import multiply_padded, sum_padded
 from realjax.engine.manual_axes import run_on_own_parts
 from realjax.models import heads, sums
 from realjax.models.products import Products
@@ -25,7 +26,8 @@ def make_products(rules: Rules, layout: Layout) -> Products:
     over_experts = partial(run_on_own_parts, rules=in_use_rules(rules), layout=layout, share_fn=share_fn)
     if not is_cpu:
         # Rows and time stay apart: merged, an accelerator's sums under sequence parallelism would not be scattered.
-        return Products(over_experts=over_experts)
+        grouped_matmul = partial(sums.grouped_matmul, group_fn=multiply_padded, group_sum_fn=sum_padded)
+        return Products(grouped_matmul=grouped_matmul, over_experts=over_experts)
 
     def over_tokens(fn: Callable[[Array], Array], x: Array, time: str) -> Array:
         return fn(x) if rules[time] else merge_tokens(fn, x)

@@ -199,3 +199,20 @@ def test_a_group_outside_the_mesh_is_refused():
     (one,) = [c for c in hlo.collectives(GPU_TEXT) if c.kind == "all-gather"]
     with pytest.raises(ValueError, match="device 7 is not among the 2"):
         one.axes(Layout.of(ParallelStrategy(dp=2)))
+
+
+def test_a_ragged_all_to_all_counts_as_what_it_has_room_for():
+    sizes = ", ".join(["%n"] * 4)
+    types = "(bf16[4,8]{1,0}, bf16[6,8]{1,0}, s64[2]{0}, s64[2]{0}, s64[2]{0}, s64[2]{0})"
+    text = f"""HloModule m, num_partitions=2
+
+ENTRY %main (x: bf16[4,8], y: bf16[6,8], n: s64[2]) -> bf16[6,8] {{
+  %x = bf16[4,8]{{1,0}} parameter(0)
+  %y = bf16[6,8]{{1,0}} parameter(1)
+  %n = s64[2]{{0}} parameter(2)
+  %start = ({types}, bf16[6,8]{{1,0}}) ragged-all-to-all-start(%x, %y, {sizes}), replica_groups={{{{0,1}}}}
+  ROOT %done = bf16[6,8]{{1,0}} ragged-all-to-all-done(%start)
+}}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.kind, found.dtype, found.bytes, found.group_size) == ("ragged-all-to-all", "bf16", 6 * 8 * 2, 2)

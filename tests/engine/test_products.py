@@ -1,5 +1,6 @@
 """What a platform computes in its own way is what the plain products give, with their gradients."""
 
+from functools import partial
 from unittest.mock import Mock
 
 import jax
@@ -10,10 +11,12 @@ from flax import nnx
 
 from realjax.core.axes import train_rules
 from realjax.core.layout import Layout, ParallelStrategy
+from realjax.engine import groups
 from realjax.engine.products import make_products, merge_tokens, multiply_flat, read_table, unrolls_layers
 from realjax.models.config import NormConfig
 from realjax.models.layers import LayerNorm, Linear, RMSNorm
 from realjax.models.products import Products, tied_logits
+from realjax.models.sums import grouped_matmul
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import make_layout, quick_jit
 
@@ -91,3 +94,21 @@ def test_an_accelerator_gets_the_plain_products_and_a_loop_over_layers():
     assert make_products(train_rules(layout.strategy), layout) == Products()
     assert not unrolls_layers(layout, remat=False)
     assert unrolls_layers(make_layout(), remat=False) and not unrolls_layers(make_layout(), remat=True)
+
+
+@pytest.mark.parametrize("form", ["on CPUs", "on accelerators"])
+@pytest.mark.parametrize("sizes", [(5, 0, 150, 7), (0, 0, 0, 200), (50, 50, 50, 50), (0, 0, 0, 0), (64, 64, 1, 0)])
+def test_products_of_groups_are_those_of_each_group_alone(form, sizes, monkeypatch):
+    """Behind the groups are rows of none: they give 0, and so do their gradients."""
+    monkeypatch.setattr(groups, "FEW_ROWS", 0)
+    accelerated = partial(grouped_matmul, group_fn=groups.multiply_padded, group_sum_fn=groups.sum_padded)
+    fn = ON_CPU.grouped_matmul if form == "on CPUs" else accelerated
+    x, kernels, ends = random(200, D), random(4, D, N, seed=1), np.cumsum(sizes)
+
+    def plain(x, kernels):
+        parts = [x[end - size : end] @ kernel for size, end, kernel in zip(sizes, ends, kernels)]
+        return jnp.concatenate([*parts, jnp.zeros((200 - ends[-1], N))])
+
+    found = value_and_grads(lambda x, kernels: fn(x, kernels, jnp.array(sizes)), x, kernels)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, value_and_grads(plain, x, kernels))
