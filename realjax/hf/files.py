@@ -5,7 +5,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ from realjax.core.json_text import JsonObject, parse_json
 from realjax.hf.dims import Shape, Window
 from realjax.hf.families import config_from_hf
 from realjax.hf.pieces import ReadFn
+from realjax.hf.rules import Family
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ class TensorInfo:
     """Where a tensor is and what it is; `dtype` is safetensors' name of it ("BF16")."""
 
     file: Path
+    name: str  # in the file
     shape: Shape
     dtype: str
 
@@ -154,9 +156,14 @@ class CheckpointFiles:
         for path in find_weights(directory):
             file = FORMATS[path.suffix](path)
             for name, (shape, dtype) in file.infos().items():
-                tensors[name] = TensorInfo(file=path, shape=shape, dtype=dtype)
+                tensors[name] = TensorInfo(file=path, name=name, shape=shape, dtype=dtype)
             file.close()
         return cls(directory=directory, tensors=tensors)
+
+    def respelled(self, family: Family) -> "CheckpointFiles":
+        """Returns the tensors of the family's decoder, by the names that its rules give them."""
+        names = {name: family.respell(name) for name in self.tensors}
+        return replace(self, tensors={ours: self.tensors[name] for name, ours in names.items() if ours is not None})
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -181,7 +188,7 @@ class CheckpointFiles:
                 if info.file not in opened:
                     opened[info.file] = FORMATS[info.file.suffix](info.file)
                     stack.callback(opened[info.file].close)
-                return opened[info.file].read(name, window)
+                return opened[info.file].read(info.name, window)
 
             yield read
 

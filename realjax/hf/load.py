@@ -1,5 +1,6 @@
 """From a checkpoint directory to a sharded parameter tree; a process reads only what its devices hold."""
 
+import logging
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from realjax.hf.rules import HEAD, TABLE
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 FillFn = Callable[[Window], np.ndarray]  # the values of a slice of a leaf
 CastFn = Callable[[Window, np.dtype], np.ndarray]  # the same in a dtype
 CRITIC_HEAD_NAMES = (CRITIC_HEAD_NAME, "lm_head.weight")  # transformers' and ReaL's
@@ -47,7 +50,8 @@ def correct_config(config: ModelConfig, path: str | Path) -> ModelConfig:
     if not config.tied:
         return config
     family = find_family(config.family)
-    own = _differ(CheckpointFiles.open(path), family.name_tensor(TABLE), family.name_tensor(HEAD))
+    files = CheckpointFiles.open(path).respelled(family)
+    own = _differ(files, family.name_tensor(TABLE), family.name_tensor(HEAD))
     return replace(config, tied=False) if own else config
 
 
@@ -76,7 +80,7 @@ def check_weights(path: str | Path, config: ModelConfig, *, has_new_head: bool =
     With `has_new_head` the model is a critic whose head does not come from there.
     """
     shapes = {name: leaf.shape for name, leaf in flatten_paths(build_model(config).abstract).items()}
-    _match(CheckpointFiles.open(path), config, shapes, {HEAD} if has_new_head else ())
+    _match(_open(path, config), config, shapes, {HEAD} if has_new_head else ())
 
 
 def load_params(
@@ -93,7 +97,7 @@ def load_params(
     A critic's `head/kernel` comes from `fresh["head/kernel"]` where that is given, else from the checkpoint.
     Raises ValueError, before any tensor is read, when the checkpoint's tensors are not the model's.
     """
-    files = CheckpointFiles.open(path)
+    files = _open(path, model.config)
     shapes = {name: leaf.shape for name, leaf in flatten_paths(model.abstract).items()}
     pieces = _match(files, model.config, shapes, fresh or {})
     places = flatten_paths(shardings)
@@ -102,6 +106,14 @@ def load_params(
         fill = make_fill(files, pieces[name]) if name in pieces else _without_files((fresh or {})[name])
         leaves[name] = place_leaf(fill, shape, places[name], jnp.dtype(dtype))
     return unflatten_paths(leaves)
+
+
+def _open(path: str | Path, config: ModelConfig) -> CheckpointFiles:
+    whole = CheckpointFiles.open(path)
+    files = whole.respelled(find_family(config.family))
+    if num_left_out := len(whole.tensors) - len(files.tensors):
+        logger.info("%s: of %d tensors, %d are of no text model and left out", path, len(whole.tensors), num_left_out)
+    return files
 
 
 def has_critic_head(path: str | Path) -> bool:

@@ -1,6 +1,6 @@
 """What we know of an architecture: its config in both directions, and where our leaves lie in its checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -49,7 +49,7 @@ class Rule:
 class Family:
     """One architecture: its class names, its table, and its config in both directions."""
 
-    name: str
+    name: str  # the `model_type` of its config.json
     published_as: tuple[str, ...]  # names of model series of this architecture
     causal_class: str
     critic_class: str
@@ -57,6 +57,17 @@ class Family:
     config_from_hf: Callable[[JsonObject, bool], ModelConfig]  # (config.json, is_critic)
     config_to_hf: Callable[[ModelConfig], JsonObject]
     defaults: JsonObject = field(default_factory=dict)  # transformers' values of keys that a config.json may leave out
+    # Classes, with both kinds of head, of models with a part for more than text: `text_config` describes the decoder.
+    outer_classes: tuple[str, ...] = ()
+    # Other beginnings of tensors' names, and those of the rules; None: of tensors that are no part of the decoder.
+    spellings: Mapping[str, str | None] = field(default_factory=dict)
+
+    def respell(self, name: str) -> str | None:
+        """Returns the rules' name of a checkpoint's tensor; None where it is no part of the decoder."""
+        for theirs, ours in self.spellings.items():
+            if name.startswith(theirs):
+                return None if ours is None else ours + name.removeprefix(theirs)
+        return name
 
     def name_tensor(self, path: str) -> str:
         """Returns the name that the table gives to a leaf outside the layers."""

@@ -25,6 +25,7 @@ from realjax.core.trees import Tree, flatten_paths
 from realjax.hf.families import find_family
 from realjax.hf.files import DTYPES, INDEXES, SINGLES, CheckpointFiles
 from realjax.hf.pieces import FetchFn, HFTensor, Piece, find_pieces, list_tensors, make_tensor
+from realjax.hf.rules import Family
 from realjax.hf.save_config import write_config
 from realjax.models.config import ModelConfig
 
@@ -63,9 +64,10 @@ def save_hf(
     out_dir = Path(out_dir)
     leaves = flatten_paths(params)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    tensors = list_tensors(find_pieces(find_family(config.family), config, shapes))
+    family = find_family(config.family)
+    tensors = list_tensors(find_pieces(family, config, shapes))
     config = replace(config, num_empty_layers=0)
-    out = _choose_dtypes(tensors, leaves, source_dir, dtype)
+    out = _choose_dtypes(family, tensors, leaves, source_dir, dtype)
     fetch = make_fetch(leaves)
     devices = next(iter(leaves.values())).sharding.device_set
     if jax.process_index() == min(device.process_index for device in devices):
@@ -100,11 +102,15 @@ def replace_directory(out_dir: Path) -> Iterator[Path]:
 
 
 def _choose_dtypes(
-    tensors: list[HFTensor], leaves: Mapping[str, jax.Array], source_dir: str | Path | None, dtype: DTypeLike | str
+    family: Family,
+    tensors: list[HFTensor],
+    leaves: Mapping[str, jax.Array],
+    source_dir: str | Path | None,
+    dtype: DTypeLike | str,
 ) -> list[OutTensor]:
     """Returns each tensor with the dtype to write: `dtype`, else its own in the source, else its leaf's."""
     if isinstance(dtype, str) and dtype == "source":
-        files = CheckpointFiles.open(source_dir) if source_dir else None
+        files = CheckpointFiles.open(source_dir).respelled(family) if source_dir else None
 
         def choose(tensor: HFTensor) -> np.dtype:
             if files is None:

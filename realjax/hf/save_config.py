@@ -8,7 +8,7 @@ import numpy as np
 
 from realjax.core.end_tokens import SCORED_END, EndTokens
 from realjax.core.json_text import JsonObject
-from realjax.hf.families import config_from_hf, config_to_hf
+from realjax.hf.families import config_from_hf, config_to_hf, take_text
 from realjax.hf.files import CONFIG, EXTRAS, read_json
 from realjax.hf.generation import GENERATION_CONFIG
 from realjax.models.config import ModelConfig
@@ -29,7 +29,7 @@ def write_config(
     Where the source's config describes the same model, all its keys are kept but the dtype and, with `ends`, what ends
     a text.
     """
-    source = read_json(Path(source_dir) / CONFIG, "save: source") if source_dir else {}
+    source = take_text(read_json(Path(source_dir) / CONFIG, "save: source")) if source_dir else {}
     if source and config_from_hf(source, "save: source") == config:
         hf = {**source, ("dtype" if "dtype" in source else "torch_dtype"): dtype.name}
     else:

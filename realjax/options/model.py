@@ -24,6 +24,10 @@ ModelClass = Literal[
     "smollm3",
     "mixtral",
     "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
 ]
 
 

@@ -5,12 +5,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from realjax.hf.families import config_from_hf
 from realjax.hf.files import CheckpointFiles
-from tests.given.models import KINDS, SIZES
+from realjax.hf.save import save_hf
+from realjax.models.build import build_model
+from tests.given.models import KINDS, SIZES, random_tree
 from tests.given.texts import VOCAB, write_tokenizer
 
 Tensors = dict[str, np.ndarray]
@@ -73,6 +77,16 @@ def list_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "lm_head.weight": (v, d),
         **{f"model.layers.{i}.{name}": s for i in range(config["num_hidden_layers"]) for name, s in layer.items()},
     }
+
+
+def write_family(directory: Path, family: str, **config: Any) -> Path:
+    """Writes a random model of any family with these keys of its config.json, and a tokenizer."""
+    hf = {"model_type": family, "vocab_size": VOCAB, "eos_token_id": 0, **config}
+    model = build_model(config_from_hf(hf, family))
+    params = jax.device_put(random_tree(model, scale=0.1), jax.devices()[0])
+    save_hf(params, model.config, directory)
+    write_tokenizer(directory)
+    return directory
 
 
 def write_reward_model(directory: Path, **changes: Any) -> Path:

@@ -43,6 +43,10 @@ LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_fac
 FOUR = {"num_hidden_layers": 4}  # also where two are enough for most families
 # What is tested of every family, a line for each configuration: transformers' `model_type`, and keys beside `SIZES`.
 # Windows of 8 tokens and rotary embeddings of 32 positions or less: the tests' sequences are longer.
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
+TIMES_8 = {"rope_type": "linear", "factor": 8.0}
+THIRDS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -82,6 +86,20 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "qwen3_moe-sparse": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma-untied": ("gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-uncapped": (
+        "gemma2",
+        {**FOUR, "head_dim": 16, **dict.fromkeys(CAPS), "layer_types": ["full_attention"] * 4},
+    ),
+    "gemma3": ("gemma3_text", {**GEMMA, **FOUR, "layer_types": THIRDS, "rope_scaling": TIMES_8}),
+    "gemma3-sliding": ("gemma3_text", {**GEMMA, "final_logit_softcapping": 3.0, "tie_word_embeddings": False}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-untied": (
+        "gpt2",
+        {"n_inner": 48, "activation_function": "gelu", "scale_attn_weights": False, "tie_word_embeddings": False},
+    ),
 }
 # The first of each family, for what one configuration shows.
 FIRST_KINDS = tuple({model_type: kind for kind, (model_type, _) in reversed(KINDS.items())}.values())[::-1]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from realjax.hf.families import gemma, gemma2, gpt2
 from realjax.hf.families.tables import LAYER, RULES, change, fuse
 from realjax.hf.pieces import LayerNumbers
 from realjax.hf.rules import LAYERS, Rule
@@ -72,8 +73,6 @@ NORMS_AFTER = (
     Rule("layers/attn_post_norm/scale", LAYER + "post_attention_layernorm.weight", "D -> D"),
     Rule("layers/mlp_post_norm/scale", LAYER + "post_feedforward_layernorm.weight", "D -> D"),
 )
-# The scale is used as 1 + w. The leaf is w, and adding 1 is the model's part: in 16 bits (1 + w) - 1 is not w.
-GEMMA2_RULES = change(*NORMS_AFTER, Rule("layers/mlp_norm/scale", LAYER + "pre_feedforward_layernorm.weight", "D -> D"))
 PHI3_RULES = change(
     *fuse(
         LAYER + "self_attn.qkv_proj.weight",
@@ -119,36 +118,6 @@ GRANITE_MOE_RULES = change(
         },
     ),
     Rule("layers/mlp/experts/down/kernel", LAYER + "block_sparse_moe.output_linear.weight", "E D M -> E M D"),
-)
-GPT2_LAYER = "transformer.h.{layer}."
-GPT2_RULES = (
-    Rule("embed/table", "transformer.wte.weight", "V D -> V D"),
-    Rule("positions/table", "transformer.wpe.weight", "P D -> P D"),
-    *list_norms(GPT2_LAYER, {"layers/attn_norm": "ln_1", "layers/mlp_norm": "ln_2"}),
-    *fuse(
-        GPT2_LAYER + "attn.c_attn.weight",
-        {
-            "layers/attn/q/kernel": "D (([N] + N + N) H) -> D N H",
-            "layers/attn/k/kernel": "D ((N + [N] + N) H) -> D N H",
-            "layers/attn/v/kernel": "D ((N + N + [N]) H) -> D N H",
-        },
-    ),
-    *fuse(
-        GPT2_LAYER + "attn.c_attn.bias",
-        {
-            "layers/attn/q/bias": "(([N] + N + N) H) -> N H",
-            "layers/attn/k/bias": "((N + [N] + N) H) -> N H",
-            "layers/attn/v/bias": "((N + N + [N]) H) -> N H",
-        },
-    ),
-    Rule("layers/attn/o/kernel", GPT2_LAYER + "attn.c_proj.weight", "(N H) D -> N H D"),
-    Rule("layers/attn/o/bias", GPT2_LAYER + "attn.c_proj.bias", "D -> D"),
-    Rule("layers/mlp/up/kernel", GPT2_LAYER + "mlp.c_fc.weight", "D F -> D F"),
-    Rule("layers/mlp/up/bias", GPT2_LAYER + "mlp.c_fc.bias", "F -> F"),
-    Rule("layers/mlp/down/kernel", GPT2_LAYER + "mlp.c_proj.weight", "F D -> F D"),
-    Rule("layers/mlp/down/bias", GPT2_LAYER + "mlp.c_proj.bias", "D -> D"),
-    *list_norms("", {"norm": "transformer.ln_f"}),
-    Rule("head/kernel", "lm_head.weight", "V D -> D V"),
 )
 NEOX_LAYER = "gpt_neox.layers.{layer}."
 NEOX_RULES = (
@@ -208,12 +177,12 @@ PUBLISHED = {
         config={"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
         layer_numbers=ALTERNATING,
     ),
-    "gemma": Published(name="Gemma", config=WIDE, sizes={"H": 16}),
-    "gemma2": Published(name="Gemma2", rules=GEMMA2_RULES, config=WIDE, sizes={"H": 16}, layer_numbers=ALTERNATING),
+    "gemma": Published(name="Gemma", rules=gemma.RULES, config=WIDE, sizes={"H": 16}),
+    "gemma2": Published(name="Gemma2", rules=gemma2.RULES, config=WIDE, sizes={"H": 16}, layer_numbers=ALTERNATING),
     "gemma3": Published(
         name="Gemma3",
         class_names=("Gemma3TextConfig", "Gemma3ForCausalLM"),
-        rules=GEMMA2_RULES,
+        rules=gemma2.RULES,
         config={**WIDE, "sliding_window_pattern": 2},
         sizes={"H": 16},
         layer_numbers=ALTERNATING,
@@ -224,7 +193,7 @@ PUBLISHED = {
     "gpt2": Published(
         name="GPT2",
         class_names=("GPT2Config", "GPT2LMHeadModel"),
-        rules=GPT2_RULES,
+        rules=gpt2.RULES,
         config={"n_inner": 48},
         sizes={"K": 4, "G": 1},
     ),

@@ -15,6 +15,7 @@ from realjax.hf.pieces import find_pieces, group_by_leaf, list_tensors, read_lea
 from realjax.models.attention import AttentionFn
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
+from realjax.models.heads import cap_logits
 from realjax.models.transformer import Forward
 from tests.given.models import KINDS, SIZES
 
@@ -97,7 +98,8 @@ def our_logits(model: Model, params: Tree, batch, attention_fn: AttentionFn) -> 
     transformer = model.bind(params)
     forward = Forward(attention_fn=attention_fn)
     hidden, _ = transformer(batch["tokens"], batch["positions"], batch["segment_ids"], forward)
-    return jnp.einsum("RTD,DV->RTV", hidden, transformer.head_kernel())
+    logits = jnp.einsum("RTD,DV->RTV", hidden, transformer.head_kernel())
+    return logits if model.config.is_critic else cap_logits(logits, model.config.logit_softcap)
 
 
 def their_logits(theirs: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:

@@ -4,6 +4,10 @@ from dataclasses import fields, is_dataclass, replace
 
 from realjax.core.json_text import JsonObject
 from realjax.hf.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
     llama,
     ministral3,
     mistral,
@@ -31,6 +35,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
     "smollm3": smollm3.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "gpt2": gpt2.FAMILY,
     "mixtral": mixtral.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
 }
@@ -46,10 +54,12 @@ def find_family(name: str) -> Family:
 def config_from_hf(hf: JsonObject, subject: str) -> ModelConfig:
     """Returns the model that a config.json describes. Raises ValueError, naming `subject`, when it is not supported.
 
-    A `*ForSequenceClassification` of one label is a critic (or reward model), a `*ForCausalLM` a language model.
+    A `*ForSequenceClassification` of one label is a critic (or reward model), a `*ForCausalLM` a language model. Of a
+    model with a part for more than text it is the text model.
     """
     check_values(hf, subject)
-    found = (hf.get("architectures") or [None])[0] or hf.get("model_type")
+    check_values(hf := take_text(hf), subject)
+    found = _name_architecture(hf)
     for family in FAMILIES.values():
         if found in (family.causal_class, family.critic_class, family.name):
             break
@@ -73,6 +83,23 @@ def config_from_hf(hf: JsonObject, subject: str) -> ModelConfig:
     except ValueError as error:
         raise ValueError(f"{subject}: {error}") from error
     return config
+
+
+def take_text(hf: JsonObject) -> JsonObject:
+    """Returns the config.json of the text model of one that `hf` describes with more parts, else `hf` itself."""
+    if not isinstance(text := hf.get("text_config"), dict):
+        return hf
+    found = _name_architecture(hf)
+    for family in FAMILIES.values():
+        classes = dict(zip(family.outer_classes, (family.causal_class, family.critic_class)))
+        if found in classes:
+            whole = {**text, **hf, "architectures": [classes[found]], "model_type": family.name}
+            return {key: value for key, value in whole.items() if key not in ("text_config", "vision_config")}
+    return hf
+
+
+def _name_architecture(hf: JsonObject) -> str | None:
+    return (hf.get("architectures") or [None])[0] or hf.get("model_type")
 
 
 def config_to_hf(config: ModelConfig) -> JsonObject:

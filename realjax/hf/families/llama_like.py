@@ -56,13 +56,18 @@ def read_pattern(
 
     That is `rope`, or what `read_rope` finds. Raises ValueError for what we do not compute of it, or an activation.
     """
-    if (activation := hf.get("hidden_act", "silu")) not in ACTIVATIONS:
-        raise ValueError(f"hidden_act '{activation}' is not supported; supported: {', '.join(ACTIVATIONS)}")
     norm, mixer = read_norm(hf), replace(mixer, rope=rope or read_rope(hf))
-    feed_forward = MLPConfig(activation=ACTIVATIONS[activation], bias=mlp_bias)
+    feed_forward = MLPConfig(activation=read_activation(hf.get("hidden_act", "silu")), bias=mlp_bias)
     kind = LayerKind(name="full", mixer=mixer, feed_forward=feed_forward, attn_norm=norm, mlp_norm=norm)
     sliding = lambda window: replace(kind, name="sliding", mixer=replace(mixer, window=window))
     return tuple(kind if window is None else sliding(window) for window in windows)
+
+
+def read_activation(name: str, key: str = "hidden_act") -> Activation:
+    """Returns the activation that transformers calls `name`. Raises ValueError for one we do not compute."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{key} '{name}' is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def read_windows(hf: JsonObject) -> list[int | None]:

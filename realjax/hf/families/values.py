@@ -24,6 +24,13 @@ SIZES = (
     "num_experts_per_tok",
     "moe_intermediate_size",
     "decoder_sparse_step",
+    "query_pre_attn_scalar",
+    "sliding_window_pattern",
+    "n_embd",
+    "n_inner",
+    "n_layer",
+    "n_head",
+    "n_positions",
 )
 COUNTS = ("max_window_layers",)
 NUMBERS = (
@@ -42,6 +49,10 @@ NUMBERS = (
     "attention_multiplier",
     "residual_multiplier",
     "logits_scaling",
+    "layer_norm_epsilon",
+    "rope_local_base_freq",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
 )
 SWITCHES = (
     "tie_word_embeddings",
@@ -51,8 +62,13 @@ SWITCHES = (
     "norm_topk_prob",
     "output_router_logits",
     "truncate",
+    "use_bidirectional_attention",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "add_cross_attention",
 )
-TEXTS = ("model_type", "hidden_act", "rope_type", "type")
+TEXTS = ("model_type", "hidden_act", "hidden_activation", "activation_function", "rope_type", "type")
 ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
 TABLES = (*ROPES, "id2label")
 LISTS = ("architectures", "layer_types")
@@ -61,7 +77,17 @@ COUNT_LISTS = ("no_rope_layers", "mlp_only_layers")
 # What some writers put where they mean that there is none, or the default.
 MAY_BE_NULL = frozenset(
     {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels", *TABLES, *LISTS, *COUNT_LISTS}
-    | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor", "factor"}
+    | {"n_inner", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"}
+    | {
+        "hidden_activation",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "partial_rotary_factor",
+        "factor",
+    }
 )
 
 
