@@ -22,7 +22,8 @@ def _count_layer(config: ModelConfig, kind: LayerKind) -> int:
 def _count_attention(config: ModelConfig, mixer: AttentionConfig) -> int:
     D, H, N, K = config.hidden_size, config.head_dim, config.num_q_heads, config.num_kv_heads
     biases = mixer.qkv_bias * (N + 2 * K) * H + mixer.o_bias * D
-    return 2 * D * H * (N + K) + biases + 2 * _count_norm(mixer.qk_norm, H) + mixer.sinks * N
+    norms = _count_norm(mixer.qk_norm, ((N + K) if mixer.qk_norm_whole else 2) * H)
+    return 2 * D * H * (N + K) + biases + norms + mixer.sinks * N
 
 
 def _count_mlp(config: ModelConfig, mlp: MLPConfig) -> int:

@@ -161,8 +161,8 @@ def make_bin(source: Path, out_dir: Path, *, num_files: int = 1, zipped: bool = 
 def edit_config(directory: Path, **changes) -> None:
     """Changes keys of config.json; None removes one."""
     file = directory / "config.json"
-    config = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in changes}
+    file.write_text(json.dumps(kept | {key: value for key, value in changes.items() if value is not None}))
 
 
 def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
