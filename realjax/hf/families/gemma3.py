@@ -19,6 +19,8 @@ _SIZES = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads"
 
 def _read_ropes(hf: JsonObject) -> dict[str, RopeConfig]:
     """Returns those of layers with and without a window; in transformers 4's spelling only the latter can be scaled."""
+    if not (hf.get("rope_parameters") or {}).keys() <= {FULL, SLIDING}:
+        raise ValueError(f"rope_parameters {hf['rope_parameters']}; it needs the keys {FULL} and {SLIDING}")
     by_kind, scaling = hf.get("rope_parameters") or {}, {FULL: hf.get("rope_scaling") or {}, SLIDING: {}}
     thetas = {FULL: hf.get("rope_theta", 1e6), SLIDING: hf.get("rope_local_base_freq", 1e4)}
     given = {
