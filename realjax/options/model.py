@@ -13,6 +13,7 @@ ModelClass = Literal[
     "llama",
     "codellama",
     "deepseek",
+    "granite",
     "mistral",
     "ministral3",
     "olmo2",

@@ -27,7 +27,7 @@ from tests.given.models import make_layout, make_model, place_params, quick_jit,
 from tests.given.sequences import make_examples, one_per_row, pack_in_order
 
 WINDOW, COEFFICIENT = 5, 0.3
-NEAR, FAR = RopeConfig(theta=1e2), RopeConfig(theta=1e4)
+NEAR, FAR = RopeConfig(theta=1e2), RopeConfig(theta=1e4, fraction=0.5, attention_factor=1.2)
 SLIDING = LayerKind(
     name="sliding",
     mixer=AttentionConfig(window=WINDOW, rope=NEAR, qk_norm=NormConfig()),
@@ -36,9 +36,13 @@ SLIDING = LayerKind(
     attn_post_norm=NormConfig(),
 )
 FULL = LayerKind(
-    name="full", mixer=AttentionConfig(rope=FAR, qkv_bias=True), attn_post_norm=NormConfig(), mlp_post_norm=NormConfig()
+    name="full",
+    mixer=AttentionConfig(rope=FAR, qkv_bias=True, qk_norm=NormConfig(), qk_norm_whole=True),
+    residual_scale=0.7,
+    attn_post_norm=NormConfig(),
+    mlp_post_norm=NormConfig(),
 )
-TOY = make_model(num_layers=4, pattern=(SLIDING, FULL))
+TOY = make_model(num_layers=4, pattern=(SLIDING, FULL), logit_scale=0.8)
 EXAMPLES = make_examples([9, 30, 17, 3, 22, 8, 14, 12])
 LAYOUTS = [{"dp": 2}, {"tp": 2}, {"pp": 2}]
 SLOW = pytest.mark.slow
@@ -77,11 +81,14 @@ def plain_attention(x, layer, rope: RopeConfig, window: int | None):
     q, k, v = project("q"), project("k"), project("v")
     if "q_norm" in layer:
         q, k = plain_norm(q, layer["q_norm"]), plain_norm(k, layer["k_norm"])
-    angles = jnp.arange(T)[:, None] / rope.theta ** (jnp.arange(2) / 2)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    turn = lambda y: jnp.concatenate(
-        [y[..., :2] * cos - y[..., 2:] * sin, y[..., 2:] * cos + y[..., :2] * sin], axis=-1
-    )
+    n = int(2 * rope.fraction)  # pairs that turn
+    angles = jnp.arange(T)[:, None] / rope.theta ** (jnp.arange(n) / n)
+    cos, sin = (rope.attention_factor * f(angles)[:, None] for f in (jnp.cos, jnp.sin))
+
+    def turn(y):
+        first, second, rest = y[..., :n], y[..., n : 2 * n], y[..., 2 * n :]
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
     q, k, v = turn(q), jnp.repeat(turn(k), 4, axis=2), jnp.repeat(v, 4, axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 2
     back = jnp.arange(T)[:, None] - jnp.arange(T)[None]
@@ -92,7 +99,8 @@ def plain_attention(x, layer, rope: RopeConfig, window: int | None):
 
 def plain_norm(x, params):
     scale = params["scale"] if "scale" in params else 1 + params["scale_less_one"]
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
+    dims = tuple(range(-scale.ndim, 0))
+    return x / jnp.sqrt(jnp.mean(x**2, axis=dims, keepdims=True) + 1e-5) * scale
 
 
 def plain_logits(params: Tree, tokens):
@@ -104,15 +112,16 @@ def plain_logits(params: Tree, tokens):
         )
         layer = jax.tree.map(lambda leaf, n=i // 2: leaf[n], params["layers"][name])
         attended = plain_attention(plain_norm(x, layer["attn_norm"]), layer["attn"], rope, window)
-        x = x + plain_norm(attended, layer["attn_post_norm"])
+        added = 1 if i % 2 == 0 else 0.7
+        x = x + added * plain_norm(attended, layer["attn_post_norm"])
         h = plain_norm(x, layer["mlp_norm"])
         mlp = {part: layer["mlp"][part]["kernel"] for part in ("gate", "up", "down")}
         fed = (act(h @ mlp["gate"]) * (h @ mlp["up"])) @ mlp["down"]
         if name == "full":
             fed = plain_norm(fed, layer["mlp_post_norm"])
             squares.append(jnp.mean(h**2, axis=-1))
-        x = x + fed
-    return plain_norm(x, params["norm"]) @ params["head"]["kernel"], squares
+        x = x + added * fed
+    return 0.8 * plain_norm(x, params["norm"]) @ params["head"]["kernel"], squares
 
 
 def plain_loss(params: Tree, coefficient: float):

@@ -40,6 +40,7 @@ LLAMA3_ROPE = {
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 # Three pairs of dims, of heads of 8 of which six turn.
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 2.5, 6.0]}
+GRANITE = {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 4.0}
 FOUR = {"num_hidden_layers": 4}  # also where two are enough for most families
 # What is tested of every family, a line for each configuration: transformers' `model_type`, and keys beside `SIZES`.
 # Windows of 8 tokens and rotary embeddings of 32 positions or less: the tests' sequences are longer.
@@ -54,6 +55,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "dynamic-rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "granite": ("granite", GRANITE),
+    "granite-ones": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral-whole": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "ministral3": (

@@ -8,6 +8,7 @@ from realjax.hf.families import (
     gemma2,
     gemma3,
     gpt2,
+    granite,
     llama,
     ministral3,
     mistral,
@@ -27,6 +28,7 @@ from realjax.models.config import LayerKind, ModelConfig
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
+    "granite": granite.FAMILY,
     "mistral": mistral.FAMILY,
     "ministral3": ministral3.FAMILY,
     "olmo2": olmo2.FAMILY,

@@ -1,7 +1,7 @@
 """Qwen1.5 and Qwen2 with experts: a feed-forward that every token goes through beside them, weighed by a sigmoid."""
 
 from realjax.core.json_text import JsonObject
-from realjax.hf.families.llama_like import FULL, RULES, SLIDING, read_pattern, read_sizes, read_windows, write_sizes
+from realjax.hf.families.llama_like import FULL, SLIDING, place_windows, read_pattern, read_sizes, write_sizes
 from realjax.hf.families.moe_like import (
     EXPERTS,
     count_experts,
@@ -13,6 +13,7 @@ from realjax.hf.families.moe_like import (
     write_balance,
     write_sparse_layers,
 )
+from realjax.hf.families.tables import RULES
 from realjax.hf.rules import Family, Rule
 from realjax.models.config import AttentionConfig, ModelConfig, MoEConfig
 
@@ -22,10 +23,11 @@ SHARED_GATE = Rule(
 
 
 def _config_from_hf(hf: JsonObject, is_critic: bool) -> ModelConfig:
-    sizes, first = read_sizes(hf, is_critic), hf.get("max_window_layers", 28)
+    sizes, first, window = read_sizes(hf, is_critic), hf.get("max_window_layers", 28), hf.get("sliding_window", 4096)
     # Without a list of types, every second of the first layers has the window.
     types = [FULL if i % 2 or i >= first else SLIDING for i in range(sizes["num_layers"])]
-    windows = read_windows({**hf, "layer_types": hf.get("layer_types") or types})
+    types, has_window = hf.get("layer_types") or types, hf.get("use_sliding_window", False)
+    windows = place_windows(types, window if has_window else None, sizes["num_layers"])
     pattern = read_pattern(hf, AttentionConfig(qkv_bias=bool(hf.get("qkv_bias", True))), windows)
     experts = MoEConfig(
         num_experts=count_experts(hf),

@@ -86,7 +86,6 @@ MAY_BE_NULL = frozenset(
         "mscale",
         "mscale_all_dim",
         "partial_rotary_factor",
-        "factor",
     }
 )
 
