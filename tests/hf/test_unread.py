@@ -105,6 +105,35 @@ def change(key: str, default: Any) -> Any:
     return "silu" if default == "gelu_pytorch_tanh" else "gelu" if key == "hidden_act" else 16
 
 
+# What published files say beside their sizes: a model that is read must not be refused for a word in a key.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2": ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": "b"}}),
+    "DeepSeek Coder": ("llama", {"rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 1e5}),
+    "R1 Distill": ("qwen2", {"max_window_layers": 21, "sliding_window": 4096, "use_mrope": False}),
+    "Qwen3": ("qwen3", {"max_window_layers": 36, "sliding_window": None, "use_sliding_window": False}),
+    "OLMo 2": ("olmo2", {"attention_bias": False, "rope_scaling": None, "rope_theta": 500000}),
+    "Granite 3": ("granite", {"attention_multiplier": 0.0156, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
+    "Phi-3 mini": ("phi3", {"original_max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047}),
+    "Phi-4 mini": (
+        "phi3",
+        {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "embd_pdrop": 0.0}
+        | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 32, "sliding_window": 262144}
+        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+    ),
+    "SmolLM3": (
+        "smollm3",
+        {"layer_types": ["full_attention"] * 4, "max_window_layers": 28, "no_rope_layer_interval": 4}
+        | {"no_rope_layers": [1, 1, 1, 0], "pretraining_tp": 2, "sliding_window": None, "use_sliding_window": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_published_is_read(name):
+    family, keys = PUBLISHED[name]
+    assert read(family, **keys).family == family
+
+
 @pytest.mark.parametrize(
     "key",
     [
