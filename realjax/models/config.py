@@ -8,7 +8,7 @@ Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding, see `models/rope.py`. Raises ValueError for a fraction that is none."""
+    """Rotary position embedding, see `models/rope.py`. Raises ValueError where it cannot be computed."""
 
     theta: float = 10000.0
     scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
@@ -27,7 +27,12 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(
-                f"model config: a fraction of {self.fraction} of each head turns; it must be above 0, up to 1"
+                f"model config: a fraction of {self.fraction:g} of each head turns; it must be above 0, up to 1"
+            )
+        if self.scaling in ("yarn", "longrope") and (self.theta <= 1 or self.original_max_positions < 2):
+            raise ValueError(
+                f"model config: {self.scaling} with theta {self.theta:g} and {self.original_max_positions} original "
+                "positions; it needs both above 1"
             )
 
     def count_dims(self, head_dim: int) -> int:

@@ -16,7 +16,7 @@ NUM_NEW, NO_END = 32, SIZES["vocab_size"] - 1  # long enough to leave a window o
 PROMPTS = [np.random.default_rng(n).integers(1, NO_END, n).astype(np.int32) for n in (5, 19, 9)]
 
 
-@pytest.mark.parametrize("kind", FIRST_KINDS)
+@pytest.mark.parametrize("kind", [*FIRST_KINDS, "phi3-long"])
 def test_greedy_tokens_are_those_of_transformers(kind):
     theirs = make_theirs(kind)
     config = GenerationConfig(max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, greedy=True)

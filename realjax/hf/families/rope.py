@@ -27,11 +27,8 @@ def read_rope(
     `theta` is the family's where none is named; `is_partial`: heads may turn in part. Raises ValueError for what we do
     not compute.
     """
-    of_5, of_4 = (
-        hf.get("rope_parameters"),
-        hf.get("rope_scaling"),
-    )  # where a config has both, each version reads the latter
-    asked: JsonObject = given or of_4 or of_5 or {}
+    of_5, of_4 = hf.get("rope_parameters"), hf.get("rope_scaling")
+    asked: JsonObject = given or of_4 or of_5 or {}  # transformers, too, goes by that of 4 where a config has both
     params = {key: value for key, value in asked.items() if value is not None}
     kind = params.get("rope_type", params.get("type", "default"))
     unknown = sorted(set(params) - KEYS_OF_ALL - KEYS.get(kind, set()))

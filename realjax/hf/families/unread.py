@@ -7,50 +7,13 @@ from typing import Any
 from realjax.core.json_text import JsonObject
 
 # A key with one of these words says how a model computes, in every decoder of transformers.
-OF_ATTENTION = {
-    "alibi",
-    "attention",
-    "attn",
-    "causal",
-    "chunk",
-    "clip",
-    "qk",
-    "sink",
-    "sinks",
-    "swa",
-    "window",
-    "windows",
-}
+OF_ATTENTION = {"alibi", "attention", "attn", "causal", "chunk", "qk", "sink", "sinks", "swa", "window", "windows"}
 OF_POSITIONS = {"embeddings", "interleaved", "mrope", "nope", "rope", "rotary", "yarn"}
 OF_FACTORS = {"alpha", "factor", "fraction", "multiplier", "multipliers", "rescale", "scale", "scaled", "scaling"}
-OF_VALUES = {
-    "beta",
-    "bias",
-    "cap",
-    "layernorm",
-    "ln",
-    "logit",
-    "logits",
-    "mup",
-    "norm",
-    "soft",
-    "softcap",
-    "softcapping",
-}
-OF_LAYERS = {
-    "act",
-    "activation",
-    "experts",
-    "gate",
-    "gating",
-    "moe",
-    "parallel",
-    "residual",
-    "shared",
-    "sparsity",
-    "swiglu",
-}
-WORDS = OF_ATTENTION | OF_POSITIONS | OF_FACTORS | OF_VALUES | OF_LAYERS | {"types"}
+OF_BOUNDS = {"cap", "clip", "logit", "logits", "mup", "soft", "softcap", "softcapping"}
+OF_VALUES = {"act", "activation", "beta", "bias", "layernorm", "ln", "norm", "sparsity", "swiglu"}
+OF_LAYERS = {"experts", "gate", "gating", "moe", "parallel", "residual", "shared", "types"}
+WORDS = OF_ATTENTION | OF_POSITIONS | OF_FACTORS | OF_BOUNDS | OF_VALUES | OF_LAYERS
 # Where one of these stands too, the key is of training, of initial values or of how numbers are kept.
 HARMLESS_WORDS = {"coef", "dropout", "float32", "fp32", "implementation", "init", "initializer", "loss", "pdrop"}
 HARMLESS = frozenset(
