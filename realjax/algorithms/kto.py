@@ -50,7 +50,7 @@ def estimate_kl_baseline(arrays: Arrays, state: State) -> HostResult:
 
 
 def kto_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: KTOParameters) -> LossSums:
-    """Returns weight (1 - sigmoid(+-beta (log-ratio - KL))) summed over the first answers of pairs (eq. 7 and 8), + for
+    """Returns weight (1 - sigmoid(+-beta (log-ratio - KL))) summed over the first answers of pairs (section 4.1), + for
     desirable ones.
 
     Reads `loss_mask`, `ref_logprobs` `[R, T]`, and `pair_weight`, `desirable`, `kl_baseline` `[R, P]`.
