@@ -34,6 +34,9 @@ class ModelShape:
     other_params: int = 0  # beyond what the sizes make; below 0 where some layers are smaller
     num_experts: int = 1
     experts_per_token: int = 1
+    shared_size: int = 0  # of a feed-forward beside the experts, in the layers that have these
+    num_dense_layers: int = 0  # layers of a model with experts that have one feed-forward instead
+    dense_size: int = 0  # of that
     windows: tuple[int | None, ...] = (None,)  # how far layers look back, in turn; None: as far as there are tokens
     cuts: tuple[int, ...] | None = None  # the numbers of equal pipeline stages; None: any, with empty layers
 
@@ -51,6 +54,9 @@ class ModelShape:
             vocab_size=config.vocab_size,
             num_experts=moe.num_experts if moe else 1,
             experts_per_token=moe.experts_per_token if moe else 1,
+            shared_size=moe.shared_size or 0 if moe else 0,
+            num_dense_layers=config.num_layers - len(config.routed_layers) if moe else 0,
+            dense_size=config.ffn_size if moe else 0,
             is_gated=all(
                 kind.feed_forward.gated for kind in config.pattern if isinstance(kind.feed_forward, MLPConfig)
             ),
@@ -77,22 +83,41 @@ class ModelShape:
         return (3 if self.is_gated else 2) * self.hidden_size * self.ffn_size
 
     @property
-    def layer_params(self) -> int:
-        """Of one layer, norms included."""
-        router = self.hidden_size * self.num_experts if self.num_experts > 1 else 0
-        return self.attention_params + self.num_experts * self.expert_params + router + 2 * self.hidden_size
+    def sparse_share(self) -> float:
+        """Of the layers, those that have experts."""
+        return 1 - self.num_dense_layers / self.num_layers
+
+    @property
+    def beside_size(self) -> float:
+        """Hidden numbers of feed-forwards that every token goes through beside experts; a mean over layers."""
+        return self.sparse_share * self.shared_size + (1 - self.sparse_share) * self.dense_size
+
+    @property
+    def beside_params(self) -> float:
+        """Of a layer, those of a router and of what `beside_size` counts; a mean over layers."""
+        router = self.sparse_share * self.num_experts if self.num_experts > 1 else 0
+        return self.hidden_size * (router + (3 if self.is_gated else 2) * self.beside_size)
+
+    @property
+    def layer_params(self) -> float:
+        """Of one layer, norms included; a mean where layers differ."""
+        experts = self.sparse_share * self.num_experts * self.expert_params
+        return self.attention_params + experts + self.beside_params + 2 * self.hidden_size
 
     @property
     def experts_share(self) -> float:
         """Which share of all parameters is that of experts, where a layer has several."""
         return (
-            self.num_layers * self.num_experts * self.expert_params / self.num_params if self.num_experts > 1 else 0.0
+            self.sparse_share * self.num_layers * self.num_experts * self.expert_params / self.num_params
+            if self.num_experts > 1
+            else 0.0
         )
 
     @property
-    def active_layer_params(self) -> int:
-        """Of one layer, those that multiply a token."""
-        return self.attention_params + self.experts_per_token * self.expert_params
+    def active_layer_params(self) -> float:
+        """Of one layer, those that multiply a token; a mean where layers differ."""
+        experts = self.sparse_share * self.experts_per_token * self.expert_params
+        return self.attention_params + experts + self.beside_params
 
     @property
     def table_params(self) -> int:
@@ -109,12 +134,12 @@ class ModelShape:
         """All parameters."""
         own_head = 0 if self.is_tied and not self.is_critic else self.head_params
         outer = self.table_params + own_head + self.hidden_size + self.other_params
-        return self.num_layers * self.layer_params + outer
+        return round(self.num_layers * self.layer_params) + outer
 
     @property
     def active_params(self) -> int:
         """Those that multiply a token."""
-        return self.num_layers * self.active_layer_params + self.head_params
+        return round(self.num_layers * self.active_layer_params) + self.head_params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The description of a whole run: what an experiment makes of its options and the runtime carries out."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from realjax.core.compute import Compute
@@ -32,6 +32,7 @@ class RoleSpec:
     init_critic_from_actor: bool = False
     compute: Compute = Compute()
     optimizer: OptimizerConfig | None = None
+    term_coefs: Mapping[str, float] = field(default_factory=dict)  # see `engine.train.TrainOptions`
     zero_stage: int = 0  # where it is trained, see `core.layout.ParallelStrategy`
     is_averaged: bool = False  # follows another role (`MovingAverage`): kept in float32, or small steps would be lost
     offload: bool | None = None  # parameters in host memory between calls; None: where roles share devices

@@ -42,6 +42,7 @@ def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -
     config = load_config(path)
     check_declared(model.type, config, path, option)
     check_head(model, config, path, option, is_trained=is_trained)
+    check_experts(model, config, path, option)
     return RoleSpec(
         name=name,
         path=path,
@@ -51,6 +52,7 @@ def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -
         init_critic_from_actor=model.init_critic_from_actor,
         compute=model.compute,
         optimizer=model.optimizer if is_trained else None,
+        term_coefs=model.term_coefs,
         zero_stage=model.zero_stage_or_default if is_trained else 0,
         offload=model.offload,
         undecided=model.undecided,
@@ -108,6 +110,17 @@ def check_head(model: ModelTrainEvalConfig, config: ModelConfig, path: Path, opt
                 f"{option}.init_critic_from_actor: found True, but this model is not trained, and a new head would "
                 "score at random; leave it out"
             )
+
+
+def check_experts(model: ModelTrainEvalConfig, config: ModelConfig, path: Path, option: str) -> None:
+    """Raises ValueError for coefficients of a router's losses where the model has none."""
+    if config.experts is None and any(model.term_coefs.values()):
+        found = {name: getattr(model, name) for name in ("router_aux_loss_coef", "router_z_loss_coef")}
+        asked = next(name for name, value in found.items() if value)
+        raise ValueError(
+            f"{option}.{asked}: found {found[asked]}, but '{path}' holds a {config.family} without experts; leave it "
+            "out"
+        )
 
 
 def num_common_tokens(roles: Iterable[RoleSpec]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-from realjax.core.trees import Tree, map_paths, num_params
+from realjax.core.trees import Tree, flatten_paths, map_paths, num_params
 from realjax.models.config import LayerKind, ModelConfig
 from realjax.models.stacks import join_kinds
 from realjax.models.transformer import FEED_FORWARDS, Block, Transformer
@@ -34,6 +34,16 @@ class Model:
         config = self.config
         per_layer = num_params(self.abstract["layers"]) // config.num_stacked_layers
         return num_params(self.abstract) - config.num_empty_layers * per_layer
+
+    @property
+    def num_active_params(self) -> int:
+        """Those of `num_params` that multiply a token: of experts only the token's own."""
+        config, moe = self.config, self.config.experts
+        if moe is None:
+            return self.num_params
+        of_experts = sum(leaf.size for path, leaf in flatten_paths(self.abstract).items() if "/mlp/experts/" in path)
+        of_experts = of_experts * config.num_layers // config.num_stacked_layers
+        return self.num_params - of_experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts
 
     def bind(self, params: Tree) -> Transformer:
         """Returns the module with these parameters, ready to be called inside a jitted function."""

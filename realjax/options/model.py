@@ -24,6 +24,7 @@ ModelClass = Literal[
     "qwen3",
     "smollm3",
     "mixtral",
+    "qwen2_moe",
     "qwen3_moe",
     "gemma",
     "gemma2",
@@ -96,6 +97,15 @@ class ModelTrainEvalConfig:
     )
     offload: bool | None = option(None, "keep parameters in host memory between calls; null decides by need")
     lora: str | None = option(None, "only null: low-rank adapters are not available, all parameters are trained")
+    router_aux_loss_coef: float | None = option(
+        None,
+        "of the balance loss in training a model with experts; null is config.json's, 0 but where it sets "
+        "output_router_logits",
+        at_least=0,
+    )
+    router_z_loss_coef: float = option(
+        0.0, "of the mean square of log sum exp of router logits in training a model with experts", at_least=0
+    )
     optimizer: OptimizerConfig = nested(OptimizerConfig)
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
@@ -126,6 +136,12 @@ class ModelTrainEvalConfig:
             unroll=self.unroll_layers,
             loss_chunk_tokens=self.loss_chunk_tokens,
         )
+
+    @property
+    def term_coefs(self) -> dict[str, float]:
+        """Coefficients of terms that layers add to the loss, where they are to be others than the checkpoint's."""
+        z_loss = {"router_z_loss": self.router_z_loss_coef} if self.router_z_loss_coef else {}
+        return z_loss if self.router_aux_loss_coef is None else {"balance_loss": self.router_aux_loss_coef, **z_loss}
 
     @property
     def zero_stage_or_default(self) -> int:

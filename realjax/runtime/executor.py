@@ -118,7 +118,7 @@ class Executor:
 
     def _watch(self, mfc: ModelCall, done: Done, start: float, step: int) -> None:
         # Forward 2 and backward 4 operations a parameter and token; attention's own share is left out.
-        per_token = (6 if isinstance(mfc, Train) else 2) * self.roles[mfc.role].model.num_params
+        per_token = (6 if isinstance(mfc, Train) else 2) * self.roles[mfc.role].model.num_active_params
         self.timeline.watch(
             done.results,
             start=start,

@@ -52,7 +52,8 @@ class Programs:
     def _make_train_step(self, mfc: Train, num_mbs: int) -> Compiled:
         role, layout = self.roles[mfc.role], self.plan.layouts[mfc.name]
         assert role.optimizer, f"{mfc.name}: a trained role has an optimizer"
-        options = TrainOptions(compute=replace(role.compute, max_segment_len=mfc.max_seqlen), num_mbs=num_mbs)
+        compute = replace(role.compute, max_segment_len=mfc.max_seqlen)
+        options = TrainOptions(compute=compute, num_mbs=num_mbs, term_coefs=role.spec.term_coefs)
         step = make_train_step(role.model, mfc.loss, role.optimizer, layout, options)
         out = (train_state_shardings(role.model, role.optimizer, layout), layout.replicated)
         return Compiled(mfc.name, step, self.log, donate_argnums=0, out_shardings=out)

@@ -28,7 +28,8 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 # As families with experts call them.
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHARED = {"shared_expert_intermediate_size": 40}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -87,6 +88,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", FOUR),
     "smollm3-untied": ("smollm3", {**FOUR, "no_rope_layers": [0, 1, 0, 1], "tie_word_embeddings": False}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, **SHARED, "mlp_only_layers": [0]}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "qwen3_moe-sparse": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2}),
     "gemma": ("gemma", {"head_dim": 16}),
@@ -107,9 +109,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 # The first of each family, for what one configuration shows.
 FIRST_KINDS = tuple({model_type: kind for kind, (model_type, _) in reversed(KINDS.items())}.values())[::-1]
 # Of each family as transformers has it by default, but for the sizes.
+OF_EXPERTS = {"num_local_experts", *EXPERTS, *SHARED}
 FAMILY_CONFIGS = {
     name: config_from_hf(
-        {"model_type": name, **SIZES, **{key: EXPERTS[key] for key in EXPERTS.keys() & KINDS[kind][1]}}, name
+        {"model_type": name, **SIZES, **{key: x for key, x in KINDS[kind][1].items() if key in OF_EXPERTS}}, name
     )
     for name, kind in zip((KINDS[kind][0] for kind in FIRST_KINDS), FIRST_KINDS)
 }

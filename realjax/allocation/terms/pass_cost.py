@@ -252,7 +252,7 @@ def _split_experts(passes: Passes, size: float, num_layers: int) -> list[tuple[f
     choice, model, groups = passes.choice, passes.work.model, passes.groups
     if choice.expert_shards == 1:
         return [(size, groups.data)]
-    experts = num_layers * model.num_experts * model.expert_params / choice.strategy.tp
+    experts = num_layers * model.sparse_share * model.num_experts * model.expert_params / choice.strategy.tp
     return [(size - experts, groups.data), (experts / choice.expert_shards, groups.replicas)]
 
 

@@ -130,8 +130,10 @@ class Rates:
         up, ffn = (2 if model.is_gated else 1), model.ffn_size / tp
         if model.num_experts == 1:
             return seconds + self.product(tokens, h, up * ffn) + self.product(tokens, ffn, h)
+        if beside := model.beside_size / tp:
+            seconds += self.product(tokens, h, up * beside) + self.product(tokens, beside, h)
         used, rows = _share_experts(model, tokens, split.ep)
-        return seconds + used * (self.product(rows, h, up * ffn) + self.product(rows, ffn, h))
+        return seconds + model.sparse_share * used * (self.product(rows, h, up * ffn) + self.product(rows, ffn, h))
 
     def backward(self, model: ModelShape, forward: Layer) -> Layer:
         """Returns the way back: two products for each, and twice the passes over memory."""
@@ -160,7 +162,8 @@ def _values_passed(model: ModelShape, split: LayerSplit) -> float:
     """Returns numbers a token that are read or written beside products and attention: two norms and two sums read and
     write the hidden state (8 h), rotations the queries and keys, the activation what it is given and gives."""
     heads = (model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
-    ffn = (3 if model.is_gated else 2) * model.ffn_size * model.experts_per_token
+    active = model.sparse_share * model.ffn_size * model.experts_per_token + model.beside_size
+    ffn = (3 if model.is_gated else 2) * active
     return 8 * model.hidden_size / (split.tp if split.sp else 1) + (2 * heads + ffn) / split.tp
 
 

@@ -45,8 +45,8 @@ class Split:
         queries = model.num_q_heads * model.head_dim / s.tp
         # Key-value heads that do not divide over `tensor` are whole on every device.
         keys = model.num_kv_heads * model.head_dim / (1 if model.num_kv_heads % s.tp else s.tp)
-        experts = model.num_experts / expert_shards * model.expert_params / s.tp
-        router = D * model.num_experts if model.num_experts > 1 else 0
+        experts = model.sparse_share * model.num_experts / expert_shards * model.expert_params / s.tp
+        beside = model.beside_params / s.tp  # a router is whole, but small
         vocab = model.vocab_size / (s.tp if model.vocab_size % (s.tp * s.pp) else s.tp * s.pp)
         table = D * vocab
         head = D if model.is_critic else 0 if model.is_tied else table
@@ -55,8 +55,8 @@ class Split:
             num_layers=num_layers,
             queries=queries,
             keys=keys,
-            ffn=model.ffn_size * model.experts_per_token / s.tp,
-            layers=num_layers * (2 * D * (queries + keys) + experts + router),
+            ffn=(model.sparse_share * model.ffn_size * model.experts_per_token + model.beside_size) / s.tp,
+            layers=num_layers * (2 * D * (queries + keys) + experts + beside),
             experts=num_layers * experts if model.num_experts > 1 else 0,
             outer=table + head,
             whole=(2 * num_layers + 1) * D,

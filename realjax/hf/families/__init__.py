@@ -17,6 +17,7 @@ from realjax.hf.families import (
     olmo3,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     smollm3,
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": gemma3.FAMILY,
     "gpt2": gpt2.FAMILY,
     "mixtral": mixtral.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
 }
 

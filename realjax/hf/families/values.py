@@ -16,13 +16,13 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
     "original_max_position_embeddings",
-    "sliding_window",
     "no_rope_layer_interval",
     "num_labels",
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "decoder_sparse_step",
     "query_pre_attn_scalar",
     "sliding_window_pattern",
@@ -32,7 +32,7 @@ SIZES = (
     "n_head",
     "n_positions",
 )
-COUNTS = ("max_window_layers",)
+COUNTS = ("max_window_layers", "sliding_window")  # a window of 0 is none
 NUMBERS = (
     "rms_norm_eps",
     "rope_theta",
@@ -67,6 +67,7 @@ SWITCHES = (
     "scale_attn_by_inverse_layer_idx",
     "reorder_and_upcast_attn",
     "add_cross_attention",
+    "qkv_bias",
 )
 TEXTS = ("model_type", "hidden_act", "hidden_activation", "activation_function", "rope_type", "type")
 ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
