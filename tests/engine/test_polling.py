@@ -22,8 +22,11 @@ Setup = Callable[..., tuple[SlotPrograms, Tree]]
 
 @pytest.fixture(scope="module")
 def setup() -> Setup:
-    """Programs and placed parameters by layout and options, each made once."""
-    model, made = make_model(), {}
+    """Programs and placed parameters by layout and options, each made once.
+
+    Of a model with windows, whose caches are rings of 32 places: rows come, leave and come back longer than that.
+    """
+    model, made = make_model(window=20), {}
 
     def make(seed: int = 0, config: GenerationConfig = SAMPLED, **sizes: int) -> tuple[SlotPrograms, Tree]:
         key = (config, *sizes.items())
