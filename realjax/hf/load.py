@@ -97,7 +97,7 @@ def load_params(
     A critic's `head/kernel` comes from `fresh["head/kernel"]` where that is given, else from the checkpoint.
     Raises ValueError, before any tensor is read, when the checkpoint's tensors are not the model's.
     """
-    files = _open(path, model.config)
+    files = _open(path, model.config, told=True)
     shapes = {name: leaf.shape for name, leaf in flatten_paths(model.abstract).items()}
     pieces = _match(files, model.config, shapes, fresh or {})
     places = flatten_paths(shardings)
@@ -108,11 +108,13 @@ def load_params(
     return unflatten_paths(leaves)
 
 
-def _open(path: str | Path, config: ModelConfig) -> CheckpointFiles:
+def _open(path: str | Path, config: ModelConfig, *, told: bool = False) -> CheckpointFiles:
+    """Returns the files by the names of the model's family; with `told`, the log says what is no part of it."""
     whole = CheckpointFiles.open(path)
     files = whole.respelled(find_family(config.family))
-    if num_left_out := len(whole.tensors) - len(files.tensors):
-        logger.info("%s: of %d tensors, %d are of no text model and left out", path, len(whole.tensors), num_left_out)
+    if told and (num_left_out := len(whole.tensors) - len(files.tensors)):
+        counts = len(whole.tensors), num_left_out
+        logger.info("%s: of %d tensors %d are no part of the text model; exports leave them out too", path, *counts)
     return files
 
 

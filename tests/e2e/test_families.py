@@ -27,7 +27,7 @@ def test_two_steps_of_ppo(family, given: Given, tmp_path):
     records = trial.metrics("train")
     assert [record["step"] for record in records] == [1, 2]
     for record in records:
-        assert record["sampler_error"] == pytest.approx(0, abs=1e-5)
+        assert record["sampler_error"] == pytest.approx(1, abs=1e-5)
         assert record["actor_train/grad_norm"] > 0 and record["critic_train/grad_norm"] > 0
     assert records[0]["kl"] == pytest.approx(0, abs=1e-5) and records[1]["kl"] > 1e-5
     for role in ("actor", "critic"):

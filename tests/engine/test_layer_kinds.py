@@ -23,7 +23,7 @@ from realjax.models.config import AttentionConfig, LayerKind, MLPConfig, NormCon
 from realjax.models.mlp import MLP
 from tests.engine.generation_cases import EOS, run
 from tests.given.compare import assert_close_in_norm
-from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
+from tests.given.models import LEARNED, make_layout, make_model, place_params, quick_jit, random_tree
 from tests.given.sequences import make_examples, one_per_row, pack_in_order
 
 WINDOW, COEFFICIENT = 5, 0.3
@@ -198,3 +198,14 @@ def test_greedy_decoding_is_the_plain_forward_pass(layout):
         best[: len(prompt) + 17, EOS] = -np.inf
         best = best.argmax(axis=-1)
         np.testing.assert_array_equal(best[len(prompt) - 1 : len(tokens) - 1], generation.tokens)
+
+
+def test_learned_positions_and_capped_logits_are_the_same_in_stages():
+    model = make_model(**LEARNED, embed_scale=2.0, logit_softcap=3.0)
+    params, config = random_tree(model, scale=0.4), GenerationConfig(max_new_tokens=8, top_k=20, temperature=0.7)
+    requests = [Request(tokens=e["tokens"], row_id=i) for i, e in enumerate(make_examples([3, 11, 6, 8]))]
+    one, stages = (run(model, params, config, make_layout(pp=pp), requests=requests) for pp in (1, 2))
+    for a, b in zip(one, stages, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert any(len(set(generation.tokens)) > 2 for generation in one)
