@@ -1,7 +1,10 @@
 """HuggingFace checkpoints to Orbax and back.
 
     python -m tools.convert_hf to-orbax --hf DIR_OR_HUB_ID --orbax DIR
-    python -m tools.convert_hf to-hf --orbax DIR --hf DIR [--like HF_DIR]
+    python -m tools.convert_hf to-hf --orbax DIR --hf DIR [--like HF_DIR] [--shard-gb 5]
+
+`--check` then compares what was read or written with transformers on a text (needs the extra `torch`), and fails where
+they differ.
 
 An Orbax directory holds `params` (the parameter tree, as Orbax's StandardCheckpointer writes it) and, beside it, the
 config.json and tokenizer files of the model. `--like` takes config and tokenizer from another HuggingFace directory.
@@ -30,28 +33,33 @@ from realjax.hf.save import replace_directory, save_hf
 from realjax.hf.save_config import write_config
 from realjax.models.build import build_model
 from realjax.models.config import ModelConfig
+from tools.check_hf import check_hf
 
 PARAMS = "params"
 
 
-def hf_to_orbax(hf: str, orbax: Path, dtype: str | None) -> tuple[ModelConfig, Tree]:
+def hf_to_orbax(hf: Path, orbax: Path, dtype: str | None) -> tuple[ModelConfig, Tree]:
     """Writes the Orbax directory of a HuggingFace model, by default in the dtype of its files."""
     refuse_existing("--orbax", orbax)
-    source = resolve_model_path(hf)
-    config = correct_config(load_config(source), source)
+    config = correct_config(load_config(hf), hf)
     model = build_model(config)
     placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract)
-    params = load_params(source, model, placed, dtype=jnp.dtype(dtype or CheckpointFiles.open(source).dtype))
+    params = load_params(hf, model, placed, dtype=jnp.dtype(dtype or CheckpointFiles.open(hf).dtype))
     with replace_directory(orbax) as temp:
-        write_config(config, temp, source, jax.tree.leaves(params)[0].dtype)
+        write_config(config, temp, hf, jax.tree.leaves(params)[0].dtype)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temp.absolute() / PARAMS, params)
             checkpointer.wait_until_finished()
     return config, params
 
 
-def orbax_to_hf(orbax: Path, hf: Path, like: str | None, dtype: str | None) -> tuple[ModelConfig, Tree]:
-    """Writes the HuggingFace directory of an Orbax directory, by default in the dtype of its arrays."""
+def orbax_to_hf(
+    orbax: Path, hf: Path, like: str | None, dtype: str | None, shard_bytes: float
+) -> tuple[ModelConfig, Tree]:
+    """Writes the HuggingFace directory of an Orbax directory, by default in the dtype of its arrays.
+
+    Files of weights have at most `shard_bytes`, or one tensor that is larger.
+    """
     refuse_existing("--hf", hf)
     if not (orbax / PARAMS).is_dir():
         raise ValueError(f"--orbax: '{orbax}' has no directory '{PARAMS}'; give one that `to-orbax` wrote")
@@ -65,7 +73,7 @@ def orbax_to_hf(orbax: Path, hf: Path, like: str | None, dtype: str | None) -> t
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
         params = checkpointer.restore(orbax.absolute() / PARAMS, wanted)
     arrays = jax.tree.leaves(params)[0].dtype
-    save_hf(params, config, hf, source_dir=source, dtype=jnp.dtype(dtype or arrays))
+    save_hf(params, config, hf, source_dir=source, dtype=jnp.dtype(dtype or arrays), max_shard_bytes=shard_bytes)
     return config, params
 
 
@@ -99,8 +107,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--orbax", required=True, type=Path, help="directory to read")
     to_hf.add_argument("--hf", required=True, type=Path, help="directory to write; must not exist")
     to_hf.add_argument("--like", help="model to take config.json and tokenizer from (default: the Orbax directory)")
+    to_hf.add_argument("--shard-gb", type=float, default=5.0, help="10^9 bytes of a file of weights at most")
     for command in (to_orbax, to_hf):
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+        command.add_argument(
+            "--check",
+            nargs="?",
+            const="",
+            metavar="TEXT",
+            help="compare with transformers on this text, or on one of ours",
+        )
     return parser.parse_args(argv)
 
 
@@ -117,11 +133,18 @@ def convert(args: argparse.Namespace) -> None:
     """Converts and prints what it took."""
     start = time.monotonic()
     if args.command == "to-orbax":
-        done, (config, params) = f"{args.hf} -> {args.orbax}", hf_to_orbax(args.hf, args.orbax, args.dtype)
+        if args.check is not None and args.dtype is not None:
+            raise ValueError("--check: it compares weights as they are stored; leave out --dtype, or the check")
+        directory, done = resolve_model_path(args.hf), f"{args.hf} -> {args.orbax}"
+        config, params = hf_to_orbax(directory, args.orbax, args.dtype)
     else:
-        done = f"{args.orbax} -> {args.hf}"
-        config, params = orbax_to_hf(args.orbax, args.hf, args.like, args.dtype)
+        if not args.shard_gb > 0:
+            raise ValueError(f"--shard-gb: found {args.shard_gb:g}; it must be above 0")
+        directory, done = args.hf, f"{args.orbax} -> {args.hf}"
+        config, params = orbax_to_hf(args.orbax, directory, args.like, args.dtype, args.shard_gb * 1e9)
     print(report(done, config, params, time.monotonic() - start))
+    if args.check is not None:
+        print(check_hf(directory, config, params, args.check).describe())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import pytest
 
 from tests.given.checkpoints import make_checkpoint, read_tensors
+from tools import check_hf
 from tools.convert_hf import main
 
 
@@ -38,3 +39,26 @@ def test_wrong_input_ends_in_one_line_and_a_status(tmp_path, capsys):
     expected = ["exists; name another directory", "does not exist", "no directory 'params'"]
     assert len(errors) == 3 and all(text in line for text, line in zip(expected, errors))
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("kind", "task"), [("qwen3", "CausalLM"), ("llama", "SequenceClassification")])
+def test_both_ways_are_checked_against_transformers(kind, task, tmp_path, capsys):
+    pytest.importorskip("torch")
+    critic = {} if task == "CausalLM" else {"num_labels": 1}
+    source = make_checkpoint(tmp_path / "hf", kind, task=task, config=critic)
+    assert main(["to-orbax", "--hf", str(source), "--orbax", str(tmp_path / "orbax"), "--check"]) == 0
+    back = ["to-hf", "--orbax", str(tmp_path / "orbax"), "--hf", str(tmp_path / "back"), "--dtype", "bfloat16"]
+    assert main([*back, "--check", "--shard-gb", "1e-5"]) == 0
+    checks = [line for line in capsys.readouterr().out.splitlines() if "differ from transformers'" in line]
+    assert len(checks) == 2 and all(float(line.split(" by ")[1].split()[0]) < 1e-4 for line in checks)
+    assert all(("perplexity" in line) == (task == "CausalLM") for line in checks)
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
+
+
+def test_weights_that_give_other_logits_fail_the_check(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    source = make_checkpoint(tmp_path / "hf", "llama")
+    right = check_hf.compute_outputs
+    monkeypatch.setattr(check_hf, "compute_outputs", lambda *given: right(*given) * 1.01)
+    assert main(["to-orbax", "--hf", str(source), "--orbax", str(tmp_path / "orbax"), "--check"]) == 2
+    assert "is rounding" in capsys.readouterr().err
