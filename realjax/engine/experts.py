@@ -18,7 +18,7 @@ from realjax.engine.routes import find_route
 from realjax.models.products import ExpertsFn, Routed
 
 ROOM = 1.25  # of a turn: times the pairs that a device has when all have as many
-FEW_PAIRS = 2**13  # are run at once, whoever's they are
+FEW_PAIRS = 2**8  # are run at once, whoever they are of: in less time than it takes to read the kernels
 WORTHWHILE = 2**20  # bytes that must be saved for the time that finding out who needs what takes
 
 

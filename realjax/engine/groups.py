@@ -13,7 +13,7 @@ from jax import Array
 from realjax.models import sums
 
 # With fewer rows, the kernels take longer to be read than all rows take to be multiplied by all of them.
-FEW_ROWS = 2**11
+FEW_ROWS = 2**9
 UNIT = 64  # rows: blocks are a multiple of it
 
 
