@@ -150,7 +150,7 @@ class Compiler:
             ),
             traffic=sum_traffic(reading.collectives, program),
             matmul_flops=(reading.matmul_flops - reading.open_flops) * program.runs
-            + reading.open_flops * program.turns,
+            + reading.open_flops * (program.turns or program.runs),
             opaque_calls=reading.opaque_calls,
             compile_seconds=seconds,
         )
@@ -165,7 +165,7 @@ class Compiler:
 
 def sum_traffic(collectives: Iterable[hlo.Collective], program: Program) -> tuple[Traffic, ...]:
     """Returns a program's collectives of a step, summed by kind, axes and dtype, the most bytes first."""
-    runs = lambda one: program.turns if one.is_open else program.runs
+    runs = lambda one: program.turns if one.is_open and program.turns else program.runs
     groups: dict[tuple[str, tuple[str, ...], str], list[hlo.Collective]] = defaultdict(list)
     for one in collectives:
         groups[one.kind, one.axes(program.layout), one.dtype].append(one)
