@@ -28,8 +28,8 @@ def runs(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "realjax.runtime.loop", SimpleNamespace(run=lambda spec, plan, console: started.append(plan) or 0)
     )
-    plans = SimpleNamespace(allocate=lambda spec, devices: SimpleNamespace(config=spec.config, devices=devices))
-    monkeypatch.setitem(sys.modules, "realjax.allocation.allocate", plans)
+    plan = lambda spec, devices: SimpleNamespace(config=spec.config, devices=devices)
+    monkeypatch.setattr("realjax.allocation.allocate.allocate", plan)
     nothing_to_check = SimpleNamespace(check_run=lambda spec: None)
     monkeypatch.setitem(sys.modules, "realjax.experiments.checks", nothing_to_check)
     # `from realjax.runtime import loop` reads the package's attribute when an earlier test imported the real one.
