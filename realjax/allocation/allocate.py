@@ -90,6 +90,11 @@ def place_calls(spec: RunSpec) -> dict[str, heuristic.Placement]:
             strategy = modes.choose_strategy(options, name, is_train=is_train)
             numbers = modes.choose_devices(options, name, strategy)
         check_experts(name, strategy, spec.roles[mfc.role])
+        if isinstance(mfc, Generate) and mfc.records_routes and strategy.pp > 1:
+            raise ValueError(
+                f"{name}: routing_replay records the experts of tokens on one pipeline stage, and it has "
+                f"{strategy.pp}; set {name}'s pipeline_parallel_size to 1"
+            )
         if options.calls[name].devices is None:  # a planner has said that too
             strategy = replace(strategy, zero_stage=spec.roles[mfc.role].zero_stage if is_train else 0)
         placements[mfc.name] = heuristic.Placement(strategy=strategy, devices=tuple(numbers))

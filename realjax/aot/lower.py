@@ -146,14 +146,16 @@ class AbstractRun:
         num_new = mfc.config.max_new_tokens
         kept = self.programs.slots(mfc).sampler.find_kept_form(self.roles[mfc.role].model.config.vocab_size)
         self._kept_width = 0 if kept is None else kept.width
+        requests, routes = _longest_requests(prompts, mfc), self.programs.slots(mfc).routes
+        num_tokens = len(requests[0].tokens) + num_new
         answer = Generation(
             tokens=np.zeros(num_new, np.int32),
             logprobs=np.zeros(num_new, np.float32),
             ended=False,
             # One word stands for all of them, which may be gigabytes.
             kept=None if kept is None else np.zeros((num_new, 1), np.int32),
+            routes=None if routes is None else np.zeros((num_tokens, routes.width), np.int32),
         )
-        requests = _longest_requests(prompts, mfc)
         return pack_rollout(requests, [answer] * len(requests), mfc, self.plan.rollouts[mfc.name])
 
     def _abstract(self, batch: Batch, rules: Rules, layout: Layout) -> Batch:

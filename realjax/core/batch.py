@@ -29,6 +29,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     # rollouts
     "logprobs": PER_TOKEN,
     "kept": (*PER_TOKEN, "kept"),  # words of `core.draw.KeptTokens`
+    "routes": (*PER_TOKEN, "routes"),  # words of `core.routes.Routes`
     "has_eos": PER_SEGMENT,
     "group": PER_SEGMENT,
     "sample_id": PER_SEGMENT,

@@ -61,6 +61,7 @@ class Generate(ModelCall):
     has_baseline: bool = False  # one greedy sample of each prompt besides
     num_slots: int | None = None  # rows decoded at once; None: as many as a step has, within bounds
     num_tokens: int | None = None  # only the first so many are drawn, see `core.draw.Draw`; None: any
+    records_routes: bool = False  # the experts that tokens go to, see `core.routes.Routes`
     repeats: bool = False  # a prompt's samples are the same in every step
     # fn(prompt, tokens, num_seen) -> whether the tokens hold a text that ends an answer, see `core.texts.make_stop_fn`.
     stop_fn: Callable[[np.ndarray, np.ndarray, int], bool] | None = None

@@ -26,13 +26,15 @@ class Generation:
     """The continuation of a prompt: tokens `[N]` with the end-of-text token, if it came, and their log-probabilities.
 
     `kept` `[N, W]` says which tokens each was drawn from, see `core.draw.KeptTokens`; None where sets are not recorded.
-    `ended`: it ends with an end-of-text token or a stop text.
+    `routes` `[L + N, W]` are the experts of the prompt's tokens and of these, see `core.routes.Routes`, None where they
+    are not recorded; those of the last are not known. `ended`: it ends with an end-of-text token or a stop text.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     ended: bool
     kept: np.ndarray | None
+    routes: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +82,10 @@ class _Row:
         self.parts = [] if request.begun is None else [_to_drawn(request.begun)]  # views of what chunks hold
         self.num_generated = request.num_begun
         self.num_checked = 0  # of them, by the stop function
+        self.num_entered = len(request.tokens) + request.num_begun  # tokens that were put into the slot
+        begun = None if request.begun is None else request.begun.routes
+        self.routes = [] if begun is None else [begun[:-1]]
+        self.num_routed = 0 if begun is None else len(begun) - 1
 
     @property
     def num_cached(self) -> int:
@@ -88,6 +94,13 @@ class _Row:
     def add(self, drawn: Drawn[np.ndarray], count: int) -> None:
         self.parts.append(jax.tree.map(lambda x: x[:count], drawn))
         self.num_generated += count
+
+    def add_routes(self, routes: np.ndarray, count: int) -> None:
+        """Adds the experts `[K, W]` of the tokens that were put in, or of those before the next `count` drawn."""
+        first = self.num_routed if self.num_routed < self.num_entered else 0
+        part = routes[first : self.num_entered] if self.num_routed < self.num_entered else routes[:count]
+        self.routes.append(part)
+        self.num_routed += len(part)
 
     def find_stop(self, stop_fn: StopFn) -> int | None:
         """Returns how many tokens there are up to the end of the first stop text, None where there is none."""
@@ -105,7 +118,15 @@ class _Row:
     def finish(self, num_tokens: int, ended: bool) -> Generation:
         # Once, at the end: sets of kept tokens are large.
         drawn = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_tokens], *self.parts)
-        return Generation(tokens=drawn.tokens, logprobs=drawn.logprobs, ended=ended, kept=drawn.kept)
+        routes = self._join_routes(num_tokens)
+        return Generation(tokens=drawn.tokens, logprobs=drawn.logprobs, ended=ended, kept=drawn.kept, routes=routes)
+
+    def _join_routes(self, num_tokens: int) -> np.ndarray | None:
+        if not self.routes:
+            return None
+        # All but the last token have been followed by another, and so have gone through the model.
+        routes = np.concatenate(self.routes)[: len(self.request.tokens) + num_tokens - 1]
+        return np.pad(routes, ((0, 1), (0, 0)))
 
 
 @dataclass(frozen=True)
@@ -296,6 +317,8 @@ class Batcher:
                 continue  # it met its stop text before
             if count := int(chunk.counts[place]):
                 row.add(jax.tree.map(lambda x, place=place: x[place], chunk.drawn), count)
+                if chunk.routes is not None:
+                    row.add_routes(chunk.routes[place], count)
             num_tokens = None if self.stop_fn is None or not count else row.find_stop(self.stop_fn)
             if num_tokens is not None:
                 self._results[row.number] = row.finish(num_tokens, ended=True)

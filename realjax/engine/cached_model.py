@@ -1,5 +1,6 @@
 """A model with its key-value cache, on one stage: parameters made ready, prompts taken in, one token a row decoded."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import NamedSharding
 from realjax.core.axes import generate_rules, make_constrain, resolve_sharding
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout
+from realjax.core.routes import Routes
 from realjax.core.trees import Tree
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import make_attention, make_decoding
@@ -58,9 +60,10 @@ class CachedModel(Protocol):
 
     def admit(
         self, params: Tree, cache: Cache, tokens: Array, lengths: Array, sources: Array, places: Array
-    ) -> tuple[Array, Cache]:
-        """Returns the last hidden states `[P, D]` of prompts `[P, T]`, and the cache with prompt `sources` `[R]` in the
-        slots `places` `[R]`. Both are counted within a device's own part along `data`: no prompt leaves its device.
+    ) -> tuple[Array, Cache, Array | None]:
+        """Returns the last hidden states `[P, D]` of prompts `[P, T]`, the cache with prompt `sources` `[R]` in the
+        slots `places` `[R]`, and the experts of the prompts' tokens `[P, T, W]` where they are recorded. Both are
+        counted within a device's own part along `data`: no prompt leaves its device.
 
         A place beyond the last slot is dropped.
         """
@@ -72,10 +75,11 @@ class CachedModel(Protocol):
 
     def tick(
         self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
-    ) -> tuple[Array, Cache, Flight]:
+    ) -> tuple[Array, Cache, Flight, Array | None]:
         """Takes in `tokens` `[B/W]` of `wave`, at index `lengths` `[B/W, W]` of their slots.
 
-        Returns the hidden states `[B/W, D]` of wave `(wave + 1) % num_waves`, the cache and what is in flight.
+        Returns the hidden states `[B/W, D]` of wave `(wave + 1) % num_waves`, the cache, what is in flight, and the
+        experts of the tokens, where they are recorded.
         """
         ...
 
@@ -85,7 +89,8 @@ class OneStage:
 
     num_waves = 1
 
-    def __init__(self, model: Model, layout: Layout, compute: Compute) -> None:
+    def __init__(self, model: Model, layout: Layout, compute: Compute, *, records_routes: bool = False) -> None:
+        self.records_routes = records_routes
         rules, config = generate_rules(layout.strategy), model.config
         self.model, self.dtype = model, compute.array_dtype
         prompts, new_tokens = (Case.of(use, config, layout, self.dtype) for use in ("prefill", "decoding"))
@@ -118,21 +123,46 @@ class OneStage:
 
     def admit(
         self, params: Tree, cache: Cache, tokens: Array, lengths: Array, sources: Array, places: Array
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, Cache, Array | None]:
         """Whole prompts at once; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
-        hidden, prompts = prefill(transformer, blocks, tokens, lengths, self.forward)
+        recorder = self._make_recorder()
+        hidden, prompts = prefill(transformer, blocks, tokens, lengths, recorder.watch(self.forward))
         write = on_shards(write_rows, self.cache_sharding, num_caches=2)
-        return hidden, (write(cache[0], prompts, sources, places),)
+        return hidden, (write(cache[0], prompts, sources, places),), recorder.words()
 
     def init_flight(self, num_slots: int) -> Flight:
         return ()
 
     def tick(
         self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
-    ) -> tuple[Array, Cache, Flight]:
+    ) -> tuple[Array, Cache, Flight, Array | None]:
         """The only wave's tokens, in and out; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
-        at = lengths[:, 0]
-        hidden, written = decode(transformer, blocks, cache[0], tokens, at, self.decoding_fn, self.forward)
-        return hidden, (written,), flight
+        at, recorder = lengths[:, 0], self._make_recorder()
+        forward = recorder.watch(self.forward)
+        hidden, written = decode(transformer, blocks, cache[0], tokens, at, self.decoding_fn, forward)
+        words = recorder.words()
+        return hidden, (written,), flight, None if words is None else words[:, 0]
+
+    def _make_recorder(self) -> "Recorder":
+        return Recorder(self.model.config.routes if self.records_routes else None)
+
+
+class Recorder:
+    """What a pass of the blocks, one after another, sends tokens to; nothing where `form` is None."""
+
+    def __init__(self, form: Routes | None) -> None:
+        self.form, self._layers = form, list[Array]()
+
+    def watch(self, forward: Forward) -> Forward:
+        """Returns how a pass runs that is recorded."""
+        return forward if self.form is None else replace(forward, route_fn=self._add)
+
+    def words(self) -> Array | None:
+        """Returns the experts of the tokens `[B, T, W]` in all layers."""
+        return None if self.form is None else self.form.pack(jnp.stack(self._layers, axis=2))
+
+    def _add(self, ids: Array) -> Array:
+        self._layers.append(ids)
+        return ids

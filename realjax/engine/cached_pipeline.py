@@ -99,7 +99,7 @@ class Stages:
 
     def tick(
         self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
-    ) -> tuple[Array, Cache, Flight]:
+    ) -> tuple[Array, Cache, Flight, None]:
         """Each stage runs its layers on the wave it has; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_waves, self.model.config
@@ -119,11 +119,11 @@ class Stages:
         handed_on, mine = run(params["layers"], cache[wave], *flight, stage_lengths, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
         out = transformer.read_out(handed_on[0], self.forward.products)[:, 0]
-        return out, (*cache[:wave], mine, *cache[wave + 1 :]), (handed_on,)
+        return out, (*cache[:wave], mine, *cache[wave + 1 :]), (handed_on,), None
 
     def admit(
         self, params: Tree, cache: Cache, tokens: Array, lengths: Array, sources: Array, places: Array
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, Cache, None]:
         """The prompts go through the stages in P micro-batches; see `CachedModel.admit`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_waves, self.model.config
@@ -147,7 +147,7 @@ class Stages:
         # Back from micro-batches to the order of the prompts, for each stage.
         last, prompts = jax.vmap(join_rows)(run(params["layers"], *deal_rows((x, lengths), num_stages)))
         write = on_shards(self._write_prompts, self.cache_sharding, num_caches=2)
-        return transformer.read_out(last[-1], self.forward.products)[:, 0], write(cache, prompts, sources, places)
+        return transformer.read_out(last[-1], self.forward.products)[:, 0], write(cache, prompts, sources, places), None
 
     def _write_prompts(self, caches: Cache, prompts: KVCache, sources: Array, places: Array) -> Cache:
         """Returns a device's own caches with its prompts in them, see the class for which holds what."""

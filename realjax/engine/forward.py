@@ -27,7 +27,7 @@ from realjax.models.build import Model
 from realjax.models.products import MatmulFn
 from realjax.models.stacks import Aux, Blocks, Stacks, scan_layers
 from realjax.models.sums import collect
-from realjax.models.transformer import Forward, Transformer, read_positions
+from realjax.models.transformer import Forward, Transformer, read_rows
 
 
 class OutputsFn(Protocol):
@@ -112,7 +112,7 @@ def make_outputs(parts: ForwardParts, layout: Layout) -> OutputsFn:
     ) -> tuple[Mapping[str, Array], Mapping[str, Mean | Load]]:
         blocks, stacks = parts.make_stacks(params, None if sinks is None else sinks["layers"])
         x = parts.embed(params, batch, sinks)
-        per_row = read_positions(model.config, batch["positions"], batch["segment_ids"])
+        per_row = read_rows(model.config, batch)
         x, sums = run_layers_fn(blocks, model.config.order, stacks, x, per_row)
         return parts.read_out(params, x, batch, sinks), make_terms(model, sums, batch)
 

@@ -27,7 +27,7 @@ from realjax.engine.stage import Halves, Stage, take_batch
 from realjax.engine.totals import make_sink
 from realjax.models.config import cut_order
 from realjax.models.stacks import Aux, PerRow, Stacks, join_kinds, split_kinds
-from realjax.models.transformer import TABLES, read_positions
+from realjax.models.transformer import TABLES, read_rows
 
 GradientsFn = Callable[[Tree, Mapping[str, Array], Batch], tuple[Tree, LossSums]]
 
@@ -77,7 +77,7 @@ class Schedule:
             stacks = {name: replace(stack, sinks=sinks[name]) for name, stack in given[0].items()}
             return parts.forward.run_layers_fn(blocks, order, stacks, x, given[1])
 
-        read = lambda batch: read_positions(self.config, batch["positions"], batch["segment_ids"])
+        read = lambda batch: read_rows(self.config, batch)
         self.stage = Stage(Halves(run_layers, parts.add_gradients), read, self.num_stages, self.num_batches)
 
     def run(self) -> Flow:

@@ -81,6 +81,8 @@ class Chunk(Generic[A]):
     counts: A  # [R or B] how many of K are drawn
     is_running: A  # [R or B]
     num_rounds: A  # how often all slots were decoded
+    # Experts of the prompts' tokens [R, T, W], or of the tokens that the drawn ones follow [B, K, W], where recorded.
+    routes: A | None = None
 
 
 class SlotPrograms:
@@ -94,13 +96,23 @@ class SlotPrograms:
         num_slots: int,
         compute: Compute,
         log: CompileLog | None = None,
+        *,
+        records_routes: bool = False,
     ) -> None:
-        """Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head."""
+        """Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head.
+
+        `records_routes`: the experts that tokens go to are recorded, on one pipeline stage.
+        """
         if model.config.is_critic:
             raise ValueError("generate: the model has a scalar head; generation needs a language model's")
         rules = generate_rules(layout.strategy)
         self._shardings = flatten_paths(tree_shardings(model.axes, model.abstract, rules, layout))
-        self.cached: CachedModel = (OneStage if layout.strategy.pp == 1 else Stages)(model, layout, compute)
+        self.cached: CachedModel = (
+            OneStage(model, layout, compute, records_routes=records_routes)
+            if layout.strategy.pp == 1
+            else Stages(model, layout, compute)
+        )
+        self.routes = model.config.routes if records_routes else None
         multiple = layout.strategy.row_multiple
         if num_slots % multiple:
             raise ValueError(
@@ -248,8 +260,8 @@ class SlotPrograms:
         # Only tokens have come to all devices: each along `data` runs its own prompts and fills its own slots.
         prompts, num_before = jax.lax.with_sharding_constraint(prompts, self._rows), prompts.num_generated
         sources, places, num_parts = prompts.sources, prompts.places, self.layout.strategy.dp
-        hidden, cache = self.cached.admit(params, slots.cache, prompts.tokens, prompts.lengths, sources, places)
-        hidden, lengths = take_rows((hidden, prompts.lengths), sources, num_parts)
+        hidden, cache, routes = self.cached.admit(params, slots.cache, prompts.tokens, prompts.lengths, sources, places)
+        hidden, lengths, routes = take_rows((hidden, prompts.lengths, routes), sources, num_parts)
         keys = self.sampler.make_keys(prompts.row_ids, prompts.sample_ids)
         is_greedy = None if slots.is_greedy is None else prompts.is_greedy
         drawn = self._draw(params, hidden, keys, num_before, is_greedy)
@@ -270,7 +282,7 @@ class SlotPrograms:
             is_greedy=put(slots.is_greedy, is_greedy),
         )
         drawn = jax.tree.map(lambda x: x[:, None], drawn)
-        return slots, Chunk(drawn, jnp.ones_like(num_before), is_running, jnp.array(0, jnp.int32))
+        return slots, Chunk(drawn, jnp.ones_like(num_before), is_running, jnp.array(0, jnp.int32), routes)
 
     def _decode_slots(self, params: Tree, slots: Slots, limits: Array) -> tuple[Slots, Chunk[Array]]:
         stop_at, num_rounds = limits
@@ -283,25 +295,27 @@ class SlotPrograms:
         def go_round(carry: tuple[Slots, Chunk[Array]]) -> tuple[Slots, Chunk[Array]]:
             slots, chunk = carry
             for wave in range(self.cached.num_waves):
-                hidden, slots = self._tick(params, slots, wave)
-                slots, chunk = self._add_tokens(params, slots, chunk, hidden, (wave + 1) % self.cached.num_waves)
+                hidden, slots, routes = self._tick(params, slots, wave)
+                wave_out = (wave + 1) % self.cached.num_waves
+                slots, chunk = self._add_tokens(params, slots, chunk, hidden, routes, wave_out)
             return replace(slots, is_full=jnp.array(True)), replace(chunk, num_rounds=chunk.num_rounds + 1)
 
         drawn = self.sampler.init_drawn((self.num_slots, CHUNK_LEN), self.model.config.vocab_size)
         counts = jnp.zeros(self.num_slots, jnp.int32)
-        drawn, counts = jax.lax.with_sharding_constraint((drawn, counts), self._rows)
-        chunk = Chunk(drawn, counts, slots.is_running, jnp.array(0, jnp.int32))
+        routes = self.routes and jnp.zeros((self.num_slots, CHUNK_LEN, self.routes.width), jnp.int32)
+        drawn, counts, routes = jax.lax.with_sharding_constraint((drawn, counts, routes), self._rows)
+        chunk = Chunk(drawn, counts, slots.is_running, jnp.array(0, jnp.int32), routes)
         slots, chunk = jax.lax.while_loop(go_on, go_round, (slots, chunk))
         return slots, replace(chunk, is_running=slots.is_running)
 
-    def _tick(self, params: Tree, slots: Slots, wave: int) -> tuple[Array, Slots]:
-        """Takes in the last tokens of a wave; returns the hidden states of the wave after it."""
+    def _tick(self, params: Tree, slots: Slots, wave: int) -> tuple[Array, Slots, Array | None]:
+        """Takes in the last tokens of a wave; returns the hidden states of the wave after it, and tokens' experts."""
         tokens, lengths = self._take_wave(slots.last_tokens, wave), self._by_wave(slots.lengths)
-        hidden, cache, flight = self.cached.tick(params, slots.cache, slots.flight, wave, tokens, lengths)
-        return hidden, replace(slots, cache=cache, flight=flight)
+        hidden, cache, flight, routes = self.cached.tick(params, slots.cache, slots.flight, wave, tokens, lengths)
+        return hidden, replace(slots, cache=cache, flight=flight), routes
 
     def _add_tokens(
-        self, params: Tree, slots: Slots, chunk: Chunk[Array], hidden: Array, wave: int
+        self, params: Tree, slots: Slots, chunk: Chunk[Array], hidden: Array, routes: Array | None, wave: int
     ) -> tuple[Slots, Chunk[Array]]:
         """Draws the next token of a wave's running rows, and ends those at end-of-text or max_new_tokens."""
         take = lambda x: self._take_wave(x, wave)
@@ -329,7 +343,8 @@ class SlotPrograms:
             ),
         )
         counts = put(chunk.counts, counts + is_drawn)
-        return slots, replace(chunk, drawn=jax.tree.map(record, chunk.drawn, drawn), counts=counts)
+        drawn, routes = jax.tree.map(record, (chunk.drawn, chunk.routes), (drawn, routes))
+        return slots, replace(chunk, drawn=drawn, counts=counts, routes=routes)
 
     def _by_wave(self, x: Array) -> Array:
         """Returns slots `[B, ...]` as `[B/W, W, ...]`: slot b is of wave b mod W."""

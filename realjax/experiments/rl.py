@@ -72,6 +72,7 @@ class Setup:
         self.eos_ids = load_eos_ids(self.roles["actor"].path, self.tokenizer)
         self.num_tokens = common.num_common_tokens(self.roles.values())
         self.draw = replace(self._draw(), num_tokens=self.num_tokens)
+        self._check_replay()
 
     def _draw(self) -> Draw:
         """Returns what tokens are drawn from; says where that is not what ratios will be of."""
@@ -86,6 +87,18 @@ class Setup:
                 "leave it out, or set recompute_logprobs=True, which compares like with like"
             )
         return draw
+
+    def _check_replay(self) -> None:
+        """Raises ValueError where there are no experts whose choice could be replayed."""
+        actor = self.roles["actor"]
+        if self.options.routing_replay and actor.config.experts is None:
+            raise ValueError(
+                f"routing_replay: found True, but {actor.title} has no experts to send tokens to; leave it out"
+            )
+
+    def _routes(self, role: str) -> tuple[str, ...]:
+        """Returns the key of the experts that tokens went to, where a role's call replays them."""
+        return ("routes",) if role == "actor" and self.options.routing_replay else ()
 
     def _role(self, name: str, model: ModelTrainEvalConfig) -> RoleSpec:
         role = common.describe_role(name, model, is_trained=name in TRAINED)
@@ -117,12 +130,12 @@ class Setup:
 
     def generate(self, *, has_baseline: bool = False) -> Generate:
         """Returns the call by which the actor answers a step's prompts."""
-        own = (*(("kept",) if self.draw.kept else ()), *(("is_baseline",) if has_baseline else ()))
+        kept, baseline = ("kept",) if self.draw.kept else (), ("is_baseline",) if has_baseline else ()
         return Generate(
             name="actor_gen",
             role="actor",
             inputs=("prompts",),
-            outputs=(*ROLLOUT_KEYS, *own),
+            outputs=(*ROLLOUT_KEYS, *kept, *baseline, *self._routes("actor")),
             config=self.options.gen,
             eos_ids=self.eos_ids,
             num_prompts=self.config.dataset.train_bs_n_seqs,
@@ -130,6 +143,7 @@ class Setup:
             has_baseline=has_baseline,
             num_slots=self.options.gen.num_slots,
             num_tokens=self.num_tokens,
+            records_routes=self.options.routing_replay,
             max_seqlen=self.longest,
         )
 
@@ -139,7 +153,7 @@ class Setup:
         return Inference(
             name=call,
             role=role,
-            inputs=("tokens", *((mask,) if mask else ()), *(("kept",) if draw.kept else ())),
+            inputs=("tokens", *((mask,) if mask else ()), *(("kept",) if draw.kept else ()), *self._routes(role)),
             outputs=(key,),
             head=head,
             mask=mask,
@@ -213,7 +227,7 @@ class Setup:
         return Train(
             name=name,
             role=role,
-            inputs=(*inputs, *kept),
+            inputs=(*inputs, *kept, *self._routes(role)),
             loss=loss,
             mask="train_mask" if loss.head == "logprobs" else None,
             minibatches=minibatches,

@@ -41,6 +41,14 @@ DecodingFn = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array
 # attend_fn(q_RTNH, k_RTKH, v_RTKH, scoring, sinks_N) -> RTNH: with all else fixed; a cache may stand behind it.
 AttendFn = Callable[[Array, Array, Array, Scoring, Array | None], Array]
 
+# route_fn(ids_RTk) -> ids_RTk: the experts that tokens go to, of those that the router has chosen.
+RouteFn = Callable[[Array], Array]
+
+
+def keep_routes(ids: Array) -> Array:
+    """Returns the router's choice."""
+    return ids
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
@@ -52,6 +60,7 @@ class BlockContext:
     constrain: Constrain
     products: Products
     layer_number: Array | None = None  # among the layers with experts
+    route_fn: RouteFn = keep_routes
 
     @property
     def is_token(self) -> Array:

@@ -145,6 +145,7 @@ def prefill_blocks(
         attend_fn=attend_fn,
         constrain=forward.constrain,
         products=forward.products,
+        route_fn=forward.route_fn,
     )
     for block in blocks:
         x, _ = block(x, context)
@@ -199,6 +200,7 @@ def decode_blocks(
         attend_fn=attend_fn,
         constrain=forward.constrain,
         products=forward.products,
+        route_fn=forward.route_fn,
     )
     for block in blocks:
         x, _ = block(x, context)

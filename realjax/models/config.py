@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from realjax.core.routes import Routes
+
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
@@ -253,6 +255,13 @@ class ModelConfig:
     def experts(self) -> MoEConfig | None:
         """What layers with experts have, all of them alike; None in a model without."""
         return next((kind.feed_forward for kind in self.pattern if isinstance(kind.feed_forward, MoEConfig)), None)
+
+    @property
+    def routes(self) -> Routes | None:
+        """How the experts that a token goes to are stored; None in a model without."""
+        if self.experts is None:
+            return None
+        return Routes(len(self.routed_layers), self.experts.experts_per_token, self.experts.num_experts)
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

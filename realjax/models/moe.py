@@ -177,7 +177,7 @@ class MoE(nnx.Module):
 
     def __call__(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Aux]:
         logits = self.router(x_RTD, context.products)
-        ids = self.router.choose(logits)
+        ids = context.route_fn(self.router.choose(logits))
         weights = self.router.weigh(logits, ids)
         ids = jnp.where(context.is_token[..., None], ids, self.config.num_experts)
         y = self.experts(Routed(x_RTD, ids, weights), context.products)

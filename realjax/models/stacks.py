@@ -41,6 +41,7 @@ class PerRow:
 
     rotations: tuple[tuple[Array, Array], ...]  # cos and sin `[R, T, H/2]` of each of `ModelConfig.ropes`
     segment_ids: Array
+    routes: Array | None = None  # choices `[R, T, L, k]` of earlier passes, see `core.routes.Routes`
 
 
 BlockFn = Callable[[Layer, Array, PerRow], tuple[Array, Aux]]  # (layer, x_RTD, per_row) -> (x_RTD, aux)

@@ -1,7 +1,7 @@
 """The one decoder-only transformer: embedding, stacked blocks, final norm. Heads are in `heads.py`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -11,9 +11,10 @@ from flax import nnx
 from jax import Array
 
 from realjax.core.axes import Constrain
+from realjax.core.batch import Batch
 from realjax.core.trees import Tree
 from realjax.models import sums
-from realjax.models.attention import Attention, AttentionFn, BlockContext
+from realjax.models.attention import Attention, AttentionFn, BlockContext, RouteFn, keep_routes
 from realjax.models.config import LayerKind, MLPConfig, ModelConfig, MoEConfig
 from realjax.models.heads import cap_logits
 from realjax.models.layers import Linear, make_norm, make_param, scale_by_number
@@ -60,6 +61,7 @@ class Forward:
     run_layers_fn: RunLayersFn = scan_layers
     gather_fn: GatherFn = take_as_it_is
     look_up_fn: LookUpFn = look_up_alone
+    route_fn: RouteFn = keep_routes
     remat_fn: Callable[[BlockFn], BlockFn] = lambda block_fn: block_fn  # what the backward pass computes again
 
 
@@ -104,12 +106,28 @@ class Embedding(nnx.Module):
         return rows if self.scale is None else rows * self.scale  # in their dtype, to which the scale is rounded
 
 
+def _replay(routes: Array, number: Array | None, ids: Array) -> Array:
+    """Returns the recorded experts of a layer where there are any, else the router's choice."""
+    assert number is not None, "a layer with experts has a number"
+    recorded = jnp.take(routes, number, axis=2).astype(ids.dtype)
+    return jnp.where(recorded > 0, recorded - 1, ids)
+
+
 class StackedKinds(nnx.Module):
     """The stacks of a model with several kinds of layer, each under its kind's name."""
 
     def __init__(self, stacks: Mapping[str, Block]) -> None:
         for name, stack in stacks.items():
             setattr(self, name, stack)
+
+
+def read_rows(config: ModelConfig, batch: Batch) -> PerRow:
+    """Returns what every layer reads of packed rows `[R, T]`."""
+    routes, words = config.routes, batch.get("routes")
+    return replace(
+        read_positions(config, batch["positions"], batch["segment_ids"]),
+        routes=None if routes is None or words is None else routes.unpack(words),
+    )
 
 
 def read_positions(config: ModelConfig, positions: Array, segment_ids: Array) -> PerRow:
@@ -217,6 +235,7 @@ class Transformer(nnx.Module):
                 attend_fn=lambda q, k, v, *how: forward.attention_fn(q, k, v, per_row.segment_ids, *how),
                 constrain=forward.constrain,
                 products=forward.products,
+                route_fn=forward.route_fn if per_row.routes is None else partial(_replay, per_row.routes, layer.number),
             )
             return nnx.merge(graphdef, params)(x, context)
 

@@ -80,6 +80,11 @@ class StepOptions(PolicyParameters):
     gen: GenerationOptions = nested(GenerationOptions)
     ppo_n_minibatches: int = option(4, "updates that the sequences of a step are split into", at_least=1, at_most=2**16)
     ppo_epochs: int = option(1, "passes over the sequences of a step", at_least=1, at_most=1000)
+    routing_replay: bool = option(
+        False,
+        "the actor's training sends each token to the experts that it went to when it was drawn; for models with "
+        "experts, whose router would else choose otherwise now and then",
+    )
     shuffle_minibatches: bool = option(True, "deal the sequences to minibatches anew in each pass")
     reward_output_scaling: float = option(1.0, "the reward model's score becomes (score - bias) * scaling")
     reward_output_bias: float = option(0.0, "see reward_output_scaling")

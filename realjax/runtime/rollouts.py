@@ -37,7 +37,7 @@ def pack_rollout(
     requests: Sequence[Request], generations: Sequence[Generation], mfc: Generate, shape: RolloutShape
 ) -> Batch:
     """Returns the packed batch of whole sequences: a response's tokens, log-probabilities and kept sets after its
-    prompt, and what each sequence is. `group` numbers the prompts of the batch.
+    prompt, experts of both, and what each sequence is. `group` numbers the prompts of the batch.
     """
     num_samples = mfc.answers_per_prompt
     examples = []
@@ -55,6 +55,8 @@ def pack_rollout(
         }
         if mfc.has_baseline:
             example["is_baseline"] = np.array(request.is_greedy)
+        if generation.routes is not None:
+            example["routes"] = generation.routes
         examples.append(example)
     num_rows = bucket_rows(_num_rows(examples, shape.row_len), shape.row_multiple)
     plan = _plan(examples, shape.row_len, num_rows, shape.row_multiple)

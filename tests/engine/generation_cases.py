@@ -34,11 +34,12 @@ def make_programs(
     num_slots: int | None = None,
     eos: Sequence[int] = (EOS,),
     log: CompileLog | None = None,
+    records_routes: bool = False,
 ) -> SlotPrograms:
     """Returns the programs, with two slots for each row of the layout where `num_slots` is not given."""
     sampler = Sampler(config=config, eos_ids=tuple(eos), seed=3)
     num_slots = num_slots or layout.strategy.row_multiple * 2
-    return SlotPrograms(model, layout, sampler, num_slots, Compute(), log)
+    return SlotPrograms(model, layout, sampler, num_slots, Compute(), log, records_routes=records_routes)
 
 
 def run(

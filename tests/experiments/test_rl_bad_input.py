@@ -79,6 +79,14 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"algo__ppo_n_minibatches": 9},
         r"ppo_n_minibatches: found 9 for the 8 sequences of a step; set it to 8 or less",
     ),
+    "replay of experts without any": (
+        {"algo__routing_replay": True},
+        r"^routing_replay: found True, but role actor \(.*\) has no experts to send tokens to; leave it out",
+    ),
+    "a router's loss without a router": (
+        {"actor__router_z_loss_coef": 0.1},
+        r"^actor.router_z_loss_coef: found 0.1, but '.*' holds a llama without experts; leave it out",
+    ),
     "no such reward module": (
         {"reward__fn": "no_such_module:f"},
         r"^reward.fn: the module of 'no_such_module:f' cannot be found; install it, or add its folder to PYTHONPATH",
