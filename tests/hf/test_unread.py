@@ -8,11 +8,11 @@ import transformers
 
 from realjax.hf.families import FAMILIES, config_from_hf
 from realjax.hf.families.unread import asks
-from tests.given.models import EXPERTS, FIRST_KINDS, KINDS, SIZES
+from tests.given.models import FIRST_KINDS, KINDS, OF_EXPERTS, SIZES
 
 # What some decoder of transformers computes by such keys.
 ASKED: list[dict[str, Any]] = [
-    {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+    {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
     {"attention_window_size": 8},
     {"attention_chunk_size": 8},
     {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "use_sliding_window": True},
@@ -48,7 +48,10 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-NEEDED = {KINDS[kind][0]: {key: EXPERTS[key] for key in EXPERTS.keys() & KINDS[kind][1]} for kind in FIRST_KINDS}
+NEEDED = {
+    model_type: {key: value for key, value in keys.items() if key in OF_EXPERTS}
+    for model_type, keys in (KINDS[kind] for kind in FIRST_KINDS)
+}
 
 
 def read(family: str, **keys: Any):

@@ -49,7 +49,8 @@ def _config_to_hf(config: ModelConfig) -> JsonObject:
         **scaling,  # as transformers 4 reads it
         "rope_parameters": by_kind,
         "attention_bias": config.pattern[0].mixer.qkv_bias,
-        "sliding_window": max(filter(None, windows), default=None),
+        # transformers wants one whether or not a layer has it.
+        "sliding_window": max(filter(None, windows), default=4096),
         "layer_types": [FULL if window is None else SLIDING for window in windows],
     }
 
