@@ -26,6 +26,8 @@ ModelClass = Literal[
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
     "gemma",
     "gemma2",
     "gemma3",

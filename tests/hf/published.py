@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from realjax.hf.families import gemma, gemma2, gpt2
+from realjax.hf.families import gemma, gemma2, gpt2, gpt_oss, olmoe
+from realjax.hf.families.moe_like import EXPERTS, list_experts
 from realjax.hf.families.tables import LAYER, RULES, change, fuse
 from realjax.hf.pieces import LayerNumbers
 from realjax.hf.rules import LAYERS, Rule
@@ -33,17 +34,6 @@ class Published:
         return self.class_names or (f"{self.name}Config", f"{self.name}ForCausalLM")
 
 
-def list_experts(moe: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """Returns the rules of experts with a tensor each and of their router."""
-    expert = LAYER + moe + ".experts.{expert}."
-    return (
-        Rule("layers/mlp/router/kernel", f"{LAYER}{moe}.gate.weight", "E D -> D E"),
-        Rule("layers/mlp/experts/gate/kernel", f"{expert}{gate}.weight", "M D -> E D M"),
-        Rule("layers/mlp/experts/up/kernel", f"{expert}{up}.weight", "M D -> E D M"),
-        Rule("layers/mlp/experts/down/kernel", f"{expert}{down}.weight", "D M -> E M D"),
-    )
-
-
 def list_shared(name: str, ffn: str) -> tuple[Rule, ...]:
     """Returns the rules of an expert that takes every token."""
     return (
@@ -63,7 +53,6 @@ def list_norms(layer: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
     )
 
 
-EXPERTS = list_experts("mlp", "gate_proj", "up_proj", "down_proj")
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 QK_NORMS = (
     Rule("layers/attn/q_norm/scale", LAYER + "self_attn.q_norm.weight", "(N H) -> N H"),
@@ -86,27 +75,6 @@ PHI3_RULES = change(
         LAYER + "mlp.gate_up_proj.weight",
         {"layers/mlp/gate/kernel": "([F] + F) D -> D F", "layers/mlp/up/kernel": "(F + [F]) D -> D F"},
     ),
-)
-GPT_OSS_RULES = change(
-    Rule("layers/attn/sinks", LAYER + "self_attn.sinks", "N -> N"),
-    Rule("layers/mlp/router/kernel", LAYER + "mlp.router.weight", "E D -> D E"),
-    Rule("layers/mlp/router/bias", LAYER + "mlp.router.bias", "E -> E"),
-    *fuse(
-        LAYER + "mlp.experts.gate_up_proj",
-        {
-            "layers/mlp/experts/gate/kernel": "E D (M ([1] + 1)) -> E D M",
-            "layers/mlp/experts/up/kernel": "E D (M (1 + [1])) -> E D M",
-        },
-    ),
-    *fuse(
-        LAYER + "mlp.experts.gate_up_proj_bias",
-        {
-            "layers/mlp/experts/gate/bias": "E (M ([1] + 1)) -> E M",
-            "layers/mlp/experts/up/bias": "E (M (1 + [1])) -> E M",
-        },
-    ),
-    Rule("layers/mlp/experts/down/kernel", LAYER + "mlp.experts.down_proj", "E M D -> E M D"),
-    Rule("layers/mlp/experts/down/bias", LAYER + "mlp.experts.down_proj_bias", "E D -> E D"),
 )
 GRANITE_MOE_RULES = change(
     Rule("layers/mlp/router/kernel", LAYER + "block_sparse_moe.router.layer.weight", "E D -> D E"),
@@ -227,7 +195,7 @@ PUBLISHED = {
     ),
     "olmoe": Published(
         name="Olmoe",
-        rules=change(*EXPERTS, *QK_NORMS),
+        rules=olmoe.RULES,
         config={"num_experts": 3, "num_experts_per_tok": 2},
         sizes={"M": 48},
     ),
@@ -249,7 +217,7 @@ PUBLISHED = {
     ),
     "gpt_oss": Published(
         name="GptOss",
-        rules=GPT_OSS_RULES,
+        rules=gpt_oss.RULES,
         config={"num_local_experts": 3, **WIDE},
         sizes={"H": 16, "M": 48},
         layer_numbers=ALTERNATING,

@@ -8,6 +8,7 @@ from realjax.hf.families import (
     gemma2,
     gemma3,
     gpt2,
+    gpt_oss,
     granite,
     llama,
     ministral3,
@@ -15,6 +16,7 @@ from realjax.hf.families import (
     mixtral,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen2_moe,
@@ -45,6 +47,8 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 

@@ -41,6 +41,8 @@ NUMBERS = (
     "low_freq_factor",
     "high_freq_factor",
     "attention_factor",
+    "swiglu_alpha",
+    "swiglu_limit",
     "beta_fast",
     "beta_slow",
     "mscale",
