@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.trees import Tree
+from realjax.engine.dispatch import find_dispatch
 from realjax.engine.manual_axes import find_share, gather_tokens, sum_tokens
-from realjax.engine.routes import find_route
 from realjax.models.products import ExpertsFn, Routed
 
 ROOM = 1.25  # of a turn: times the pairs that a device has when all have as many
@@ -33,10 +33,10 @@ def share_experts(fn: ExpertsFn, axes: tuple[str, ...], *, can_send: bool) -> Ex
         (part, num_parts), num_own = find_share(), len(jax.tree.leaves(params)[0])
         x, ids, weights = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (routed.x, routed.ids, routed.weights))
         is_sent = can_send and saved_bytes(x, ids.shape[1], num_parts) >= WORTHWHILE
-        route, rest = (find_route(ids, num_own), axes[1:]) if is_sent else (None, axes)
+        dispatch, rest = (find_dispatch(ids, num_own), axes[1:]) if is_sent else (None, axes)
 
         def spread(x: Array) -> Array:
-            x = route.spread(x) if route else x
+            x = dispatch.spread(x) if dispatch else x
             return gather_tokens(x, rest) if rest else x
 
         # Where nothing came there is 0, which is no expert's number now. Another device's is none here either.
@@ -45,7 +45,7 @@ def share_experts(fn: ExpertsFn, axes: tuple[str, ...], *, can_send: bool) -> Ex
         most = max(FEW_PAIRS, math.ceil(ROOM * own.size / num_parts))
         y = run_in_turns(fn, Routed(spread(x), own, spread(weights)), params, most)
         y = sum_tokens(y, rest) if rest else y
-        return (route.collect(y) if route else y).reshape(routed.x.shape)
+        return (dispatch.collect(y) if dispatch else y).reshape(routed.x.shape)
 
     return of_each
 
