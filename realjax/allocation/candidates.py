@@ -111,7 +111,7 @@ def find_fault(work: CallWork, strategy: ParallelStrategy) -> str | None:
     if strategy.pp > model.num_layers:
         return f"{model.num_layers} layers are fewer than pipeline={strategy.pp} stages"
     if model.cuts is not None and strategy.pp not in model.cuts:
-        return f"its kinds of layer allow pipeline sizes {list(model.cuts)}, not {strategy.pp}"
+        return f"its layers can be in {list(model.cuts)} pipeline stages, not in {strategy.pp}"
     if strategy.sequence_parallel and work.kind != "generate":
         row_len = work.pack_fn(strategy.row_multiple)[1]
         if row_len % tp:

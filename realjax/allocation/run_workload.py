@@ -1,6 +1,7 @@
 """From the description of a run to the workload of one of its steps."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -92,7 +93,8 @@ class Reader:
             name=call.name,
             role=call.role,
             kind="generate" if is_generate else "inference" if isinstance(call, Inference) else "train",
-            model=role.model,
+            # Routes are recorded on one stage.
+            model=replace(role.model, cuts=(1,)) if is_generate and call.records_routes else role.model,
             dtype=role.dtype,
             num_sequences=gen.num_answers if gen else round(float(np.mean([len(one) for one in self.batches]))),
             prompts=lengths,

@@ -1,11 +1,16 @@
 """What the planner sees of a run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from realjax.allocation.candidates import find_fault
 from realjax.allocation.run_workload import read_workload
 from realjax.allocation.workload import Lengths, ModelShape
+from realjax.core.layout import ParallelStrategy
 from realjax.core.trees import map_paths, num_params
+from realjax.dataflow.graph import DataflowGraph, Generate
 from realjax.models.build import build_model
 from realjax.models.config import AttentionConfig, LayerKind, MoEConfig
 from tests.given.models import CAPPED, FAMILY_CONFIGS, FULL, LEARNED, make_model
@@ -77,6 +82,15 @@ def test_the_workload_of_ppo(given, tmp_path):
     assert not calls["rew_inf"].scores_vocab and calls["ref_inf"].scores_vocab
     assert work.home_call("actor").name == "actor_train" and work.home_call("ref").name == "ref_inf"
     assert [name for name, role in work.roles.items() if role.is_trained] == ["actor", "critic"]
+
+
+def test_what_records_routes_stays_on_one_stage(given, tmp_path):
+    spec = build_rl_spec(given, tmp_path)
+    record = lambda call: replace(call, records_routes=True) if isinstance(call, Generate) else call
+    graph = DataflowGraph(tuple(map(record, spec.graph.calls)), spec.graph.dataset_keys)
+    generate, *others = read_workload(replace(spec, graph=graph), "cpu").calls
+    assert find_fault(generate, ParallelStrategy(pp=2)) == "its layers can be in [1] pipeline stages, not in 2"
+    assert all(find_fault(call, ParallelStrategy(pp=2)) is None for call in others)
 
 
 def test_rows_are_those_of_the_loader(given, tmp_path):
