@@ -12,6 +12,7 @@ from realjax.aot import hlo
 from realjax.core.layout import Layout, ParallelStrategy
 
 LAYOUT = Layout.of(ParallelStrategy(dp=2, pp=2, tp=2))
+SHARED = Layout.of(ParallelStrategy(dp=2, ep=2, pp=2, tp=2))  # two along `expert`, and one along `data`
 MESH = LAYOUT.mesh
 # As XLA writes programs for GPUs: starts and ends, results beside operands, kernels of libraries.
 # ruff: noqa: E501
@@ -68,8 +69,8 @@ def read(fn, *args):
     return hlo.read(jax.jit(fn).lower(*args).compile().as_text())
 
 
-def over(fn, spec, out):
-    return partial(jax.shard_map, mesh=MESH, in_specs=spec, out_specs=out, check_vma=False)(fn)
+def over(fn, spec, out, layout=LAYOUT):
+    return partial(jax.shard_map, mesh=layout.mesh, in_specs=spec, out_specs=out, check_vma=False)(fn)
 
 
 def test_a_collective_in_loops_counts_as_often_as_they_turn():
@@ -95,12 +96,14 @@ def test_kinds_and_axes_of_collectives(axis):
         "all-to-all": lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True),
         "collective-permute": lambda x: jax.lax.ppermute(x, axis, [(0, 1), (1, 0)]),
     }
+    layout = SHARED if axis == "expert" else LAYOUT
     for kind, move in moves.items():
-        found = read(over(lambda x, move=move: move(x), P(axis), P(axis)), jnp.zeros((8, 16))).collectives
+        fn = over(lambda x, move=move: move(x), P(axis), P(axis), layout)
+        found = read(fn, jnp.zeros((8, 16))).collectives
         assert {c.kind for c in found} == {kind}
-        assert {c.axes(LAYOUT) for c in found} == {(axis,)}
+        assert {c.axes(layout) for c in found} == {(axis,)}
         gathered = 2 if kind == "all-gather" else 1
-        assert hlo.bytes_along(found, LAYOUT, axis, kind=kind) == 4 * 16 * 4 * gathered
+        assert hlo.bytes_along(found, layout, axis, kind=kind) == 4 * 16 * 4 * gathered
 
 
 def test_axes_are_those_of_the_mesh_whatever_its_devices():
