@@ -55,7 +55,7 @@ def test_samples_of_a_prompt_share_it_and_are_those_of_prompts_run_one_by_one(si
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.kept, b.kept)
-        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=1e-5)
     assert len({tuple(generation.tokens) for generation in results[0][:8]}) > 4  # samples differ
 
 
