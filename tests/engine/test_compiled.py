@@ -78,10 +78,10 @@ def test_rows_that_do_not_divide_are_refused_by_key():
         place_batch(make_batch(6), train_rules(layout.strategy), layout)
 
 
-# What the design says of a key's second dim; `kept` has a third.
+# What the design says of a key's second dim; `kept` and `routes` have a third.
 NOT_OF_TIME = {
     "segments": {"rewards", "has_eos", "group", "is_baseline", "seq_share", "prompt_id", "sample_id"},
-    "pairs": {"pair_weight"},
+    "pairs": {"pair_weight", "desirable", "kl_baseline"},
     "targets": {"targets"},
 }
 
@@ -91,7 +91,7 @@ def learn(batch: Batch) -> Batch:
     batch = batch.with_arrays(**make_advantages(PPOParameters())(host_arrays(batch), {}).arrays)
     targets = target_indices(batch["train_mask"], batch["positions"])
     assert targets is not None
-    return batch.with_arrays(targets=targets)
+    return batch.with_arrays(targets=targets, correction=batch["advantages"])
 
 
 def full(rollout: Rollout, number: int) -> Rollout:
@@ -101,6 +101,7 @@ def full(rollout: Rollout, number: int) -> Rollout:
         "prompt_id": np.int32(number),
         "sample_id": np.int32(0),
         "kept": kept,
+        "routes": kept,
         "scores": rollout["values"],
     }
 
@@ -113,6 +114,7 @@ def make_batches() -> dict[str, Batch]:
         "sft": pack_in_order(make_examples([5, 9, 7, 4]), 10, num_rows=4)[0],
         "rw": paired,
         "dpo": paired.with_arrays(ref_logprobs=np.zeros(paired["tokens"].shape)),
+        "kto": paired.with_arrays(desirable=paired["pair_weight"], kl_baseline=paired["pair_weight"]),
         "ppo": learn(Packing(row_len=40, num_rows=4).pack(rollouts)[0]),
     }
 
