@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from realjax.core.trees import Tree
@@ -114,7 +115,5 @@ def compute_theirs(directory: Path, config: ModelConfig, tokens: np.ndarray) -> 
 
 def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:
     """Returns exp of the mean negative log-likelihood of all tokens but the first."""
-    before, after = logits[:-1].astype(np.float64), tokens[1:, None]
-    largest = before.max(axis=1, keepdims=True)
-    normaliser = largest + np.log(np.exp(before - largest).sum(axis=1, keepdims=True))
-    return math.exp(float((normaliser - np.take_along_axis(before, after, axis=1)).mean()))
+    losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits[:-1]), jnp.asarray(tokens[1:]))
+    return math.exp(float(losses.mean()))

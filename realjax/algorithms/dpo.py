@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.algorithms.pairs import sum_by_pair
+from realjax.algorithms.pairs import mean_over_pairs, sum_by_pair
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.loss import Loss, LossSums
-from realjax.core.metrics import Mean, Total
+from realjax.core.metrics import Total
 from realjax.core.option import check_ranges, option
 
 
@@ -59,18 +59,17 @@ def dpo_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: DPOParam
         h = parameters.beta * (better - worse)
         smoothing = parameters.label_smoothing
         losses = -(1 - smoothing) * jax.nn.log_sigmoid(h) - smoothing * jax.nn.log_sigmoid(-h)
-    num_pairs = jnp.sum(is_pair.astype(jnp.float32))
-    mean = lambda x: Mean(jnp.sum(jnp.where(is_pair, x, 0)), num_pairs)
-    pos_score, neg_score = parameters.beta * better, parameters.beta * worse
+    mean = partial(mean_over_pairs, is_pair=is_pair)
+    loss, pos_score, neg_score = mean(losses), parameters.beta * better, parameters.beta * worse
     return LossSums(
-        loss=mean(losses),
+        loss=loss,
         metrics={
             "acc": mean(better > worse),
             "pos_score": mean(pos_score),
             "neg_score": mean(neg_score),
             "margin": mean(pos_score - neg_score),
             "kl": mean(kl),
-            "n_pairs": Total(num_pairs),
+            "n_pairs": Total(loss.weight),
         },
     )
 

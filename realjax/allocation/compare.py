@@ -12,6 +12,7 @@ from realjax.allocation.run_workload import read_workload
 from realjax.allocation.search import Limits, SearchResult, list_single_layouts, place_choices, search
 from realjax.allocation.workload import Workload
 from realjax.core.json_text import JsonObject
+from realjax.core.layout import ParallelStrategy
 from realjax.dataflow.run import RunSpec
 
 SEARCH, SINGLE = "search", "best single layout"
@@ -68,13 +69,13 @@ def compare(spec: RunSpec, cluster: Cluster) -> Comparison:
         spec.allocation.planner,
     )
     limits = Limits(seed=planner.seed, most_plans=planner.evaluations)
-    single = list[SearchResult]()
-
-    def best_single() -> SearchResult:
-        single.extend(list_single_layouts(workload, cluster, costs, limits))
-        return single[0]
-
-    others = [*place_by_rules(spec, workload, cluster, costs, limits), attempt(SINGLE, best_single)]
+    others = [*place_by_rules(spec, workload, cluster, costs, limits)]
+    try:
+        single = list_single_layouts(workload, cluster, costs, limits)
+        others.append(Alternative(name=SINGLE, result=single[0]))
+    except ValueError as error:
+        single = []
+        others.append(Alternative(name=SINGLE, problem=str(error)))
     starts = [one.result.choices for one in others if one.result]
     return Comparison(
         spec=spec,
@@ -111,7 +112,7 @@ def attempt(name: str, make: Callable[[], SearchResult]) -> Alternative:
 def name_layout(single: SearchResult) -> str:
     """Returns the sizes that all calls of a plan have."""
     sizes = single.prediction.calls[0].choice.strategy
-    return f"all d{sizes.dp}p{sizes.pp}t{sizes.tp}"
+    return f"all {ParallelStrategy(dp=sizes.dp, pp=sizes.pp, tp=sizes.tp)}"
 
 
 def describe_plan(result: SearchResult) -> JsonObject:

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from realjax.allocation.workload import Lengths
+from realjax.dataflow.run import METRICS_FILE
 
-RECORD = "metrics.jsonl"  # in a run's log directory
 LAST_STEPS = 32  # answers change while a model learns
 # What `algorithms.returns.answer_metrics` reports, by the end of the names.
 MEAN, SPREAD, MOST = "avg_response_len", "std_response_len", "max_response_len"
@@ -16,7 +16,7 @@ MEAN, SPREAD, MOST = "avg_response_len", "std_response_len", "max_response_len"
 
 def has_record(path: Path) -> bool:
     """Returns whether a log directory has the record of a run."""
-    return (path / RECORD).is_file()
+    return (path / METRICS_FILE).is_file()
 
 
 def read_answers(path: Path) -> Lengths | None:
@@ -25,8 +25,8 @@ def read_answers(path: Path) -> Lengths | None:
     None where no step has any. Raises ValueError where there is no record.
     """
     if not has_record(path):
-        raise ValueError(f"planner.answers_from: '{path}' has no {RECORD}; name the log directory of a run")
-    steps = list(islice(_list_lengths((path / RECORD).read_text(encoding="utf-8").splitlines()), LAST_STEPS))
+        raise ValueError(f"planner.answers_from: '{path}' has no {METRICS_FILE}; name the log directory of a run")
+    steps = list(islice(_list_lengths((path / METRICS_FILE).read_text(encoding="utf-8").splitlines()), LAST_STEPS))
     if not steps:
         return None
     return Lengths(

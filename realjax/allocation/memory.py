@@ -17,7 +17,7 @@ from realjax.allocation.choice import Choice
 from realjax.allocation.prediction import GIB
 from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.split import LayerBytes, Split, item_bytes
-from realjax.allocation.workload import CallWork, RoleWork
+from realjax.allocation.workload import CallWork, ModelShape, RoleWork
 
 # How far below the compiler's figure the model may be. What has to fit should fit with this share more.
 MARGIN = 0.08
@@ -43,6 +43,11 @@ class Memory:
         return ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in self.terms.items())
 
 
+def split_model(model: ModelShape, choice: Choice) -> Split:
+    """Returns a model as a choice splits it."""
+    return Split.of(model, choice.strategy, choice.expert_shards)
+
+
 def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory:
     """Returns what of a role stays on each device of its home between calls.
 
@@ -50,7 +55,7 @@ def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory
     moments, 12 bytes a parameter, split over `data` from ZeRO stage 1 on (arXiv:1910.02054); of another its parameters
     in its dtype, float32 where they follow a trained role; nothing where `role.offload` is True, not where it is open.
     """
-    split = Split.of(role.model, choice.strategy, choice.expert_shards)
+    split = split_model(role.model, choice)
     if role.is_trained:
         masters = split.params(is_sharded=choice.strategy.zero_stage > 0) * FLOAT32
         return _memory(masters=masters, moments=2 * masters)
@@ -70,11 +75,7 @@ def call_memory(work: CallWork, role: RoleWork, choice: Choice, *, at_home: bool
 
 
 def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
-    split, s, size = (
-        Split.of(work.model, choice.strategy, choice.expert_shards),
-        choice.strategy,
-        item_bytes(work.dtype),
-    )
+    split, s, size = split_model(work.model, choice), choice.strategy, item_bytes(work.dtype)
     params, rows = split.params(is_sharded=s.zero_stage == 3), MicroBatch.of(work, choice)
     # Float32 masters that lie as the layers use them are read themselves.
     is_copied = size != FLOAT32 or s.zero_stage in (1, 2)
@@ -107,11 +108,7 @@ def _num_kept(choice: Choice) -> int:
 
 
 def _infer_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
-    split, s, size = (
-        Split.of(work.model, choice.strategy, choice.expert_shards),
-        choice.strategy,
-        item_bytes(work.dtype),
-    )
+    split, s, size = split_model(work.model, choice), choice.strategy, item_bytes(work.dtype)
     params, rows = split.params(is_sharded=s.zero_stage == 3) * size, MicroBatch.of(work, choice)
     # At home a copy is cast, if what lives there is wider.
     is_cast = at_home and (role.is_trained or role.is_averaged) and size != FLOAT32
@@ -135,11 +132,7 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     `decode` carries the cache, which has room for the longest sequence, in powers of two.
     """
     assert work.answers is not None, f"{work.name}: a generate call says how long answers can be"
-    split, size, s = (
-        Split.of(work.model, choice.strategy, choice.expert_shards),
-        item_bytes(work.dtype),
-        choice.strategy,
-    )
+    split, size, s = split_model(work.model, choice), item_bytes(work.dtype), choice.strategy
     num_slots, prompts = count_slots(work, choice), work.prompts.longest
     # Keys and values of a row with room for so many tokens.
     cached = lambda length: 2 * split.keys * size * split.num_layers * work.model.mean_places(length)

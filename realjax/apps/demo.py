@@ -21,11 +21,12 @@ from realjax.apps.demo_data import DemoFiles, write_demo_files
 from realjax.apps.demo_page import Finding, StageResult, write_page
 from realjax.apps.errors import report_errors
 from realjax.apps.quickstart import find_experiment, run_experiment
+from realjax.dataflow.run import METRICS_FILE
 from realjax.options.checks import resolve_names
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import run_paths
-from realjax.record.metrics import METRICS_FILE, read_metrics
+from realjax.record.metrics import read_metrics
 from realjax.record.report import REPORT_FILE
 
 NUM_DEVICES = 2  # virtual ones; more of them share the cores and gain nothing on a small machine

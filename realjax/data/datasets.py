@@ -22,6 +22,20 @@ _log = logging.getLogger(__name__)
 _ROWS_PER_CALL = 16_384
 
 
+def order_examples(num_examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Returns the indices of examples in the order of an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(num_examples) if shuffle else np.arange(num_examples)
+
+
+def refuse_no_answers(subject: str, num_rows: int, num_empty: int, max_seqlen: int) -> None:
+    """Raises ValueError where all rows are among those that keep no token of their answers."""
+    if num_empty == num_rows:
+        raise ValueError(
+            f"{subject}: no row of {num_rows} has an answer token within dataset.max_seqlen={max_seqlen}, so there is "
+            "nothing to learn; raise dataset.max_seqlen or shorten the prompts"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlatDataset:
     """N examples of one sequence each, flat: example i is `tokens[offsets[i]:offsets[i+1]]`."""
@@ -50,7 +64,7 @@ class FlatDataset:
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Indices of the examples in the order of an epoch."""
-        return np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
+        return order_examples(len(self), seed, epoch, shuffle)
 
     def take_tokens(self, index: int) -> np.ndarray:
         """Tokens of one example, int32 [L]."""
@@ -112,11 +126,7 @@ def load_prompt_answer(
         tokens.append(example)
 
     num_empty = sum(start >= end for start, end in spans)
-    if num_empty == len(rows):
-        raise ValueError(
-            f"{name}: {path!r}: no row of {len(rows)} has an answer token within dataset.max_seqlen={max_seqlen}, "
-            "so there is nothing to learn; raise dataset.max_seqlen or shorten the prompts"
-        )
+    refuse_no_answers(f"{name}: {path!r}", len(rows), num_empty, max_seqlen)
     if num_empty:
         cause = f"their prompts fill max_seqlen={max_seqlen}"
         _log.warning("%s: %d of %d rows have no token to learn: %s", name, num_empty, len(rows), cause)

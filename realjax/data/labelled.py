@@ -9,7 +9,7 @@ import numpy as np
 
 from realjax.core.identity import digest
 from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
-from realjax.data.datasets import tokenize_answers
+from realjax.data.datasets import order_examples, refuse_no_answers, tokenize_answers
 from realjax.data.jsonl import load_rows
 from realjax.data.packing import PART_LENS
 from realjax.data.tokens import tell_repeats
@@ -51,7 +51,7 @@ class LabelledDataset:
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Indices of the examples in the order of an epoch."""
-        return np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
+        return order_examples(len(self), seed, epoch, shuffle)
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` and `loss_mask` (True at answer tokens and EOS) of both sequences; 0-d `desirable`, 1 or 0, and
@@ -95,11 +95,7 @@ def load_labelled(
         for part in (answers, others)
     )
     num_empty = sum(max(start, 1) >= len(tokens) for tokens, start in own)
-    if num_empty == len(rows):
-        raise ValueError(
-            f"{name}: {path!r}: no row of {len(rows)} has an answer token within dataset.max_seqlen={max_seqlen}, so "
-            "there is nothing to learn; raise dataset.max_seqlen or shorten the prompts"
-        )
+    refuse_no_answers(f"{name}: {path!r}", len(rows), num_empty, max_seqlen)
     if num_empty:
         _log.warning("%s: %d of %d rows keep no answer within %d tokens", name, num_empty, len(rows), max_seqlen)
     return LabelledDataset(

@@ -109,6 +109,9 @@ class Frequency:
         return any((self.epochs, self.steps, self.secs))
 
 
+METRICS_FILE = "metrics.jsonl"  # of a run's log directory: the record of its steps
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunPaths:
     """Directories of a run, beneath fileroot; none of them need exist."""

@@ -19,8 +19,8 @@ from tensorboardX.summary import scalar
 
 from realjax.core.faults import naming
 from realjax.core.json_text import JsonObject, parse_json
+from realjax.dataflow.run import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 WANDB_MODES = ("disabled", "offline", "online")
 FLUSH_SECONDS = 10
 PROTO: Any = event_pb2  # whose classes are made at run time

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from realjax.core.json_text import JsonObject
+from realjax.dataflow.run import METRICS_FILE
 from realjax.record.console import format_value
-from realjax.record.metrics import METRICS_FILE, RECORD_KEYS, read_metrics, replace_text
+from realjax.record.metrics import RECORD_KEYS, read_metrics, replace_text
 
 REPORT_FILE = "report.html"
 SECTION_KINDS = ("table", "text", "image")

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from realjax.record.metrics import METRICS_FILE, MetricsWriter, drop_later_steps, read_metrics
+from realjax.dataflow.run import METRICS_FILE
+from realjax.record.metrics import MetricsWriter, drop_later_steps, read_metrics
 
 
 def write_steps(run_dir, steps, resume_step=0, **options):

@@ -16,7 +16,7 @@ from realjax.engine.attention.blocked import blocked_attention
 from realjax.engine.attention.cases import Case, Use
 from realjax.engine.attention.compare import RowsFn, find_disagreement
 from realjax.engine.attention.cudnn import cudnn_attention, find_api_fault
-from realjax.engine.attention.fused import find_fused_fault, fused_attention, fused_decoding
+from realjax.engine.attention.fused import fused_attention, fused_decoding
 from realjax.engine.attention.reference import dense_attention, dense_decoding
 from realjax.engine.manual_axes import on_own_heads
 from realjax.models.attention import AttentionFn, DecodingFn, Scoring
@@ -39,6 +39,10 @@ class Kernel:
     is_compared: bool = False  # with the definition, on the device, before it is used: others make it, for this device
 
 
+def _find_cap_fault(case: Case) -> str | None:
+    return None if case.softcap is None else f"it does not cap scores, and the model's are capped at {case.softcap:g}"
+
+
 def _find_cudnn_fault(case: Case) -> str | None:
     if case.platform != "gpu":
         return f"it needs a GPU, and the devices are of platform {case.platform}"
@@ -47,8 +51,8 @@ def _find_cudnn_fault(case: Case) -> str | None:
     if case.capability is None or case.capability < (9, 0):
         found = "not known" if case.capability is None else "{}.{}".format(*case.capability)
         return f"for packed rows it needs compute capability 9.0 (Hopper) or later, and the devices' is {found}"
-    if case.softcap is not None:
-        return f"it does not cap scores, and the model's are capped at {case.softcap:g}"
+    if fault := _find_cap_fault(case):
+        return fault
     if case.head_dim % 8 or case.head_dim > 256:
         return f"it needs a head size that is a multiple of 8 up to 256, and the model's is {case.head_dim}"
     return find_api_fault()
@@ -57,7 +61,7 @@ def _find_cudnn_fault(case: Case) -> str | None:
 KERNELS: dict[str, Kernel] = {
     "dense": Kernel(rows=dense_attention, decoding=dense_decoding),
     "blocked": Kernel(rows=blocked_attention),
-    "xla": Kernel(rows=fused_attention, decoding=fused_decoding, find_fault=find_fused_fault),
+    "xla": Kernel(rows=fused_attention, decoding=fused_decoding, find_fault=_find_cap_fault),
     "cudnn": Kernel(rows=cudnn_attention, find_fault=_find_cudnn_fault, is_whole=False, is_compared=True),
 }
 

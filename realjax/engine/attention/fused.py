@@ -4,14 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.engine.attention.cases import Case
 from realjax.engine.attention.reference import cache_mask, packed_mask
 from realjax.models.attention import Scoring
-
-
-def find_fused_fault(case: Case) -> str | None:
-    """Returns what JAX's function has no argument for, None where it serves."""
-    return None if case.softcap is None else f"it does not cap scores, and the model's are capped at {case.softcap:g}"
 
 
 def fused_attention(
