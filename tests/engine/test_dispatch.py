@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from realjax.engine import experts, routes
+from realjax.engine import dispatch, experts
 from realjax.engine.experts import saved_bytes, share_experts
 from realjax.models.products import Routed
 from tests.given.models import make_layout, quick_jit
@@ -40,7 +40,7 @@ def run_plainly(routed: Routed, params) -> jax.Array:
 @pytest.mark.parametrize("chosen", ["any", "one for all", "none"])
 def test_tokens_come_to_their_experts_and_back(layout, chosen, monkeypatch):
     """Values and all gradients; where all tokens want the same experts, one device gets every token."""
-    monkeypatch.setattr(routes, "send_rows", emulate)
+    monkeypatch.setattr(dispatch, "send_rows", emulate)
     monkeypatch.setattr(experts, "WORTHWHILE", 0)
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
