@@ -100,6 +100,13 @@ def list_splits(work: CallWork, role: RoleWork, cluster: Cluster, mesh: Devices)
     return choices
 
 
+def keeps_fixed(work: CallWork, choice: Choice) -> bool:
+    """Returns whether a choice has the sizes and the devices that are fixed of a call."""
+    sizes, devices = work.fixed.strategy, work.fixed.devices
+    has_sizes = sizes is None or replace(choice.strategy, zero_stage=sizes.zero_stage) == sizes
+    return has_sizes and (devices is None or choice.devices == tuple(devices))
+
+
 def find_fault(work: CallWork, strategy: ParallelStrategy) -> str | None:
     """Returns why a call's model cannot be split so, by the rules of `core.axes`; None where it can."""
     model, tp = work.model, strategy.tp

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from realjax.allocation.branch import Branches
+from realjax.allocation.candidates import keeps_fixed
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.costing import Costs
@@ -68,13 +69,14 @@ def search(
 ) -> SearchResult:
     """Returns the best plan that fits among `candidates`, by default all there are.
 
-    It is no worse than any of `starts`, plans of other origin. Raises ValueError for calls that cannot be as they were
-    fixed, and where no plan fits, with the call that lacks most.
+    It is no worse than any of `starts`, plans of other origin, that keep to what is fixed. Raises ValueError for calls
+    that cannot be as they were fixed, and where no plan fits, with the call that lacks most.
     """
     start = time.monotonic()
     simulator = Simulator(workload, costs, cluster)
     options = price_all(simulator) if candidates is None else price_given(simulator, candidates)
-    given = [[simulator.price(call, plan[call.name]) for call in workload.calls] for plan in starts]
+    allowed = [plan for plan in starts if all(keeps_fixed(call, plan[call.name]) for call in workload.calls)]
+    given = [[simulator.price(call, plan[call.name]) for call in workload.calls] for plan in allowed]
     return Search(simulator, options, limits, start).run(given)
 
 

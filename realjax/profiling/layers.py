@@ -41,6 +41,9 @@ SMALL_VOCAB = 256
 Program = str
 # Of a program: which use of a layer its difference is. Backward programs go both ways; forward is taken off.
 PROGRAMS: tuple[Program, ...] = ("forward", "train", "remat", "nll", "decode")
+# Of a program beside whose layers a head is measured: which has the same layers. Recomputing them leaves the head as it
+# is, and each program saved is seconds of compiling.
+SAME_LAYERS: Mapping[Program, Program] = {"forward": "forward", "train": "train", "nll": "train", "decode": "decode"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +76,21 @@ def measure_layers(
     """
     vocab = config.vocab_size
     small = min(SMALL_VOCAB, vocab)
-    sizes = {"few": (FEW, small), "more": (MORE, small), "head": (FEW, vocab)}
+    of_layers = tuple(program for program in case.programs if program != "nll")
+    of_head = tuple(program for program in case.programs if program in SAME_LAYERS)
+    sizes = {"few": (FEW, small, of_layers), "more": (MORE, small, of_layers), "head": (FEW, vocab, of_head)}
     probes = {
         (program, name): probe
-        for name, (num_patterns, vocab_size) in sizes.items()
-        for program, probe in make_probes(build_model(cut(config, num_patterns, vocab_size)), case).items()
+        for name, (num_patterns, vocab_size, programs) in sizes.items()
+        for program, probe in make_probes(
+            build_model(cut(config, num_patterns, vocab_size)), replace(case, programs=programs)
+        ).items()
     }
     found = {key: seconds * sharing / _num_runs(key[0]) for key, seconds in clock.measure(probes).items()}
     num_layers = len(config.pattern)
-    layer = {p: max(found[p, "more"] - found[p, "few"], 0.0) / (MORE - FEW) / num_layers for p in case.programs}
+    layer = {p: max(found[p, "more"] - found[p, "few"], 0.0) / (MORE - FEW) / num_layers for p in of_layers}
     # All that a program does beside its layers: embedding, final norm, head and loss.
-    head = {p: max(found[p, "head"] - FEW * num_layers * layer[p], 0.0) for p in case.programs}
+    head = {p: max(found[p, "head"] - FEW * num_layers * layer[SAME_LAYERS[p]], 0.0) for p in of_head}
     sizes_of_layer = {name: getattr(config, name) for name in ("hidden_size", "num_q_heads", "num_kv_heads")}
     sizes_of_layer |= {"head_dim": config.head_dim, "ffn_size": config.ffn_size}
     shared = {"dtype": case.dtype, "tp": case.layout.strategy.tp, "rows": case.rows, "tokens": case.tokens}

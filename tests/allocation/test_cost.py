@@ -12,6 +12,7 @@ from realjax.allocation.cluster import Cluster, Link, find_cluster
 from realjax.allocation.cost import call_cost, fetch_cost, move_cost
 from realjax.allocation.measured import HeadPoint, LayerPoint, Measured, UpdatePoint
 from realjax.allocation.terms.decode_cost import count_rounds, mean_context
+from realjax.allocation.terms.measured_layers import Point, fit_two, predict_line
 from realjax.allocation.workload import CallWork, Lengths, ModelShape, RoleWork
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.reshard.plan import plan_reshard
@@ -224,6 +225,38 @@ def test_measured_heads_and_updates_come_before_formulas():
     terms = call_cost(work, choose(), cluster).terms
     assert terms["head"] == pytest.approx(3.0, abs=1e-3)
     assert terms["optimizer"] == pytest.approx(5.0 * LLAMA.num_params / 1e9, rel=0.01)
+
+
+def make_points(other: float, attention: float, *parts: tuple[float, float]) -> list[Point]:
+    """Returns layers of sizes 100, 200, ... that take so many times as long as their parts."""
+    return [Point(100.0 * i, a, b, other * a + attention * b) for i, (a, b) in enumerate(parts, start=1)]
+
+
+def test_measured_layers_tell_attention_from_all_else():
+    points = make_points(2.0, 5.0, (1.0, 0.1), (2.0, 0.8), (4.0, 0.4))
+    assert fit_two(points, 200, pull=0.0) == pytest.approx((2.0, 5.0))
+    # One length says nothing about attention apart; a factor below 0 is none.
+    assert fit_two(make_points(3.0, 3.0, (1.0, 0.5)), 100) == pytest.approx((3.0, 3.0))
+    assert fit_two(make_points(2.0, -1.0, (1.0, 0.1), (1.0, 0.4)), 100, pull=0.0)[1] == 0.0
+
+
+def test_layers_of_about_the_same_size_count_most():
+    points = [Point(100.0, 1.0, 0.1, 1.1), Point(10_000.0, 1.0, 0.1, 3.3)]
+    near = [fit_two(points, size)[0] for size in (50.0, 100.0, 1000.0, 10_000.0, 10**6)]
+    assert near == sorted(near) and near[0] == pytest.approx(1.0, rel=0.01) and near[-1] == pytest.approx(3.0, rel=0.01)
+    assert predict_line([Point(10, 10, 1.0, 7.0), Point(20, 20, 1.0, 12.0)], 15) == pytest.approx(9.5)
+    assert predict_line([Point(10, 10, 1.0, 7.0)], 20) == pytest.approx(14.0, rel=0.02)
+
+
+def test_a_cpu_reduces_each_kernel_for_itself():
+    """XLA makes one reduce-scatter of all gradients on accelerators alone."""
+    work, sharded = make_work("train"), choose(dp=8, zero_stage=2)
+    slow = replace(H100S, name="slow", factors={}, within_node=Link(bandwidth=1e12, latency=1.0))
+    on_gpu, on_cpu = (
+        call_cost(work, sharded, replace(slow, name=platform, platform=platform)).terms["dp"]
+        for platform in ("gpu", "cpu")
+    )
+    assert on_gpu == pytest.approx(7 + 7, rel=0.1) and on_cpu == pytest.approx(9 * (7 + 2 * 7), rel=0.1)
 
 
 def test_a_dtype_without_a_rate_is_refused():

@@ -7,7 +7,7 @@ from realjax.allocation.cluster import Cluster
 from realjax.allocation.memory import SHORTEST_CACHE
 from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.collectives import collective_seconds, find_groups
-from realjax.allocation.terms.measured_layers import At, find_measured
+from realjax.allocation.terms.measured_layers import find_measured
 from realjax.allocation.terms.pass_cost import exchange_seconds
 from realjax.allocation.terms.rates import LayerSplit, find_rates
 from realjax.allocation.workload import CallWork, Lengths
@@ -59,10 +59,9 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
     rounds = count_rounds(work.num_sequences, slots, work.answers)
     rows, ticks = slots / (s.dp * s.pp), rounds * s.pp
     measured, context = find_measured(cluster, work.dtype), mean_context(work, bool(cluster.factor("paged", 0.0)))
-    at = At(rows, context)
     layer = rates.decode(model, rows, context, LayerSplit(s.tp, ep=choice.expert_shards))
-    factor = measured.factor("decode", model, at, s.tp)
-    layer = layer.scale(factor.layer)
+    factor = measured.factor("decode", model, s.tp, rows)
+    layer = factor.scale(layer)
     floor = max(0.0, rates.least_layer - layer.seconds)
     runs = num_layers * ticks
     terms = {
@@ -73,7 +72,7 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
         "head": ticks * rates.product(rows, model.hidden_size, model.vocab_size / (s.tp * s.pp)),
         "draw": ticks * rates.passes(DRAW_BYTES * rows * s.dp * model.vocab_size / s.size),
     }
-    if (head := measured.head("decode", model, at, s.tp)) is not None:
+    if (head := measured.head("decode", model, rows, s.tp)) is not None:
         terms |= {"head": ticks * head / s.pp, "draw": 0.0}
     size = rows * model.hidden_size * rates.itemsize
     collective = lambda kind, num_bytes, group: collective_seconds(kind, num_bytes, group, cluster)
@@ -106,8 +105,8 @@ def _prefill_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int)
     tokens, split = prompts * length, LayerSplit(s.tp, ep=choice.expert_shards)
     squares = prompts * (work.prompts.mean_square if is_paged else length**2)
     layer = rates.forward(model, tokens, rates.squares(prompts, length, length, squares), split)
-    factor = find_measured(cluster, work.dtype).factor("forward", model, At(tokens, length), s.tp)
-    seconds = layer.seconds * factor.layer
+    factor = find_measured(cluster, work.dtype).factor("forward", model, s.tp, tokens)
+    seconds = factor.scale(layer).seconds
     runs = -(-model.num_layers // s.pp) * admissions * (2 * s.pp - 1)
     terms = {"prefill": runs * max(seconds, rates.least_layer)}
     if s.tp > 1:

@@ -1,14 +1,19 @@
 """What the profile's whole layers, heads and updates say beside the sums of their parts.
 
-A layer's measured seconds are used as a factor on what `rates` predicts for the same layer, so that lengths and splits
-that were not measured follow the formulas from the nearest that were.
+The measured layers of one kind give two factors on what `rates` predicts for them, of attention and of all else. Those
+of about the wanted size count most: by the token, large batches are slower than those that fit into caches. Lengths and
+splits that were not measured follow the formulas, and one that is off by chance counts less than if it stood alone.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
 
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import HeadPoint, LayerPoint, LayerUse
@@ -21,19 +26,16 @@ NUM_REDUCES: Mapping[LayerUse, int] = {"forward": 2, "backward": 2, "backward_re
 
 
 @dataclass(frozen=True)
-class At:
-    """A size: tokens of a device (decode: rows), and the tokens of a row (decode: in its cache)."""
-
-    size: float
-    length: float
-
-
-@dataclass(frozen=True)
 class Factor:
-    """How much longer a layer takes than predicted; and whether its collectives over tensor are part of that."""
+    """How much longer a layer takes than predicted: attention, all else, and the collectives over tensor."""
 
-    layer: float = 1.0
+    other: float = 1.0
+    attention: float = 1.0
     tensor: float = 1.0
+
+    def scale(self, layer: Layer) -> Layer:
+        """Returns a predicted layer as long as it takes."""
+        return Layer(self.other * layer.products, self.attention * layer.attention, self.other * layer.memory)
 
 
 class MeasuredLayers:
@@ -42,71 +44,77 @@ class MeasuredLayers:
     def __init__(self, cluster: Cluster, dtype: str) -> None:
         self.cluster, self.dtype, self.rates = cluster, dtype, find_rates(cluster, dtype)
 
-    def factor(self, use: LayerUse, model: ModelShape, at: At, tp: int) -> Factor:
-        """Returns the factor of the nearest measured layers: of the same tp, else of one device; of the same sizes,
-        else of any. It is 1 where no layer of the dtype was measured."""
-        of_tp = self._factors.get((use, tp))
-        found = of_tp or self._factors.get((use, 1))
-        if not found:
+    def factor(self, use: LayerUse, model: ModelShape, tp: int, size: float) -> Factor:
+        """Returns the factor of the measured layers for so many tokens of a device (decode: rows): of the same tp, else
+        of one device; of the same sizes, else of any. It is 1 where no layer of the dtype was measured."""
+        of_tp = self._points.get((use, tp))
+        by_sizes = of_tp or self._points.get((use, 1))
+        if not by_sizes:
             return Factor()
-        curves = found.get((model.hidden_size, model.ffn_size)) or _join(found.values())
-        factor = _interpolate(_nearest(curves, at.length), math.log(max(at.size, 1)))
-        return Factor(layer=factor, tensor=factor if of_tp and tp > 1 else 1.0)
+        points = by_sizes.get((model.hidden_size, model.ffn_size)) or list(chain.from_iterable(by_sizes.values()))
+        other, attention = fit_two(points, size)
+        return Factor(other, attention, tensor=other if of_tp and tp > 1 else 1.0)
 
-    def head(self, use: LayerUse, model: ModelShape, at: At, tp: int) -> float | None:
-        """Returns seconds of all that a program does beside its layers, its start left out; None where no head of this
-        vocabulary was measured."""
-        curves = self._heads.get((use, tp, model.hidden_size, model.vocab_size))
-        if not curves:
-            return None
-        points = _nearest(curves, at.length)
-        if at.size > points[-1][0]:
-            return points[-1][1] * at.size / points[-1][0]
-        return _interpolate(points, at.size)
+    def head(self, use: LayerUse, model: ModelShape, size: float, tp: int) -> float | None:
+        """Returns seconds of all that a program does beside its layers for so many tokens of a device (decode: rows),
+        its start left out; None where no head of this vocabulary was measured."""
+        points = self._heads.get((use, tp, model.hidden_size, model.vocab_size))
+        return predict_line(points, size) if points else None
 
     def update(self, num_params: float) -> float | None:
         """Returns seconds of an update of so many parameters of a device; None where none was measured."""
-        points = sorted((point.num_params, point.seconds) for point in self.cluster.measured.updates)
-        if not points:
-            return None
-        if num_params > points[-1][0]:
-            return points[-1][1] * num_params / points[-1][0]
-        return _interpolate(points, num_params)
+        return predict_line(self._updates, num_params) if self._updates else None
 
     @cached_property
-    def _factors(self) -> Mapping[tuple[LayerUse, int], Mapping[tuple[int, int], "Curves"]]:
-        found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    def _points(self) -> Mapping[tuple[LayerUse, int], Mapping[tuple[int, int], Sequence["Point"]]]:
+        found: dict = defaultdict(lambda: defaultdict(list))
         for point in self.cluster.measured.layers:
             if point.dtype == self.dtype and point.use in NUM_REDUCES and point.seconds > 0:
-                size = point.rows * (1 if point.use == "decode" else point.tokens)
-                entry = math.log(size), point.seconds / self._predict(point)
-                found[point.use, point.tp][point.hidden_size, point.ffn_size][point.tokens].append(entry)
+                other, attention = self._predict(point)
+                entry = Point(_count(point), other, attention, point.seconds)
+                found[point.use, point.tp][point.hidden_size, point.ffn_size].append(entry)
         return found
 
     @cached_property
-    def _heads(self) -> Mapping[tuple[LayerUse, int, int, int], "Curves"]:
-        found: dict = defaultdict(lambda: defaultdict(list))
+    def _heads(self) -> Mapping[tuple[LayerUse, int, int, int], Sequence["Point"]]:
+        found: dict = defaultdict(list)
         for point in self.cluster.measured.heads:
-            if point.dtype == self.dtype:
-                key = point.use, point.tp, point.hidden_size, point.vocab_size
-                found[key][point.tokens].append((_count(point), self._without_start(point)))
-        return {key: {length: sorted(points) for length, points in curves.items()} for key, curves in found.items()}
+            if point.dtype == self.dtype and (seconds := self._without_start(point)) > 0:
+                size, key = _count(point), (point.use, point.tp, point.hidden_size, point.vocab_size)
+                found[key].append(Point(size, size, 1.0, seconds))
+        return found
+
+    @cached_property
+    def _updates(self) -> Sequence["Point"]:
+        return [Point(p.num_params, p.num_params, 1.0, p.seconds) for p in self.cluster.measured.updates]
 
     def _without_start(self, point: HeadPoint) -> float:
         """A decode program runs many rounds; the way back's start fell away with the way there."""
         starts = point.use in ("forward", "nll")
         return max(point.seconds - (self.cluster.dispatch_seconds if starts else 0.0), 0.0)
 
-    def _predict(self, point: LayerPoint) -> float:
+    def _predict(self, point: LayerPoint) -> tuple[float, float]:
+        """Returns what is predicted beside attention, and for attention."""
         sizes = {name: getattr(point, name) for name in ("hidden_size", "num_q_heads", "num_kv_heads", "head_dim")}
         model = ModelShape(num_layers=1, vocab_size=1, ffn_size=point.ffn_size, **sizes)
         tokens = point.rows * (1 if point.use == "decode" else point.tokens)
         size = tokens * model.hidden_size * self.rates.itemsize
         reduce = collective_seconds("all_reduce", size, Group(point.tp, 1), self.cluster)
-        return predict_layer(self.rates, point, model).seconds + NUM_REDUCES[point.use] * reduce
+        layer = predict_layer(self.rates, point, model)
+        return layer.products + layer.memory + NUM_REDUCES[point.use] * reduce, layer.attention
 
 
-Curves = Mapping[int, Sequence[tuple[float, float]]]  # by length: (size, value)
+class Point(NamedTuple):
+    """What was measured, and the two parts that it is to be made of."""
+
+    size: float
+    first: float
+    second: float
+    seconds: float
+
+
+PULL = 0.1  # of the two factors to each other, against a whole relative error: it decides where one length was measured
+NEAR = 0.7  # natural logarithm of how many times as large or small a size is that counts 0.6 times as much
 
 
 def predict_layer(rates: Rates, point: LayerPoint, model: ModelShape) -> Layer:
@@ -133,28 +141,25 @@ def _count(point: HeadPoint) -> int:
     return point.rows * (1 if point.use == "decode" else point.tokens)
 
 
-def _join(curves: Iterable[Curves]) -> Curves:
-    joined = defaultdict(list)
-    for each in curves:
-        for length, points in each.items():
-            joined[length].extend(points)
-    return joined
+def fit_two(points: Sequence[Point], size: float, pull: float = PULL) -> tuple[float, float]:
+    """Returns the two factors, none below 0, by which the parts come nearest to what was measured around a size: least
+    squares of relative errors, weighted by a normal curve of log size (Cleveland, 1979), and of `pull` times the
+    factors' difference."""
+    far = np.array([math.log(point.size / max(size, 1.0)) for point in points])
+    far -= far[np.abs(far).argmin()]  # beyond all that was measured, the nearest counts whole
+    weights = np.exp(-np.square(far / NEAR) / 4)
+    parts = np.array([[point.first / point.seconds, point.second / point.seconds] for point in points])
+    matrix = np.vstack([weights[:, None] * parts, [pull, -pull]])
+    wanted = np.array([*weights, 0.0])
+    factors = np.linalg.lstsq(matrix, wanted)[0]
+    if factors.min() < 0:  # the best is then on the border: without the other
+        column = int(factors.argmax())
+        factors = np.zeros(2)
+        factors[column] = matrix[:, column] @ wanted / (matrix[:, column] @ matrix[:, column])
+    return float(factors[0]), float(factors[1])
 
 
-def _nearest(curves: Curves, length: float) -> list[tuple[float, float]]:
-    """Returns the points of the nearest measured length, sorted, those of one size as their mean."""
-    nearest = min(curves, key=lambda each: abs(math.log(each / max(length, 1))))
-    by_size = defaultdict(list)
-    for size, value in curves[nearest]:
-        by_size[size].append(value)
-    return sorted((size, sum(values) / len(values)) for size, values in by_size.items())
-
-
-def _interpolate(points: Sequence[tuple[float, float]], at: float) -> float:
-    """Returns the value on straight lines between points, and that of the first or last outside."""
-    if at <= points[0][0]:
-        return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if at <= x1:
-            return y0 + (at - x0) / (x1 - x0) * (y1 - y0)
-    return points[-1][1]
+def predict_line(points: Sequence[Point], size: float) -> float:
+    """Returns seconds on the line through what was measured around a size; of one size in proportion to it."""
+    slope, start = fit_two(points, size, pull=0.0)
+    return start + slope * size

@@ -7,7 +7,7 @@ from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import Collective, LayerUse
 from realjax.allocation.terms.collectives import Group, Groups, collective_seconds, exposed, find_groups
-from realjax.allocation.terms.measured_layers import At, Factor, MeasuredLayers, find_measured
+from realjax.allocation.terms.measured_layers import Factor, MeasuredLayers, find_measured
 from realjax.allocation.terms.rates import Layer, LayerSplit, Rates, find_rates
 from realjax.allocation.workload import CallWork, ModelShape
 
@@ -37,14 +37,9 @@ class Passes:
     def measured(self) -> MeasuredLayers:
         return find_measured(self.cluster, self.work.dtype)
 
-    @property
-    def at(self) -> At:
-        """Where in the profile's tables a micro-batch is."""
-        return At(self.tokens, self.row_len)
-
     def factor(self, use: LayerUse) -> Factor:
         """Returns how much longer a layer takes than the sum of its parts."""
-        return self.measured.factor(use, self.work.model, self.at, self.choice.strategy.tp)
+        return self.measured.factor(use, self.work.model, self.choice.strategy.tp, self.tokens)
 
     @property
     def hidden_bytes(self) -> float:
@@ -104,7 +99,7 @@ def inference_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[st
     passes = plan_passes(work, choice, cluster, is_train=False)
     rates, factor = passes.rates, passes.factor("forward")
     layer = rates.forward(work.model, passes.tokens, passes.squares, passes.split)
-    layer = layer.scale(factor.layer).at_least(rates.least_layer)
+    layer = factor.scale(layer).at_least(rates.least_layer)
     terms = _layer_terms(passes, layer)
     terms["head"] = passes.num_batches * head_seconds(passes, ("forward",), num_products=1, num_reads=3)
     terms |= _tensor_terms(passes, gathers=2, scatters=2, reduces=2, factor=factor.tensor)
@@ -119,11 +114,11 @@ def train_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, f
     rates, again = passes.rates, 1 if choice.remat else 0
     there, back = passes.factor("forward"), passes.factor("backward_remat" if again else "backward")
     plain = rates.forward(work.model, passes.tokens, passes.squares, passes.split)
-    forward = plain.scale(there.layer).at_least(rates.least_layer)
-    both = forward + rates.backward(work.model, plain).scale(back.layer).at_least(2 * rates.least_layer)
+    forward = there.scale(plain).at_least(rates.least_layer)
+    both = forward + back.scale(rates.backward(work.model, plain)).at_least(2 * rates.least_layer)
     terms = _layer_terms(passes, both)
     if again:
-        repeated = plain.scale(back.layer).at_least(rates.least_layer)
+        repeated = back.scale(plain).at_least(rates.least_layer)
         terms["remat"] = passes.num_layers * passes.num_batches * repeated.seconds
         terms["bubbles"] += passes.num_layers * (passes.ticks - passes.num_batches) * repeated.seconds
     # A call that needs no other's results learns by `nll`, whose gradients come with the forward pass.
@@ -154,7 +149,7 @@ def head_seconds(passes: Passes, uses: Sequence[LayerUse], *, num_products: int,
     work, s = passes.work, passes.choice.strategy
     if not work.scores_vocab:
         return 0.0
-    found = [passes.measured.head(use, work.model, passes.at, s.tp) for use in uses]
+    found = [passes.measured.head(use, work.model, passes.tokens, s.tp) for use in uses]
     if all(seconds is not None for seconds in found):
         return sum(filter(None, found)) / s.pp
     columns = work.model.vocab_size / (s.tp * s.pp)
@@ -258,15 +253,24 @@ def _split_experts(passes: Passes, size: float, num_layers: int) -> list[tuple[f
 
 def _gradient_seconds(passes: Passes) -> float:
     """Returns the sum over `data` once an update: float32 gradients all-reduced, or with ZeRO's stages 1 and 2
-    scattered and the parameters gathered in the compute dtype."""
+    scattered and the parameters gathered in the compute dtype.
+
+    XLA makes one message of all kernels, and reduce-scatters, for accelerators alone; on CPUs each kernel's gradient is
+    all-reduced, of which each device keeps its part.
+    """
     zero_stage, width = passes.choice.strategy.zero_stage, passes.rates.weight_bytes
     if zero_stage == 3:
         return 0.0
     parts = _stage_params(passes)
     if zero_stage == 0:
         return sum(passes.collective("all_reduce", 4 * size, group) for size, group in parts)
-    gathered = sum(passes.collective("all_gather", width * size, group) for size, group in parts)
-    return sum(passes.collective("reduce_scatter", 4 * size, group) for size, group in parts) + gathered
+    is_cpu = passes.cluster.platform == "cpu"
+    kind, num = ("all_reduce", NUM_KERNELS) if is_cpu else ("reduce_scatter", 1)
+    gathered = sum(num * passes.collective("all_gather", width * size / num, group) for size, group in parts)
+    return gathered + sum(num * passes.collective(kind, 4 * size / num, group) for size, group in parts)
+
+
+NUM_KERNELS = 9  # of a decoder whose layers are stacked: four of attention, three of the feed-forward, table and head
 
 
 def _optimizer_seconds(passes: Passes) -> float:

@@ -31,10 +31,6 @@ class Layer:
     def __add__(self, other: "Layer") -> "Layer":
         return Layer(self.products + other.products, self.attention + other.attention, self.memory + other.memory)
 
-    def scale(self, factor: float) -> "Layer":
-        """Returns a layer that takes so much longer, whatever it does."""
-        return Layer(factor * self.products, factor * self.attention, factor * self.memory)
-
     def at_least(self, seconds: float) -> "Layer":
         """Returns a layer that takes no less than starting its kernels one by one."""
         return Layer(self.products, self.attention, self.memory + max(0.0, seconds - self.seconds))
