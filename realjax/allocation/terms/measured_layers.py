@@ -137,7 +137,7 @@ def find_measured(cluster: Cluster, dtype: str) -> MeasuredLayers:
     return MeasuredLayers(cluster, dtype)
 
 
-def _count(point: HeadPoint) -> int:
+def _count(point: HeadPoint | LayerPoint) -> int:
     return point.rows * (1 if point.use == "decode" else point.tokens)
 
 
