@@ -1,5 +1,7 @@
 """What the processes of a run agree on: values that only one of them knows, or that each has its own of."""
 
+from collections.abc import Iterable
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -35,3 +37,14 @@ def gather(values: np.ndarray) -> np.ndarray:
     # As integers: floats would travel in single precision.
     bits = multihost_utils.process_allgather(values.astype(np.float64).ravel().view(np.uint32))
     return np.asarray(bits, np.uint32).view(np.float64).reshape(-1, *values.shape)
+
+
+def format_numbers(numbers: Iterable[int]) -> str:
+    """Returns numbers in order, those that follow each other as a range: "0-3,7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

@@ -3,25 +3,20 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from realjax.launch.environment import HEARTBEAT_SECONDS
 from realjax.runtime.stop import STOPS
 from tests.given.commands import Given, Trial, stopped_after
 from tests.given.compare import relative_errors, without_clocks
-from tests.given.processes import HANG_SECONDS, ROOT
+from tests.given.launched import started, wait_for_end, wait_for_text, workers_of
+from tests.given.processes import HANG_SECONDS
 from tests.given.texts import write_pairs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -46,39 +41,6 @@ ENDLESS = {
 }
 
 
-@contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
-    """Starts Python on the command in a session of its own, of which nothing is left when the block ends."""
-    # Unoptimised, what each process compiles for itself takes half the time.
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    env.pop("JAX_NUM_CPU_DEVICES", None)
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=env,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        for left in session_of(process):
-            left.kill()
-        process.wait()
-
-
-def session_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """Returns what runs of the session that began with the process, whatever groups it has."""
-    found = []
-    for each in psutil.process_iter():
-        with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(each.pid) == process.pid and each.status() != psutil.STATUS_ZOMBIE:
-                found.append(each)
-    return found
-
-
 def launch_words(words: list[str], *flags: str, experiment: str = "sft") -> list[str]:
     return ["-m", "launch.local", "--processes", "2", *flags, "--", experiment, *words]
 
@@ -89,40 +51,6 @@ def launch(trial: Trial, *flags: str, **changes: Any) -> str:
     with started(launch_words(trial.words(**changes), *flags, experiment=trial.experiment), log) as process:
         assert process.wait(HANG_SECONDS) == 0, log.read_text()
     return log.read_text()
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
-    """Returns as soon as it holds; fails when the process ends before, or nothing happens."""
-    deadline = time.monotonic() + HANG_SECONDS
-    while not condition():
-        # What was printed last may be what is waited for.
-        assert (process.poll() is None or condition()) and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-
-
-def wait_for_text(text: str, process: subprocess.Popen, log: Path) -> None:
-    wait_until(lambda: text in log.read_text(), process, log)
-
-
-def wait_for_end(process: subprocess.Popen, log: Path) -> int:
-    """Returns the launcher's exit code; fails when it, or then one of its processes, is left."""
-    try:
-        code = process.wait(HANG_SECONDS)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"still running {HANG_SECONDS} s later\n{log.read_text()}")
-    deadline = time.monotonic() + HANG_SECONDS
-    while session_of(process):
-        assert time.monotonic() < deadline, f"left: {session_of(process)}\n{log.read_text()}"
-        time.sleep(0.1)
-    return code
-
-
-def workers_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
-    """Returns the launcher's processes by their numbers."""
-    children = psutil.Process(launcher.pid).children()
-    numbers = {int(child.environ()["REALJAX_PROCESS_ID"]): child for child in children}
-    assert sorted(numbers) == [0, 1]
-    return numbers
 
 
 def assert_same_metrics(found: list[dict], expected: list[dict]) -> None:
@@ -153,7 +81,7 @@ def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Trial:
 def test_two_processes_do_what_one_does(whole):
     trial = replace(whole, name="both")
     output = launch(trial, "--devices", "4")
-    assert all(re.match(r"\[[01]\] ", line) for line in output.splitlines())
+    assert all(re.match(r"\[(0|1|0-1)\] ", line) for line in output.splitlines())
     assert "process 0 of 2 joined" in output and "process 1 of 2 joined" in output
     # One record, one checkpoint, one training state; a log of each process.
     assert len(re.findall(r"\(global step \d\):", output)) == STEPS
@@ -218,9 +146,9 @@ def test_nothing_outlives_its_launcher(moment, given, tmp_path):
     with started(launch_words(trial.words()), log) as launcher:
         wait_for_text(moment, launcher, log)
         launcher.kill()
+        started_at = time.monotonic()
         assert wait_for_end(launcher, log) == -signal.SIGKILL
-    if "step" in moment:
-        assert "the launcher is gone, so this process ends" in (trial.folder("logs") / "run.log").read_text()
+        assert time.monotonic() - started_at < 10
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -247,14 +175,14 @@ def test_an_error_of_all_is_a_line_of_each_and_code_2(given, tmp_path):
     with started(launch_words(trial.words(model__path=tmp_path)), log) as launcher:
         wait_for_text("realjax: error", launcher, log)
         assert wait_for_end(launcher, log) == 2, log.read_text()
-    assert re.search(r"^\[\d\] realjax: error: model path '.*' is not a HuggingFace model", log.read_text(), re.M)
+    assert re.search(r"^\[[\d-]+\] realjax: error: model path '.*' is not a HuggingFace model", log.read_text(), re.M)
     assert "Traceback (most" not in log.read_text()
 
 
 # Process 1 goes its own way: what it does first is put in for `%s`.
 ONE_DIFFERS = """
-import argparse, sys
-from realjax.launch.local import run_processes
+import sys
+from realjax.launch.local import Share, run_processes
 program = '''
 import os, sys
 from realjax.apps.quickstart import main
@@ -263,8 +191,7 @@ if os.environ["REALJAX_PROCESS_ID"] == "1":
     %s
 sys.exit(main(["sft", *sys.argv[1:]]))
 '''
-args = argparse.Namespace(processes=2, num_processes=None, coordinator=None, first_process=0)
-sys.exit(run_processes([sys.executable, "-c", program, *sys.argv[1:]], args))
+sys.exit(run_processes([sys.executable, "-c", program, *sys.argv[1:]], Share(processes=2)))
 """
 FAILURES = {
     "before the first step": (
