@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from realjax.core.axes import Rules, resolve_sharding
 from realjax.core.batch import Batch, find_dims
 from realjax.core.layout import Layout
+from realjax.core.progress import Progress
 
 logger = logging.getLogger("realjax.engine")
 
@@ -22,6 +23,7 @@ class CompileLog:
     """The programs a run has compiled: `(name, shapes, seconds)` in order."""
 
     entries: list[tuple[str, str, float]] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)  # told when a program is being compiled
 
     @property
     def seconds(self) -> float:
@@ -58,7 +60,8 @@ class Compiled:
 
     def _compile(self, args: tuple[object, ...]) -> jax.stages.Compiled:
         start = time.perf_counter()
-        program = self.jitted.lower(*args).compile()
+        with self.log.progress.compile(self.name):
+            program = self.jitted.lower(*args).compile()
         seconds = time.perf_counter() - start
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
         self.log.entries.append((self.name, shapes, seconds))

@@ -77,9 +77,13 @@ class Timeline:
                 return
             self.records.append(CallRecord(start=start, end=self.now(), process=process, **fields))
 
-        thread = threading.Thread(target=wait, daemon=True)
+        thread = threading.Thread(target=wait, daemon=True, name=str(fields.get("name")))
         thread.start()
         self._threads.append(thread)
+
+    def list_pending(self) -> tuple[str, ...]:
+        """Returns the names of the calls whose results are not there yet."""
+        return tuple(thread.name for thread in tuple(self._threads) if thread.is_alive())
 
     def of_step(self, step: int) -> list[CallRecord]:
         """Returns the records of a step, all of whose calls have been made, in order of their start.

@@ -13,6 +13,7 @@ from realjax.allocation.plan import AllocationPlan
 from realjax.core.axes import inference_rules
 from realjax.core.batch import Batch
 from realjax.core.loss import LossSums
+from realjax.core.progress import Progress
 from realjax.core.trees import Tree, map_paths
 from realjax.dataflow.graph import Call, Host, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
@@ -47,8 +48,11 @@ class Executor:
         roles: Mapping[str, Role],
         states: dict[str, TrainState | Tree],
         controls: Mapping[str, Mapping[str, float]] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """`controls` are the host calls' states by name where they are not those before the first step.
+
+        `progress` is told of each call.
 
         Raises ValueError for a call that reads what the step before has made: no step leaves anything to the next.
         """
@@ -59,6 +63,8 @@ class Executor:
         host_calls = [call for call in self.graph.calls if isinstance(call, Host)]
         self.controls: Controls = {call.name: dict((controls or {}).get(call.name, call.state)) for call in host_calls}
         self.programs, self.timeline = Programs(plan, roles, spec.seed), Timeline()
+        self.progress = self.programs.log.progress = progress or Progress()
+        self.progress.pending_fn = self.timeline.list_pending
         self._moved: set[str] = set()  # calls whose first move of parameters has been logged
 
     def step(self, batch: Batch, step: int | None, calls: Sequence[Call] | None = None) -> StepResult:
@@ -70,6 +76,7 @@ class Executor:
         metrics: dict[str, Sequence[Metrics]] = {}
         for call in self.graph.order if calls is None else calls:
             start = self.timeline.now()
+            self.progress.begin(call.name, step)
             done: Done = RUN[type(call)](self, call, batch, step)
             batch = done.batch
             if done.metrics:

@@ -24,6 +24,7 @@ from realjax.runtime.resume import find_start, first_state, is_finished, open_ru
 from realjax.runtime.roles import build_roles
 from realjax.runtime.session import Outputs, Session, tell_stalled
 from realjax.runtime.stop import StopSignal
+from realjax.runtime.watchdog import Watchdog
 
 logger = logging.getLogger("realjax.loop")
 
@@ -49,10 +50,11 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
             replace_text(spec.paths.logs / PLAN_FILE, dump_choices(plan.choices, searched=plan.is_searched))
         with (
             write_log(spec.paths.logs),
-            RunCheckpointer(spec.paths.recover, spec.max_recover_saves) as checkpointer,
+            Watchdog(spec.paths.logs, spec.watchdog_seconds) as progress,
+            RunCheckpointer(spec.paths.recover, spec.max_recover_saves, spec.keep_every) as checkpointer,
             _open_metrics(spec, state.step) as metrics,
         ):
-            executor = Executor(spec, plan, roles, dict(state.roles), state.counters.get("controls"))
+            executor = Executor(spec, plan, roles, dict(state.roles), state.counters.get("controls"), progress)
             answers = _open_answers(spec, state.step)
             outputs = Outputs(checkpointer=checkpointer, metrics=metrics, answers=answers, console=console)
             session = Session(spec, plan, executor, state, outputs)

@@ -1,0 +1,209 @@
+"""A run whose processes make no progress, or are in different calls, ends: with their stacks and a line that says who
+waits for whom.
+
+Each process has a thread that writes where it is to a file of the log directory, and looks at the others' there. What
+counts is the number of this thread's own turns, so a machine that was suspended has missed nothing.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import jax
+
+from realjax.core.exit_codes import STALLED
+from realjax.core.processes import format_numbers, from_first, is_first
+from realjax.core.progress import Mark, Progress
+
+logger = logging.getLogger("realjax.watchdog")
+TURN_SECONDS = 2.0
+FOLDER, STACKS, VERDICT = "processes", "stacks", "verdict.json"
+SPY_SECONDS = 20
+# The others leave it to the first process to speak, unless it does not.
+PATIENCE_TURNS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a process is, as it says in its file."""
+
+    turn: int  # of its watchdog
+    recent: tuple[Mark, ...]
+    seconds: float = 0.0  # since it turned to the last of them
+    compiling: str | None = None
+    pending: tuple[str, ...] = ()  # calls whose results its devices have not yet made
+
+    @property
+    def mark(self) -> Mark:
+        return self.recent[-1]
+
+    def __str__(self) -> str:
+        more = [f"compiling {self.compiling}"] if self.compiling else []
+        more += [f"waiting for {', '.join(self.pending)} on the devices"] if self.pending else []
+        return f"{self.mark} ({', '.join([f'for {self.seconds:.0f} s', *more])})"
+
+
+class Watchdog:
+    """While entered, a thread ends the process when its run makes no progress. Every process of a run enters it."""
+
+    def __init__(self, logs: Path, least_seconds: float | None, turn_seconds: float = TURN_SECONDS) -> None:
+        """`least_seconds`: no bound is shorter; None: nobody watches. `logs` is the log directory."""
+        self.progress = Progress()
+        self.folder, self.stacks = logs / FOLDER, logs / STACKS
+        self.least_seconds, self.turn_seconds = least_seconds, turn_seconds
+        self.process_id, self.num_processes = jax.process_index(), jax.process_count()
+        self._is_over = threading.Event()
+        self._turn = self._idle_turns = 0
+        self._seen = (-1, -1)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
+
+    def __enter__(self) -> Progress:
+        if self.least_seconds is None:
+            return self.progress
+        if is_first():
+            if self.folder.exists():  # of an earlier start
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
+        from_first(0)  # nobody writes before that
+        self._thread.start()
+        return self.progress
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_over.set()
+        if self.least_seconds is not None:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(self.turn_seconds):
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        assert self.least_seconds is not None
+        self._turn += 1
+        seen = (self.progress.mark.number, self.progress.num_compiles)
+        self._idle_turns = self._idle_turns + 1 if seen == self._seen else 0
+        self._seen = seen
+        bound = self.progress.bound_seconds(self.least_seconds)
+        self._arm(bound)
+        # A disk that is full for a while is no reason to end here.
+        with suppress(OSError):
+            self._write(f"{self.process_id}.json", json.dumps(asdict(self.position())))
+        if (self.folder / VERDICT).exists():
+            self._dump_stacks()
+            # Without the first process JAX ends the others, the one that speaks among them.
+            time.sleep(is_first() * PATIENCE_TURNS * self.turn_seconds)
+            self._leave()
+        elif is_first() and (line := describe_difference(self._read_positions())) is not None:
+            self._announce(line)
+        elif (self._idle_turns - PATIENCE_TURNS * (not is_first())) * self.turn_seconds > bound:
+            self._announce(f"no progress for {bound:.0f} s: {self._describe_stall()}")
+
+    def position(self) -> Position:
+        """Returns where this process is."""
+        progress = self.progress
+        return Position(
+            turn=self._turn,
+            recent=tuple(progress.recent),
+            seconds=self._idle_turns * self.turn_seconds,
+            compiling=progress.compiling,
+            pending=tuple(progress.pending_fn()),
+        )
+
+    def _arm(self, bound: float) -> None:
+        """Has the stacks written, and of several processes this one ended, also where Python's lock is never released.
+
+        A process that runs alone may have been stopped by its user for a while.
+        """
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(bound + 60, exit=self.num_processes > 1, file=sys.__stderr__)
+
+    def _write(self, name: str, text: str) -> None:
+        # In place: on a network's disk a new file under an old name is seen late.
+        (self.folder / name).write_text(text)
+
+    def _read_positions(self) -> dict[int, Position]:
+        found = {i: read_position(self.folder / f"{i}.json") for i in range(self.num_processes)}
+        return {i: position for i, position in found.items() if position is not None}
+
+    def _describe_stall(self) -> str:
+        before = self._read_positions()
+        time.sleep(2 * self.turn_seconds)
+        now = self._read_positions()
+        silent = {i for i in before if i != self.process_id and now.get(i, before[i]).turn == before[i].turn}
+        return describe_stall(now | {self.process_id: self.position()}, silent)
+
+    def _announce(self, line: str) -> None:
+        if self._is_over.is_set():
+            return  # it went on meanwhile, to its end
+        with suppress(OSError):
+            self._write(VERDICT, json.dumps({"process": self.process_id, "line": line}))
+        self._dump_stacks()
+        logger.error(
+            "%s; the stacks of all are in %s; recover_mode=auto continues from the last save", line, self.stacks
+        )
+        time.sleep(2 * self.turn_seconds)  # the others write their stacks
+        self._leave()
+
+    def _dump_stacks(self) -> None:
+        with suppress(OSError):
+            self.stacks.mkdir(exist_ok=True)
+        with suppress(OSError), (self.stacks / f"process{self.process_id}.txt").open("a") as file:
+            file.write(f"--- {datetime.now().isoformat(' ', 'seconds')} process {self.process_id}: {self.position()}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            if spy := shutil.which("py-spy"):
+                command = [spy, "dump", "--native", "--pid", str(os.getpid())]
+                with suppress(subprocess.SubprocessError):
+                    subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=SPY_SECONDS)
+
+    def _leave(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STALLED)
+
+
+def read_position(path: Path) -> Position | None:
+    """Returns what a process's file says, None where it says nothing, or not all of it, yet."""
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return Position(**{**fields, "recent": tuple(Mark(**mark) for mark in fields["recent"])})
+
+
+def describe_difference(positions: Mapping[int, Position]) -> str | None:
+    """Returns a line where processes have marks of the same number that differ, None where they agree."""
+    first = min(positions, default=0)
+    for i, position in positions.items():
+        ours = {mark.number: mark for mark in positions[first].recent}
+        for mark in position.recent:
+            if (other := ours.get(mark.number, mark)) != mark:
+                return f"processes are in different calls: process {i} in {mark}, process {first} in {other}"
+    return None
+
+
+def describe_stall(positions: Mapping[int, Position], silent: frozenset[int] | set[int] = frozenset()) -> str:
+    """Returns who waits for whom in which call: the `silent`, who do not answer, are waited for, or those behind."""
+    least = min(position.mark.number for position in positions.values())
+    behind = set(silent) or {i for i, position in positions.items() if position.mark.number == least}
+    texts = []
+    for i in sorted(behind)[:4]:
+        texts.append(f"process {i} {'does not answer since' if i in silent else 'is in'} {positions[i]}")
+    if waiting := positions.keys() - behind:
+        who = f"process {min(waiting)} waits" if len(waiting) == 1 else f"processes {format_numbers(waiting)} wait"
+        texts.append(f"{who} in {positions[min(waiting)].mark}")
+    elif len(behind) > len(texts):
+        texts = [f"all {len(behind)} processes are in {positions[min(behind)]}"]
+    return ", ".join(texts)
