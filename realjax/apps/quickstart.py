@@ -12,9 +12,8 @@ import dataclasses
 import importlib
 import logging
 import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from realjax.apps.errors import report_errors
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.processes import is_first, text_from_first
 from realjax.dataflow.run import RunPaths, RunSpec
+from realjax.launch import ray, slurm
 from realjax.launch.accelerators import find_accelerator
 from realjax.launch.environment import ProcessGroup, end_with_launcher, find_process_group, join
 from realjax.launch.settings import choose_environment
@@ -45,8 +45,9 @@ from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, 
 logger = logging.getLogger("realjax.quickstart")
 MOST_DEVICES = 1024
 HELP_FLAGS, PLAN_FLAG = ("--help", "-h", "help"), "--plan"
-# The program that shows whether a launcher exists on this machine, and the variable it sets inside an allocation.
-LAUNCHERS = {"slurm": ("squeue", "SLURM_JOB_ID"), "ray": ("ray", "RAY_ADDRESS")}
+# By mode: whether the cluster is there, and the variable that is set inside a job.
+IS_USABLE: dict[str, Callable[[], bool]] = {"slurm": slurm.is_usable, "ray": ray.is_installed}
+IN_JOB = {"slurm": "SLURM_JOB_ID", "ray": "RAY_JOB_ID"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,8 @@ class Command:
 COMMANDS = {
     "plan": Command(module="realjax.apps.plan", summary="predicts where calls would run best, on any cluster"),
     "profile": Command(module="realjax.apps.profile", summary="measures this machine for the planner"),
+    "doctor": Command(module="realjax.apps.doctor", summary="looks for what would keep a run from working"),
+    "launch": Command(module="realjax.apps.launcher", summary="starts a run elsewhere, such as in a Slurm job"),
 }
 
 
@@ -131,10 +134,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args and args[0] in COMMANDS:
             end.code = COMMANDS[args[0]].run(args[1:])
         elif (command := read_command(args)) is not None:
-            end.code = run_experiment(*command, plan_only=PLAN_FLAG in args)
+            end.code = start(*command, args)
         elif not args:
             end.code = 2
     return end.code
+
+
+def start(name: str, config: CommonExperimentConfig, args: list[str]) -> int:
+    """Runs the experiment here, or has the launcher that `mode` names start the command of `args` elsewhere.
+
+    Returns the exit code.
+    """
+    plan_only = PLAN_FLAG in args
+    if not plan_only and (launcher := find_launcher(config.mode)) is not None:
+        return COMMANDS["launch"].run([launcher, *args])
+    return run_experiment(name, config, plan_only=plan_only)
 
 
 def read_command(args: list[str]) -> tuple[str, CommonExperimentConfig] | None:
@@ -183,12 +197,12 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     paths = run_paths(config)
     if not plan_only:
         announce(name, config, paths)
-    check_mode(config.mode)
     devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, paths.compilation_cache)
     # Imported here: help and bad options should not wait for everything that a run needs.
     from realjax.allocation.allocate import allocate
     from realjax.allocation.machine import need_cluster
     from realjax.allocation.settle import settle
+    from realjax.apps.checkup import warn_before_run
     from realjax.runtime import loop
 
     spec = experiment.build(config)
@@ -198,6 +212,7 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     if plan_only:
         print(plan.describe())
         return 0
+    warn_before_run(spec)
     return loop.run(spec, plan, console)
 
 
@@ -286,23 +301,17 @@ class ShortNameFormatter(logging.Formatter):
         return super().format(short)
 
 
-def check_mode(mode: str) -> None:
-    """Warns when `mode` names a launcher that this machine lacks, and a run stays in this process.
+def find_launcher(mode: str) -> str | None:
+    """Returns the launcher that `mode` asks for, None where a run stays in this process.
 
-    ValueError when the launcher is there but this process is not inside an allocation: such a run belongs elsewhere.
+    It does in a job of the launcher's, and, with a warning, where there is no such cluster.
     """
-    if mode == "local":
-        return
-    program, variable = LAUNCHERS[mode]
-    if shutil.which(program) is None:
-        logger.warning(
-            "mode=%s: no `%s` on this machine, so the run stays in this process, as with mode=local.", mode, program
-        )
-    elif variable not in os.environ:
-        raise ValueError(
-            f"mode: found {mode}, but this process is in no {mode} job ({variable} is not set), and realjax "
-            "submits none; start the command inside a job, or set mode=local"
-        )
+    if mode == "local" or find_process_group(os.environ) is not None or IN_JOB[mode] in os.environ:
+        return None
+    if IS_USABLE[mode]():
+        return mode
+    logger.warning("mode=%s: no such cluster here, so the run stays in this process, as with mode=local.", mode)
+    return None
 
 
 def check_num_devices(num_devices: int) -> None:

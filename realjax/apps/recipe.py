@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from realjax.apps.errors import report_errors
-from realjax.apps.quickstart import PLAN_FLAG, configure_logging, find_experiment, run_experiment
+from realjax.apps.quickstart import PLAN_FLAG, configure_logging, find_experiment, start
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
 from realjax.options.parsing import locate
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(config[EXPERIMENT_KEY])
         configure_logging()
         options = from_config_dict(find_experiment(name).config_cls, config)
-        end.code = run_experiment(name, options, plan_only=PLAN_FLAG in args)
+        end.code = start(name, options, args[1:])
     return end.code
 
 
@@ -66,3 +66,7 @@ def _parse_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
     except (Exception, SystemExit) as error:  # a recipe is Python, so anything can go wrong in it
         raise ValueError(f"--config: the recipe raised {type(error).__name__}: {error}; mend it") from error
     return flag_values["config"].value, unused
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -174,7 +174,9 @@ class RunSpec:
     benchmark_steps: int | None = None
     recover_mode: str = "disabled"
     max_recover_saves: int = 2
+    keep_every: int | None = None  # saves after such steps stay besides
     max_nonfinite_steps: int = 5
+    watchdog_seconds: float | None = None  # no process may be without progress for longer than bounds above this
     wandb_mode: str = "disabled"
     max_shard_bytes: float = 5e9
 

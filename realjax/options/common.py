@@ -52,6 +52,10 @@ class CommonExperimentConfig:
     mode: Literal["slurm", "local", "ray"] = option(
         "slurm", "where processes run; slurm and ray mean this process when this machine has no such cluster"
     )
+    partition: str | None = option(None, "Slurm's partition for a job that a launcher submits; null is the cluster's")
+    image_name: str | None = option(
+        None, "container image that a launcher's processes run in: by pyxis under Slurm, of the pods under Kubernetes"
+    )
     allocation_mode: str = option(
         "pipe_model",
         "how calls are laid out: manual (each call's own sizes), pipe_model, pipe_data, sizes such as d2p1m4 "
@@ -80,6 +84,14 @@ class CommonExperimentConfig:
         False, "on GPUs, every run of a program gives the same bits, more slowly; on CPUs it does anyway"
     )
     max_nonfinite_steps: int = option(5, "stop after so many updates in a row with nan or inf gradients", at_least=1)
+    watchdog_secs: int | None = option(
+        300,
+        "the run ends, with the stacks of all processes, when one makes no progress for ten times as long as the same "
+        "has taken before, and at least for so long; six times that where it was never done, twelve for compiling; "
+        "null: never",
+        at_least=1,
+        at_most=1_000_000,
+    )
     wandb_mode: Literal["disabled", "online", "offline"] = option(
         "disabled", "log to Weights & Biases too; needs the extra realjax[wandb]"
     )
@@ -89,7 +101,16 @@ class CommonExperimentConfig:
         "keep an "
         "earlier run's files aside), auto continues from the last complete save if there is one, resume must find one",
     )
+    recover_retries: int = option(
+        1,
+        "with recover_mode=auto, how often a launcher starts a run again that failed, was preempted or lost a machine",
+        at_least=0,
+        at_most=1_000_000,
+    )
     max_recover_saves_to_keep: int = option(2, "training states kept; older ones are deleted", at_least=1)
+    keep_every: int | None = option(
+        None, "training states after every so many steps are kept besides; null keeps the newest ones alone", at_least=1
+    )
     exp_ctrl: ExperimentSaveEvalControl = nested(ExperimentSaveEvalControl)
 
     # The older release has these at the top level.
@@ -109,10 +130,7 @@ class CommonExperimentConfig:
     }
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "debug": "checks are always on",
-        "partition": "realjax runs inside an allocation, it does not ask for one",
-        "image_name": "realjax starts no containers",
         "cache_clear_freq": "XLA manages device memory, there is no cache to clear",
-        "recover_retries": "a failed run is continued by starting it again with recover_mode=auto",
         "ignore_worker_error": "there are no worker processes",
     }
     # What an experiment class can do; the checks read it.

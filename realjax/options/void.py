@@ -75,6 +75,11 @@ VOID: dict[type, tuple[Void, ...]] = {
             options=("allocation_use_cache", *(f"planner.{name}" for name in ("evaluations", "seed", "replan"))),
             reason="only allocation_mode=search looks for a plan",
         ),
+        Void(
+            when={"recover_mode": ("disabled", "save", "resume")},
+            options=("recover_retries",),
+            reason="only a run with recover_mode=auto is started again",
+        ),
     ),
     OptimizerConfig: (Void(when={"lr_scheduler_type": "constant"}, options=("min_lr_ratio",)),),
     ParallelismConfig: (Void(when={"model_parallel_size": 1}, options=("use_sequence_parallel",)),),

@@ -42,8 +42,8 @@ class RunState:
 class RunCheckpointer:
     """Saves RunStates in a directory of numbered steps, each with a manifest, in the background."""
 
-    def __init__(self, directory: Path, max_to_keep: int) -> None:
-        self.directory, self.max_to_keep = directory, max_to_keep
+    def __init__(self, directory: Path, max_to_keep: int, keep_every: int | None = None) -> None:
+        self.directory, self.max_to_keep, self.keep_every = directory, max_to_keep, keep_every
         # Called in the first process when all is written, before the directory gets its name: what has a name is whole.
         options = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -86,7 +86,7 @@ class RunCheckpointer:
             return
         self._step = None
         if is_first():
-            drop_oldest(self.directory, self.max_to_keep)
+            drop_oldest(self.directory, self.max_to_keep, self.keep_every)
             self._after_fn()
 
     def _seal(self) -> None:
@@ -107,10 +107,11 @@ def saved_steps(directory: Path) -> list[int]:
     return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
 
 
-def drop_oldest(directory: Path, max_to_keep: int) -> None:
-    """Removes all saves but the newest; these are whole."""
+def drop_oldest(directory: Path, max_to_keep: int, keep_every: int | None = None) -> None:
+    """Removes all saves but the newest, which are whole, and those after every `keep_every` steps."""
     for step in sorted(saved_steps(directory))[:-max_to_keep]:
-        shutil.rmtree(directory / str(step))
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(directory / str(step))
 
 
 def find_save(directory: Path) -> RunState | None:

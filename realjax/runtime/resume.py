@@ -64,7 +64,7 @@ def open_run_directory(spec: RunSpec, *, continues_after: int | None) -> None:
             path.mkdir(parents=True, exist_ok=True)
         if continues_after is not None:
             clear_after(paths.recover, continues_after)
-            drop_oldest(paths.recover, spec.max_recover_saves)
+            drop_oldest(paths.recover, spec.max_recover_saves, spec.keep_every)
             # Its presence says that a run is finished.
             (paths.logs / REPORT_FILE).unlink(missing_ok=True)
         replace_text(paths.logs / "config.json", spec.config_json)

@@ -74,6 +74,7 @@ class Session:
         self.comparison = None if predicted is None else Comparison(predicted.metrics(), predicted.source)
         self.num_tokens = self.num_compiled = 0
         self.step_start = 0.0
+        self.save_seconds = self.total_save_seconds = 0.0  # that the steps waited for
         self.fault: OSError | None = None  # what this process cannot go on with
         self.places = Places()
         for directory in (spec.paths.checkpoints, spec.paths.recover):
@@ -94,6 +95,7 @@ class Session:
 
     def begin_step(self, step: int) -> Batch:
         """Starts the step's clock and returns its batch."""
+        self.executor.progress.begin("batch", step)
         self.step_start, self.num_compiled = time.perf_counter(), len(self.executor.compile_log.entries)
         return self.plan.loader.batch(step)
 
@@ -111,7 +113,10 @@ class Session:
         # Asked once: a signal that comes later waits for the next step.
         code = largest(FAILED if self.fault else stop.code)
         if self.saves and (is_due or code):
+            start = time.perf_counter()
             self.save(position, export=is_due)
+            self.save_seconds = time.perf_counter() - start
+            self.total_save_seconds += self.save_seconds
         if self.fault is not None:
             raise self.fault
         if code == FAILED:
@@ -124,6 +129,7 @@ class Session:
 
     def record(self, step: int, result: StepResult) -> Position:
         """Waits for the step's metrics, and writes and logs them."""
+        self.executor.progress.begin("results", step)
         position = self.plan.loader.position(step)
         values = _merge({call: _numbers(updates) for call, updates in result.metrics.items()})
         num_tokens = result.batch.num_tokens
@@ -131,7 +137,8 @@ class Session:
         self._refuse_nonfinite(values, step)
         self._watch_rates(step, values)
         values |= self._call_metrics(step)
-        values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds}
+        values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds, "save_seconds": self.save_seconds}
+        self.save_seconds = 0.0
         values = {name: values[name] for name in sorted(values, key=lambda name: (metric_rank(name), name))}
         if len(self.executor.compile_log.entries) == self.num_compiled:
             self.step_seconds.append(seconds)
@@ -163,7 +170,7 @@ class Session:
         return values if measured is None else values | {"device_peak_mib": measured / 2**20}
 
     def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
-        hidden = ("seconds", "num_skipped")
+        hidden = ("seconds", "save_seconds", "num_skipped")
         shown = {name: value for name, value in values.items() if name not in hidden and "/" not in name}
         if len(shown) > MOST_SHOWN:
             shown = {name: value for name, value in shown.items() if metric_rank(name) < len(MAIN_METRICS)}
@@ -180,6 +187,7 @@ class Session:
     def evaluate(self, step: int) -> None:
         """Measures the held-out loss, or held-out answers, after `step` steps; the best actor so far is kept."""
         assert (evaluation := self.spec.evaluation) is not None
+        self.executor.progress.begin("evaluation", step - 1)
         start = time.perf_counter()
         if isinstance(evaluation, RolloutEvaluation):
             values, self.samples[step] = evaluate_rollouts(self.executor, evaluation, self.spec.decode_fn)
@@ -200,6 +208,7 @@ class Session:
 
         A run continues after the step of that state, so whatever else belongs to the step has to be there before it.
         """
+        self.executor.progress.begin("save", position.global_step - 1)
         self.places.check()
         changed = {average.role for average in self.spec.averages}
         states = {
@@ -235,6 +244,7 @@ class Session:
 
     def finish(self) -> int:
         """Writes the report and says where everything is, when the last save is complete; returns the exit code."""
+        self.executor.progress.begin("last save")
         self.outputs.checkpointer.wait()
         self.places.check()
         log = self.executor.compile_log
@@ -244,6 +254,8 @@ class Session:
             logger.info(
                 "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
             )
+        if self.total_save_seconds:
+            logger.info("the steps waited %.2f s for saves, which go on in the background", self.total_save_seconds)
         if self.comparison is not None:
             logger.info("%s", self.comparison.text())
             self._refine_cluster(self.comparison)

@@ -35,6 +35,7 @@ def runs(monkeypatch):
     # `from realjax.runtime import loop` reads the package's attribute when an earlier test imported the real one.
     monkeypatch.setattr("realjax.runtime.loop", sys.modules["realjax.runtime.loop"], raising=False)
     monkeypatch.setattr(quickstart, "prepare_devices", lambda *args: args)
+    monkeypatch.setattr("realjax.apps.checkup.warn_before_run", lambda spec: None)
     monkeypatch.delenv("REALJAX_TRACEBACK", raising=False)
     return started
 
@@ -132,19 +133,24 @@ def test_an_unwritable_fileroot_stops_before_the_run(runs, command, tmp_path, ca
 
 @pytest.mark.parametrize("mode", ["slurm", "ray"])
 def test_an_absent_launcher_means_this_process(mode, runs, command, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart.shutil, "which", lambda program: None)
+    monkeypatch.setitem(quickstart.IS_USABLE, mode, lambda: False)
     assert quickstart.main(["sft", *command, f"mode={mode}"]) == 0
-    assert f"quickstart WARNING: mode={mode}: no " in capsys.readouterr().out
+    assert f"quickstart WARNING: mode={mode}: no such cluster" in capsys.readouterr().out
     assert len(runs) == 1
 
 
-def test_a_present_launcher_wants_a_job(runs, command, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart.shutil, "which", lambda program: f"/usr/bin/{program}")
+def test_a_present_cluster_is_given_the_command(runs, command, monkeypatch):
+    given = []
+    monkeypatch.setitem(quickstart.IS_USABLE, "slurm", lambda: True)
+    monkeypatch.setattr("realjax.apps.launcher.main", lambda words: given.append(words) or 0)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert quickstart.main(["sft", *command, "mode=slurm"]) == 2
-    assert "realjax: error: mode: found slurm, but this process is in no slurm job" in capsys.readouterr().err
+    words = ["sft", *command, "mode=slurm"]
+    assert quickstart.main(words) == 0
+    assert given == [["slurm", *words]] and not runs
+    # In a job, with a launcher's processes, and for a plan, it is this process that is meant.
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert quickstart.main(["sft", *command, "mode=slurm"]) == 0
+    assert quickstart.main(words) == 0
+    assert len(given) == len(runs) == 1
 
 
 def test_options_without_effect_say_so_on_the_console(runs, command, capsys):

@@ -10,7 +10,7 @@ from realjax.core.metrics import summarize
 from realjax.core.trees import Tree, flatten_paths
 
 # What differs between two runs that do the same: clocks, and what was predicted of them, which goes by the machine.
-CLOCKS = ("time", "seconds", "tokens_per_second", "tflops", "predicted")
+CLOCKS = ("time", "seconds", "tokens_per_second", "tflops", "predicted", "save_seconds")
 
 
 def relative_errors(found: Tree, expected: Tree) -> dict[str, float]:

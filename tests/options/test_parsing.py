@@ -43,7 +43,7 @@ V03_SFT = shlex.split("""
 exp_ctrl.total_train_epochs=3 exp_ctrl.save_freq_epochs=2 exp_ctrl.save_freq_steps=20 exp_ctrl.save_freq_secs=600
 exp_ctrl.eval_freq_epochs=2 exp_ctrl.eval_freq_steps=7 exp_ctrl.eval_freq_secs=60 exp_ctrl.benchmark_steps=9
 experiment_name=e trial_name=t mode=ray recover_mode=auto allocation_mode=m2d2p2 n_nodes=2 n_gpus_per_node=4 seed=5
-nodelist=NODE[01-02]
+nodelist=NODE[01-02] partition=dev image_name=image recover_retries=3
 wandb_mode=offline
 model.type._class=qwen2 model.type.size=13 model.type.is_critic=False model.path=m model.gradient_checkpointing=False
 model.enable_fp16=False model.enable_bf16=True model.offload=True model.zero_stage=1 model.init_from_scratch=True
@@ -59,9 +59,6 @@ dataset.valid_bs_n_seqs=8 dataset.pad_to_max_length=True
 """)
 V03_WITHOUT_EFFECT = [
     "debug=False",
-    "partition=dev",
-    "image_name=null",
-    "recover_retries=3",
     "ignore_worker_error=True",
     "cache_clear_freq=10",
     "model.backend=deepspeed",

@@ -15,7 +15,7 @@ from realjax.core.layout import Layout
 from realjax.engine.state import TrainState
 from realjax.models.build import Model
 from realjax.runtime import checkpoint
-from realjax.runtime.checkpoint import RunCheckpointer, RunState, clear_after, find_save, saved_steps
+from realjax.runtime.checkpoint import RunCheckpointer, RunState, clear_after, drop_oldest, find_save, saved_steps
 from tests.given.models import make_layout, make_model, with_empty_layers
 from tests.given.specs import make_role, make_state
 
@@ -238,3 +238,12 @@ def test_what_waits_for_a_save_comes_after_it(tmp_path):
         checkpointer.save(make_run_state(2, make_layout()), lambda: seen.append(saved_steps(tmp_path)))
         assert seen == [[1]]
     assert seen == [[1], [2]]
+
+
+def test_saves_after_every_so_many_steps_stay(tmp_path):
+    for step in range(1, 11):
+        (tmp_path / str(step)).mkdir()
+    drop_oldest(tmp_path, max_to_keep=2, keep_every=4)
+    assert sorted(saved_steps(tmp_path)) == [4, 8, 9, 10]
+    drop_oldest(tmp_path, max_to_keep=2)
+    assert sorted(saved_steps(tmp_path)) == [9, 10]

@@ -1,0 +1,50 @@
+"""What could keep a run from working, looked at before it: `realjax doctor [<experiment>] key=value ...`.
+
+Started as runs are, in one process or several. A line for each thing, `ok` or what is wrong and what helps; the exit
+code is 1 when anything is wrong.
+"""
+
+import os
+from collections.abc import Sequence
+
+from realjax.apps.checkup import look, saved_bytes
+from realjax.apps.quickstart import (
+    EXPERIMENTS,
+    HELP_FLAGS,
+    configure_logging,
+    find_experiment,
+    join_group,
+    prepare_devices,
+    prepare_environment,
+)
+from realjax.core.processes import is_first
+from realjax.launch.environment import end_with_launcher, find_process_group
+from realjax.options.checks import resolve_names
+from realjax.options.common import CommonExperimentConfig
+from realjax.options.describe import describe_options
+from realjax.options.doctor import DoctorConfig
+from realjax.options.parsing import parse_overrides
+from realjax.options.paths import find_fileroot
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the command line and returns 0 where all is well, 1 otherwise. ValueError for what cannot be looked at."""
+    if any(word in HELP_FLAGS for word in words):
+        print(f"{__doc__}\n{describe_options(DoctorConfig, 'doctor')}", end="")
+        return 0
+    configure_logging()
+    run: CommonExperimentConfig | None = None
+    if words and words[0] in EXPERIMENTS:
+        run = resolve_names(parse_overrides(find_experiment(words[0]).config_cls, list(words[1:])), words[0])
+    config = run or parse_overrides(DoctorConfig, list(words))
+    end_with_launcher()
+    group = find_process_group(os.environ)
+    prepare_environment(config, group)
+    if group is not None:
+        join_group(config, group)
+    root = find_fileroot(config.fileroot)
+    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, root / ".cache" / "jax")
+    findings = look(root, devices, 0 if run is None else saved_bytes(find_experiment(words[0]).build(run)))
+    for finding in findings if is_first() else ():
+        print(finding, flush=True)
+    return 0 if all(finding.is_well for finding in findings) else 1

@@ -1,0 +1,69 @@
+"""The manifests of a Kubernetes job: valid by the schema, and complete for JAX's processes to meet."""
+
+import pytest
+import yaml
+
+from realjax.apps import quickstart
+from realjax.launch.environment import find_process_group
+from tests.given.runs import Given, make_options
+
+FLAGS = ["launch", "k8s", "--dry-run", "--claim", "files"]
+
+
+def render(given: Given, capsys: pytest.CaptureFixture, *flags: str, **changes: object) -> list[dict]:
+    options = make_options(
+        "sft", given, "/data/runs", **{"image_name": "image:1", "allocation_mode": "pipe_data", **changes}
+    )
+    words = [f"{name}={value}" for name, value in options.items()]
+    assert quickstart.main([*FLAGS, *flags, "sft", *words]) == 0, capsys.readouterr().err
+    return list(yaml.safe_load_all(capsys.readouterr().out))
+
+
+def test_the_manifests_are_valid(given, capsys):
+    validator = pytest.importorskip("kubernetes_validate", reason="the package kubernetes-validate, of the extra dev")
+    for manifest in render(given, capsys, "--namespace", "us", n_nodes=2):
+        validator.validate(manifest, validator.latest_version(), strict=True)
+        assert manifest["metadata"]["namespace"] == "us"
+    broken = render(given, capsys, n_nodes=2)[1]
+    broken["spec"]["completionMod"] = "Indexed"
+    with pytest.raises(validator.ValidationError):
+        validator.validate(broken, validator.latest_version(), strict=True)
+
+
+def test_every_pod_finds_the_first(given, capsys):
+    service, job = render(given, capsys, n_nodes=2, n_gpus_per_node=4, recover_mode="auto", recover_retries=3)
+    spec = job["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["backoffLimitPerIndex"]) == (2, 2, 3)
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    environ = {one["name"]: one.get("value", "1") for one in container["env"]}
+    group = find_process_group(environ)
+    assert group is not None and (group.num_processes, group.process_id, group.local_id) == (2, 1, 0)
+    name = job["metadata"]["name"]
+    assert group.coordinator == f"{name}-0.{pod['subdomain']}:{service['spec']['ports'][0]['port']}"
+    assert service["spec"]["selector"] == {"job-name": name} and service["metadata"]["name"] == pod["subdomain"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+    assert container["command"][:4] == ["python3", "-m", "realjax.apps.quickstart", "sft"]
+
+
+def test_names_are_those_that_kubernetes_takes(given, capsys):
+    _, job = render(given, capsys, experiment_name="An.Experiment_", trial_name="x" * 90)
+    name = job["metadata"]["name"]
+    assert name.startswith("r-an-experiment-x") and len(name) <= 50
+
+
+def test_one_machine_is_no_group(given, capsys):
+    _, job = render(given, capsys, "--no-gpus")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert find_process_group({one["name"]: one["value"] for one in container["env"]}) is None
+    assert container["resources"]["limits"] == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "image", "message"),
+    [(FLAGS, "null", "image_name: found null"), ([*FLAGS[:2], *FLAGS[3:]], "i", "launch k8s: it submits nothing")],
+)
+def test_what_lacks_is_told(flags, image, message, given, tmp_path, capsys):
+    words = [f"{name}={value}" for name, value in make_options("sft", given, tmp_path, image_name=image).items()]
+    assert quickstart.main([*flags, "sft", *words]) == 2
+    assert f"realjax: error: {message}" in capsys.readouterr().err
