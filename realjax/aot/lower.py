@@ -246,8 +246,9 @@ class AbstractRun:
         role, params = self.roles[mfc.role], self._params(mfc.role)
         if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
             return params
-        dtype = role.compute.array_dtype
-        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), params, shardings)
+        dtypes = role.model.copy_dtypes(role.compute.array_dtype)
+        copy = lambda x, place, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+        return jax.tree.map(copy, params, shardings, dtypes)
 
     def _held(self, layout: Layout, given: object) -> dict[str, int]:
         """Returns what the fullest device of a layout holds of the roles' states, but for the arrays `given`."""

@@ -100,7 +100,7 @@ class Parts:
     def _pack(self, rows: Sequence["_Placed"], prompts_per_part: int) -> Prompts[np.ndarray]:
         num_rows, num_prompts = self.num_parts * self.rows_per_part, self.num_parts * prompts_per_part
         longest = bucket_length(max(len(row.entry.tokens) for row in rows), SHORTEST_PROMPTS)
-        tokens, lengths = np.zeros((num_prompts, longest), np.int32), np.ones(num_prompts, np.int32)
+        tokens, lengths = np.zeros((num_prompts, longest), np.int32), np.zeros(num_prompts, np.int32)
         for row in rows:
             prompt, length = row.part * prompts_per_part + row.source, len(row.entry.tokens)
             tokens[prompt, :length], lengths[prompt] = row.entry.tokens, length

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
@@ -17,7 +18,17 @@ from realjax.engine.attention.choose import make_attention, make_decoding
 from realjax.engine.manual_axes import on_shards
 from realjax.engine.products import make_products
 from realjax.models.build import Model
-from realjax.models.cache import CACHE_NAMES, KVCache, PadFn, decode, grow_cache, init_cache, prefill, write_rows
+from realjax.models.cache import (
+    CACHE_NAMES,
+    KVCache,
+    NewTokens,
+    PadFn,
+    decode,
+    grow_cache,
+    init_cache,
+    prefill,
+    write_rows,
+)
 from realjax.models.stacks import list_layers
 from realjax.models.transformer import Forward
 
@@ -74,9 +85,9 @@ class CachedModel(Protocol):
         ...
 
     def tick(
-        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
+        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, slots: NewTokens
     ) -> tuple[Array, Cache, Flight, Array | None]:
-        """Takes in `tokens` `[B/W]` of `wave`, at index `lengths` `[B/W, W]` of their slots.
+        """Takes in `tokens` `[B/W]` of `wave`; `slots` `[B/W, W]` are those of all waves.
 
         Returns the hidden states `[B/W, D]` of wave `(wave + 1) % num_waves`, the cache, what is in flight, and the
         experts of the tokens, where they are recorded.
@@ -135,13 +146,13 @@ class OneStage:
         return ()
 
     def tick(
-        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
+        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, slots: NewTokens
     ) -> tuple[Array, Cache, Flight, Array | None]:
         """The only wave's tokens, in and out; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
-        at, recorder = lengths[:, 0], self._make_recorder()
+        rows, recorder = jax.tree.map(lambda x: x[:, 0], slots), self._make_recorder()
         forward = recorder.watch(self.forward)
-        hidden, written = decode(transformer, blocks, cache[0], tokens, at, self.decoding_fn, forward)
+        hidden, written = decode(transformer, blocks, cache[0], tokens, rows, self.decoding_fn, forward)
         words = recorder.words()
         return hidden, (written,), flight, None if words is None else words[:, 0]
 

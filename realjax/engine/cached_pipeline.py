@@ -29,6 +29,7 @@ from realjax.models.cache import (
     CACHE_NAMES,
     BlockCall,
     KVCache,
+    NewTokens,
     PadFn,
     count_positions,
     decode_blocks,
@@ -98,25 +99,26 @@ class Stages:
         return (self.forward.constrain(flight, FLIGHT_NAMES),)
 
     def tick(
-        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, lengths: Array
+        self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, slots: NewTokens
     ) -> tuple[Array, Cache, Flight, None]:
         """Each stage runs its layers on the wave it has; see `CachedModel.tick`."""
         transformer, blocks = self.model.bind_layers(params)
         graphdefs, num_stages, config = [*map(nnx.graphdef, blocks)], self.num_waves, self.model.config
-        stage_lengths = jnp.stack([lengths[:, (wave - stage) % num_stages] for stage in range(num_stages)])
+        own_wave = lambda x: jnp.stack([x[:, (wave - stage) % num_stages] for stage in range(num_stages)])
+        stage_rows = jax.tree.map(own_wave, slots)
 
         def stage(
-            layers: list[Tree], cache: KVCache, received: Array, lengths: Array, new: Array
+            layers: list[Tree], cache: KVCache, received: Array, rows: NewTokens, new: Array
         ) -> tuple[Array, KVCache]:
-            layers, cache, received, lengths = _own((layers, cache, received, lengths))
+            layers, cache, received, rows = _own((layers, cache, received, rows))
             x = jnp.where(stage_index() == 0, new, received)
             blocks = self._own_blocks(graphdefs, layers)
-            x, cache = decode_blocks(config, blocks, cache, x, lengths, self.decoding_fn, self.forward)
+            x, cache = decode_blocks(config, blocks, cache, x, rows, self.decoding_fn, self.forward)
             return jax.tree.map(lambda y: y[None], (hand_on(x, num_stages, is_ring=True), cache))
 
-        new = transformer.embed_tokens(tokens[:, None], lengths[:, wave, None])
+        new = transformer.embed_tokens(tokens[:, None], slots.lengths[:, wave, None])
         run = over_stages(stage, self.layout, num_split=4)
-        handed_on, mine = run(params["layers"], cache[wave], *flight, stage_lengths, new)
+        handed_on, mine = run(params["layers"], cache[wave], *flight, stage_rows, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
         out = transformer.read_out(handed_on[0], self.forward.products)[:, 0]
         return out, (*cache[:wave], mine, *cache[wave + 1 :]), (handed_on,), None

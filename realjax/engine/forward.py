@@ -15,7 +15,7 @@ from realjax.core.compute import Compute
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
 from realjax.core.metrics import Load, Mean
-from realjax.core.trees import Tree
+from realjax.core.trees import Tree, map_paths
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import make_attention
 from realjax.engine.pipeline import make_run_layers
@@ -51,7 +51,7 @@ def make_compute_copy(
     shardings = [tree_shardings(model.axes, model.abstract, r, layout) for r in (stored or rules, rules)]
 
     def compute_copy(master: Tree) -> Tree:
-        copy = jax.tree.map(lambda x: x.astype(dtype), master)
+        copy = map_paths(lambda path, x: x.astype(model.copy_dtype(path, dtype)), master)
         for tree in shardings:
             copy = jax.tree.map(jax.lax.with_sharding_constraint, copy, tree)
         return copy

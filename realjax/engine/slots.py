@@ -27,7 +27,7 @@ from realjax.engine.manual_axes import share_rows
 from realjax.engine.rows import put_rows, take_rows
 from realjax.engine.sampling import A, Drawn, Sampler
 from realjax.models.build import Model
-from realjax.models.cache import pad_dim
+from realjax.models.cache import NewTokens, pad_dim
 from realjax.models.stacks import split_kinds
 
 # Tokens a row draws in a chunk at most. With fewer, the host sees sooner which rows have ended. With more, fewer chunks
@@ -63,7 +63,7 @@ class Prompts(Generic[A]):
     """
 
     tokens: A  # [P, T] the prompt, and what has been generated after it
-    lengths: A  # [P]
+    lengths: A  # [P] 0 of an unused one
     sources: A  # [R] the row's prompt
     places: A  # [R] its slot; of unused rows, the number of slots
     num_generated: A  # [R] how many of the tokens are generated ones
@@ -152,7 +152,7 @@ class SlotPrograms:
         if self._is_ready(path, leaf):
             return leaf
         # Cast where it lies: what ZeRO gathers from its shards is then half as many bytes in bf16.
-        return self._prepare(leaf.astype(self.cached.dtype), self._shardings[path], _is_stack(path))
+        return self._prepare(leaf.astype(self._find_dtype(path)), self._shardings[path], _is_stack(path))
 
     def join(self, leaves: Tree) -> Tree:
         """Returns the parameters as `prepare` does, of the tree of what `prepare_leaf` returned."""
@@ -210,7 +210,7 @@ class SlotPrograms:
         def one(path: str, leaf: Any) -> Any:
             if self._is_ready(path, leaf):
                 return leaf
-            leaf = jax.ShapeDtypeStruct(leaf.shape, self.cached.dtype, sharding=leaf.sharding)
+            leaf = jax.ShapeDtypeStruct(leaf.shape, self._find_dtype(path), sharding=leaf.sharding)
             made = compile_fn(self._prepare.lower(leaf, self._shardings[path], _is_stack(path))).out_info
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), made)
 
@@ -233,7 +233,10 @@ class SlotPrograms:
         return place_array(array, self.layout.replicated)
 
     def _is_ready(self, path: str, leaf: Array) -> bool:
-        return not _is_stack(path) and leaf.dtype == self.cached.dtype and leaf.sharding == self._shardings[path]
+        return not _is_stack(path) and leaf.dtype == self._find_dtype(path) and leaf.sharding == self._shardings[path]
+
+    def _find_dtype(self, path: str) -> np.dtype:
+        return self.model.copy_dtype(path, self.cached.dtype)
 
     def _make_leaf(self, leaf: Array, sharding: NamedSharding, is_stack: bool) -> Array | list[Array]:
         copy = jax.lax.with_sharding_constraint(leaf, sharding)
@@ -310,8 +313,9 @@ class SlotPrograms:
 
     def _tick(self, params: Tree, slots: Slots, wave: int) -> tuple[Array, Slots, Array | None]:
         """Takes in the last tokens of a wave; returns the hidden states of the wave after it, and tokens' experts."""
-        tokens, lengths = self._take_wave(slots.last_tokens, wave), self._by_wave(slots.lengths)
-        hidden, cache, flight, routes = self.cached.tick(params, slots.cache, slots.flight, wave, tokens, lengths)
+        tokens = self._take_wave(slots.last_tokens, wave)
+        rows = NewTokens(self._by_wave(slots.lengths), self._by_wave(slots.is_running))
+        hidden, cache, flight, routes = self.cached.tick(params, slots.cache, slots.flight, wave, tokens, rows)
         return hidden, replace(slots, cache=cache, flight=flight), routes
 
     def _add_tokens(

@@ -160,9 +160,9 @@ class CheckpointFiles:
             file.close()
         return cls(directory=directory, tensors=tensors)
 
-    def respelled(self, family: Family) -> "CheckpointFiles":
-        """Returns the tensors of the family's decoder, by the names that its rules give them."""
-        names = {name: family.respell(name) for name in self.tensors}
+    def respelled(self, family: Family, num_layers: int) -> "CheckpointFiles":
+        """Returns the tensors of the family's decoder of so many layers, by the names that its rules give them."""
+        names = {name: family.respell(name, num_layers) for name in self.tensors}
         return replace(self, tensors={ours: self.tensors[name] for name, ours in names.items() if ours is not None})
 
     @property

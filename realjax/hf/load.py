@@ -50,7 +50,7 @@ def correct_config(config: ModelConfig, path: str | Path) -> ModelConfig:
     if not config.tied:
         return config
     family = find_family(config.family)
-    files = CheckpointFiles.open(path).respelled(family)
+    files = CheckpointFiles.open(path).respelled(family, config.num_layers)
     own = _differ(files, family.name_tensor(TABLE), family.name_tensor(HEAD))
     return replace(config, tied=False) if own else config
 
@@ -91,7 +91,8 @@ def load_params(
     dtype: DTypeLike = jnp.float32,
     fresh: Mapping[str, FillFn] | None = None,
 ) -> Tree:
-    """Returns the parameters of `model` in `dtype`, placed by `shardings`, from the directory `path`.
+    """Returns the parameters of `model` as a copy of `dtype` (see `Model.copy_dtype`), placed by `shardings`, from the
+    directory `path`.
 
     Leaf by leaf and device by device: host memory stays near one device's part of one leaf. Every process calls this.
     A critic's `head/kernel` comes from `fresh["head/kernel"]` where that is given, else from the checkpoint.
@@ -104,14 +105,14 @@ def load_params(
     leaves = {}
     for name, shape in shapes.items():
         fill = make_fill(files, pieces[name]) if name in pieces else _without_files((fresh or {})[name])
-        leaves[name] = place_leaf(fill, shape, places[name], jnp.dtype(dtype))
+        leaves[name] = place_leaf(fill, shape, places[name], model.copy_dtype(name, dtype))
     return unflatten_paths(leaves)
 
 
 def _open(path: str | Path, config: ModelConfig, *, told: bool = False) -> CheckpointFiles:
     """Returns the files by the names of the model's family; with `told`, the log says what is no part of it."""
     whole = CheckpointFiles.open(path)
-    files = whole.respelled(find_family(config.family))
+    files = whole.respelled(find_family(config.family), config.num_layers)
     if told and (num_left_out := len(whole.tensors) - len(files.tensors)):
         counts = len(whole.tensors), num_left_out
         logger.info("%s: of %d tensors %d are no part of the text model; exports leave them out too", path, *counts)

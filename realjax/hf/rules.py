@@ -1,5 +1,6 @@
 """What we know of an architecture: its config in both directions, and where our leaves lie in its checkpoints."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,8 +63,13 @@ class Family:
     # Other beginnings of tensors' names, and those of the rules; None: of tensors that are no part of the decoder.
     spellings: Mapping[str, str | None] = field(default_factory=dict)
 
-    def respell(self, name: str) -> str | None:
-        """Returns the rules' name of a checkpoint's tensor; None where it is no part of the decoder."""
+    # Checkpoints may hold layers behind the last one, which predict tokens further on.
+    has_more_layers: bool = False
+
+    def respell(self, name: str, num_layers: int) -> str | None:
+        """Returns the rules' name of a checkpoint's tensor; None where it is no part of a decoder of so many layers."""
+        if self.has_more_layers and (layer := re.match(r"model\.layers\.(\d+)\.", name)):
+            return name if int(layer[1]) < num_layers else None
         for theirs, ours in self.spellings.items():
             if name.startswith(theirs):
                 return None if ours is None else ours + name.removeprefix(theirs)

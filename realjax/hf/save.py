@@ -25,7 +25,6 @@ from realjax.core.trees import Tree, flatten_paths
 from realjax.hf.families import find_family
 from realjax.hf.files import DTYPES, INDEXES, SINGLES, CheckpointFiles
 from realjax.hf.pieces import FetchFn, HFTensor, Piece, find_pieces, list_tensors, make_tensor
-from realjax.hf.rules import Family
 from realjax.hf.save_config import write_config
 from realjax.models.config import ModelConfig
 
@@ -67,7 +66,7 @@ def save_hf(
     family = find_family(config.family)
     tensors = list_tensors(find_pieces(family, config, shapes))
     config = replace(config, num_empty_layers=0)
-    out = _choose_dtypes(family, tensors, leaves, source_dir, dtype)
+    out = _choose_dtypes(config, tensors, leaves, source_dir, dtype)
     fetch = make_fetch(leaves)
     devices = next(iter(leaves.values())).sharding.device_set
     if jax.process_index() == min(device.process_index for device in devices):
@@ -102,7 +101,7 @@ def replace_directory(out_dir: Path) -> Iterator[Path]:
 
 
 def _choose_dtypes(
-    family: Family,
+    config: ModelConfig,
     tensors: list[HFTensor],
     leaves: Mapping[str, jax.Array],
     source_dir: str | Path | None,
@@ -110,7 +109,8 @@ def _choose_dtypes(
 ) -> list[OutTensor]:
     """Returns each tensor with the dtype to write: `dtype`, else its own in the source, else its leaf's."""
     if isinstance(dtype, str) and dtype == "source":
-        files = CheckpointFiles.open(source_dir).respelled(family) if source_dir else None
+        family, num_layers = find_family(config.family), config.num_layers
+        files = CheckpointFiles.open(source_dir).respelled(family, num_layers) if source_dir else None
 
         def choose(tensor: HFTensor) -> np.dtype:
             if files is None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 
 from realjax.core.trees import Tree, flatten_paths, map_paths, num_params
 from realjax.models.config import LayerKind, ModelConfig
@@ -44,6 +45,18 @@ class Model:
         of_experts = sum(leaf.size for path, leaf in flatten_paths(self.abstract).items() if "/mlp/experts/" in path)
         of_experts = of_experts * config.num_layers // config.num_stacked_layers
         return self.num_params - of_experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts
+
+    def copy_dtype(self, path: str, dtype: DTypeLike) -> np.dtype:
+        """Returns the type of the parameter at a path in a copy that programs compute with in `dtype`.
+
+        Routers that choose by sigmoids and an offset stay float32, as in transformers: their scores lie close together.
+        """
+        has_offset = self.config.experts is not None and self.config.experts.has_offset
+        return np.dtype(np.float32 if has_offset and "/mlp/router/" in path else dtype)
+
+    def copy_dtypes(self, dtype: DTypeLike) -> Tree:
+        """Returns the tree of `copy_dtype`."""
+        return map_paths(lambda path, _: self.copy_dtype(path, dtype), self.abstract)
 
     def bind(self, params: Tree) -> Transformer:
         """Returns the module with these parameters, ready to be called inside a jitted function."""
@@ -86,23 +99,23 @@ def build_model(config: ModelConfig) -> Model:
 Index = tuple[slice, ...]
 
 
-def init_params(model: Model, shardings: Tree, seed: int, dtype: np.dtype | type = np.float32) -> Tree:
+def init_params(model: Model, shardings: Tree, seed: int, dtype: DTypeLike = np.float32) -> Tree:
     """Returns random parameters: norms 1, biases and offsets 0, the rest normal with deviation 0.02; empty layers 0.
 
-    Values depend on (seed, path, layer) only, never on the layout, and are drawn on the host a layer at a time: no
-    compile.
+    They are a copy of `dtype`, see `Model.copy_dtype`. Values depend on (seed, path, layer) only, never on the layout,
+    and are drawn on the host a layer at a time: no compile.
     """
 
     def one(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-        fill = make_fill(path, leaf.shape, seed)
+        fill, own = make_fill(path, leaf.shape, seed), model.copy_dtype(path, dtype)
 
         def values(index: Index | None) -> np.ndarray:
-            filled = fill(cast(Index, index)).astype(dtype)
+            filled = fill(cast(Index, index)).astype(own)
             if path.startswith("layers/"):
                 filled[np.arange(leaf.shape[0])[cast(Index, index)[0]] >= model.config.num_layers] = 0
             return filled
 
-        return jax.make_array_from_callback(leaf.shape, sharding, values, dtype=dtype)
+        return jax.make_array_from_callback(leaf.shape, sharding, values, dtype=own)
 
     return map_paths(one, model.abstract, shardings)
 

@@ -35,6 +35,15 @@ class KVCache:
     length: int = field(metadata={"static": True})  # tokens that a row has room for
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NewTokens:
+    """Where one new token a row goes, of B rows."""
+
+    lengths: Array  # [B] its index: the tokens before it
+    is_running: Array  # [B] False of an idle row: what is made of its token is not read, and no expert sees it
+
+
 # Names of the dims that keys and values agree on, rows first; the two within a head are never split.
 CACHE_NAMES = ("rows", "kv_heads", "head_dim", "head_dim")
 
@@ -157,16 +166,16 @@ def decode(
     blocks: Sequence[Block],
     cache: KVCache,
     tokens: Array,
-    lengths: Array,
+    rows: NewTokens,
     decoding_fn: DecodingFn,
     forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the final hidden states `[B, D]` of one new token a row, and the cache with it.
 
-    `tokens` `[B]` go to index `lengths` `[B]` of their rows; they see all tokens before them (within the window).
+    `tokens` `[B]` see all tokens before them in their rows (within the window).
     """
-    x = transformer.embed_tokens(tokens[:, None], lengths[:, None])
-    x, cache = decode_blocks(transformer.config, blocks, cache, x, lengths, decoding_fn, forward)
+    x = transformer.embed_tokens(tokens[:, None], rows.lengths[:, None])
+    x, cache = decode_blocks(transformer.config, blocks, cache, x, rows, decoding_fn, forward)
     return transformer.read_out(x, forward.products)[:, 0], cache
 
 
@@ -175,11 +184,12 @@ def decode_blocks(
     blocks: Sequence[BlockCall],
     cache: KVCache,
     x: Array,
-    lengths: Array,
+    rows: NewTokens,
     decoding_fn: DecodingFn,
     forward: Forward,
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
+    lengths = rows.lengths
     all_keys: list[Array] = []
     all_values: list[Array] = []
     # Mapped over rows, the writes stay on the devices that hold them.
@@ -196,7 +206,7 @@ def decode_blocks(
 
     context = BlockContext(
         rotations={rope: rope_tables(rope, config.head_dim, lengths[:, None]) for rope in config.ropes},
-        segment_ids=jnp.ones(x.shape[:2], jnp.int32),
+        segment_ids=rows.is_running[:, None].astype(jnp.int32),
         attend_fn=attend_fn,
         constrain=forward.constrain,
         products=forward.products,

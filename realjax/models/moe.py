@@ -37,7 +37,12 @@ class Router(nnx.Module):
     def __call__(self, x_RTD: Array, products: Products) -> Array:
         """Returns the logits `[R, T, E]`."""
         kernel = self.kernel[...]
-        multiply = lambda x: products.matmul(x, kernel, dtype=jnp.float32)
+
+        def multiply(x: Array) -> Array:
+            # Where the kernel stays float32 (`Model.copy_dtype`), accelerators are not to shorten its numbers again.
+            with jax.default_matmul_precision("highest" if kernel.dtype == jnp.float32 else None):
+                return products.matmul(x.astype(kernel.dtype), kernel, dtype=jnp.float32)
+
         logits = products.over_tokens(multiply, x_RTD, "time")
         return logits if self.bias is None else sums.add_bias(logits, self.bias[...].astype(jnp.float32))
 

@@ -28,6 +28,8 @@ ModelClass = Literal[
     "qwen3_moe",
     "olmoe",
     "gpt_oss",
+    "glm4_moe",
+    "granitemoe",
     "gemma",
     "gemma2",
     "gemma3",

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from realjax.core.trees import Tree
 from realjax.reshard.movers import MOVERS, find_route, make_bundles, staged_bytes
 from realjax.reshard.plan import ReshardPlan, plan_leaves, plan_reshard
 
@@ -44,13 +45,14 @@ def reshard(
     tree: Arrays,
     destination_shardings: object,
     *,
-    dtype: DTypeLike | None = None,
+    dtype: DTypeLike | Tree | None = None,
     free_source: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     block: bool = False,
     arrived_fn: Callable[[str, Array], Any] | None = None,
 ) -> tuple[Arrays, ReshardReport]:
-    """Returns the tree in `destination_shardings`, bit for bit, and a report; `dtype` becomes that of floating leaves.
+    """Returns the tree in `destination_shardings`, bit for bit, and a report; `dtype` becomes that of floating leaves,
+    or each has its own of a tree of dtypes.
 
     `arrived_fn(path, array)` makes what stands for a leaf in the result, as soon as it has arrived: of a whole tree in
     another form, only the leaves of two bundles are there twice.

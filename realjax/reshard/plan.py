@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
+from realjax.core.trees import Tree
+
 Box = tuple[tuple[int, int], ...]  # (start, stop) of every dim, in the coordinates of the whole array
 
 
@@ -133,23 +135,28 @@ class ReshardPlan:
 
 
 def plan_reshard(
-    abstract_tree: object, source_shardings: object, destination_shardings: object, *, dtype: DTypeLike | None = None
+    abstract_tree: object,
+    source_shardings: object,
+    destination_shardings: object,
+    *,
+    dtype: DTypeLike | Tree | None = None,
 ) -> ReshardPlan:
     """Returns how a tree of arrays (or of `jax.ShapeDtypeStruct`) moves; floating leaves become `dtype` where one is
-    given.
+    given, or each that of a tree of dtypes.
 
     Raises ValueError when the trees differ or a shape does not divide over its sharding. Cached.
     """
     leaves = _flatten(abstract_tree)
     sources = _same_paths(leaves, _flatten(source_shardings), "source_shardings")
     destinations = _same_paths(leaves, _flatten(destination_shardings), "destination_shardings")
+    dtypes = _same_paths(leaves, _flatten(dtype), "dtype") if isinstance(dtype, dict) else dict.fromkeys(leaves, dtype)
     return plan_leaves(
         tuple(
             LeafSpec(
                 path=path,
                 shape=tuple(leaf.shape),
                 source_dtype=np.dtype(leaf.dtype),
-                dtype=target_dtype(leaf.dtype, dtype),
+                dtype=target_dtype(leaf.dtype, dtypes[path]),
                 source=sources[path],
                 destination=destinations[path],
             )
@@ -245,7 +252,7 @@ def _same_paths(leaves: dict[str, Any], other: dict[str, Leaf], subject: str) ->
     if missing or unknown:
         raise ValueError(
             f"reshard: {subject} has {len(other)} leaves, the tree {len(leaves)}; missing: {missing or 'none'}, "
-            f"not in the tree: {unknown or 'none'}; give one sharding for every leaf"
+            f"not in the tree: {unknown or 'none'}; give one for every leaf"
         )
     return other
 

@@ -112,7 +112,8 @@ class Executor:
         if is_first:
             self._moved.add(mfc.name)
             jax.block_until_ready(params)  # so that the seconds logged are those of the move
-        copy, report = reshard(params, shardings, dtype=role.compute.array_dtype, block=is_first, arrived_fn=leaf_fn)
+        dtypes = role.model.copy_dtypes(role.compute.array_dtype)
+        copy, report = reshard(params, shardings, dtype=dtypes, block=is_first, arrived_fn=leaf_fn)
         if is_first:
             source = "host memory" if role.is_offloaded else f"its home {role.home}"
             logger.info("%s: %s from %s: %s", mfc.name, mfc.role, source, report)

@@ -63,8 +63,8 @@ class Role:
         if self.optimizer is not None:
             return abstract_train_state(self.model, self.optimizer, self.home)
 
-        def one(_: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, self.param_dtype, sharding=sharding)
+        def one(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, self.model.copy_dtype(path, self.param_dtype), sharding=sharding)
 
         return map_paths(one, self.model.abstract, self.param_shardings)
 

@@ -132,8 +132,9 @@ def make_checkpoint(out_dir: Path, kind: str, *, dtype: str = "float32", task: s
     torch.manual_seed(1)
     model = getattr(transformers, f"AutoModelFor{task}").from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
+        stored = model.state_dict()
+        for tensor in (*model.parameters(), *(x for name, x in model.named_buffers() if name in stored)):
+            tensor.normal_()
     model.to(getattr(torch, dtype)).save_pretrained(out_dir, **options)
     return out_dir
 

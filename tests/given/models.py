@@ -42,6 +42,7 @@ YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_ma
 # Three pairs of dims, of heads of 8 of which six turn.
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 2.5, 6.0]}
 GRANITE = {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 4.0}
+GLM = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "routed_scaling_factor": 1.5}
 FOUR = {"num_hidden_layers": 4}  # also where two are enough for most families
 # What is tested of every family, a line for each configuration: transformers' `model_type`, and keys beside `SIZES`.
 # Windows of 8 tokens and rotary embeddings of 32 positions or less: the tests' sequences are longer.
@@ -92,6 +93,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}),
+    "glm4_moe": ("glm4_moe", {**GLM, "head_dim": 16, "use_qk_norm": True, "n_group": 4, "topk_group": 2}),
+    "glm4_moe-biases": (
+        "glm4_moe",
+        {**GLM, "attention_bias": True, "first_k_dense_replace": 2, "n_shared_experts": 2, "norm_topk_prob": False}
+        | {"partial_rotary_factor": 1.0, "head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "granitemoe": ("granitemoe", {**GRANITE, "num_local_experts": 4}),
+    "granitemoe-ones": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 3, "attention_bias": True}),
     "qwen3_moe-sparse": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2}),
     "gemma": ("gemma", {"head_dim": 16}),
     "gemma-untied": ("gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
@@ -111,7 +120,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 # The first of each family, for what one configuration shows.
 FIRST_KINDS = tuple({model_type: kind for kind, (model_type, _) in reversed(KINDS.items())}.values())[::-1]
 # Of each family as transformers has it by default, but for the sizes.
-OF_EXPERTS = {"num_local_experts", *EXPERTS, *SHARED}
+OF_EXPERTS = {"num_local_experts", "n_routed_experts", *EXPERTS, *SHARED}
 FAMILY_CONFIGS = {
     name: config_from_hf(
         {"model_type": name, **SIZES, **{key: x for key, x in KINDS[kind][1].items() if key in OF_EXPERTS}}, name

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from realjax.hf.families import gemma, gemma2, gpt2, gpt_oss, olmoe
+from realjax.hf.families import gemma, gemma2, glm4_moe, gpt2, gpt_oss, granitemoe, olmoe
 from realjax.hf.families.moe_like import EXPERTS, list_experts
 from realjax.hf.families.tables import LAYER, RULES, change, fuse
 from realjax.hf.pieces import LayerNumbers
@@ -75,17 +75,6 @@ PHI3_RULES = change(
         LAYER + "mlp.gate_up_proj.weight",
         {"layers/mlp/gate/kernel": "([F] + F) D -> D F", "layers/mlp/up/kernel": "(F + [F]) D -> D F"},
     ),
-)
-GRANITE_MOE_RULES = change(
-    Rule("layers/mlp/router/kernel", LAYER + "block_sparse_moe.router.layer.weight", "E D -> D E"),
-    *fuse(
-        LAYER + "block_sparse_moe.input_linear.weight",
-        {
-            "layers/mlp/experts/gate/kernel": "E ([M] + M) D -> E D M",
-            "layers/mlp/experts/up/kernel": "E (M + [M]) D -> E D M",
-        },
-    ),
-    Rule("layers/mlp/experts/down/kernel", LAYER + "block_sparse_moe.output_linear.weight", "E D M -> E M D"),
 )
 NEOX_LAYER = "gpt_neox.layers.{layer}."
 NEOX_RULES = (
@@ -201,17 +190,14 @@ PUBLISHED = {
     ),
     "glm4_moe": Published(
         name="Glm4Moe",
-        rules=change(
-            *EXPERTS,
-            *list_shared("mlp.shared_experts", "M"),
-            Rule("layers/mlp/router/offset", LAYER + "mlp.gate.e_score_correction_bias", "E -> E"),
-        ),
+        rules=glm4_moe.RULES,
+        sizes={"S": 24},
         config={**MOE, "n_routed_experts": 3, "first_k_dense_replace": 1, "use_qk_norm": True, "head_dim": 8},
         layer_numbers=FIRST_APART,
     ),
     "granitemoe": Published(
         name="GraniteMoe",
-        rules=GRANITE_MOE_RULES,
+        rules=granitemoe.RULES,
         config={"num_local_experts": 3, "num_experts_per_tok": 2},
         sizes={"M": 48},
     ),

@@ -138,3 +138,25 @@ def test_the_first_gemmas_say_gelu_and_mean_its_approximation():
         "old": {"hidden_act": "gelu"}, "both": {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}
     }.items()}  # fmt: skip
     assert {kind.feed_forward.activation for kind in kinds.values()} == {"gelu_tanh"}
+
+
+def test_layers_behind_the_last_one_are_left_out_where_a_family_may_have_them(tmp_path, caplog):
+    """GLM-4.5 is published with one, which predicts a token further on; transformers passes over it too."""
+    for kind in ("glm4_moe", "qwen3"):
+        source = make_checkpoint(tmp_path / kind, kind)
+        _, params = load(source)
+        tensors = load_file(source / "model.safetensors")
+        last = {name: x for name, x in tensors.items() if "layers.3." in name}
+        behind = {name.replace("layers.3.", "layers.4."): x.clone() for name, x in last.items()}
+        behind["model.layers.4.eh_proj.weight"] = torch.zeros(3, 3)
+        save_file(tensors | behind, source / "model.safetensors", metadata={"format": "pt"})
+        if kind == "qwen3":
+            with pytest.raises(ValueError, match=r"model\.layers\.4\."):
+                load(source)
+            continue
+        with caplog.at_level(logging.INFO, logger="realjax"):
+            model, again = load(source)
+        assert_bitwise_equal(again, params)
+        assert f"of {len(tensors | behind)} tensors {len(behind)} are no part of the text model" in caplog.text
+        save_hf(again, model.config, tmp_path / "out", source_dir=source)
+        assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()

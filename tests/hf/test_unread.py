@@ -19,8 +19,8 @@ ASKED: list[dict[str, Any]] = [
     {"layer_types": ["linear_attention"] * 4},
     {"attn_logit_softcapping": 40.0},
     {"final_logit_softcapping": 20.0},
-    {"partial_rotary_factor": 0.5},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    {"partial_rotary_factor": 0.25},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
     {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
     {"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1, 1, 2]}},
     {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
@@ -81,7 +81,7 @@ def test_what_asks_for_nothing_is_read(family):
 # Fields of transformers' config classes that change nothing of what a trained model computes, or not alone.
 OF_NO_NUMBER = {"use_cache", "pretraining_tp", "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop"}
 OF_NO_NUMBER |= {"attn_pdrop", "summary_type", "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout"}
-OF_NO_NUMBER |= {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
+OF_NO_NUMBER |= {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "num_mtp_layers"}
 NOT_ALONE = {"rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 NOT_ALONE |= {"original_max_position_embeddings", "no_rope_layers"}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from realjax.engine.attention.reference import dense_attention, dense_decoding
-from realjax.models.cache import decode, grow_cache, init_cache, prefill, write_rows
+from realjax.models.cache import NewTokens, decode, grow_cache, init_cache, prefill, write_rows
 from realjax.models.config import RING_MULTIPLE, AttentionConfig, LayerKind, count_places
 from realjax.models.stacks import list_layers, split_kinds
 from realjax.models.transformer import Forward
@@ -39,7 +39,8 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes, le
 
     @quick_jit
     def advance(params, cache, tokens, lengths):
-        return decode(*model.bind_layers(params), cache, tokens, lengths, dense_decoding, forward)
+        rows = NewTokens(lengths, jnp.ones(4, bool))
+        return decode(*model.bind_layers(params), cache, tokens, rows, dense_decoding, forward)
 
     layers = list_layers(split_kinds(model.config, params["layers"]), order, lambda x, i: x[i])
     unstacked, places = {**params, "layers": layers}, np.array([2, 0, 3])

@@ -57,19 +57,26 @@ def make_their_critic(
     return randomize(theirs), score
 
 
+def list_stored(theirs: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Returns what a model's checkpoints have: its parameters once each, and buffers such as offsets of routers."""
+    stored = theirs.state_dict()
+    buffers = {name: buffer for name, buffer in theirs.named_buffers() if name in stored}
+    return {**dict(theirs.named_parameters()), **buffers}
+
+
 def randomize(theirs: transformers.PreTrainedModel, scale: float = 0.2) -> transformers.PreTrainedModel:
     """Draws every parameter anew, norms around 1; small enough for float32 to hold logits to 1e-5."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
+        for name, tensor in list_stored(theirs).items():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + ("norm" in name))
     return theirs.float().eval()
 
 
 def make_ours(theirs: transformers.PreTrainedModel, config: ModelConfig | None = None) -> tuple[Model, Tree]:
     """Returns our model of `config` (of theirs by default), and their weights in our tree (host arrays)."""
     model = build_model(config or config_from_hf(theirs.config.to_dict(), "config"))
-    return model, to_ours(model, name_tensors(theirs, dict(theirs.named_parameters())))
+    return model, to_ours(model, name_tensors(theirs, list_stored(theirs)))
 
 
 def name_tensors(theirs: transformers.PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -7,9 +7,11 @@ from realjax.hf.families import (
     gemma,
     gemma2,
     gemma3,
+    glm4_moe,
     gpt2,
     gpt_oss,
     granite,
+    granitemoe,
     llama,
     ministral3,
     mistral,
@@ -49,6 +51,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": qwen3_moe.FAMILY,
     "olmoe": olmoe.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
+    "granitemoe": granitemoe.FAMILY,
 }
 
 

@@ -21,6 +21,10 @@ SIZES = (
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
+    "n_routed_experts",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
     "decoder_sparse_step",
@@ -32,7 +36,7 @@ SIZES = (
     "n_head",
     "n_positions",
 )
-COUNTS = ("max_window_layers", "sliding_window")  # a window of 0 is none
+COUNTS = ("first_k_dense_replace", "max_window_layers", "sliding_window")  # a window of 0 is none
 NUMBERS = (
     "rms_norm_eps",
     "rope_theta",
@@ -51,6 +55,7 @@ NUMBERS = (
     "attention_multiplier",
     "residual_multiplier",
     "logits_scaling",
+    "routed_scaling_factor",
     "layer_norm_epsilon",
     "rope_local_base_freq",
     "attn_logit_softcapping",
@@ -62,6 +67,7 @@ SWITCHES = (
     "mlp_bias",
     "use_sliding_window",
     "norm_topk_prob",
+    "use_qk_norm",
     "output_router_logits",
     "truncate",
     "use_bidirectional_attention",
