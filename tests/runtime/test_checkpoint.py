@@ -14,12 +14,15 @@ import pytest
 from realjax.core.layout import Layout
 from realjax.engine.state import TrainState
 from realjax.models.build import Model
+from realjax.models.config import LayerKind, MoEConfig
 from realjax.runtime import checkpoint
 from realjax.runtime.checkpoint import RunCheckpointer, RunState, clear_after, drop_oldest, find_save, saved_steps
 from tests.given.models import make_layout, make_model, with_empty_layers
 from tests.given.specs import make_role, make_state
 
 MODEL = make_model()
+MOE = MoEConfig(num_experts=4, experts_per_token=2, expert_size=24, shared_size=16)
+EXPERTS = make_model(pattern=(LayerKind(feed_forward=MOE),))
 
 
 def make_run_state(step: int, layout: Layout, counters: Mapping | None = None, model: Model = MODEL) -> RunState:
@@ -62,23 +65,25 @@ def bits(state: TrainState) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("saved", "restored"),
+    ("model", "saved", "restored"),
     [
-        (make_layout(dp=2, tp=2, zero=2), make_layout(dp=2, tp=2, zero=2)),
-        (make_layout(dp=4, zero=3), make_layout(dp=1, tp=2)),
-        (make_layout(), make_layout(dp=2, tp=2, sp=True, zero=1)),
+        (MODEL, make_layout(dp=2, tp=2, zero=2), make_layout(dp=2, tp=2, zero=2)),
+        (MODEL, make_layout(dp=4, zero=3), make_layout(dp=1, tp=2)),
+        (MODEL, make_layout(), make_layout(dp=2, tp=2, sp=True, zero=1)),
+        (EXPERTS, make_layout(dp=2, ep=2, zero=2), make_layout(tp=2)),
+        (EXPERTS, make_layout(dp=2, tp=2), make_layout(dp=4, ep=2, zero=3)),
     ],
-    ids=str,
+    ids=lambda x: None if isinstance(x, Model) else str(x),
 )
-def test_any_layout_gets_the_bits_that_another_saved(saved, restored, tmp_path):
+def test_any_layout_gets_the_bits_that_another_saved(model, saved, restored, tmp_path):
     counters = {"seed": 3, "kl": 0.1, "best": [1, None]}
-    state = make_run_state(7, saved, counters)
+    state = make_run_state(7, saved, counters, model)
     with RunCheckpointer(tmp_path, max_to_keep=2) as checkpointer:
         checkpointer.save(state)
-    found = restore(tmp_path, restored)
+    found = restore(tmp_path, restored, model)
     assert (found.step, found.counters) == (7, counters)
     assert bits(found.roles["default"]) == bits(state.roles["default"])
-    wanted = make_role(MODEL, restored).abstract_state()
+    wanted = make_role(model, restored).abstract_state()
     placed = jax.tree.map(
         lambda leaf, spec: leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim), found.roles["default"], wanted
     )
