@@ -1,9 +1,10 @@
-"""Our forward pass of a checkpoint beside that of transformers, on a text."""
+"""Our forward pass of a checkpoint, and what we generate, beside those of transformers, on a text."""
 
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,15 @@ import numpy as np
 import optax
 from jax import Array
 
+from realjax.core.axes import generate_rules, tree_shardings
+from realjax.core.compute import Compute
+from realjax.core.generation_config import GenerationConfig
+from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.trees import Tree
 from realjax.engine.attention.blocked import blocked_attention
+from realjax.engine.batching import Request, generate
+from realjax.engine.sampling import Sampler
+from realjax.engine.slots import SlotPrograms
 from realjax.hf.families import find_family
 from realjax.hf.files import CheckpointFiles
 from realjax.models.build import Model, build_model
@@ -20,9 +28,13 @@ from realjax.models.config import ModelConfig
 from realjax.models.products import Products
 from realjax.models.transformer import Forward
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TEXT = "The film was slow at first. By the end nobody in the room wanted it to stop, and we talked about it for hours."
 # Of the largest of theirs. Float32 sums in another order differ by less, also over many layers.
 MOST = 1e-3
+NUM_NEW = 32  # tokens that are generated after the text, where the model has positions for as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +44,8 @@ class Compared:
     tokens: np.ndarray
     ours: np.ndarray
     theirs: np.ndarray
-    seconds: tuple[float, float]  # of our pass, compilation included, and of theirs
+    generated: tuple[np.ndarray, np.ndarray]  # greedy tokens after the text, ours and theirs; none of a critic
+    seconds: tuple[float, float]  # of all that is ours, compilation included, and of theirs
 
     @property
     def error(self) -> float:
@@ -46,6 +59,9 @@ class Compared:
             agree = int((self.ours.argmax(axis=1) == self.theirs.argmax(axis=1)).sum())
             ours, theirs = (perplexity(logits, self.tokens) for logits in (self.ours, self.theirs))
             line += f", the likeliest token is the same at {agree}; perplexity {ours:.6g}, theirs {theirs:.6g}"
+        if num_new := len(self.generated[0]):
+            is_same = np.cumprod(self.generated[0] == self.generated[1])
+            line += f"; of {num_new} greedy tokens after it the first {is_same.sum()} are the same"
         return f"{line}; {self.seconds[0]:.1f} s, theirs {self.seconds[1]:.1f} s"
 
 
@@ -53,16 +69,19 @@ def check_hf(directory: Path, config: ModelConfig, params: Tree, text: str) -> C
     """Compares parameters, rounded as the files are, with the HuggingFace directory that they are from or went to.
 
     Both compute in float32. An empty `text` takes one of ours. Raises ValueError where the outputs differ, or where
-    transformers has no such model.
+    transformers has no such model. Greedy tokens are counted only: two may be as likely, but for rounding.
     """
     tokens = read_tokens(directory, config, text or TEXT)
     start = time.monotonic()
     stored = CheckpointFiles.open(directory).dtype
-    ours = compute_outputs(build_model(config), jax.tree.map(lambda x: x.astype(stored), params), tokens)
+    model, rounded = build_model(config), jax.tree.map(lambda x: x.astype(stored).astype(jnp.float32), params)
+    num_new = 0 if config.is_critic else min(NUM_NEW, config.max_positions - len(tokens))
+    ours, generated = compute_outputs(model, rounded, tokens), continue_text(model, rounded, tokens, num_new)
     middle = time.monotonic()
-    theirs = compute_theirs(directory, config, tokens)
+    them = load_theirs(directory, config)
+    theirs, also_generated = compute_theirs(them, config, tokens), continue_theirs(them, tokens, num_new)
     seconds = middle - start, time.monotonic() - middle
-    compared = Compared(tokens=tokens, ours=ours, theirs=theirs, seconds=seconds)
+    compared = Compared(tokens=tokens, ours=ours, theirs=theirs, generated=(generated, also_generated), seconds=seconds)
     if not compared.error <= MOST:
         raise ValueError(f"--check: '{directory}': {compared.describe()}; at most {MOST:.0e} is rounding")
     return compared
@@ -82,20 +101,32 @@ def read_tokens(directory: Path, config: ModelConfig, text: str) -> np.ndarray:
 
 
 def compute_outputs(model: Model, params: Tree, tokens: np.ndarray) -> np.ndarray:
-    """Returns our logits `[T, V]` of a text, of a critic its scores `[T, 1]`."""
+    """Returns our logits `[T, V]` of a text, of a critic its scores `[T, 1]`, in the parameters' dtype."""
     forward = Forward(attention_fn=blocked_attention)
 
     @jax.jit
     def run(params: Tree, row: Array) -> Array:
-        bound = model.bind(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+        bound = model.bind(params)
         hidden, _ = bound(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row), forward)
         return bound.next_logits(hidden[0], Products())
 
     return np.asarray(run(params, jnp.asarray(tokens)[None]))
 
 
-def compute_theirs(directory: Path, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Returns transformers' logits `[T, V]` of the directory's model, of a critic its scores `[T, 1]`."""
+def continue_text(model: Model, params: Tree, tokens: np.ndarray, num_new: int) -> np.ndarray:
+    """Returns the `num_new` greedy tokens after a text `[T]`, as `realjax gen` makes them; none ends it."""
+    if not num_new:
+        return np.zeros(0, np.int32)
+    config = GenerationConfig(max_new_tokens=num_new, min_new_tokens=0, greedy=True)
+    layout = Layout.of(ParallelStrategy(), jax.devices()[:1])
+    programs = SlotPrograms(model, layout, Sampler(config=config, eos_ids=(), seed=0), 1, Compute())
+    shardings = tree_shardings(model.axes, model.abstract, generate_rules(layout.strategy), layout)
+    (found,) = generate(programs, jax.device_put(params, shardings), [Request(tokens=tokens, row_id=0)])
+    return found.tokens
+
+
+def load_theirs(directory: Path, config: ModelConfig) -> "PreTrainedModel":
+    """Returns the directory's model in transformers, in float32. Raises ValueError where it has no such class."""
     import transformers
 
     try:
@@ -106,11 +137,31 @@ def compute_theirs(directory: Path, config: ModelConfig, tokens: np.ndarray) -> 
     name = family.critic_class if config.is_critic else family.causal_class
     if not hasattr(transformers, name):
         raise ValueError(f"--check: '{directory}': this version of transformers has no {name} to compare with")
-    theirs = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32).eval()
+    return getattr(transformers, name).from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def compute_theirs(them: "PreTrainedModel", config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """Returns transformers' logits `[T, V]` of a text, of a critic its scores `[T, 1]`."""
+    import torch
+
     with torch.no_grad():
         row = torch.from_numpy(tokens).long()[None]
-        found = theirs.score(theirs.base_model(row)[0]) if config.is_critic else theirs(row).logits
+        found = them.get_submodule("score")(them.base_model(row)[0]) if config.is_critic else them(row).logits
     return found[0].numpy()
+
+
+def continue_theirs(them: "PreTrainedModel", tokens: np.ndarray, num_new: int) -> np.ndarray:
+    """Returns transformers' `num_new` greedy tokens after a text `[T]`; none ends it."""
+    if not num_new:
+        return np.zeros(0, np.int32)
+    import torch
+    import transformers
+
+    them.generation_config = transformers.GenerationConfig(max_new_tokens=num_new, do_sample=False, pad_token_id=0)
+    row = torch.from_numpy(tokens).long()[None]
+    # Every language model's class has it, but not their common one.
+    whole = cast(Any, them).generate(row, attention_mask=torch.ones_like(row))
+    return whole[0, len(tokens) :].numpy()
 
 
 def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:

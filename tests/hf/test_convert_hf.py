@@ -44,14 +44,16 @@ def test_wrong_input_ends_in_one_line_and_a_status(tmp_path, capsys):
 @pytest.mark.parametrize(("kind", "task"), [("qwen3", "CausalLM"), ("llama", "SequenceClassification")])
 def test_both_ways_are_checked_against_transformers(kind, task, tmp_path, capsys):
     pytest.importorskip("torch")
-    critic = {} if task == "CausalLM" else {"num_labels": 1}
-    source = make_checkpoint(tmp_path / "hf", kind, task=task, config=critic)
+    config = {"max_position_embeddings": 96} if task == "CausalLM" else {"num_labels": 1}
+    source = make_checkpoint(tmp_path / "hf", kind, task=task, config=config)
     assert main(["to-orbax", "--hf", str(source), "--orbax", str(tmp_path / "orbax"), "--check"]) == 0
     back = ["to-hf", "--orbax", str(tmp_path / "orbax"), "--hf", str(tmp_path / "back"), "--dtype", "bfloat16"]
     assert main([*back, "--check", "--shard-gb", "1e-5"]) == 0
     checks = [line for line in capsys.readouterr().out.splitlines() if "differ from transformers'" in line]
     assert len(checks) == 2 and all(float(line.split(" by ")[1].split()[0]) < 1e-4 for line in checks)
     assert all(("perplexity" in line) == (task == "CausalLM") for line in checks)
+    same = "of 32 greedy tokens after it the first 32 are the same"
+    assert all((same in line) == (task == "CausalLM") for line in checks)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
 
 
