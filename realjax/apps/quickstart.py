@@ -124,6 +124,8 @@ COMMANDS = {
     "profile": Command(module="realjax.apps.profile", summary="measures this machine for the planner"),
     "doctor": Command(module="realjax.apps.doctor", summary="looks for what would keep a run from working"),
     "launch": Command(module="realjax.apps.launcher", summary="starts a run elsewhere, such as in a Slurm job"),
+    "chat": Command(module="realjax.apps.chat", summary="talks to a checkpoint in the terminal"),
+    "sample": Command(module="realjax.apps.sample", summary="shows answers of checkpoints side by side"),
 }
 
 

@@ -195,6 +195,11 @@ class Batcher:
         results, self._results = self._results, {}
         return results
 
+    def drawn(self) -> dict[int, np.ndarray]:
+        """Returns the tokens `[N]` that rows in slots have drawn, as far as they were looked at, by their numbers."""
+        rows = [row for row in self._active.values() if row.parts]
+        return {row.number: np.concatenate([part.tokens for part in row.parts]) for row in rows}
+
     def take_out(self, numbers: Iterable[int]) -> dict[int, Request]:
         """Takes rows out of their slots, or of those waiting, once the programs sent off are done.
 
