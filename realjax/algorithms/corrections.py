@@ -27,8 +27,10 @@ class CorrectionParameters:
     `tis` truncates it as arXiv:1802.01561 does. `mis` with low=0.5 and high=5 is IcePop (arXiv:2510.18855).
     """
 
-    kind: Literal["none", "tis", "mis"] = option(
-        "none", "tis: weights count up to high. mis: what has a weight outside [low, high] is left out"
+    kind: Literal["auto", "none", "tis", "mis"] = option(
+        "auto",
+        "tis: weights count up to high. mis: what has a weight outside [low, high] is left out. auto: tis where "
+        "staleness is above 0, else none",
     )
     level: Literal["token", "sequence", "geometric"] = option(
         "token", "a token's own weight; or that of its response: the product over tokens, or their geometric mean"
@@ -49,7 +51,7 @@ class CorrectionParameters:
     @property
     def is_on(self) -> bool:
         """Whether any token can have another weight than 1."""
-        return self.kind != "none" or self.reject_above is not None
+        return self.kind in ("tis", "mis") or self.reject_above is not None
 
 
 def make_corrections(parameters: CorrectionParameters) -> HostFn:
@@ -71,12 +73,12 @@ def compute_corrections(arrays: Arrays, state: State, *, parameters: CorrectionP
     weights = np.exp(np.clip(exponents[parameters.level], -MAX_EXPONENT, MAX_EXPONENT))
     high = np.inf if parameters.high is None else parameters.high
     is_cut, is_left_out = np.zeros_like(responses.mask), np.zeros_like(responses.mask)
-    if parameters.kind == "none":
-        weights = np.ones_like(weights)
-    elif parameters.kind == "tis":
+    if parameters.kind == "tis":
         is_cut, weights = weights > high, np.minimum(weights, high)
-    else:
+    elif parameters.kind == "mis":
         is_left_out = (weights < parameters.low) | (weights > high)
+    else:
+        weights = np.ones_like(weights)
     if parameters.reject_above is not None:
         is_left_out |= responses.spread(np.abs(means)) > parameters.reject_above
     weights = responses.select(np.where(is_left_out, 0, weights))

@@ -70,8 +70,10 @@ class PolicyParameters:
     early_stop_kl: float | None = option(
         None, "updates whose KL to the old policy is above it are skipped. null: none", above=0
     )
-    recompute_logprobs: bool = option(
-        False, "take the old log-probabilities from a pass of the actor over whole sequences, not from the sampler"
+    recompute_logprobs: bool | None = option(
+        None,
+        "take the old log-probabilities from a pass of the actor over whole sequences, not from the sampler. null: "
+        "with staleness above 0 or a correction",
     )
     correction: CorrectionParameters = nested(CorrectionParameters)
 
@@ -88,18 +90,23 @@ class PolicyParameters:
                 "False with kl_in=loss, whose coefficient is fixed, and with kl_ctl=0, which no factor changes",
             ),
         )
-        if self.correction.is_on and not self.recompute_logprobs:
-            name = "reject_above" if self.correction.kind == "none" else "kind"
+        if self.correction.is_on and not self.recomputes:
+            name = "kind" if self.correction.kind in ("tis", "mis") else "reject_above"
             raise ValueError(
                 f"correction.{name}: found {getattr(self.correction, name)} with recompute_logprobs=False, where the "
                 "sampler's log-probabilities are those that training starts from, and nothing is to be corrected; set "
-                f"recompute_logprobs to True, or leave {name} out"
+                f"recompute_logprobs to True or null, or leave {name} out"
             )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the actor's own log-probabilities are there beside the sampler's."""
+        return self.correction.is_on if self.recompute_logprobs is None else self.recompute_logprobs
 
     @property
     def old_logprobs(self) -> str:
         """The key of the log-probabilities that the ratio and the KL in the reward start from."""
-        return "old_logprobs" if self.recompute_logprobs else "logprobs"
+        return "old_logprobs" if self.recomputes else "logprobs"
 
     @property
     def needs_reference(self) -> bool:

@@ -122,7 +122,7 @@ def rollout_metrics(arrays: Arrays, responses: Responses, parameters: PolicyPara
         "task_reward_std": measure_std(rewards, exists),
         **answer_metrics(arrays, responses),
     }
-    if parameters.recompute_logprobs:
+    if parameters.recomputes:
         gap = np.abs(responses.select(arrays["old_logprobs"]) - responses.select(arrays["logprobs"]))
         metrics["sampler_error"] = measure_mean(np.exp(np.minimum(gap, MAX_EXPONENT)), responses.mask)
     return metrics

@@ -80,7 +80,8 @@ def place_calls(spec: RunSpec) -> dict[str, heuristic.Placement]:
     rules: Mapping[str, heuristic.Placement] = {}
     if options.mode == "heuristic":
         machine = {"n_nodes": options.n_nodes, "n_gpus_per_node": options.n_gpus_per_node}
-        rules = heuristic.place({name: spec.roles[name] for name in spec.graph.roles}, **machine)
+        models, is_apart = {name: spec.roles[name] for name in spec.graph.roles}, bool(spec.graph.ahead)
+        rules = heuristic.place(models, **machine, is_apart=is_apart)
     placements = {}
     for mfc in spec.mfcs:
         name, is_train = mfc.placement, mfc.placement in trained

@@ -3,7 +3,8 @@
 On machines of 8 devices these are ReaL's rules for PPO and GRPO; other machines are served in the same spirit:
 generation mostly data-parallel over all devices, actor and critic trained side by side on halves of them. Where layers,
 heads, ffn, vocabulary or (in training) the hidden size do not divide as a rule wants, the next smaller sizes that do
-are taken, data parallelism takes the rest, and devices that then still cannot share the work stay idle.
+are taken, data parallelism takes the rest, and devices that then still cannot share the work stay idle. Where answers
+are drawn beside training, each of the two has half of the devices.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -42,9 +43,16 @@ def has_rules(calls: Container[str]) -> bool:
     return "actor_gen" in calls and "actor_train" in calls
 
 
-def place(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
-    """Returns where each call of reinforcement learning runs, for models by role. Raises ValueError as the rules do."""
+def place(
+    models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int, is_apart: bool = False
+) -> dict[str, Placement]:
+    """Returns where each call of reinforcement learning runs, for models by role. Raises ValueError as the rules do.
+
+    `is_apart`: the calls that work for the next step are on devices of their own, where there are two or more.
+    """
     rules = place_ppo if "critic" in models else place_grpo
+    if is_apart and n_nodes * n_gpus_per_node > 1:
+        rules = place_apart
     return rules(models, n_nodes=n_nodes, n_gpus_per_node=n_gpus_per_node)
 
 
@@ -96,6 +104,28 @@ def place_grpo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node:
         "ref_inf": _Wish("ref", every, pp=max(2, n), tp=tp),
         "rew_inf": _Wish("rew", every, pp=max(2, n), tp=tp),
         "actor_train": _Wish("actor", every, pp=n, tp=min(4, g), sequence_parallel=False, is_train=True),
+    }
+    return _place(wishes, models)
+
+
+def place_apart(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
+    """Returns where each call runs where answers are drawn beside training: models by role are trained, and asked about
+    what training starts from, on the first half of the nodes or of one node's devices, with actor and critic on halves
+    of that; answers are drawn and judged by models that stay as they are on the other half.
+    """
+    cut = -(-n_nodes // 2) * n_gpus_per_node if n_nodes > 1 else -(-n_gpus_per_node // 2)
+    first, second = range(cut), range(cut, n_nodes * n_gpus_per_node)
+    actor, critic = first, first
+    if "critic" in models and cut > 1:
+        actor, critic = first[: -(-cut // 2)], first[-(-cut // 2) :]
+    tp = {"actor": min(4, len(actor)), "critic": min(4, len(critic)), "judge": min(2, len(second))}
+    wishes = {
+        "actor_gen": _Wish("actor", second, pp=1, tp=1),
+        "ref_inf": _Wish("ref", second, pp=1, tp=tp["judge"]),
+        "rew_inf": _Wish("rew", second, pp=1, tp=tp["judge"]),
+        "actor_train": _Wish("actor", actor, pp=1, tp=tp["actor"], is_train=True),
+        "critic_inf": _Wish("critic", critic, pp=1, tp=tp["critic"]),
+        "critic_train": _Wish("critic", critic, pp=1, tp=tp["critic"], is_train=True),
     }
     return _place(wishes, models)
 

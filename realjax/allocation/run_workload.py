@@ -105,6 +105,7 @@ class Reader:
             pack_fn=self.pack_answers(gen, num_parts) if gen else pack_examples(self.batches),
             scores_vocab=head != "values",
             after=tuple(self.find_sources(call.name)),
+            is_ahead=call.name in self.spec.graph.ahead,
             fixed=self.find_fixed(call),
         )
 

@@ -3,7 +3,8 @@
 As in `runtime.executor`, calls are dispatched in the workload's order. A device does what it is given one after the
 other, so a call starts when its inputs are there and all of its devices are free; calls on disjoint devices overlap.
 The host waits for a generate call before it dispatches more. A call that is not at its role's home has a copy of the
-parameters made first, which keeps both sides busy; parameters in host memory are fetched for every call. A step begins
+parameters made first, which keeps both sides busy; parameters in host memory are fetched for every call. A call that
+works for the next step has its copy made before all else, and waits for no training. A step begins
 when the training calls of the one before are done, as `runtime.session` waits for their metrics: the step's seconds are
 those from its start to the end of its last call.
 """
@@ -86,7 +87,8 @@ class Simulator:
         self.after = [tuple(numbers[name] for name in call.after) for call in self.calls]
         # The parameters that a call reads are those that the role's training call has made, where it came before.
         self.trained_before = [
-            (home,) if home < i and self.calls[home].kind == "train" else () for i, home in enumerate(self.homes)
+            (home,) if home < i and self.calls[home].kind == "train" and not self.calls[i].is_ahead else ()
+            for i, home in enumerate(self.homes)
         ]
         # Calls that read the same rows: those behind a generate call, but for updates that get rows of their own.
         has_rollouts = any(call.kind == "generate" for call in self.calls)
@@ -220,7 +222,7 @@ class Simulator:
 
         Without `prices_moves`, those that have no price yet take no time.
         """
-        tasks, stretches = [], self.find_stretches(plan)
+        first, tasks, stretches = list[Task](), list[Task](), self.find_stretches(plan)
         if not least_seconds:
             stretches = [a * b for a, b in zip(stretches, self.find_row_stretches(plan), strict=True)]
         for i, (work, own) in enumerate(zip(self.calls, plan, strict=True)):
@@ -236,9 +238,10 @@ class Simulator:
                 known = self._moves.get((work.role, home.layout, own.layout), FREE)
                 move = self.price_move(work.role, home, own) if prices_moves else known
                 mask = own.mask | home.mask
-                tasks.append(Task(i, "move", mask, move.seconds, move.bytes, self.trained_before[i]))
+                moves = first if work.is_ahead else tasks
+                moves.append(Task(i, "move", mask, move.seconds, move.bytes, self.trained_before[i]))
             tasks.append(Task(i, "call", own.mask, own.seconds * stretches[i], 0.0, after))
-        return tasks
+        return first + tasks
 
     def find_stretches(self, plan: OpenPlan) -> list[float]:
         """Returns, of each call, how many times its own layers a role's calls have together.
@@ -340,7 +343,8 @@ class Simulator:
         assert priced is not None
         if role in unsure or plan[self.homes[call]] is None:
             return min(priced.bytes_at_home, priced.bytes_away)
-        at_home = role not in offloaded and self.is_at_home(plan, call)
+        keeps_own = self.calls[call].is_ahead and self.workload.roles[role].is_trained
+        at_home = role not in offloaded and self.is_at_home(plan, call) and not keeps_own
         return priced.bytes_at_home if at_home else priced.bytes_away
 
     def _list_device_bytes(self, plan: Plan, offloaded: frozenset[str]) -> tuple[float, ...]:

@@ -200,6 +200,7 @@ class CallWork:
     pack_fn: PackFn = field(compare=False, repr=False)  # the rows that the sequences lie in
     scores_vocab: bool = True  # the head is over the vocabulary
     after: tuple[str, ...] = ()  # calls of the step whose results it needs, through host calls too
+    is_ahead: bool = False  # it works for the next step, with parameters from before this step's training
     fixed: Fixed = Fixed()
 
     @property

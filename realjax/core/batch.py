@@ -34,6 +34,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     "group": PER_SEGMENT,
     "sample_id": PER_SEGMENT,
     "is_baseline": PER_SEGMENT,
+    "token_age": PER_TOKEN,  # steps between the parameters that drew a token and those that begin to train on it
     # inference calls
     "old_logprobs": PER_TOKEN,
     "ref_logprobs": PER_TOKEN,

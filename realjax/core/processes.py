@@ -1,10 +1,18 @@
 """What the processes of a run agree on: values that only one of them knows, or that each has its own of."""
 
+import importlib
+import random
+from collections import deque
 from collections.abc import Iterable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+# JAX has no public name for the store of its coordinator.
+STORE = "jax._src.distributed"
+PIECE_BYTES = 2**20
+WAIT_SECONDS = 7 * 24 * 3600  # of a process that is lost, the coordinator tells earlier
 
 
 def is_first() -> bool:
@@ -48,3 +56,39 @@ def format_numbers(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+class Mailbox:
+    """Messages from one process to all others by way of the coordinator, past the devices: what these do goes on."""
+
+    def __init__(self, name: str) -> None:
+        """Every process must make it, with the same name, and send the same number of messages."""
+        # Another box of the name may have left messages behind.
+        self.name, self._num_sent = f"{name}-{int(from_first(random.randrange(2**24)))}", 0
+        self._sent: deque[list[str]] = deque()  # keys of messages that the coordinator holds
+
+    def send(self, message: bytes | None, source: int) -> bytes:
+        """Returns the message of the process `source` in every process; in the others it is not looked at."""
+        number, self._num_sent = self._num_sent, self._num_sent + 1
+        client = importlib.import_module(STORE).global_state.client
+        key = f"realjax/{self.name}/{number}"
+        if jax.process_index() == source:
+            assert message is not None, "the source has a message"
+            pieces = [message[at : at + PIECE_BYTES] for at in range(0, len(message), PIECE_BYTES)]
+            for i, piece in enumerate(pieces):
+                client.key_value_set_bytes(f"{key}/{i}", piece)
+            client.key_value_set(key, str(len(pieces)))
+            self._forget([key, *(f"{key}/{i}" for i in range(len(pieces)))])
+            return message
+        num_pieces = int(client.blocking_key_value_get(key, WAIT_SECONDS * 1000))
+        return b"".join(
+            client.blocking_key_value_get_bytes(f"{key}/{i}", WAIT_SECONDS * 1000) for i in range(num_pieces)
+        )
+
+    def _forget(self, keys: list[str]) -> None:
+        """Removes the message before the last one: whoever sent or took something since has read it."""
+        self._sent.append(keys)
+        client = importlib.import_module(STORE).global_state.client
+        while len(self._sent) > 2:
+            for key in self._sent.popleft():
+                client.key_value_delete(key)

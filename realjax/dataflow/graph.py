@@ -1,7 +1,7 @@
 """The calls of a step, by kind, and the graph that follows from the keys they pass on. Nothing here knows a device."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
@@ -63,6 +63,8 @@ class Generate(ModelCall):
     num_tokens: int | None = None  # only the first so many are drawn, see `core.draw.Draw`; None: any
     records_routes: bool = False  # the experts that tokens go to, see `core.routes.Routes`
     repeats: bool = False  # a prompt's samples are the same in every step
+    # Where its keys are read a step later: how many steps ahead of its training a row may be begun.
+    num_ahead: int = 1
     # fn(prompt, tokens, num_seen) -> whether the tokens hold a text that ends an answer, see `core.texts.make_stop_fn`.
     stop_fn: Callable[[np.ndarray, np.ndarray, int], bool] | None = None
 
@@ -178,9 +180,23 @@ class DataflowGraph:
         return graph
 
     @cached_property
+    def ahead(self) -> frozenset[str]:
+        """The calls that work for the next step: those that neither read a key of the step before nor wait for one that
+        does. None where no key is of the step before.
+        """
+        late = {call.name for call in self.calls if call.delays}
+        late |= {name for first in late for name in nx.descendants(self.edges, first)}
+        return frozenset({call.name for call in self.calls} - late) if late else frozenset()
+
+    @cached_property
     def order(self) -> tuple[Call, ...]:
-        """The calls in an order in which every input exists; ties as they were listed."""
-        rank = {call.name: i for i, call in enumerate(self.calls)}
+        """The calls in an order in which every input exists; ties as they were listed.
+
+        Those that work for the next step come last, of them the host's after the models': when the host gets to wait
+        for these, all devices have their work.
+        """
+        is_last = lambda call: (call.name in self.ahead, call.name in self.ahead and isinstance(call, Host))
+        rank = {call.name: (*is_last(call), i) for i, call in enumerate(self.calls)}
         by_name = {call.name: call for call in self.calls}
         return tuple(by_name[name] for name in nx.lexicographical_topological_sort(self.edges, key=rank.__getitem__))
 
@@ -197,6 +213,21 @@ class DataflowGraph:
     def train_call(self, role: str) -> Train | None:
         """Returns the call that trains `role`, None for a role that is never trained."""
         return next((mfc for mfc in self.mfcs if isinstance(mfc, Train) and mfc.role == role), None)
+
+
+def put_ahead(calls: Sequence[Call], ahead: Container[str], num_steps: int) -> tuple[Call, ...]:
+    """Returns the calls where those named in `ahead` work for the next step while the others do this one.
+
+    `num_steps` is how many steps ahead of its training a row may be begun.
+    """
+    made = {key for call in calls if call.name in ahead for key in call.outputs}
+
+    def one(call: Call) -> Call:
+        if call.name not in ahead:
+            return replace(call, delays={key: 1 for key in call.inputs if key in made})
+        return replace(call, num_ahead=num_steps) if isinstance(call, Generate) else call
+
+    return tuple(map(one, calls))
 
 
 def _refuse_repeats(what: str, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from realjax.options.rl import PPOConfig
 def build(config: PPOConfig) -> RunSpec:
     """Returns the run. Raises ValueError for data or models that cannot work."""
     setup = Setup(config)
-    options = config.ppo.resolved()
+    options = config.ppo.resolved(config.staleness)
     return setup.run_spec(
         "ppo",
         (

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from realjax.algorithms.ages import AGE_INPUTS, measure_ages
 from realjax.algorithms.attempts import list_sizes, measure_attempts
 from realjax.algorithms.corrections import CORRECTION_INPUTS, CorrectionParameters, make_corrections
 from realjax.algorithms.groups import Groups
@@ -21,7 +22,7 @@ from realjax.core.segments import segment_mask
 from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
-from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Minibatches, Train
+from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Minibatches, Train, put_ahead
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.experiments import common
 from realjax.hf.files import resolve_model_path
@@ -61,7 +62,7 @@ class Setup:
 
     def __init__(self, config: RLConfig) -> None:
         """Raises ValueError for data or models that cannot work; nothing is allocated."""
-        self.config, self.options = config, config.algorithm.resolved()
+        self.config, self.options = config, config.algorithm.resolved(config.staleness)
         models = find_instances(config, ModelTrainEvalConfig)
         self.roles = {name: self._role(name, model) for name, model in models.items() if name not in config.unused}
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
@@ -80,7 +81,7 @@ class Setup:
         draw, recorded = (
             Draw.of(config, self.num_tokens, num_eos) for config in (gen, replace(gen, force_no_logits_mask=False))
         )
-        if draw != recorded and not self.options.recompute_logprobs:
+        if draw != recorded and not self.options.recomputes:
             logger.warning(
                 "gen.force_no_logits_mask: which tokens top_k, top_p and min_new_tokens left is not recorded, so ratio "
                 "and KL compare the distribution of the draw with one over all tokens, and start away from 1 and 0; "
@@ -99,6 +100,10 @@ class Setup:
     def _routes(self, role: str) -> tuple[str, ...]:
         """Returns the key of the experts that tokens went to, where a role's call replays them."""
         return ("routes",) if role == "actor" and self.options.routing_replay else ()
+
+    def _ages(self) -> tuple[str, ...]:
+        """Returns the key of tokens' ages, where they have any."""
+        return ("token_age",) if self.config.staleness else ()
 
     def _role(self, name: str, model: ModelTrainEvalConfig) -> RoleSpec:
         role = common.describe_role(name, model, is_trained=name in TRAINED)
@@ -135,7 +140,7 @@ class Setup:
             name="actor_gen",
             role="actor",
             inputs=("prompts",),
-            outputs=(*ROLLOUT_KEYS, *kept, *baseline, *self._routes("actor")),
+            outputs=(*ROLLOUT_KEYS, *kept, *baseline, *self._ages(), *self._routes("actor")),
             config=self.options.gen,
             eos_ids=self.eos_ids,
             num_prompts=self.config.dataset.train_bs_n_seqs,
@@ -169,7 +174,7 @@ class Setup:
     def references(self) -> tuple[Inference, ...]:
         """Returns the calls that compute log-probabilities anew: the reference's, and the actor's own if asked for."""
         ref = (self.infer("ref_inf", "ref", "ref_logprobs", "logprobs"),) if "ref" in self.roles else ()
-        if not self.options.recompute_logprobs:
+        if not self.options.recomputes:
             return ref
         return (*ref, self.infer("actor_inf", "actor", "old_logprobs", "logprobs", options="actor_train"))
 
@@ -240,7 +245,12 @@ class Setup:
         return self.train("actor", make_policy_loss(self.options, self.draw), self.options.actor_inputs)
 
     def run_spec(self, experiment: str, calls: Sequence[Call]) -> RunSpec:
-        """Returns the run of these calls."""
+        """Returns the run of these calls; with staleness, what no update changes is done ahead of training."""
+        if self.config.staleness:
+            frozen = {"ref_inf"} if self.options.ref_ema_eta is None else set()
+            measure = Host(name="ages", fn=measure_ages, inputs=AGE_INPUTS, outputs=(), metrics=())
+            ahead = {"actor_gen", "rew_inf", "rewards", *frozen}
+            calls = put_ahead((*calls, measure), ahead, self.config.staleness)
         eta, evaluation = self.options.ref_ema_eta, self._evaluation()
         return common.run_spec(
             self.config,

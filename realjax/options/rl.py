@@ -116,11 +116,23 @@ class StepOptions(PolicyParameters):
         """True when an answer is only compared with others to its prompt."""
         return "group" in self.JUDGED_BY
 
-    def resolved(self) -> Self:
-        """Returns these options with max_response_len filled in, and with scores for answers of a fixed length."""
-        penalty = 0.0 if self.has_fixed_length and self.missing_eos_penalty is None else self.missing_eos_penalty
-        length = self.max_response_len or self.gen.max_new_tokens
-        return dataclasses.replace(self, max_response_len=length, missing_eos_penalty=penalty)
+    def resolved(self, staleness: int = 0) -> Self:
+        """Returns these options with all filled in that is left open: max_response_len, scores for answers of a fixed
+        length, and for answers of a `staleness` what corrects for that.
+        """
+        recomputes = self.recomputes if self.recompute_logprobs is not None else staleness > 0 or self.recomputes
+        correction = self.correction
+        if correction.kind == "auto":
+            correction = dataclasses.replace(correction, kind="tis" if staleness > 0 and recomputes else "none")
+        return dataclasses.replace(
+            self,
+            max_response_len=self.max_response_len or self.gen.max_new_tokens,
+            missing_eos_penalty=0.0
+            if self.has_fixed_length and self.missing_eos_penalty is None
+            else self.missing_eos_penalty,
+            recompute_logprobs=recomputes,
+            correction=correction,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +187,14 @@ class RLConfig(CommonExperimentConfig):
     dataset: PromptOnlyDatasetConfig = nested(PromptOnlyDatasetConfig)
     reward: RewardOptions = nested(RewardOptions)
     eval: EvaluationOptions = nested(EvaluationOptions)
+    staleness: int = option(
+        0,
+        "steps of training between the parameters that draw an answer and those that train on it, at most. 0: a step "
+        "draws its own answers. 1: the next step's are drawn beside training, on other devices. More: they may be "
+        "begun so many steps ahead, and go on under newer parameters",
+        at_least=0,
+        at_most=64,
+    )
 
     EVALUATES: ClassVar[bool] = True
 
@@ -183,6 +203,7 @@ class RLConfig(CommonExperimentConfig):
         check_role("actor", self.actor, is_critic=False, is_trained=True)
         check_role("ref", self.ref, is_critic=False, is_trained=False)
         check_role("rew", self.rew, is_critic=True, is_trained=False)
+        self._check_staleness()
         if self.eval.sampled:
             check_samples_differ("eval.num_samples", self.eval.num_samples, self.algorithm.gen)
         num_seqs = self.dataset.train_bs_n_seqs * self.num_samples
@@ -190,6 +211,15 @@ class RLConfig(CommonExperimentConfig):
             raise ValueError(
                 f"ppo_n_minibatches: found {self.algorithm.ppo_n_minibatches} for the {num_seqs} sequences of a step; "
                 f"set it to {num_seqs} or less, or raise dataset.train_bs_n_seqs"
+            )
+
+    def _check_staleness(self) -> None:
+        own = self.algorithm
+        if self.staleness and own.recompute_logprobs is False and own.surrogate == "reinforce":
+            raise ValueError(
+                f"staleness: found {self.staleness} with recompute_logprobs=False and surrogate=reinforce, whose "
+                "gradient would be taken for that of newer answers; leave recompute_logprobs out, for weights that "
+                "correct it, or take a surrogate with a ratio, such as clip"
             )
 
     @property
@@ -223,6 +253,11 @@ class RLConfig(CommonExperimentConfig):
         if self.algorithm.has_kl_loss and self.algorithm.kl_estimator == "k1":
             notices.append(
                 "kl_estimator=k1 has no effect with kl_in=loss: its gradient is 0 on average. Use k2 or kl_in=reward."
+            )
+        if self.staleness and self.algorithm.correction.kind == "none":
+            notices.append(
+                f"correction.kind=none with staleness={self.staleness}: nothing tells older answers from the actor's "
+                "own but a ratio from the sampler (recompute_logprobs=False). Leave kind out for weights."
             )
         if self.algorithm.has_fixed_length and self.algorithm.missing_eos_penalty and self.algorithm.judges_groups:
             notices.append(

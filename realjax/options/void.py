@@ -95,7 +95,7 @@ VOID: dict[type, tuple[Void, ...]] = {
     ),
     CorrectionParameters: (
         Void(when={"kind": "none"}, options=("level", "low", "high")),
-        Void(when={"kind": "tis"}, options=("low",)),
+        Void(when={"kind": ("auto", "tis")}, options=("low",)),
     ),
     PPOParameters: (
         _LENGTH,
@@ -127,6 +127,10 @@ VOID: dict[type, tuple[Void, ...]] = {
                 *("algorithm.reward_output_scaling", "algorithm.reward_output_bias"),
             ),
             reason="without rew.path no reward model is loaded",
+        ),
+        Void(
+            when={"staleness": 0, "algorithm.correction.kind": "auto"},
+            options=("algorithm.correction.level", "algorithm.correction.high"),
         ),
         _of_heuristic("actor", "ref", "rew"),
         _without_training("ref"),

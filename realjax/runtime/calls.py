@@ -52,7 +52,7 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
     generations = batching.generate(slots, params, requests, stop_fn=mfc.stop_fn, fetch_fn=fetch)
     refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")
     rollout = pack_rollout(requests, generations, mfc, shape)
-    peak_bytes = _peak_bytes(executor, mfc, params, slots.device_bytes)
+    peak_bytes = find_peak_bytes(executor, mfc, params, slots.device_bytes)
     return Done(batch=rollout, num_tokens=rollout.num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
 
 
@@ -69,7 +69,7 @@ def infer(executor: "Executor", mfc: Inference, batch: Batch, step: int | None) 
         results=results,
         num_tokens=batch.num_tokens,
         bytes_moved=bytes_moved,
-        peak_bytes=_peak_bytes(executor, mfc, params, program.device_bytes),
+        peak_bytes=find_peak_bytes(executor, mfc, params, program.device_bytes),
     )
 
 
@@ -87,7 +87,7 @@ def train(executor: "Executor", mfc: Train, batch: Batch, step: int | None) -> D
         metrics.append(of_update)
         num_tokens += part.num_tokens
         program_bytes = max(program_bytes, program.device_bytes)
-    peak_bytes = _peak_bytes(executor, mfc, executor.states[mfc.role], program_bytes)
+    peak_bytes = find_peak_bytes(executor, mfc, executor.states[mfc.role], program_bytes)
     return Done(batch=batch, metrics=metrics, results=metrics, num_tokens=num_tokens, peak_bytes=peak_bytes)
 
 
@@ -156,7 +156,7 @@ def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:
         )
 
 
-def _peak_bytes(executor: "Executor", mfc: ModelCall, given: object, program_bytes: int) -> int:
+def find_peak_bytes(executor: "Executor", mfc: ModelCall, given: object, program_bytes: int) -> int:
     """Returns what a device of the call holds while its program runs on `given`: the program's, and the rest."""
     devices: Iterable[jax.Device] = executor.plan.layouts[mfc.name].devices
     return program_bytes + bytes_held_beside(given, executor.states, devices)

@@ -22,6 +22,7 @@ from realjax.runtime.manifest import find_damage, write_manifest
 
 logger = logging.getLogger("realjax.checkpoint")
 TIMES = "_CHECKPOINT_METADATA"  # of the save; Orbax writes the last of them after all else, and nobody reads them
+ROLLOUTS = "rollouts"  # the item of a save with the rows in flight
 UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a save in the making
 
 
@@ -37,6 +38,8 @@ class RunState:
     counters: JsonObject = field(default_factory=dict)  # small values: the seed, controllers, best metrics
     # By role, the empty layers at the end of its stacks: a run that goes on with other pipeline stages has others.
     empty_layers: Mapping[str, int] = field(default_factory=dict)
+    # Of rows that were drawn or begun for steps to come, see `runtime.flight.flatten_rows`.
+    rollouts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class RunCheckpointer:
@@ -68,8 +71,10 @@ class RunCheckpointer:
         spread = {name: reshard(role, _saved_shardings(role))[0] for name, role in state.roles.items()}
         roles = {f"role_{name}": ocp.args.StandardSave(role) for name, role in spread.items()}
         run = {"step": state.step, "counters": dict(state.counters), "empty_layers": dict(state.empty_layers)}
+        run["has_rollouts"] = bool(state.rollouts)
+        rollouts = {ROLLOUTS: ocp.args.StandardSave(dict(state.rollouts))} if state.rollouts else {}
         self._step, self._after_fn = state.step, after_fn or _nothing
-        self._checkpointer.save(path, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles))
+        self._checkpointer.save(path, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles, **rollouts))
 
     def wait(self) -> None:
         """Returns when the save under way is complete, and settled."""
@@ -131,7 +136,9 @@ def find_save(directory: Path) -> RunState | None:
             logger.warning("the save %s is passed over: %s", directory / str(step), damage)
         if not largest(int(damage is not None)):
             run = _restore_items(directory / str(step), run=ocp.args.JsonRestore())["run"]
-            return RunState(step=step, roles={}, counters=run["counters"], empty_layers=run.get("empty_layers", {}))
+            rollouts = _restore_rollouts(directory / str(step)) if run.get("has_rollouts") else {}
+            empty_layers = run.get("empty_layers", {})
+            return RunState(step=step, roles={}, counters=run["counters"], empty_layers=empty_layers, rollouts=rollouts)
     if num_saves:
         raise ValueError(
             f"recover: {directory} holds {num_saves} saves, of which none is whole; set recover_mode=disabled to start "
@@ -187,6 +194,11 @@ def clear_after(directory: Path, step: int) -> None:
 def _restore_items(path: Path, **items: ocp.args.CheckpointArgs) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.Composite(**items))
+
+
+def _restore_rollouts(path: Path) -> dict[str, np.ndarray]:
+    restored = _restore_items(path, **{ROLLOUTS: ocp.args.StandardRestore()})[ROLLOUTS]
+    return {name: np.asarray(array) for name, array in restored.items()}
 
 
 def _nothing() -> None:

@@ -22,6 +22,7 @@ from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
 from realjax.runtime.calls import RUN, Done, Metrics, put_batch
+from realjax.runtime.flight import Row
 from realjax.runtime.programs import Programs, num_micro_batches
 from realjax.runtime.roles import Role
 
@@ -54,17 +55,22 @@ class Executor:
 
         `progress` is told of each call.
 
-        Raises ValueError for a call that reads what the step before has made: no step leaves anything to the next.
+        Raises ValueError for a call that reads what one of the step before has made from what was before that.
         """
         self.graph, self.plan, self.roles, self.states = spec.graph, plan, roles, states
         self.averages, self.seed = spec.averages, spec.seed
-        if late := [f"{call.name} reads {key}" for call in self.graph.calls for key in call.delays]:
-            raise ValueError(f"executor: {late[0]} of the step before, which is not kept; take it from the same step")
+        made, ahead = self.graph.producers, self.graph.ahead
+        if late := [(call.name, key) for call in self.graph.calls for key in call.delays if made[key] not in ahead]:
+            raise ValueError(
+                f"executor: {late[0][0]} reads {late[0][1]} of the step before, which is not kept: {made[late[0][1]]} "
+                "itself waits for a step before; take it from the same step"
+            )
         host_calls = [call for call in self.graph.calls if isinstance(call, Host)]
         self.controls: Controls = {call.name: dict((controls or {}).get(call.name, call.state)) for call in host_calls}
         self.programs, self.timeline = Programs(plan, roles, spec.seed), Timeline()
         self.progress = self.programs.log.progress = progress or Progress()
         self.progress.pending_fn = self.timeline.list_pending
+        self.rows: list[Row] = []  # drawn or begun for steps to come, see `runtime/ahead.py`
         self._moved: set[str] = set()  # calls whose first move of parameters has been logged
 
     def step(self, batch: Batch, step: int | None, calls: Sequence[Call] | None = None) -> StepResult:
@@ -73,8 +79,15 @@ class Executor:
         `step` None is an evaluation, which leaves no trace: not in the timeline, and not in what host calls carry from
         step to step.
         """
+        result = self.run(self.graph.order if calls is None else calls, batch, step)
+        if step is not None:
+            self.update_averages()
+        return result
+
+    def run(self, calls: Sequence[Call], batch: Batch, step: int | None) -> StepResult:
+        """Runs calls in order, see `step`, of which they are a part."""
         metrics: dict[str, Sequence[Metrics]] = {}
-        for call in self.graph.order if calls is None else calls:
+        for call in calls:
             start = self.timeline.now()
             self.progress.begin(call.name, step)
             done: Done = RUN[type(call)](self, call, batch, step)
@@ -82,10 +95,13 @@ class Executor:
             if done.metrics:
                 metrics[call.name] = done.metrics
             if step is not None and not isinstance(call, Host):
-                self._watch(call, done, start, step)
-        for average in self.averages if step is not None else ():
-            self.states[average.role] = ema_update(self.params(average.role), self.params(average.source), average.eta)
+                self.watch(call, done, start, step)
         return StepResult(batch, metrics)
+
+    def update_averages(self) -> None:
+        """Brings the roles that follow others a step further; waits for what these are trained by."""
+        for average in self.averages:
+            self.states[average.role] = ema_update(self.params(average.role), self.params(average.source), average.eta)
 
     def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
         """Returns the loss sums of a held-out batch under the role's current parameters, on the role's home layout."""
@@ -124,7 +140,8 @@ class Executor:
         """The programs compiled so far."""
         return self.programs.log
 
-    def _watch(self, mfc: ModelCall, done: Done, start: float, step: int) -> None:
+    def watch(self, mfc: ModelCall, done: Done, start: float, step: int) -> None:
+        """Has the timeline record a call that began at `start`, when its results are there."""
         # Forward 2 and backward 4 operations a parameter and token; attention's own share is left out.
         per_token = (6 if isinstance(mfc, Train) else 2) * self.roles[mfc.role].model.num_active_params
         self.timeline.watch(

@@ -1,13 +1,14 @@
 """The run: restore or load, then step after step."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
 from realjax.allocation.choice import PLAN_FILE, dump_choices
 from realjax.allocation.plan import AllocationPlan
+from realjax.core.batch import Batch
 from realjax.core.faults import explain_faults
 from realjax.core.processes import is_first
 from realjax.dataflow.picture import describe_graph
@@ -16,8 +17,10 @@ from realjax.record.answers import AnswerWriter
 from realjax.record.metrics import MetricsWriter, import_wandb, replace_text
 from realjax.record.report import REPORT_FILE
 from realjax.record.rundir import write_log
+from realjax.runtime.ahead import Ahead
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
-from realjax.runtime.executor import Executor
+from realjax.runtime.executor import Executor, StepResult
+from realjax.runtime.flight import join_rows
 from realjax.runtime.lock import lock_run
 from realjax.runtime.places import describe_saved
 from realjax.runtime.resume import find_start, first_state, is_finished, open_run_directory
@@ -55,17 +58,27 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
             _open_metrics(spec, state.step) as metrics,
         ):
             executor = Executor(spec, plan, roles, dict(state.roles), state.counters.get("controls"), progress)
+            executor.rows = join_rows(state.rollouts)
             answers = _open_answers(spec, state.step)
             outputs = Outputs(checkpointer=checkpointer, metrics=metrics, answers=answers, console=console)
             session = Session(spec, plan, executor, state, outputs)
+            step_fn = _make_step(executor, plan, session.last_step)
             session.begin()
             stop.defer()
             with session.display:
                 for step in range(session.first_step, session.last_step):
-                    result = executor.step(session.begin_step(step), step)
+                    result = step_fn(session.begin_step(step), step)
                     if (code := session.finish_step(step, result, stop)) is not None:
                         return code
             return session.finish()
+
+
+def _make_step(executor: Executor, plan: AllocationPlan, last_step: int) -> Callable[[Batch, int], StepResult]:
+    """Returns what takes a step with its batch from the loader."""
+    if not executor.graph.ahead:
+        return executor.step
+    ahead = Ahead(executor, plan.loader, last_step)
+    return lambda _, step: ahead.step(step)
 
 
 def _answer_finished(spec: RunSpec, save: RunState) -> int:

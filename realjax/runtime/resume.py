@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from realjax.core.identity import Identity
 from realjax.core.json_text import JsonObject
@@ -84,7 +84,7 @@ def first_state(spec: RunSpec, roles: Mapping[str, Role], save: RunState | None)
     abstract = {name: role.abstract_state() for name, role in changing.items()}
     state = restore(spec.paths.recover, save, abstract, empty_layers(roles, changing))
     fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in changing}
-    return RunState(step=state.step, roles={**fixed, **state.roles}, counters=state.counters)
+    return replace(state, roles={**fixed, **state.roles})
 
 
 def empty_layers(roles: Mapping[str, Role], names: Iterable[str]) -> dict[str, int]:

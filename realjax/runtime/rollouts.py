@@ -34,10 +34,15 @@ def make_requests(prompts: Batch, mfc: Generate, step: int) -> list[Request]:
 
 
 def pack_rollout(
-    requests: Sequence[Request], generations: Sequence[Generation], mfc: Generate, shape: RolloutShape
+    requests: Sequence[Request],
+    generations: Sequence[Generation],
+    mfc: Generate,
+    shape: RolloutShape,
+    ages: Sequence[np.ndarray] | None = None,
 ) -> Batch:
     """Returns the packed batch of whole sequences: a response's tokens, log-probabilities and kept sets after its
-    prompt, experts of both, and what each sequence is. `group` numbers the prompts of the batch.
+    prompt, experts of both, and what each sequence is. `group` numbers the prompts of the batch. `ages` are those of
+    the responses' tokens, for the key `token_age`.
     """
     num_samples = mfc.answers_per_prompt
     examples = []
@@ -55,6 +60,8 @@ def pack_rollout(
         }
         if mfc.has_baseline:
             example["is_baseline"] = np.array(request.is_greedy)
+        if ages is not None:
+            example["token_age"] = after_prompt(ages[i])
         if generation.routes is not None:
             example["routes"] = generation.routes
         examples.append(example)

@@ -32,6 +32,7 @@ from realjax.runtime.evaluation import evaluate_loss, evaluate_rollouts
 from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.exports import Exports, checkpoint_name
 from realjax.runtime.finite import nonfinite_leaves
+from realjax.runtime.flight import flatten_rows
 from realjax.runtime.memory import measured_peak_bytes
 from realjax.runtime.places import Places
 from realjax.runtime.resume import empty_layers
@@ -233,6 +234,7 @@ class Session:
             roles=states,
             counters=counters,
             empty_layers=empty_layers(self.executor.roles, states),
+            rollouts=flatten_rows(self.executor.rows),
         )
         self.outputs.checkpointer.save(state, self.exports.hold_best())
 

@@ -118,8 +118,8 @@ def test_ratios_beyond_all_numbers_stay_finite():
 def test_a_correction_without_anything_to_correct_is_refused():
     for correction in (CorrectionParameters(kind="tis"), CorrectionParameters(reject_above=0.1)):
         with pytest.raises(ValueError, match=r"^correction\.(kind|reject_above): found .*; set recompute_logp"):
-            GRPOParameters(correction=correction)
-        p = GRPOParameters(correction=correction, recompute_logprobs=True)
+            GRPOParameters(correction=correction, recompute_logprobs=False)
+        p = GRPOParameters(correction=correction)
         assert "correction" in p.actor_inputs
         assert "correction" not in replace(p, correction=CorrectionParameters()).actor_inputs
     with pytest.raises(ValueError, match="low: found 2.5; it must be below high, which is 2.0"):

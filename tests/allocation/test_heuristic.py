@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from realjax.allocation.heuristic import place_grpo, place_ppo
+from realjax.allocation.heuristic import place, place_grpo, place_ppo
 from realjax.dataflow.run import RoleSpec
 from realjax.models.config import ModelConfig
 
@@ -160,6 +160,32 @@ def test_models_that_are_not_there_have_no_calls():
         "critic_train",
     }
     assert set(place_grpo(models, n_nodes=1, n_gpus_per_node=8)) == {"actor_gen", "actor_train"}
+
+
+@pytest.mark.parametrize("config", [LLAMA_7B, LLAMA_70B, SMALL, ODD_VOCABULARY], ids=["7b", "70b", "small", "vocab"])
+def test_answers_drawn_beside_training_have_devices_of_their_own(config):
+    models = models_of(config=config)
+    for n_nodes, n_gpus_per_node in [(1, n) for n in (2, 3, 4, 8)] + [(2, 8), (3, 4)]:
+        machine = {"n_nodes": n_nodes, "n_gpus_per_node": n_gpus_per_node}
+        placements = place(models, **machine, is_apart=True)
+        drawn, trained = (
+            {device for call in calls for device in placements[call].devices}
+            for calls in (("actor_gen", "ref_inf", "rew_inf"), ("actor_train", "critic_inf", "critic_train"))
+        )
+        assert not drawn & trained and drawn | trained <= set(range(n_nodes * n_gpus_per_node))
+        for placement in placements.values():
+            assert len(placement.devices) == placement.strategy.size
+            assert config.vocab_size % placement.strategy.tp == 0 and config.num_q_heads % placement.strategy.tp == 0
+    assert described(place(models_of(), n_nodes=1, n_gpus_per_node=8, is_apart=True)) == {
+        "actor_gen": "d4p1t1 @ 4-7",
+        "ref_inf": "d2p1t2+sp @ 4-7",
+        "rew_inf": "d2p1t2+sp @ 4-7",
+        "actor_train": "d1p1t2+sp @ 0-1",
+        "critic_inf": "d1p1t2+sp @ 2-3",
+        "critic_train": "d1p1t2+sp @ 2-3",
+    }
+    one = {"n_nodes": 1, "n_gpus_per_node": 1}
+    assert place(models_of(), **one, is_apart=True) == place(models_of(), **one)
 
 
 @pytest.mark.parametrize(("sizes", "role"), [((17, 7), "actor"), ((7, 70), "critic")])

@@ -140,6 +140,25 @@ def test_rows_are_shared_by_the_calls_that_read_them():
     assert {call.name: call.seconds for call in found.calls} == pytest.approx({"ref": 12.0, "rew": 12.0, "train": 12.0})
 
 
+def make_ahead() -> Workload:
+    """Returns train, then what works for the next step: gen, ref and rew."""
+    step = make_step()
+    calls = {call.name: replace(call, is_ahead=call.name != "train") for call in step.calls}
+    train = replace(calls["train"], after=())
+    return replace(step, calls=(train, calls["gen"], calls["ref"], calls["rew"]))
+
+
+def test_what_works_for_the_next_step_runs_beside_training():
+    """The copy of the parameters comes first, and neither side waits for the other after that."""
+    costs = GivenCosts(calls=SECONDS, moves={"actor": 0.5})
+    found = times(make_ahead(), costs, gen=on(0, 4), ref=on(0, 4), rew=on(0, 4), train=on(4, 8))
+    assert found == {"gen": (0.5, 4.5), "ref": (4.5, 7.5), "rew": (7.5, 9.5), "train": (0.5, 5.5)}
+    # On the same devices one comes after the other, and a copy is needed where it else is not.
+    costs = GivenCosts(calls={"gen": 4.0, "train": 5.0}, held={"gen": 3.0})
+    found = times(make_ahead(), costs, gen=on(0, 8), ref=on(0, 8), rew=on(0, 8), train=on(0, 8))
+    assert found["train"] == (0, 5) and found["gen"] == (5, 9)
+
+
 def make_random_plan(seed: int) -> tuple[Workload, dict[str, Choice], RandomCosts]:
     rng, cluster = random.Random(seed), make_cluster()
     work = make_ppo(0, 0, num_sequences=16)

@@ -6,7 +6,8 @@ import pytest
 
 from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.generation_config import GenerationConfig
-from realjax.dataflow.graph import DataflowGraph, Generate, Inference, Train
+from realjax.core.host_call import HostResult
+from realjax.dataflow.graph import DataflowGraph, Generate, Host, Inference, Train, put_ahead
 
 # PPO's calls, listed in the order in which they depend on each other least.
 CALLS = (
@@ -103,3 +104,18 @@ def test_a_key_of_the_step_before_makes_no_edge_and_no_cycle():
     graph = DataflowGraph(calls, frozenset({"x"}))
     assert [one.name for one in graph.order] == ["gen", "train"]
     assert list(graph.edges.edges) == [("gen", "train")]
+
+
+def test_calls_put_ahead_come_last_and_wait_for_nothing_of_their_step():
+    score = Host(name="score", fn=lambda arrays, state: HostResult(arrays={}), inputs=("rewards",), outputs=("scores",))
+    ahead = ("actorGen", "score", "rewInf", "refInf")
+    graph = DataflowGraph(put_ahead((score, *CALLS), ahead, 3), frozenset({"prompts"}))
+    names = [one.name for one in graph.order]
+    assert graph.ahead == set(ahead) and PPO.ahead == frozenset()
+    # Training is on its way before the host waits for answers, and the models judge them before it does.
+    assert names == ["criticInf", "actorTrain", "criticTrain", "actorGen", "rewInf", "refInf", "score"]
+    assert not any(graph.edges.has_edge(a, b) for a in ahead for b in set(names) - set(ahead))
+    (generate,) = [one for one in graph.calls if isinstance(one, Generate)]
+    assert generate.num_ahead == 3
+    delays = {one.name: set(one.delays) for one in graph.calls if one.delays}
+    assert delays["criticTrain"] == {"tokens", "rewards"} and delays["criticInf"] == {"tokens"}
