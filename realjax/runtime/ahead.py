@@ -126,7 +126,8 @@ class Ahead:
             device_bytes = executor.programs.slots(self.mfc).device_bytes
             peak_bytes = find_peak_bytes(executor, self.mfc, params, device_bytes)
         if self._mailbox is not None:
-            rows = load_rows(self._mailbox.send(dump_rows(rows) if self._is_owner else None, self._owners[0]))
+            source = self._owners[0]
+            rows = load_rows(self._mailbox.send(dump_rows(rows) if jax.process_index() == source else None, source))
         now = iter(rows)
         executor.rows = [next(now) if row.generation is None else row for row in executor.rows]
         num_tokens = sum(_count_tokens(after, before) for before, after in zip(begun, rows, strict=True))

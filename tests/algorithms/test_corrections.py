@@ -43,7 +43,7 @@ def plain_weights(rollouts, p):
         weights, cut, left_out = (np.zeros(len(r["tokens"])) for _ in range(3))
         for t, gap in zip(tokens, gaps, strict=True):
             level = {"token": gap, "sequence": sum(gaps), "geometric": sum(gaps) / len(gaps)}[p.level]
-            w = 1.0 if p.kind == "none" else float(np.exp(level))
+            w = 1.0 if p.kind in ("auto", "none") else float(np.exp(level))
             if p.kind == "tis" and p.high is not None and w > p.high:
                 w, cut[t] = p.high, 1
             if p.kind == "mis" and not p.low <= w <= p.high:

@@ -17,7 +17,7 @@ from realjax.runtime.rollouts import make_requests, pack_rollout
 from realjax.runtime.session import Session
 from tests.given.commands import Trial
 from tests.given.compare import as_numbers, find_differing, without_clocks
-from tests.given.runs import LAYOUTS, Given, build_rl_spec, load_executor
+from tests.given.runs import GROUPS, LAYOUTS, Given, build_rl_spec, load_executor
 from tests.runtime.kills import Killed
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -28,7 +28,7 @@ STILL = {"actor__optimizer__lr": 0, "algo__kl_ctl": 0}
 
 
 def make_run(given: Given, root: Path, **changes: Any) -> Executor:
-    return load_executor(build_rl_spec(given, root, "grpo", **OPTIONS, **changes))
+    return load_executor(build_rl_spec(given, root, "grpo", **OPTIONS | changes))
 
 
 def take_steps(executor: Executor) -> Iterator[StepResult]:
@@ -79,10 +79,8 @@ def tokens_in_step(given: Given, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 CASES = [
-    pytest.param(
-        staleness, layout, marks=() if layout == "one device" else pytest.mark.slow, id=f"{staleness} {layout}"
-    )
-    for staleness, layout in ((1, "one device"), (3, "one device"), (3, "tensor"), (2, "pipeline"), (2, "halves"))
+    pytest.param(*case, marks=() if case[1] == "one device" else pytest.mark.slow, id=f"{case[0]}, {case[1]}")
+    for case in ((1, "one device"), (3, "one device"), (2, "tensor"), (2, "pipeline"), (2, "halves"))
 ]
 
 
@@ -92,14 +90,27 @@ def test_without_a_learning_rate_age_changes_nothing(staleness, layout, tokens_i
     sizes = {name: size for name, size in LAYOUTS[layout].items() if not name.startswith("critic")}
     results = list(take_steps(make_run(given, tmp_path, staleness=staleness, **STILL, **sizes)))
     for result, expected in zip(results, tokens_in_step, strict=True):
-        answers = [sorted(row[row > 0].tolist()) for row in (np.asarray(result.batch["tokens"]), expected)]
-        assert answers[0] == answers[1]
+        found = np.asarray(result.batch["tokens"])
+        assert sorted(found[found > 0]) == sorted(expected[expected > 0])
     for weights in find_weights(results):
         assert weights["correction_weight"] == pytest.approx(1, abs=1e-5) and weights["correction_cut"] == 0
         assert weights["correction_ess"] == pytest.approx(1, abs=1e-5)
     ages = find_ages(results)
-    assert max(age["max_token_age"] for age in ages) == min(staleness, STEPS - 1)
+    # No more is begun than free slots take.
+    assert max(age["max_token_age"] for age in ages) == min(staleness, 2)
     assert (max(age["interrupted_share"] for age in ages) > 0) == (staleness > 1)
+
+
+@pytest.mark.parametrize("experiment", GROUPS)
+def test_what_no_update_changes_is_done_ahead_of_training(experiment, given, tmp_path):
+    for eta, judges in ((None, {"ref_inf"}), (0.1, set())):
+        spec = build_rl_spec(given, tmp_path, experiment, staleness=1, algo__kl_ctl=0.1, algo__ref_ema_eta=eta)
+        graph = spec.graph
+        assert graph.ahead == {"actor_gen", "rew_inf", "rewards"} | judges
+        order = [call.name for call in graph.order]
+        assert order.index("actor_train") < order.index("actor_gen")
+        assert {"actor_inf", "corrections", "ages"} <= {*order}
+        assert not build_rl_spec(given, tmp_path, experiment).graph.ahead
 
 
 def kill(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int, *, after: bool = False) -> None:
@@ -142,13 +153,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     "ignore:.*Event loop is closed|Exception ignored in:pytest.PytestUnraisableExceptionWarning"
 )
 def test_a_run_killed_with_rows_in_flight_ends_like_one_that_was_not(given, tmp_path, monkeypatch, trained):
-    options = {**OPTIONS, "staleness": 2, "recover_mode": "auto", "save_freq_steps": 1, "algo__kl_ctl": 0}
+    """With a controller, statistics of values and an averaged reference, which also go from step to step."""
+    options = {**OPTIONS, "algo__gen__num_slots": 4, "algo__use_adaptive_kl_ctl": True, "algo__ref_ema_eta": 0.1}
+    options |= {"staleness": 2, "recover_mode": "auto", "save_freq_steps": 1}
     whole, killed = (
-        Trial(given=given, root=tmp_path, name=name, experiment="grpo", options=options) for name in ("whole", "killed")
+        Trial(given=given, root=tmp_path, name=name, experiment="ppo", options=options) for name in ("whole", "killed")
     )
     assert whole.run() == 0
-    group = len(trained[0]) // 8
-    assert sorted(sum(trained.values(), [])) == sorted(list(range(32)) * group)
+    assert sorted(sum(trained.values(), [])) == list(range(32))
     moments = (
         (Batcher, "poll", 2, False),  # the first answers are half drawn
         (Session, "finish_step", 1, True),  # a step is saved
@@ -160,10 +172,11 @@ def test_a_run_killed_with_rows_in_flight_ends_like_one_that_was_not(given, tmp_
             kill(patch, owner, name, number, after=after)
             killed.run()
     assert killed.run() == 0
-    assert sorted(sum(trained.values(), [])) == sorted(list(range(32)) * group)
+    assert sorted(sum(trained.values(), [])) == list(range(32))
     for trial in (whole, killed):
         assert trial.steps() == [1, 2, 3, 4]
         assert max(record["interrupted_share"] for record in trial.metrics("train")) > 0
-    assert not find_differing(killed.state(STEPS, "actor"), whole.state(STEPS, "actor"))
+    for role in ("actor", "critic", "ref"):
+        assert not find_differing(killed.state(STEPS, role), whole.state(STEPS, role))
     found, expected = (without_clocks(trial.metrics(), "memory_mib", "moved_mib") for trial in (killed, whole))
     assert found == expected
