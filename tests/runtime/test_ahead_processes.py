@@ -25,7 +25,6 @@ def runs(given, tmp_path_factory) -> list[list[dict[str, Any]]]:
 def test_random_durations_change_neither_order_nor_result(runs):
     (alone,), (first, second) = runs
     assert first["order"] == second["order"] == alone["order"]
-    assert first["layouts"] == alone["layouts"]
     assert first["layouts"]["actor_gen"] != first["layouts"]["actor_train"]
     for ours, theirs, expected in zip(first["records"], second["records"], alone["records"], strict=True):
         assert ours == theirs
