@@ -132,8 +132,8 @@ class Ahead:
         executor.rows = [next(now) if row.generation is None else row for row in executor.rows]
         num_tokens = sum(_count_tokens(after, before) for before, after in zip(begun, rows, strict=True))
         # Its rows are packed later: the record goes by its costs alone.
-        costs = {"num_tokens": num_tokens, "bytes_moved": bytes_moved, "peak_bytes": peak_bytes}
-        done = Done(batch=Batch(arrays={}), **costs)
+        none = Batch(arrays={})
+        done = Done(batch=none, num_tokens=num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
         executor.watch(self.mfc, done, start, version)
 
     def _add_prompts(self, target: int, last: int) -> None:

@@ -75,7 +75,8 @@ def flatten_rows(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 def join_rows(arrays: Arrays) -> list[Row]:
     """Returns the rows of `flatten_rows`."""
-    rows, at = list[Row](), dict.fromkeys(("prompts", "tokens", "versions", "routes"), 0)
+    rows = list[Row]()
+    at: dict[str, int] = {"prompts": 0, "tokens": 0, "versions": 0, "routes": 0}
 
     def take(name: str, count: int, like: str | None = None) -> np.ndarray:
         start = at[like or name]
@@ -108,7 +109,7 @@ def join_rows(arrays: Arrays) -> list[Row]:
 def dump_rows(rows: Sequence[Row]) -> bytes:
     """Returns rows as bytes, for `load_rows`."""
     file = io.BytesIO()
-    np.savez(file, **flatten_rows(rows))
+    np.savez(file, allow_pickle=False, **flatten_rows(rows))
     return file.getvalue()
 
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from tools.bench.planner import D2, ONE, OTHER, Bench, run
 
 JUDGES = ("rew_inf", "ref_inf")
-APART = {"actor_gen": ONE, "actor_train": OTHER, **dict.fromkeys(JUDGES, ONE)}
-BOTH = dict.fromkeys(("actor_gen", "actor_train", *JUDGES), D2)
+Calls = Mapping[str, Mapping[str, object]]
+APART: Calls = {"actor_gen": ONE, "actor_train": OTHER, **dict.fromkeys(JUDGES, ONE)}
+CALLS: Sequence[str] = ("actor_gen", "actor_train", *JUDGES)
+BOTH: Calls = dict.fromkeys(CALLS, D2)
 Span = tuple[float, float]
 
 
@@ -34,7 +36,7 @@ class Measured:
     overlap: float
 
 
-def measure(bench: Bench, name: str, calls: Mapping[str, Mapping[str, object]], staleness: int, steps: int) -> Measured:
+def measure(bench: Bench, name: str, calls: Calls, staleness: int, steps: int) -> Measured:
     """Returns what the steps of a run took."""
     options: dict[str, object] = {
         "experiment_name": "ahead",
