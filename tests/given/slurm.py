@@ -15,13 +15,12 @@ import psutil
 import pytest
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol")
-# JAX takes the first node for the coordinator's host, so its name has to resolve.
-NODES = ("localhost", "n2")
+NODES = ("n1", "n2")
 SECONDS_TO_START = 60
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 AuthType=auth/munge
 SlurmUser=root
 SlurmdUser=root
@@ -41,8 +40,7 @@ MpiDefault=none
 AuthInfo=cred_expire=5
 KillWait=5
 SlurmdTimeout=10
-NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=1000 State=UNKNOWN
-NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=1000 State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs={cpus} RealMemory=100 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -86,7 +84,13 @@ def find_reason_to_skip() -> str | None:
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"no {', '.join(missing)} on this machine: install Debian's slurm-wlm and munge"
-    return None if os.geteuid() == 0 else "Slurm's daemons are started by root"
+    if os.geteuid() != 0:
+        return "Slurm's daemons are started by root"
+    try:  # JAX takes the first node for the coordinator's host
+        socket.gethostbyname(NODES[0])
+    except OSError:
+        return f"{NODES[0]} does not resolve: 127.0.0.1 {' '.join(NODES)} has to stand in the file of hosts"
+    return None
 
 
 @contextmanager
@@ -96,7 +100,9 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         pytest.skip(reason)
     cluster = Cluster(folder=folder, environment={"SLURM_CONF": str(folder / "slurm.conf")})
     ports, host = _free_ports(3), socket.gethostname()
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, ports=ports, host=host, nodes=NODES))
+    (folder / "slurm.conf").write_text(
+        CONFIG.format(cpus=os.cpu_count(), folder=folder, port=ports[0], ports=f"{ports[1]},{ports[2]}", host=host)
+    )
     (folder / "state").mkdir()
     _start_munge()
     try:
