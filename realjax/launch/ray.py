@@ -126,7 +126,9 @@ class Host:
             preexec_fn=make_bond(),
         )
         assert self.process.stdout is not None
-        yield from self.process.stdout
+        # Ray's generators fail in `yield from` a file.
+        for line in self.process.stdout:  # noqa: UP028
+            yield line
         yield self.process.wait()
 
     def send_signal(self, number: int) -> None:
@@ -163,7 +165,7 @@ class RemoteProcess:
                 else:
                     code = value
         except self._ray.exceptions.RayError as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).strip().rpartition("\n")[2]
             lines.write(f"launch: its actor is gone: {reason}\n")
         lines.close()
         self.returncode = code

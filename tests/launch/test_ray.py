@@ -16,6 +16,8 @@ from realjax.launch import local, restarts
 from realjax.launch.environment import find_process_group
 from realjax.launch.ray import RayJob, import_ray, is_installed
 
+# Ray forks, of which JAX warns, and leaves files and sockets open.
+pytestmark = pytest.mark.filterwarnings("ignore")
 needs_ray = pytest.mark.skipif(not is_installed(), reason="Ray is not installed: the extra realjax[ray]")
 SAYS = """
 import os
