@@ -1,6 +1,7 @@
 """Pipeline stages compute what one device computes: gradients, outputs, scalar heads, any number of micro-batches."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from realjax.core.trees import Tree
 from realjax.data.packing import PART_LENS, pack, pack_rows
 from realjax.engine.compiled import place_batch
 from realjax.engine.inference import make_inference
-from realjax.engine.pipeline import bubble_share, num_stage_batches
+from realjax.engine.pipeline import bubble_share, num_stage_batches, num_step_batches
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models.build import build_model
 from tests.given.compare import assert_close_in_norm
@@ -61,9 +62,9 @@ def gradients(model, loss, params: Tree, batch: Batch, layout, **options) -> tup
     return jax.tree.map(np.asarray, grads), float(sums.loss.sum)
 
 
-@pytest.fixture(scope="module")
-def plain() -> tuple[Tree, float]:
-    return gradients(DEEP, SFT_LOSS, random_tree(DEEP, scale=0.1), BATCH, make_layout())
+@lru_cache
+def on_one_device(num_mbs: int) -> tuple[Tree, float]:
+    return gradients(DEEP, SFT_LOSS, random_tree(DEEP, scale=0.1), BATCH, make_layout(), num_mbs=num_mbs)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +80,15 @@ def plain() -> tuple[Tree, float]:
     ],
     ids=str,
 )
-def test_gradients_are_those_of_one_device(layout, num_mbs, remat, plain):
-    options = {"num_mbs": num_mbs, "compute": Compute(remat=remat)}
-    grads, loss = gradients(DEEP, SFT_LOSS, random_tree(DEEP, scale=0.1), BATCH, make_layout(**layout), **options)
-    assert loss == pytest.approx(plain[1], rel=1e-6)
-    assert_close_in_norm(grads, plain[0], 2e-6)
+def test_gradients_are_those_of_one_device(layout, num_mbs, remat):
+    """In as many micro-batches: how many there are is the order of float32 sums, and alone makes a difference of up to
+    1e-6. Of the exact gradients, in float64, one device with one and stages with 16 are 6e-7 and 9e-7 off.
+    """
+    options, placed = {"num_mbs": num_mbs, "compute": Compute(remat=remat)}, make_layout(**layout)
+    grads, loss = gradients(DEEP, SFT_LOSS, random_tree(DEEP, scale=0.1), BATCH, placed, **options)
+    expected, same_loss = on_one_device(num_step_batches(BATCH.num_rows, num_mbs, placed))
+    assert loss == pytest.approx(same_loss, rel=1e-6)
+    assert_close_in_norm(grads, expected, 1e-6)
 
 
 @pytest.mark.parametrize("num_mbs", [1, pytest.param(4, marks=SLOW)])
