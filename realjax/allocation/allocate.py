@@ -26,8 +26,8 @@ def allocate(spec: RunSpec, devices: Sequence[jax.Device]) -> AllocationPlan:
 
 def make_plan(spec: RunSpec, layouts: Mapping[str, Layout], devices: Sequence[jax.Device]) -> AllocationPlan:
     """Returns the plan that follows from the calls' layouts."""
-    loader, held_out = shapes.shape_batches(spec, layouts)
     rollouts = shapes.shape_rollouts(spec, layouts)
+    loader, held_out = shapes.shape_batches(spec, layouts, rollouts)
     homes = {role: find_home(spec, role, layouts) for role in spec.graph.roles}
     used = {device for layout in layouts.values() for device in layout.devices}
     return AllocationPlan(

@@ -95,7 +95,7 @@ def place_ppo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: 
 def place_grpo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
     """Returns where each call of an algorithm without critic runs: all on every device, each split its own way.
 
-    Models by role: actor, and ref and rew where there are any.
+    Models by role: actor, and ref, rew and teacher where there are any.
     """
     n, g = n_nodes, n_gpus_per_node
     every, tp = range(n * g), min(2, g // 2)
@@ -103,6 +103,7 @@ def place_grpo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node:
         "actor_gen": _Wish("actor", every, pp=max(2, n), tp=1),
         "ref_inf": _Wish("ref", every, pp=max(2, n), tp=tp),
         "rew_inf": _Wish("rew", every, pp=max(2, n), tp=tp),
+        "teacher_inf": _Wish("teacher", every, pp=max(2, n), tp=tp),
         "actor_train": _Wish("actor", every, pp=n, tp=min(4, g), sequence_parallel=False, is_train=True),
     }
     return _place(wishes, models)

@@ -80,17 +80,19 @@ def round_slots(num_answers: int, num_slots: int | None, multiple: int) -> int:
     return -(-min(num_answers, num_slots or MOST_SLOTS) // multiple) * multiple
 
 
-def shape_batches(spec: RunSpec, layouts: Mapping[str, Layout]) -> tuple[Loader, Loader | None]:
+def shape_batches(
+    spec: RunSpec, layouts: Mapping[str, Layout], rollouts: Mapping[str, RolloutShape]
+) -> tuple[Loader, Loader | None]:
     """Returns the loaders of the training and the held-out set, their batches in rows that divide over their readers.
 
     The same rows serve all calls of a step, so they divide over every layout. Prompts are read on the host. Raises
     ValueError for fewer sequences than devices and micro-batches.
     """
-    evaluation = spec.evaluation
-    held_out = evaluation.loader if evaluation else None
     mfcs = [mfc for mfc in spec.graph.mfcs if not isinstance(mfc, Generate)]
-    if len(mfcs) < len(spec.graph.mfcs):
-        return spec.loader, held_out
+    multiple = math.lcm(*(row_multiple(mfc, layouts[mfc.name]) for mfc in mfcs))
+    if rollouts:
+        row_len = max(shape.row_len for shape in rollouts.values())
+        return spec.loader, _shape_held_out(spec, Rows(multiple=multiple), row_len)
     # Rows are dealt out evenly for the call that takes longest.
     reader = next((mfc for mfc in mfcs if isinstance(mfc, Train)), mfcs[0])
     num_shards, num_mbs = layouts[reader.name].strategy.dp, reader.micro_batches.count or 1
@@ -99,11 +101,15 @@ def shape_batches(spec: RunSpec, layouts: Mapping[str, Layout]) -> tuple[Loader,
             f"dataset.train_bs_n_seqs: {spec.loader.batch_size} sequences cannot be divided over {num_shards} "
             f"data-parallel devices x {num_mbs} micro-batches; use at least {num_shards * num_mbs}"
         )
-    rows = Rows(multiple=math.lcm(*(row_multiple(m, layouts[m.name]) for m in mfcs)), num_shards=num_shards)
+    rows = Rows(multiple=multiple, num_shards=num_shards)
     loader = spec.loader.split(rows)
-    if not isinstance(evaluation, Evaluation):
-        return loader, held_out
-    # As long as training's where they can be: a bound on tokens that holds one row there holds one here.
-    row_len = loader.shapes.row_len
-    fits = evaluation.loader.longest_example <= row_len
-    return loader, evaluation.loader.split(replace(rows, row_len=row_len if fits else None))
+    return loader, _shape_held_out(spec, rows, loader.shapes.row_len)
+
+
+def _shape_held_out(spec: RunSpec, rows: Rows, row_len: int) -> Loader | None:
+    """Returns the loader of the held-out set, whose rows are as long as training's where they can be."""
+    if not isinstance(spec.evaluation, Evaluation):
+        return spec.evaluation.loader if spec.evaluation else None
+    # So a bound on tokens that holds one row there holds one here.
+    held_out = spec.evaluation.loader
+    return held_out.split(replace(rows, row_len=row_len if held_out.longest_example <= row_len else None))

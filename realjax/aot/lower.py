@@ -140,6 +140,9 @@ class AbstractRun:
         for key in call.outputs:
             like = batch["tokens"] if is_per_token(key) else batch["prompt_id"]
             made[key] = _all_answers(batch) if key.endswith("_mask") else np.zeros(like.shape, np.float32)
+        if isinstance(call, Inference) and call.num_choices is not None:
+            shape = (*batch["tokens"].shape, call.num_choices + 1)
+            made = {key: np.zeros(shape, np.int32 if key.endswith("_ids") else np.float32) for key in call.outputs}
         return batch.with_arrays(**made)
 
     def _make_answers(self, mfc: Generate, prompts: Batch) -> Batch:

@@ -34,6 +34,7 @@ from realjax.launch.settings import choose_environment
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
+from realjax.options.distill import DistillConfig
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import allocation_options
 from realjax.options.parsing import nearest_names, parse_overrides
@@ -102,6 +103,11 @@ EXPERIMENTS = {
         config_cls=ReinforcePPConfig,
         module="realjax.experiments.reinforce_pp",
         summary="REINFORCE++: returns normalised over the whole batch",
+    ),
+    "distill": Experiment(
+        config_cls=DistillConfig,
+        module="realjax.experiments.distill",
+        summary="distillation: a teacher's distributions at the tokens of own answers",
     ),
     "gen": Experiment(config_cls=GenConfig, module="realjax.experiments.gen", summary="answers to a file of prompts"),
 }

@@ -59,6 +59,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "pairs": None,
         "targets": None,
         "kept": None,
+        "choices": None,
         "routes": None,
         "residual_time": "tensor" if strategy.sequence_parallel else None,
         "act_embed": None,

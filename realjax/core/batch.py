@@ -38,6 +38,8 @@ BATCH_DIMS: Mapping[str, Names] = {
     # inference calls
     "old_logprobs": PER_TOKEN,
     "ref_logprobs": PER_TOKEN,
+    "teacher_ids": (*PER_TOKEN, "choices"),  # see `core.loss.Readout`
+    "teacher_logprobs": (*PER_TOKEN, "choices"),
     "scores": PER_TOKEN,
     "values": PER_TOKEN,
     # host calls

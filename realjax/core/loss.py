@@ -34,17 +34,48 @@ class LossSums:
         return LossSums(Mean(total, self.loss.weight), {**self.metrics, **terms})
 
 
+# fn(log p, log q) of arrays of one shape -> the terms of a divergence of q, the model's own, from p, a teacher's: their
+# sum over outcomes is the divergence. Finite, with a finite gradient, where both arguments are 0.
+CompareFn = Callable[[Array, Array], Array]
+# What heads give, in the order of an inference call's keys.
+HEAD_OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "logprobs": ("logprobs",),
+    "values": ("values",),
+    "choices": ("ids", "choices"),
+}
+
+
 @dataclass(frozen=True)
-class Loss:
-    """An algorithm's loss and the model outputs it reads, all `[R, T]` float32 and aligned with their token.
+class Readout:
+    """What is read out of a model for each token, float32 and aligned with the token it speaks of.
 
     head `nll`: outputs `nll` (scalar, differentiable) = -sum(loss_mask * logprobs) and `logprobs` (no gradient).
-    head `logprobs`: outputs `logprobs` under `draw` and, if needed, `entropy`, both differentiable.
+    head `logprobs`: outputs `logprobs` under `draw` and, if asked for, `entropy` and `divergence`, all differentiable.
+    head `choices`: outputs `choices` `[R, T, K + 1]`, the log-probabilities under `draw` of the K likeliest tokens, the
+    likeliest first, and of all others together; and the tokens' `ids`, for the others `models.heads.OTHERS`.
     head `values`: outputs `values`, differentiable.
     """
+
+    head: str
+    draw: Draw = Draw()
+    needs_entropy: bool = False
+    num_choices: int | None = None  # K
+    # Of the divergence from the batch's `teacher_ids` and `teacher_logprobs`, which are another model's choices.
+    compare_fn: CompareFn | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An algorithm's loss, and the model outputs `[R, T]` that it reads, see `Readout`."""
 
     head: Literal["nll", "logprobs", "values"]
     fn: Callable[[Mapping[str, Array], Batch], LossSums]
     draw: Draw = Draw()  # the distribution whose log-probabilities the head `logprobs` gives
     needs_entropy: bool = False
     skip_fn: Callable[[Mapping[str, Array]], Array] | None = None  # finalised metrics -> skip this update
+    compare_fn: CompareFn | None = None
+
+    @property
+    def readout(self) -> Readout:
+        """What it reads."""
+        return Readout(self.head, self.draw, self.needs_entropy, compare_fn=self.compare_fn)

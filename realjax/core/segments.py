@@ -35,10 +35,11 @@ def segment_slices(segment_ids: np.ndarray) -> Iterator[tuple[int, int, slice]]:
 def move_to_next(values_RT: AnyArray, segment_ids: AnyArray) -> AnyArray:
     """Moves entries onto the following token of their segment, 0 at its first token and on padding.
 
-    What is said after reading token t becomes what is said of token t + 1.
+    What is said after reading token t becomes what is said of token t + 1. Dims after these two come along.
     """
     namespace = values_RT.__array_namespace__()
-    return namespace.where(_has_neighbour(segment_ids, 1), _move(values_RT, 1), 0)
+    mask = _has_neighbour(segment_ids, 1).reshape(*segment_ids.shape, *[1] * (values_RT.ndim - 2))
+    return namespace.where(mask, _move(values_RT, 1), 0)
 
 
 def move_to_previous(values_RT: AnyArray, segment_ids: AnyArray) -> AnyArray:
@@ -56,7 +57,7 @@ def _has_neighbour(segment_ids: AnyArray, by: int) -> AnyArray:
 def _move(x_RT: AnyArray, by: int) -> AnyArray:
     """Returns a row's entries one place to the right (1) or to the left (-1), 0 where none comes in."""
     padding, part = ((1, 0), slice(None, -1)) if by == 1 else ((0, 1), slice(1, None))
-    return x_RT.__array_namespace__().pad(x_RT, ((0, 0), padding))[:, part]
+    return x_RT.__array_namespace__().pad(x_RT, ((0, 0), padding, *[(0, 0)] * (x_RT.ndim - 2)))[:, part]
 
 
 def spread_to_tokens(values_RS: AnyArray, segment_ids: AnyArray) -> AnyArray:

@@ -65,6 +65,8 @@ class Generate(ModelCall):
     repeats: bool = False  # a prompt's samples are the same in every step
     # Where its keys are read a step later: how many steps ahead of its training a row may be begun.
     num_ahead: int = 1
+    # fn(row_id, sample_id) -> the tokens of an answer that is given instead of drawn, or None.
+    given_fn: Callable[[int, int], np.ndarray | None] | None = None
     # fn(prompt, tokens, num_seen) -> whether the tokens hold a text that ends an answer, see `core.texts.make_stop_fn`.
     stop_fn: Callable[[np.ndarray, np.ndarray, int], bool] | None = None
 
@@ -81,12 +83,13 @@ class Generate(ModelCall):
 
 @dataclass(frozen=True, kw_only=True)
 class Inference(ModelCall):
-    """Computes one output of the model for every token."""
+    """Computes the outputs of a head for every token: one key for each, in their order."""
 
-    head: str  # which, see `core.loss.Loss`
-    # Head `logprobs`: the key of a mask, known on the host, of the tokens that anyone asks about; None: all are.
+    head: str  # which, see `core.loss.Readout`
+    # Of the vocabulary's heads: the key of a mask, known on the host, of the tokens that anyone asks about; None: all.
     mask: str | None = None
-    draw: Draw = Draw()  # head `logprobs`: the distribution that the tokens were drawn from
+    draw: Draw = Draw()  # of the vocabulary's heads: the distribution that the tokens were drawn from
+    num_choices: int | None = None  # head `choices`
     micro_batches: MicroBatches = MicroBatches()
 
 

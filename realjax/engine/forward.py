@@ -12,8 +12,8 @@ from jax import Array
 from realjax.core.axes import Rules, make_constrain, rows_per_device, size_per_device, tree_shardings
 from realjax.core.batch import Batch
 from realjax.core.compute import Compute
-from realjax.core.draw import Draw
 from realjax.core.layout import Layout
+from realjax.core.loss import Readout
 from realjax.core.metrics import Load, Mean
 from realjax.core.trees import Tree, map_paths
 from realjax.engine.attention.cases import Case
@@ -64,26 +64,18 @@ class ForwardParts:
 
     Params are in the compute dtype. Their gradients are those of `sinks`, float32 arrays of their shapes that are not
     read, where given, see `models.sums.collect`.
-    Where `draw` keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`. A key `targets` `[R, P]`
-    limits that head to these tokens, see `heads.token_logprobs`.
+    Where the readout's draw keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`, and where it
+    compares, from `teacher_ids` and `teacher_logprobs`. A key `targets` `[R, P]` limits that head, and `choices`, to
+    these tokens, see `heads.token_logprobs`.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        head: str,
-        rules: Rules,
-        layout: Layout,
-        compute: Compute,
-        draw: Draw = Draw(),  # noqa: B008 - frozen
-        needs_entropy: bool = False,
-    ) -> None:
+    def __init__(self, model: Model, readout: Readout, rules: Rules, layout: Layout, compute: Compute) -> None:
         self.model, self._shards = model, make_shards(model, rules, layout)
         unroll = unrolls_layers(layout, remat=compute.remat) if compute.unroll is None else compute.unroll
         self.forward = _make_forward(model, rules, layout, compute, self._shards, unroll)
         self.add_gradients: AddFn = add_in_place if adds_in_place(layout, unroll=unroll) else add_after
         chunks_fn = _make_chunks_fn(model, rules, layout, compute, self.forward)
-        self._head_fn = _make_head(head, draw, needs_entropy, self.forward.products.matmul, chunks_fn)
+        self._head_fn = _make_head(readout, self.forward.products.matmul, chunks_fn)
 
     def embed(self, params: Tree, batch: Batch, sinks: Tree | None = None) -> Array:
         """Returns what the first layer reads, `[R, T, D]`; `sinks` of the tables at least."""
@@ -120,18 +112,25 @@ def make_outputs(parts: ForwardParts, layout: Layout) -> OutputsFn:
 
 
 def _make_head(
-    head: str, draw: Draw, needs_entropy: bool, matmul: MatmulFn, chunks_fn: Callable[..., heads.Chunks]
+    readout: Readout, matmul: MatmulFn, chunks_fn: Callable[..., heads.Chunks]
 ) -> Callable[[Array, Array, Batch], Mapping[str, Array]]:
     """Returns `fn(hidden, kernel, batch) -> outputs`; hidden states may be split along the row."""
 
     def outputs(hidden: Array, kernel: Array, batch: Batch) -> Mapping[str, Array]:
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        if head == "values":
+        if readout.head == "values":
             return {"values": heads.token_values(hidden, kernel, matmul)}
-        if head == "logprobs":
+        if readout.head in ("logprobs", "choices"):
             targets = batch.get("targets")
-            kept = None if draw.kept is None else batch["kept"]
-            wanted = heads.Wanted(draw=draw, kept=kept, needs_entropy=needs_entropy, targets=targets)
+            wanted = heads.Wanted(
+                draw=readout.draw,
+                kept=None if readout.draw.kept is None else batch["kept"],
+                needs_entropy=readout.needs_entropy,
+                targets=targets,
+                num_choices=readout.num_choices,
+                compare_fn=readout.compare_fn,
+                teacher=(batch["teacher_ids"], batch["teacher_logprobs"]) if readout.compare_fn else None,
+            )
             chunks = chunks_fn(batch, None if targets is None else targets.shape[1], is_kept=True)
             return heads.token_logprobs(hidden, kernel, tokens, segment_ids, chunks, wanted)
         chunks = chunks_fn(batch, None, is_kept=False)
@@ -186,6 +185,7 @@ def _make_chunks_fn(
     def make_chunks(batch: Batch, num_targets: int | None, is_kept: bool) -> heads.Chunks:
         parts = 1 if num_targets else batch.row_len // size_per_device("residual_time", batch.row_len, rules, layout)
         given = {"softcap": model.config.logit_softcap, "constrain": forward.constrain, "products": forward.products}
+        given["vocab_parts"] = model.config.vocab_size // vocab_per_device
         chunks = partial(heads.Chunks, parts=parts, **given)
         chunk_len = partial(heads.chunk_len, num_targets or batch.row_len, parts=parts)
         rows = max(1, rows_per_device(batch.num_rows, layout))

@@ -12,7 +12,7 @@ from realjax.core.batch import PER_TOKEN, Batch
 from realjax.core.compute import Compute
 from realjax.core.draw import Draw
 from realjax.core.layout import Layout
-from realjax.core.loss import Loss, LossSums
+from realjax.core.loss import Loss, LossSums, Readout
 from realjax.core.trees import Tree
 from realjax.engine.forward import ForwardParts, make_compute_copy, make_outputs
 from realjax.engine.rows import deal_rows, join_rows
@@ -26,14 +26,17 @@ def make_inference(
     compute: Compute,
     num_mbs: int = 1,
     draw: Draw = Draw(),  # noqa: B008
+    num_choices: int | None = None,
 ) -> Callable[[Tree, Batch], Mapping[str, Array]]:
     """Returns `fn(params, batch) -> outputs` of the head, computed in `num_mbs` parts; params of any dtype.
 
-    Outputs are spread as what the batch has of each token. Log-probabilities are those of the distribution `draw`.
+    Outputs are spread as what the batch has of each token. Log-probabilities are those of the distribution `draw`, of
+    `num_choices` tokens with head `choices`.
     """
     rules, compute = inference_rules(layout.strategy), replace(compute, remat=False)
     compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype)
-    outputs_fn = make_outputs(ForwardParts(model, head, rules, layout, compute, draw), layout)
+    readout = Readout(head, draw, num_choices=num_choices)
+    outputs_fn = make_outputs(ForwardParts(model, readout, rules, layout, compute), layout)
     constrain = make_constrain(rules, layout)
 
     def inference(params: Tree, batch: Batch) -> Mapping[str, Array]:
@@ -43,7 +46,8 @@ def make_inference(
         else:
             of_part = lambda part: outputs_fn(params, part)[0]
             outputs = join_rows(jax.lax.map(of_part, deal_rows(batch, num_mbs)))
-        return {name: constrain(output, PER_TOKEN) for name, output in outputs.items()}
+        dims = lambda output: (*PER_TOKEN, "choices")[: output.ndim]
+        return {name: constrain(output, dims(output)) for name, output in outputs.items()}
 
     return inference
 
@@ -56,7 +60,7 @@ def make_evaluation(
     """
     rules, compute = inference_rules(layout.strategy), replace(compute, remat=False)
     compute_copy = make_compute_copy(model, rules, layout, compute.array_dtype, optimizer_rules(layout.strategy))
-    parts = ForwardParts(model, loss.head, rules, layout, compute, loss.draw, loss.needs_entropy)
+    parts = ForwardParts(model, loss.readout, rules, layout, compute)
     outputs_fn = make_outputs(parts, layout)
 
     def evaluation(params: Tree, batch: Batch) -> LossSums:

@@ -55,7 +55,7 @@ def make_gradients(
     rules = train_rules(layout.strategy)
     stored = optimizer_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype, stored)
-    parts = ForwardParts(model, loss.head, rules, layout, options.compute, loss.draw, loss.needs_entropy)
+    parts = ForwardParts(model, loss.readout, rules, layout, options.compute)
     outputs_fn = make_outputs(parts, layout)
     in_stages = make_pipeline_gradients(parts, loss, layout, options.num_mbs)
     constrain = make_constrain(stored, layout)

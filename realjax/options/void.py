@@ -7,6 +7,7 @@ from functools import reduce
 from typing import Any
 
 from realjax.algorithms.corrections import CorrectionParameters
+from realjax.algorithms.distill import DistillParameters
 from realjax.algorithms.grpo import GRPOParameters
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.ppo import PPOParameters
@@ -17,6 +18,7 @@ from realjax.core.generation_config import GenerationConfig
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.option import DataclassInstance
 from realjax.options.common import CommonExperimentConfig
+from realjax.options.distill import DistillConfig
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
 from realjax.options.rl import EvaluationOptions, PPOConfig, RewardOptions, RLConfig, StepOptions
@@ -65,6 +67,7 @@ _WITHOUT_TRAINING = (
     *("total_train_epochs", "lr_schedule_epochs"),
     *(f"{what}_freq_{unit}" for what in ("save", "eval") for unit in ("epochs", "steps", "secs")),
 )
+_DRAWN = ("temperature", "top_p", "top_k")
 _MOMENTS = ("value_norm_beta", "value_norm_eps")
 _LENGTH = Void(when={"loss_aggregation": ("token", "sequence")}, options=("max_response_len",))
 
@@ -84,7 +87,7 @@ VOID: dict[type, tuple[Void, ...]] = {
     OptimizerConfig: (Void(when={"lr_scheduler_type": "constant"}, options=("min_lr_ratio",)),),
     ParallelismConfig: (Void(when={"model_parallel_size": 1}, options=("use_sequence_parallel",)),),
     GenerationConfig: (
-        Void(when={"greedy": True}, options=("temperature", "top_p", "top_k")),
+        Void(when={"greedy": True}, options=_DRAWN),
         Void(when={"greedy": True, "min_new_tokens": 0}, options=("force_no_logits_mask",)),
     ),
     PolicyParameters: (
@@ -164,6 +167,22 @@ VOID: dict[type, tuple[Void, ...]] = {
         _of_heuristic("actor"),
         _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
     ),
+    DistillConfig: (
+        _of_heuristic("actor", "teacher"),
+        _without_training("teacher"),
+        _of_generation("actor_gen"),
+        _without_evaluation("dataset.valid_path"),
+        Void(
+            options=("distill.gen.force_no_logits_mask",),
+            reason="distributions are compared over all tokens, whatever was left to draw from",
+        ),
+        Void(
+            when={"distill.data_share": 1.0},
+            options=tuple(f"distill.gen.{name}" for name in ("min_new_tokens", "greedy", *_DRAWN, "num_slots")),
+            reason="with data_share=1 no answer is drawn",
+        ),
+    ),
+    DistillParameters: (Void(when={"divergence": ("forward_kl", "reverse_kl")}, options=("beta",)),),
     GenConfig: (
         _of_heuristic("model"),
         _without_training("model"),

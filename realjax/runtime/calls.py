@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 from realjax.core.axes import Rules, train_rules
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
+from realjax.core.loss import HEAD_OUTPUTS
 from realjax.core.metrics import Metric
 from realjax.dataflow.graph import Call, Generate, Host, Inference, ModelCall, Train
 from realjax.engine import batching
@@ -21,7 +23,7 @@ from realjax.reshard.fetch import fetch, fetch_arrays
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.memory import bytes_held_beside
 from realjax.runtime.programs import num_micro_batches
-from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout, target_indices
+from realjax.runtime.rollouts import answer_requests, make_minibatches, make_requests, pack_rollout, target_indices
 
 if TYPE_CHECKING:
     from realjax.runtime.executor import Executor
@@ -49,7 +51,8 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
     # Each is made ready as it arrives: the call has no second copy of them.
     leaves, bytes_moved = executor.params_for(mfc, slots.prepare_leaf)
     params = slots.join(leaves)
-    generations = batching.generate(slots, params, requests, stop_fn=mfc.stop_fn, fetch_fn=fetch)
+    draw = partial(batching.generate, slots, params, stop_fn=mfc.stop_fn, fetch_fn=fetch)
+    generations = answer_requests(requests, mfc, draw)
     refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")
     rollout = pack_rollout(requests, generations, mfc, shape)
     peak_bytes = find_peak_bytes(executor, mfc, params, slots.device_bytes)
@@ -57,15 +60,15 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
 
 
 def infer(executor: "Executor", mfc: Inference, batch: Batch, step: int | None) -> Done:
-    """Adds the call's key."""
+    """Adds the call's keys."""
     inputs, layout = _place(executor, mfc, batch), executor.plan.layouts[mfc.name]
     program = executor.programs.inference(mfc, num_micro_batches(mfc, inputs, layout))
     # A copy made for this call is dropped with this name, when the call no longer needs it.
     params, bytes_moved = executor.params_for(mfc)
     results = program(params, inputs)
-    (key,) = mfc.outputs
+    outputs = zip(mfc.outputs, HEAD_OUTPUTS[mfc.head], strict=True)
     return Done(
-        batch=batch.with_arrays(**{key: results[mfc.head]}),
+        batch=batch.with_arrays(**{key: results[name] for key, name in outputs}),
         results=results,
         num_tokens=batch.num_tokens,
         bytes_moved=bytes_moved,

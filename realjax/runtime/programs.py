@@ -61,9 +61,8 @@ class Programs:
     def _make_inference(self, mfc: Inference, num_mbs: int) -> Compiled:
         role, layout = self.roles[mfc.role], self.plan.layouts[mfc.name]
         compute = replace(role.compute, max_segment_len=mfc.max_seqlen)
-        return Compiled(
-            mfc.name, make_inference(role.model, mfc.head, layout, compute, num_mbs, draw=mfc.draw), self.log
-        )
+        fn = make_inference(role.model, mfc.head, layout, compute, num_mbs, mfc.draw, mfc.num_choices)
+        return Compiled(mfc.name, fn, self.log)
 
     def _make_slots(self, mfc: Generate) -> SlotPrograms:
         role, layout, num_slots = (

@@ -1,6 +1,6 @@
 """Rollouts: from prompts to requests, from their continuations to packed sequences, and on to minibatches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,23 @@ def make_requests(prompts: Batch, mfc: Generate, step: int) -> list[Request]:
         if mfc.has_baseline:
             requests.append(Request(tokens=tokens, row_id=row_id, is_greedy=True))
     return requests
+
+
+def answer_requests(
+    requests: Sequence[Request], mfc: Generate, draw_fn: Callable[[list[Request]], list[Generation]]
+) -> list[Generation]:
+    """Returns the continuation of each request: the answer that is given, else one that `draw_fn` draws.
+
+    Of a given answer no log-probabilities are known, which are 0 then.
+    """
+    find = mfc.given_fn or (lambda row_id, sample_id: None)
+    given = [find(request.row_id, request.sample_id) for request in requests]
+    left = [request for request, tokens in zip(requests, given, strict=True) if tokens is None]
+    drawn = iter(draw_fn(left) if left else [])
+    wrap = lambda tokens: Generation(
+        tokens=tokens, logprobs=np.zeros(len(tokens), np.float32), ended=int(tokens[-1]) in mfc.eos_ids, kept=None
+    )
+    return [next(drawn) if tokens is None else wrap(tokens) for tokens in given]
 
 
 def pack_rollout(

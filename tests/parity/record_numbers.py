@@ -51,6 +51,11 @@ def list_options(experiment: str, given: Given, root: Path, pairs: Path) -> dict
     if experiment == "gen":
         gen = {"gen.max_new_tokens": 8, "gen.top_k": 60, "gen.top_p": 0.9, "num_samples": 2}
         return {**common, "model.path": given.actor, "dataset.path": given.prompts, **gen}
+    if experiment == "distill":
+        models = {"actor.path": given.actor, "teacher.path": given.ref, "actor.optimizer.lr": 0.01}
+        return {**common, **models, "dataset.path": given.prompts, "dataset.train_bs_n_seqs": 8} | {
+            "distill.gen.max_new_tokens": 8, "distill.top_k": 16, "distill.data_share": 0.5
+        }  # fmt: skip
     path = {"sft": given.prompts, "kto": given.labelled}.get(experiment, pairs)
     data = {"dataset.train_path": path, "dataset.max_seqlen": 32}
     models = {f"{role}.path": given.actor for role in list_models(experiment)}

@@ -9,7 +9,7 @@ from realjax.core.generation_config import GenerationConfig
 from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation
-from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
+from realjax.runtime.rollouts import answer_requests, make_minibatches, make_requests, pack_rollout
 from tests.given.models import make_layout  # noqa: F401 - eight devices before any array
 
 CONFIG = GenerationConfig(max_new_tokens=6, min_new_tokens=0)
@@ -53,6 +53,23 @@ def test_every_sample_of_a_run_has_randomness_of_its_own():
     assert [(request.row_id, request.sample_id) for request in again] == seen[6:12]
     alike = [make_requests(make_prompts([3, 4]), make_call(num_samples=2, repeats=True), step) for step in (0, 5)]
     assert [[request.sample_id for request in step] for step in alike] == [[0, 1, 0, 1]] * 2
+
+
+def test_answers_that_are_given_stand_in_for_drawn_ones():
+    given_fn = lambda row_id, sample_id: np.array([row_id, sample_id, 2]) if (row_id + sample_id) % 2 else None
+    call = make_call(num_samples=2, given_fn=given_fn)
+    requests = make_requests(make_prompts([3, 4, 5]), call, 0)
+    asked = []
+    one = Generation(tokens=np.array([9]), logprobs=np.array([-1.0]), ended=False, kept=None)
+    draw = lambda left: asked.extend(left) or [one] * len(left)
+    found = answer_requests(requests, call, draw)
+    for request, generation in zip(requests, found, strict=True):
+        is_given = (request.row_id + request.sample_id) % 2
+        assert generation.tokens.tolist() == ([request.row_id, request.sample_id, 2] if is_given else [9])
+        assert generation.ended == bool(is_given)
+    assert asked == [request for request in requests if (request.row_id + request.sample_id) % 2 == 0] != []
+    every = make_call(given_fn=lambda row_id, sample_id: np.array([5]))
+    assert not any(one.ended for one in answer_requests(make_requests(make_prompts([3]), every, 0), every, draw))
 
 
 def test_a_rollout_holds_each_prompt_with_its_answer():
