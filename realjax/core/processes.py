@@ -27,6 +27,11 @@ def from_first(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float64(value)))
 
 
+def array_from_first(values: np.ndarray) -> np.ndarray:
+    """Returns the first process's array in every process. Every process must call this."""
+    return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
 def text_from_first(text: str, size: int = 256) -> str:
     """Returns the first process's text (at most `size` bytes) in every process. Every process must call this."""
     if jax.process_count() == 1:

@@ -133,7 +133,7 @@ class Loader:
         _check_sizes({name: batch_size, "epochs": num_epochs})
         if seed < 0:
             raise ValueError(f"seed: found {seed}; needed 0 or more, as numpy's generators ask")
-        self._dataset = dataset
+        self._dataset, self._seed, self._shuffles = dataset, seed, not in_order
         self._lengths = dataset.lengths
         self.batch_size, self._name = batch_size, name
         first = dataset.order(seed, 0, not in_order)
@@ -219,6 +219,20 @@ class Loader:
         num_rows, row_len = int(self.shapes.num_rows[step]), self.shapes.row_len
         plan = pack_rows(self._lengths[indices], row_len, num_rows=num_rows, num_shards=self._rows.num_shards)
         return pack([self._dataset.example(i) for i in indices], plan, num_segments=self.shapes.num_segments)
+
+    def take(self, start: int, count: int) -> Batch:
+        """Batch of `count` samples of the stream from place `start` on, which may lie beyond the run's epochs."""
+        places = np.arange(start, start + count)
+        epochs, within = np.divmod(places, self._epoch_len)
+        orders = {epoch: self._dataset.order(self._seed, epoch, self._shuffles) for epoch in np.unique(epochs).tolist()}
+        indices = [int(orders[epoch][i]) for epoch, i in zip(epochs.tolist(), within.tolist(), strict=True)]
+        plan = pack_rows(self._lengths[indices], bucket_len(self.longest_example))
+        return pack([self._dataset.example(i) for i in indices], plan)
+
+    @property
+    def epoch_len(self) -> int:
+        """Samples of an epoch."""
+        return self._epoch_len
 
     def ids(self, step: int) -> list[str | int]:
         """Ids of the step's examples, in the stream's order; a batch that straddles two epochs may hold one twice."""

@@ -87,6 +87,18 @@ class MovingAverage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DynamicSampling:
+    """Prompts are drawn again until a step has as many as it wants whose answers differ in `rewards`.
+
+    At most `max_draws` times; then a step goes on with those that it has, or, where there are none and `stops`, ends
+    the run.
+    """
+
+    max_draws: int
+    stops: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerFile:
     """The answers of a step's generate call, written to a file of JSON lines in the order of the prompts."""
 
@@ -169,6 +181,7 @@ class RunSpec:
     evaluate: Frequency
     seed: int
     averages: tuple[MovingAverage, ...] = ()
+    sampling: DynamicSampling | None = None  # None: a step takes the loader's batch, whatever is answered
     answers: AnswerFile | None = None
     decode_fn: DecodeFn | None = None  # where a run shows texts
     benchmark_steps: int | None = None

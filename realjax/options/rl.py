@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from realjax.algorithms.grpo import GRPOParameters
 from realjax.algorithms.policy import PolicyParameters
@@ -144,8 +144,24 @@ class PPOHyperparameters(PPOParameters, StepOptions):
 class GRPOHyperparameters(GRPOParameters, StepOptions):
     """GRPO: how sequences are drawn, scored and learned from."""
 
+    max_draws: int = option(
+        1,
+        "dynamic sampling: prompts are drawn until a step has train_bs_n_seqs whose answers differ in reward, in so "
+        "many draws at most; 1: a step takes its prompts as they are",
+        at_least=1,
+        at_most=1000,
+    )
+    if_uniform: Literal["go_on", "stop"] = option(
+        "go_on", "where max_draws bring no prompt whose answers differ: go on without an update, or end the run"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_draws > 1 and not self.drop_uniform_groups:
+            raise ValueError(
+                f"max_draws: found {self.max_draws} with drop_uniform_groups=False; prompts whose answers all have one "
+                "reward are drawn again and not learned from, so set drop_uniform_groups to True, or max_draws to 1"
+            )
         if self.mask_truncated and self.has_fixed_length:
             raise ValueError(
                 f"mask_truncated: found True with gen.min_new_tokens = gen.max_new_tokens = {self.gen.max_new_tokens}, "

@@ -21,7 +21,7 @@ from realjax.options.common import CommonExperimentConfig
 from realjax.options.distill import DistillConfig
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
-from realjax.options.rl import EvaluationOptions, PPOConfig, RewardOptions, RLConfig, StepOptions
+from realjax.options.rl import EvaluationOptions, GRPOHyperparameters, PPOConfig, RewardOptions, RLConfig, StepOptions
 from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 
@@ -109,6 +109,7 @@ VOID: dict[type, tuple[Void, ...]] = {
         Void(when={**_LENGTH.when, "overlong_penalty": 0.0}, options=_LENGTH.options),
         Void(when={"overlong_penalty": 0.0}, options=("overlong_buffer_len",)),
     ),
+    GRPOHyperparameters: (Void(when={"max_draws": 1}, options=("if_uniform",)),),
     RLOOParameters: (_LENGTH,),
     ReMaxParameters: (_LENGTH,),
     ReinforcePPParameters: (_LENGTH,),

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,26 @@ class CallRecord:
     after: tuple[str, ...] = ()  # calls of the step that it has to wait for
     process: int | None = None  # the one whose times count, since only it has results to wait for; None: any
 
-    def metrics(self) -> dict[str, float]:
-        """Returns seconds, rates, memory and moved bytes (MiB of 2^20 bytes) under the names that a run logs."""
-        seconds = max(self.end - self.start, 1e-9)
-        return {
-            "time": seconds,
-            "tokens_per_second": self.num_tokens / seconds,
-            "tflops": self.num_flops / seconds / 1e12,
-            "memory_mib": self.peak_bytes / 2**20,
-            "moved_mib": self.bytes_moved / 2**20,
+
+def measure_calls(records: Iterable[CallRecord]) -> dict[str, float]:
+    """Returns seconds, rates, memory and moved bytes (MiB of 2^20 bytes) of each call, as `time/<call>` and so on.
+
+    Of a call that ran several times they are those of all times together.
+    """
+    by_name: dict[str, list[CallRecord]] = {}
+    for record in records:
+        by_name.setdefault(record.name, []).append(record)
+    values = {}
+    for name, runs in by_name.items():
+        seconds = max(sum(run.end - run.start for run in runs), 1e-9)
+        values |= {
+            f"time/{name}": seconds,
+            f"tokens_per_second/{name}": sum(run.num_tokens for run in runs) / seconds,
+            f"tflops/{name}": sum(run.num_flops for run in runs) / seconds / 1e12,
+            f"memory_mib/{name}": max(run.peak_bytes for run in runs) / 2**20,
+            f"moved_mib/{name}": sum(run.bytes_moved for run in runs) / 2**20,
         }
+    return values
 
 
 class Timeline:

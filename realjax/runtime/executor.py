@@ -22,6 +22,7 @@ from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
 from realjax.runtime.calls import RUN, Done, Metrics, put_batch
+from realjax.runtime.draws import FIRST, SAMPLING, GroupSampler
 from realjax.runtime.flight import Row
 from realjax.runtime.programs import Programs, num_micro_batches
 from realjax.runtime.roles import Role
@@ -67,6 +68,9 @@ class Executor:
             )
         host_calls = [call for call in self.graph.calls if isinstance(call, Host)]
         self.controls: Controls = {call.name: dict((controls or {}).get(call.name, call.state)) for call in host_calls}
+        self.sampler = None if spec.sampling is None else GroupSampler(spec.sampling, spec.graph, spec.loader)
+        if self.sampler is not None:
+            self.controls[SAMPLING] = dict((controls or {}).get(SAMPLING, FIRST))
         self.programs, self.timeline = Programs(plan, roles, spec.seed), Timeline()
         self.progress = self.programs.log.progress = progress or Progress()
         self.progress.pending_fn = self.timeline.list_pending
@@ -79,24 +83,33 @@ class Executor:
         `step` None is an evaluation, which leaves no trace: not in the timeline, and not in what host calls carry from
         step to step.
         """
-        result = self.run(self.graph.order if calls is None else calls, batch, step)
+        left, drawn = self.graph.order if calls is None else calls, dict[str, Sequence[Metrics]]()
+        if self.sampler is not None and step is not None:
+            batch, drawn = self.sampler.draw(self, step)
+            left = [call for call in left if call.name not in self.sampler.names]
+        result = self.run(left, batch, step)
         if step is not None:
             self.update_averages()
-        return result
+        return StepResult(result.batch, {**drawn, **result.metrics})
 
     def run(self, calls: Sequence[Call], batch: Batch, step: int | None) -> StepResult:
         """Runs calls in order, see `step`, of which they are a part."""
         metrics: dict[str, Sequence[Metrics]] = {}
         for call in calls:
-            start = self.timeline.now()
-            self.progress.begin(call.name, step)
-            done: Done = RUN[type(call)](self, call, batch, step)
+            done = self.run_call(call, batch, step)
             batch = done.batch
             if done.metrics:
                 metrics[call.name] = done.metrics
-            if step is not None and not isinstance(call, Host):
-                self.watch(call, done, start, step)
         return StepResult(batch, metrics)
+
+    def run_call(self, call: Call, batch: Batch, step: int | None, draw: int | None = None) -> Done:
+        """Runs one call; `draw` stands for the step where a call of the same step is run several times."""
+        start = self.timeline.now()
+        self.progress.begin(call.name, step)
+        done: Done = RUN[type(call)](self, call, batch, step if draw is None else draw)
+        if step is not None and not isinstance(call, Host):
+            self.watch(call, done, start, step)
+        return done
 
     def update_averages(self) -> None:
         """Brings the roles that follow others a step further; waits for what these are trained by."""

@@ -82,10 +82,15 @@ def pack_rollout(
         if generation.routes is not None:
             example["routes"] = generation.routes
         examples.append(example)
-    num_rows = bucket_rows(_num_rows(examples, shape.row_len), shape.row_multiple)
-    plan = _plan(examples, shape.row_len, num_rows, shape.row_multiple)
+    plan = plan_rollout(examples, shape)
     batch, kept = pack(examples, plan), [generation.kept for generation in generations]
     return batch if kept[0] is None else batch.with_arrays(kept=_place_kept(kept, plan))
+
+
+def plan_rollout(examples: Sequence[dict[str, np.ndarray]], shape: RolloutShape) -> PackPlan:
+    """Returns where the sequences of a rollout go."""
+    num_rows = bucket_rows(_num_rows(examples, shape.row_len), shape.row_multiple)
+    return _plan(examples, shape.row_len, num_rows, shape.row_multiple)
 
 
 def _place_kept(kept: Sequence[np.ndarray | None], plan: PackPlan) -> np.ndarray:

@@ -25,6 +25,7 @@ from realjax.record.console import ProgressDisplay, StepLine, format_seconds
 from realjax.record.metrics import MetricsWriter, replace_text
 from realjax.record.report import MAIN_METRICS, Section, metric_rank, write_report
 from realjax.record.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
+from realjax.record.timeline import measure_calls
 from realjax.reshard.fetch import fetch
 from realjax.runtime.calls import Metrics
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
@@ -164,9 +165,8 @@ class Session:
             self.fault = error
 
     def _call_metrics(self, step: int) -> dict[str, float]:
-        """Returns what each call of the step took (`CallRecord.metrics`), and what the devices measured."""
-        records = self.executor.timeline.of_step(step)
-        values = {f"{name}/{record.name}": value for record in records for name, value in record.metrics().items()}
+        """Returns what each call of the step took, and what the devices measured."""
+        values = measure_calls(self.executor.timeline.of_step(step))
         measured = measured_peak_bytes(jax.local_devices())
         return values if measured is None else values | {"device_peak_mib": measured / 2**20}
 
@@ -224,7 +224,7 @@ class Session:
             self.places.keep(self.spec.paths.checkpoints / name)
         counters = {
             "identity": asdict(self.spec.identity),
-            "controls": self.executor.controls,
+            "controls": {name: dict(state) for name, state in self.executor.controls.items()},
             "best": self.exports.best,
             "rates": self.rates,
             "stalled": self._stalled(),

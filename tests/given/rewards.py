@@ -18,3 +18,8 @@ def sameness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]
 def first_letter(prompts, answers, rows):
     """What an answer votes for."""
     return [answer.strip()[:1] or None for answer in answers]
+
+
+def starts_with_a_vowel(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """Returns 1 for answers whose first letter is a vowel, else 0."""
+    return [float(answer.strip()[:1].lower() in tuple("aeiou")) for answer in answers]

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from realjax.record import timeline as module
-from realjax.record.timeline import CallRecord, Timeline
+from realjax.record.timeline import CallRecord, Timeline, measure_calls
 
 FIELDS = {"num_tokens": 10, "num_flops": 1e9, "bytes_moved": 2**20}
 
@@ -61,9 +61,12 @@ def test_a_call_lasts_until_its_results_are_there():
     assert timeline.of_step(2) == []
 
 
-def test_a_record_says_what_its_call_took():
-    found = CallRecord(step=0, name="call", devices="0", start=1.0, end=3.0, peak_bytes=3 * 2**20, **FIELDS).metrics()
-    assert found == {"time": 2, "tokens_per_second": 5, "tflops": 5e-4, "memory_mib": 3, "moved_mib": 1}
+def test_records_say_what_a_step_took_of_calls_that_ran_once_or_several_times():
+    runs = [record("once", 1.0, 3.0), *(record("twice", start, start + 1.0) for start in (1.0, 4.0))]
+    of_call = {"time": 2, "tokens_per_second": 5, "tflops": 5e-4, "memory_mib": 0, "moved_mib": 1}
+    times = {"tokens_per_second": 10, "tflops": 1e-3, "moved_mib": 2}
+    expected = {f"{name}/once": value for name, value in of_call.items()}
+    assert measure_calls(runs) == expected | {f"{name}/twice": x for name, x in (of_call | times).items()}
 
 
 def test_the_trace_has_a_row_for_each_group_of_devices(tmp_path):
