@@ -30,7 +30,7 @@ class AllocationPlan:
     row_multiples: Mapping[str, int]  # by call: of its rows, so that devices and micro-batches divide them
     rollouts: Mapping[str, RolloutShape]  # by generate call
     loader: Loader  # of batches that divide over the calls that read them
-    held_out: Loader | None
+    held_out: Mapping[str, Loader]  # by the name of the set
     choices: Choices  # by call of the graph: what the planner calls the same
     is_searched: bool  # rather than made by rule or by hand
     idle: str  # numbers of the devices that no call uses, as '6,7'

@@ -13,7 +13,7 @@ from realjax.allocation.workload import Workload
 from realjax.core.identity import digest
 from realjax.core.processes import is_first, text_from_first
 from realjax.dataflow.graph import DataflowGraph, Generate, Host, Inference, MicroBatches, Train
-from realjax.dataflow.run import AllocationOptions, CallPlacement, Evaluation, RoleSpec, RunSpec
+from realjax.dataflow.run import AllocationOptions, CallPlacement, Evaluation, RoleSpec, RolloutEvaluation, RunSpec
 
 logger = logging.getLogger("realjax.allocation")
 MOST_PLAN_BYTES = 2**22
@@ -85,14 +85,18 @@ def apply_choices(spec: RunSpec, choices: Choices) -> RunSpec:
     placements = {name: CallPlacement(strategy=c.strategy, devices=c.devices) for name, c in choices.items()}
     # Calls of evaluations run where the calls do whose options they have.
     shared = {mfc.placement: placements[mfc.name] for mfc in reversed(spec.graph.mfcs)}
-    evaluation = spec.evaluation
-    if isinstance(evaluation, Evaluation) and (trained := spec.graph.train_call(evaluation.role)) is not None:
-        evaluation = replace(evaluation, micro_batches=count_micro_batches(trained, choices[trained.name]))
+
+    def adapt(evaluation: Evaluation | RolloutEvaluation) -> Evaluation | RolloutEvaluation:
+        trained = spec.graph.train_call(evaluation.role)
+        if isinstance(evaluation, RolloutEvaluation) or trained is None:
+            return evaluation
+        return replace(evaluation, micro_batches=count_micro_batches(trained, choices[trained.name]))
+
     return replace(
         spec,
         graph=DataflowGraph(calls, spec.graph.dataset_keys),
         roles={name: apply_to_role(spec, role, choices) for name, role in spec.roles.items()},
-        evaluation=evaluation,
+        evaluations={name: adapt(evaluation) for name, evaluation in spec.evaluations.items()},
         allocation=replace(spec.allocation, mode="manual", calls={**spec.allocation.calls, **shared, **placements}),
     )
 

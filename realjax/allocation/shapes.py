@@ -11,7 +11,7 @@ from realjax.core.layout import Layout
 from realjax.data.loader import Loader, Rows
 from realjax.data.packing import MOST_TOKENS, rollout_row_len
 from realjax.dataflow.graph import Generate, Inference, ModelCall, Train
-from realjax.dataflow.run import Evaluation, RunSpec
+from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec
 
 # Rows decoded at once where nothing else is asked for: enough to keep an accelerator's matrix units busy.
 MOST_SLOTS = 256
@@ -82,8 +82,8 @@ def round_slots(num_answers: int, num_slots: int | None, multiple: int) -> int:
 
 def shape_batches(
     spec: RunSpec, layouts: Mapping[str, Layout], rollouts: Mapping[str, RolloutShape]
-) -> tuple[Loader, Loader | None]:
-    """Returns the loaders of the training and the held-out set, their batches in rows that divide over their readers.
+) -> tuple[Loader, dict[str, Loader]]:
+    """Returns the loaders of the training and the held-out sets, their batches in rows that divide over their readers.
 
     The same rows serve all calls of a step, so they divide over every layout. Prompts are read on the host. Raises
     ValueError for fewer sequences than devices and micro-batches.
@@ -106,10 +106,14 @@ def shape_batches(
     return loader, _shape_held_out(spec, rows, loader.shapes.row_len)
 
 
-def _shape_held_out(spec: RunSpec, rows: Rows, row_len: int) -> Loader | None:
-    """Returns the loader of the held-out set, whose rows are as long as training's where they can be."""
-    if not isinstance(spec.evaluation, Evaluation):
-        return spec.evaluation.loader if spec.evaluation else None
-    # So a bound on tokens that holds one row there holds one here.
-    held_out = spec.evaluation.loader
-    return held_out.split(replace(rows, row_len=row_len if held_out.longest_example <= row_len else None))
+def _shape_held_out(spec: RunSpec, rows: Rows, row_len: int) -> dict[str, Loader]:
+    """Returns the loaders of the held-out sets, whose rows are as long as training's where they can be."""
+
+    def shape(evaluation: Evaluation | RolloutEvaluation) -> Loader:
+        held_out = evaluation.loader
+        if isinstance(evaluation, RolloutEvaluation):
+            return held_out
+        # So a bound on tokens that holds one row there holds one here.
+        return held_out.split(replace(rows, row_len=row_len if held_out.longest_example <= row_len else None))
+
+    return {name: shape(evaluation) for name, evaluation in spec.evaluations.items()}

@@ -22,7 +22,7 @@ from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.data.loader import Loader
 from realjax.dataflow.graph import Call, Generate, Inference, ModelCall, Train
-from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec
+from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.engine.admission import Parts, bucket_length
 from realjax.engine.batching import SHORTEST_CACHE, Generation, Request, most_needed
 from realjax.engine.compiled import abstract_batch
@@ -69,11 +69,13 @@ def lower_run(spec: RunSpec, plan: AllocationPlan, compile_fn: CompileFn) -> Ite
     """
     run = AbstractRun(spec, plan, compile_fn)
     yield from run.lower(spec.graph.order, largest_batch(plan.loader))
-    if isinstance(spec.evaluation, Evaluation) and plan.held_out is not None:
-        yield from run.lower_evaluation(spec.evaluation, largest_batch(plan.held_out))
-    elif isinstance(spec.evaluation, RolloutEvaluation):
-        for calls in spec.evaluation.variants.values():
-            yield from run.lower(calls, largest_batch(spec.evaluation.loader), is_evaluation=True)
+    for name, evaluation in spec.evaluations.items():
+        batch = largest_batch(plan.held_out[name])
+        if isinstance(evaluation, Evaluation):
+            yield from run.lower_evaluation(evaluation, batch)
+        else:
+            for calls in evaluation.variants.values():
+                yield from run.lower(calls, batch, is_evaluation=True)
 
 
 def largest_batch(loader: Loader) -> Batch:

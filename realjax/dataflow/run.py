@@ -62,14 +62,12 @@ class Evaluation:
 class RolloutEvaluation:
     """Calls run on held-out prompts, in order; the metrics of the host calls among them are the result.
 
-    `variants` names several ways to answer, such as greedy and sampled. `best_metric`, `<variant>/<metric>`, decides
-    which checkpoint of `role` is kept as the best: the higher the better.
+    `variants` names several ways to answer, such as greedy and sampled.
     """
 
     role: str
     variants: Mapping[str, tuple[Call, ...]]
     loader: Loader
-    best_metric: str | None = None
 
     @property
     def calls(self) -> Iterable[Call]:
@@ -119,6 +117,11 @@ class Frequency:
     @property
     def is_set(self) -> bool:
         return any((self.epochs, self.steps, self.secs))
+
+
+def join_names(*names: str) -> str:
+    """Returns the name of a metric: its set, where that has a name, and so on."""
+    return "/".join(name for name in names if name)
 
 
 METRICS_FILE = "metrics.jsonl"  # of a run's log directory: the record of its steps
@@ -176,7 +179,9 @@ class RunSpec:
     loader: Loader
     num_epochs: int
     schedule_epochs: int | None = None  # over which learning rates decay; None: all
-    evaluation: Evaluation | RolloutEvaluation | None
+    evaluations: Mapping[str, Evaluation | RolloutEvaluation] = field(default_factory=dict)  # by set; "": has no name
+    # `[<set>/]<variant>/<metric>` of what rollouts are worth, by which a role's best checkpoint is kept: the higher.
+    best_metric: str | None = None
     save: Frequency
     evaluate: Frequency
     seed: int
@@ -201,6 +206,6 @@ class RunSpec:
     @property
     def mfcs(self) -> tuple[Generate | Inference | Train, ...]:
         """The calls on models: the graph's, then the evaluation's own."""
-        evaluated = self.evaluation.calls if self.evaluation else ()
+        evaluated = [call for evaluation in self.evaluations.values() for call in evaluation.calls]
         calls = {call.name: call for call in (*self.graph.calls, *evaluated) if not isinstance(call, Host)}
         return tuple(calls.values())

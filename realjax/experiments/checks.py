@@ -7,7 +7,7 @@ from pathlib import Path
 
 from realjax.core.batch import find_dims
 from realjax.dataflow.graph import Generate, Host
-from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec
+from realjax.dataflow.run import Evaluation, RoleSpec, RolloutEvaluation, RunSpec, join_names
 from realjax.experiments.common import load_tokenizer, name_option
 from realjax.hf.load import check_weights, count_params, has_critic_head
 from realjax.options.parsing import nearest_names
@@ -44,8 +44,8 @@ def check_run(spec: RunSpec) -> None:
         _check_positions(role, need)
     _check_updates(spec)
     _check_averages(spec)
-    if isinstance(spec.evaluation, RolloutEvaluation):
-        _check_best_metric(spec.evaluation)
+    if spec.best_metric is not None:
+        _check_best_metric(spec.best_metric, spec.evaluations)
 
 
 def _find_need(spec: RunSpec) -> Need:
@@ -53,9 +53,9 @@ def _find_need(spec: RunSpec) -> Need:
     for call in spec.mfcs:
         assert call.max_seqlen, f"{call.name}: a call says how long the sequences are that it can meet"
         longest[call.role] = max(call.max_seqlen, longest.get(call.role, 0))
-    if isinstance(spec.evaluation, Evaluation):
-        role = spec.evaluation.role
-        longest[role] = max(spec.evaluation.loader.longest, longest[role])
+    for evaluation in spec.evaluations.values():
+        if isinstance(evaluation, Evaluation):
+            longest[evaluation.role] = max(evaluation.loader.longest, longest[evaluation.role])
     drawn = [call for call in spec.mfcs if isinstance(call, Generate)]
     eos_ids = frozenset(token for call in drawn for token in call.eos_ids)
     return Need(roles=tuple(spec.roles.values()), longest=longest, eos_ids=eos_ids, generates=bool(drawn))
@@ -146,16 +146,18 @@ def _check_averages(spec: RunSpec) -> None:
             )
 
 
-def _check_best_metric(evaluation: RolloutEvaluation) -> None:
+def _check_best_metric(name: str, evaluations: Mapping[str, Evaluation | RolloutEvaluation]) -> None:
     """Raises ValueError for a name that no evaluation will report."""
     known = [
-        f"{variant}/{name}"
+        join_names(held_out, variant, metric)
+        for held_out, evaluation in evaluations.items()
+        if isinstance(evaluation, RolloutEvaluation)
         for variant, calls in evaluation.variants.items()
         for call in calls
         if isinstance(call, Host)
-        for name in call.metrics
+        for metric in call.metrics
     ]
-    if evaluation.best_metric is not None and evaluation.best_metric not in known:
-        near = nearest_names(evaluation.best_metric, known, count=1)
+    if name not in known:
+        near = nearest_names(name, known, count=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"eval.best_metric: no evaluation reports {evaluation.best_metric!r}; {hint}")
+        raise ValueError(f"eval.best_metric: no evaluation reports {name!r}; {hint}")

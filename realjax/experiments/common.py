@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ from realjax.hf.load import correct_config, has_critic_head, load_config
 from realjax.models.config import ModelConfig
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
-from realjax.options.datasets import PairedComparisonDatasetConfig
+from realjax.options.datasets import PairedComparisonDatasetConfig, name_sets
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import allocation_options
 from realjax.options.paths import run_paths
@@ -32,6 +32,7 @@ from realjax.options.resume import sort_options
 from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 logger = logging.getLogger("realjax.experiments")
+Held = TypeVar("Held")
 
 
 def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -> RoleSpec:
@@ -128,44 +129,53 @@ def num_common_tokens(roles: Iterable[RoleSpec]) -> int:
     return min(role.config.vocab_size for role in roles)
 
 
-def measure_loss(call: Train, held_out: Loader, before: tuple[Inference | Host, ...] = ()) -> Evaluation:
-    """Returns the measure of a training call's loss on held-out batches, in micro-batches as that call's."""
-    return Evaluation(
-        name=f"evaluation in the micro-batches of {call.name}",
-        role=call.role,
-        loss=call.loss,
-        loader=held_out,
-        calls=before,
-        micro_batches=call.micro_batches,
-    )
+def measure_loss(
+    call: Train, held_out: Mapping[str, Loader], before: tuple[Inference | Host, ...] = ()
+) -> dict[str, Evaluation]:
+    """Returns the measure of a training call's loss on each held-out set, in micro-batches as that call's."""
+    return {
+        name: Evaluation(
+            name=f"evaluation in the micro-batches of {call.name}",
+            role=call.role,
+            loss=call.loss,
+            loader=loader,
+            calls=before,
+            micro_batches=call.micro_batches,
+        )
+        for name, loader in held_out.items()
+    }
+
+
+def load_held_out(paths: Sequence[str] | None, load_fn: Callable[[str, str], Held]) -> dict[str, Held]:
+    """Returns what `load_fn(path, name of the option)` makes of each held-out set, by its name."""
+    option = "dataset.valid_path"
+    sets = name_sets(paths, option)
+    return {name: load_fn(path, f"{option} ({name})" if name else option) for name, path in sets.items()}
 
 
 def make_loaders(
-    config: SFTConfig | RWConfig | DPOConfig | KTOConfig | PairsConfig, train: Dataset, valid: Dataset | None
-) -> tuple[Loader, Loader | None]:
-    """Returns the loaders of the training set, and of the held-out set when there is one."""
+    config: SFTConfig | RWConfig | DPOConfig | KTOConfig | PairsConfig, train: Dataset, valid: Mapping[str, Dataset]
+) -> tuple[Loader, dict[str, Loader]]:
+    """Returns the loaders of the training set, and of the held-out sets."""
     loader = Loader(
         train,
         batch_size=config.dataset.train_bs_n_seqs,
         num_epochs=config.exp_ctrl.total_train_epochs,
         seed=config.seed,
     )
-    if valid is None:
-        return loader, None
-    held_out = Loader(
-        valid,
-        batch_size=config.dataset.valid_bs_n_seqs,
-        in_order=True,
-        name="dataset.valid_bs_n_seqs",
-        seed=config.seed,
-    )
-    return loader, held_out
+    batch_size = config.dataset.valid_bs_n_seqs
+    return loader, {name: load_in_order(dataset, config, batch_size) for name, dataset in valid.items()}
+
+
+def load_in_order(dataset: Dataset, config: CommonExperimentConfig, batch_size: int) -> Loader:
+    """Returns the loader of a held-out set."""
+    return Loader(dataset, batch_size=batch_size, in_order=True, name="dataset.valid_bs_n_seqs", seed=config.seed)
 
 
 def load_pairs(
     data: PairedComparisonDatasetConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PairedDataset, PairedDataset | None]:
-    """Returns the training pairs, and the held-out pairs when there is a valid_path."""
+) -> tuple[PairedDataset, dict[str, PairedDataset]]:
+    """Returns the training pairs, and the held-out pairs by the names of their sets."""
 
     def load(path: str, name: str) -> PairedDataset:
         return load_paired(
@@ -177,8 +187,7 @@ def load_pairs(
             name=name,
         )
 
-    train = load(data.train_path, "dataset.train_path")
-    return train, load(data.valid_path, "dataset.valid_path") if data.valid_path else None
+    return load(data.train_path, "dataset.train_path"), load_held_out(data.valid_path, load)
 
 
 def build_on_pairs(experiment: str, config: PairsConfig, make_loss: Callable[[Draw], Loss]) -> RunSpec:
@@ -201,7 +210,7 @@ def build_on_pairs(experiment: str, config: PairsConfig, make_loss: Callable[[Dr
         roles={role.name: role},
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and measure_loss(train, held_out),
+        evaluations=measure_loss(train, held_out),
     )
 
 

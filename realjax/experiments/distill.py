@@ -61,7 +61,7 @@ def build(config: DistillConfig) -> RunSpec:
         mask="loss_mask",
         draw=make_draw(options, num_tokens),
         num_choices=_count_choices(config, num_tokens, answer.num_answers * (answer.max_seqlen or 0)),
-        max_seqlen=max(answer.max_seqlen or 0, held_out.longest if held_out else 0),
+        max_seqlen=max(answer.max_seqlen or 0, *(one.longest for one in held_out.values())),
         micro_batches=config.teacher_inf.micro_batches,
     )
     measures = Host(name="measures", fn=measure, inputs=("loss_mask", "logprobs", "has_eos"), outputs=())
@@ -87,7 +87,7 @@ def build(config: DistillConfig) -> RunSpec:
             num_epochs=config.exp_ctrl.total_train_epochs,
             seed=config.seed,
         ),
-        evaluation=held_out and common.measure_loss(train, held_out, (teacher,)),
+        evaluations=common.measure_loss(train, held_out, (teacher,)),
     )
 
 
@@ -103,21 +103,21 @@ def _check_answer(row: JsonObject, place: str) -> None:
         )
 
 
-def _load_held_out(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> Loader | None:
-    """Returns the loader of held-out prompts with the data's answers, cut as those of training are."""
+def _load_held_out(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
+    """Returns the loaders of held-out prompts with the data's answers, cut as those of training are."""
     data = config.dataset
-    if not data.valid_path:
-        return None
-    dataset: PromptAnswerDataset = load_prompt_answer(
-        data.valid_path,
-        tokenizer,
-        max_seqlen=data.max_prompt_len + config.distill.gen.max_new_tokens,
-        use_chat_template=data.use_chat_template,
-        name="dataset.valid_path",
-    )
-    return Loader(
-        dataset, batch_size=data.train_bs_n_seqs, in_order=True, name="dataset.train_bs_n_seqs", seed=config.seed
-    )
+
+    def load(path: str, name: str) -> PromptAnswerDataset:
+        return load_prompt_answer(
+            path,
+            tokenizer,
+            max_seqlen=data.max_prompt_len + config.distill.gen.max_new_tokens,
+            use_chat_template=data.use_chat_template,
+            name=name,
+        )
+
+    sets = common.load_held_out(data.valid_path, load)
+    return {name: common.load_in_order(one, config, data.train_bs_n_seqs) for name, one in sets.items()}
 
 
 def _make_given_fn(config: DistillConfig, prompts: PromptDataset, tokenizer: PreTrainedTokenizerBase) -> GivenFn:

@@ -23,7 +23,7 @@ def build(config: DPOConfig) -> RunSpec:
         outputs=("ref_logprobs",),
         head="logprobs",
         draw=draw,
-        max_seqlen=max(one.longest for one in (loader, held_out) if one),
+        max_seqlen=max(one.longest for one in (loader, *held_out.values())),
         micro_batches=config.ref_inf.micro_batches,
     )
     before = () if config.reference_free else (reference,)
@@ -42,5 +42,5 @@ def build(config: DPOConfig) -> RunSpec:
         roles=roles,
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and common.measure_loss(train, held_out, before),
+        evaluations=common.measure_loss(train, held_out, before),
     )

@@ -50,7 +50,6 @@ def build(config: GenConfig) -> RunSpec:
         roles={role.name: role},
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=None,
         answers=file,
         decode_fn=partial(decode_answers, tokenizer),
     )

@@ -23,8 +23,7 @@ def build(config: KTOConfig) -> RunSpec:
         return load_labelled(path, tokenizer, max_seqlen=data.max_seqlen, use_chat_template=chat, name=name)
 
     train_set = load(data.train_path, "dataset.train_path")
-    valid_set = load(data.valid_path, "dataset.valid_path") if data.valid_path else None
-    loader, held_out = common.make_loaders(config, train_set, valid_set)
+    loader, held_out = common.make_loaders(config, train_set, common.load_held_out(data.valid_path, load))
     draw = Draw(num_tokens=common.num_common_tokens(roles.values()))
 
     def infer(name: str, role: str, key: str, options: MFCConfig, placed_as: str | None = None) -> Inference:
@@ -35,7 +34,7 @@ def build(config: KTOConfig) -> RunSpec:
             outputs=(key,),
             head="logprobs",
             draw=draw,
-            max_seqlen=max(one.longest for one in (loader, held_out) if one),
+            max_seqlen=max(one.longest for one in (loader, *held_out.values())),
             micro_batches=options.micro_batches,
             placed_as=placed_as,
         )
@@ -61,5 +60,5 @@ def build(config: KTOConfig) -> RunSpec:
         roles=roles,
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and common.measure_loss(train, held_out, before),
+        evaluations=common.measure_loss(train, held_out, before),
     )

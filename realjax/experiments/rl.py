@@ -1,7 +1,7 @@
 """What the algorithms share that learn from rewards of their own answers: prompts -> answers -> rewards -> update."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -67,9 +67,8 @@ class Setup:
         self.roles = {name: self._role(name, model) for name, model in models.items() if name not in config.unused}
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
         self.prompts, self.held_out = self._load_prompts()
-        self.longest = (
-            max(one.longest for one in (self.prompts, self.held_out) if one) + self.options.gen.max_new_tokens
-        )
+        longest = max(one.longest for one in (self.prompts, *self.held_out.values()))
+        self.longest = longest + self.options.gen.max_new_tokens
         self.eos_ids = load_eos_ids(self.roles["actor"].path, self.tokenizer)
         self.num_tokens = common.num_common_tokens(self.roles.values())
         self.draw = replace(self._draw(), num_tokens=self.num_tokens)
@@ -109,17 +108,16 @@ class Setup:
         role = common.describe_role(name, model, is_trained=name in TRAINED)
         return replace(role, is_averaged=name == "ref" and self.options.ref_ema_eta is not None)
 
-    def _load_prompts(self) -> tuple[PromptDataset, PromptDataset | None]:
+    def _load_prompts(self) -> tuple[PromptDataset, dict[str, PromptDataset]]:
         data = self.config.dataset
 
         form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template)
         train_form = replace(form, pad_to_max_length=data.pad_to_max_length)
         load = partial(load_prompts, tokenizer=self.tokenizer, check_fn=self._check_row)
         train = load(data.path, form=train_form, name="dataset.path")
-        if not data.valid_path:
-            return train, None
         most = self.config.eval.num_prompts
-        return train, load(data.valid_path, form=form, max_prompts=most, name="dataset.valid_path")
+        load_fn = lambda path, name: load(path, form=form, max_prompts=most, name=name)
+        return train, common.load_held_out(data.valid_path, load_fn)
 
     def _check_row(self, row: JsonObject, place: str) -> None:
         """Raises ValueError for a row that a reward says it cannot score."""
@@ -251,7 +249,7 @@ class Setup:
             measure = Host(name="ages", fn=measure_ages, inputs=AGE_INPUTS, outputs=(), metrics=())
             ahead = {"actor_gen", "rew_inf", "rewards", *frozen}
             calls = put_ahead((*calls, measure), ahead, self.config.staleness)
-        eta, evaluation = self.options.ref_ema_eta, self._evaluation()
+        eta, evaluations = self.options.ref_ema_eta, self._evaluations()
         return common.run_spec(
             self.config,
             experiment=experiment,
@@ -259,28 +257,34 @@ class Setup:
             roles=self.roles,
             tokenizer=self.tokenizer,
             loader=self.loader(),
-            evaluation=evaluation,
+            evaluations=evaluations,
+            best_metric=self.config.eval.best_metric if evaluations else None,
             averages=() if eta is None else (MovingAverage(role="ref", source="actor", eta=eta),),
-            contents=self._contents(evaluation),
+            contents=self._contents(evaluations),
             decode_fn=partial(decode_answers, self.tokenizer),
         )
 
-    def _contents(self, evaluation: RolloutEvaluation | None) -> dict[str, str]:
+    def _contents(self, evaluations: Mapping[str, RolloutEvaluation]) -> dict[str, str]:
         """Returns digests of what decides about the run beside its models and prompts."""
         contents = {}
         if self.config.reward.classifier:
             contents["reward.classifier"] = fingerprint_model(resolve_model_path(self.config.reward.classifier))
-        if evaluation and evaluation.best_metric is not None:
-            contents["set of held-out prompts"] = evaluation.loader.fingerprint
+        best = self.config.eval.best_metric
+        for name, evaluation in evaluations.items():
+            if best is not None and (not name or best.startswith(f"{name}/")):
+                contents["set of held-out prompts"] = evaluation.loader.fingerprint
         return contents
 
-    def _evaluation(self) -> RolloutEvaluation | None:
-        if self.held_out is None:
-            return None
+    def _evaluations(self) -> dict[str, RolloutEvaluation]:
+        return {name: self._evaluate(prompts) for name, prompts in self.held_out.items()}
+
+    def _evaluate(self, prompts: PromptDataset) -> RolloutEvaluation:
+        """Returns the measure of answers to held-out prompts."""
         options, gen = self.config.eval, self.options.gen
-        scored = self.rewards(self.held_out)
+        scored = self.rewards(prompts)
         ways = {"greedy": (replace(gen, greedy=True), 1), "sampled": (gen, options.num_samples)}
-        num_prompts = min(self.config.dataset.train_bs_n_seqs, len(self.held_out))
+        # Alike for all sets: what is compiled for one serves the others.
+        num_prompts = min(self.config.dataset.train_bs_n_seqs, max(map(len, self.held_out.values())))
         base = replace(self.generate(), placed_as="actor_gen", num_prompts=num_prompts)
         parameters = replace(self.options, recompute_logprobs=False, correction=CorrectionParameters())
         measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
@@ -290,11 +294,11 @@ class Setup:
         for variant in options.draws:
             way, num_samples = ways[variant]
             answer = replace(base, name=f"{variant}_gen", config=way, num_samples=num_samples)
-            attempts = (self._attempts(self.held_out),) if num_samples > 1 else ()
+            attempts = (self._attempts(prompts),) if num_samples > 1 else ()
             variants[variant] = (answer, *scored, measures, *attempts)
         batch_size, seed = self.config.dataset.train_bs_n_seqs, self.config.seed
-        loader = Loader(self.held_out, batch_size=batch_size, seed=seed, in_order=True)
-        return RolloutEvaluation(role="actor", variants=variants, loader=loader, best_metric=options.best_metric)
+        loader = Loader(prompts, batch_size=batch_size, seed=seed, in_order=True)
+        return RolloutEvaluation(role="actor", variants=variants, loader=loader)
 
     def _attempts(self, prompts: PromptDataset) -> Host:
         """Returns the call that measures several answers to a prompt as attempts to solve it."""

@@ -28,5 +28,5 @@ def build(config: RWConfig) -> RunSpec:
         roles={role.name: role},
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and common.measure_loss(call, held_out),
+        evaluations=common.measure_loss(call, held_out),
     )

@@ -24,8 +24,7 @@ def build(config: SFTConfig) -> RunSpec:
         )
 
     train = load(data.train_path, "dataset.train_path", pad_to_max_length=data.pad_to_max_length)
-    valid = load(data.valid_path, "dataset.valid_path") if data.valid_path else None
-    loader, held_out = common.make_loaders(config, train, valid)
+    loader, held_out = common.make_loaders(config, train, common.load_held_out(data.valid_path, load))
     call = Train(
         name="trainDefault",
         role="default",
@@ -42,5 +41,5 @@ def build(config: SFTConfig) -> RunSpec:
         roles={role.name: role},
         tokenizer=tokenizer,
         loader=loader,
-        evaluation=held_out and common.measure_loss(call, held_out),
+        evaluations=common.measure_loss(call, held_out),
     )

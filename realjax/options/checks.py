@@ -11,6 +11,7 @@ from realjax.options.datasets import (
     PairedComparisonDatasetConfig,
     PromptAnswerDatasetConfig,
     PromptOnlyDatasetConfig,
+    name_sets,
 )
 from realjax.options.fields import find_instances
 from realjax.options.model import ModelTrainEvalConfig
@@ -82,8 +83,8 @@ def _check_data_files(config: CommonExperimentConfig, name: str, dataset: Datase
             f"{name}.valid_path: nothing given, but eval_freq_* asks for evaluations; give a .json or .jsonl file, "
             "or set eval_freq_*=null"
         )
-    for option in (required, "valid_path"):
-        path = getattr(dataset, option, None)
-        if path and not Path(path).expanduser().is_file():
+    held_out = name_sets(dataset.valid_path, f"{name}.valid_path").values()
+    for option, path in ((required, getattr(dataset, required)), *(("valid_path", path) for path in held_out)):
+        if not Path(path).expanduser().is_file():
             found = "a directory" if Path(path).expanduser().is_dir() else "no such file"
             raise ValueError(f"{name}.{option}: '{path}' is {found}; it needs a .json or .jsonl file")

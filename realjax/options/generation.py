@@ -53,7 +53,9 @@ class GenConfig(CommonExperimentConfig):
         if "" in self.stop:
             raise ValueError(f"stop: found {list(self.stop)}; an empty text would end every answer at once")
         if self.dataset.valid_path is not None:
-            raise ValueError(f"dataset.valid_path: found '{self.dataset.valid_path}'; gen answers dataset.path only")
+            raise ValueError(
+                f"dataset.valid_path: found {list(self.dataset.valid_path)}; gen answers dataset.path only"
+            )
         check_samples_differ("num_samples", self.num_samples, self.gen)
 
     def notices(self) -> list[str]:

@@ -25,15 +25,15 @@ def evaluate_loss(executor: Executor, evaluation: Evaluation, loader: Loader) ->
 
 
 def evaluate_rollouts(
-    executor: Executor, evaluation: RolloutEvaluation, decode_fn: DecodeFn | None
+    executor: Executor, evaluation: RolloutEvaluation, loader: Loader, decode_fn: DecodeFn | None
 ) -> tuple[dict[str, float], list[Sample]]:
-    """Returns `<variant>/<metric>`, each of the answers to all held-out prompts, and a few answers."""
+    """Returns `<variant>/<metric>`, each of the answers to all of the loader's prompts, and a few answers."""
     values: dict[str, float] = {}
     samples: list[Sample] = []
     for variant, calls in evaluation.variants.items():
         parts: list[Mapping[str, Metric]] = []
-        for i in range(evaluation.loader.total_steps):
-            result = executor.step(evaluation.loader.batch(i), None, calls)
+        for i in range(loader.total_steps):
+            result = executor.step(loader.batch(i), None, calls)
             parts += [m for call in calls if isinstance(call, Host) for m in result.metrics[call.name]]
             if i == 0 and decode_fn is not None:
                 samples += read_samples(result.batch, decode_fn, variant)

@@ -22,7 +22,7 @@ class Exports:
     def __init__(self, spec: RunSpec, roles: Mapping[str, Role], best: Best | None) -> None:
         """`best` is what the state says that the run continues from."""
         self.root, self.roles, self.max_shard_bytes = spec.paths.checkpoints, roles, spec.max_shard_bytes
-        self.best, self.best_role = best, getattr(spec.evaluation, "role", "")
+        self.best, self.best_role = best, next((one.role for one in spec.evaluations.values()), "")
         if best is not None and not (self.root / self.best_role / str(best["directory"])).is_dir():
             logger.warning("the best checkpoint so far, %s, is gone: the next evaluation's is the best", best)
             self.best = None

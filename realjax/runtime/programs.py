@@ -36,7 +36,9 @@ class Programs:
 
     def evaluation(self, evaluation: Evaluation, num_mbs: int) -> Compiled:
         """Returns `fn(params, batch) -> sums` of a held-out loss on the role's home layout."""
-        return self._get(evaluation.name, num_mbs, lambda: self._make_evaluation(evaluation, num_mbs))
+        # Sets that differ in their longest sequence have programs of their own: attention looks no further back.
+        name = f"{evaluation.name}, up to {evaluation.loader.longest} tokens"
+        return self._get(name, num_mbs, lambda: self._make_evaluation(evaluation, num_mbs))
 
     def slots(self, mfc: Generate) -> SlotPrograms:
         """Returns the programs of a generate call."""

@@ -17,7 +17,7 @@ from realjax.core.metrics import summarize
 from realjax.core.processes import is_first, largest
 from realjax.data.loader import Position
 from realjax.dataflow.picture import draw_graph
-from realjax.dataflow.run import RolloutEvaluation, RunSpec
+from realjax.dataflow.run import RolloutEvaluation, RunSpec, join_names
 from realjax.engine.state import TrainState
 from realjax.record.answers import AnswerWriter, make_lines
 from realjax.record.comparison import Comparison
@@ -92,7 +92,7 @@ class Session:
         )  # fmt: skip
         if not self.saves:
             logger.info("benchmark_steps: neither checkpoints nor training states are written")
-        if self.spec.evaluation and self.spec.evaluate.is_set and self.first_step == 0:
+        if self.spec.evaluations and self.spec.evaluate.is_set and self.first_step == 0:
             self.evaluate(0)
 
     def begin_step(self, step: int) -> Batch:
@@ -108,7 +108,7 @@ class Session:
         """
         position = self.record(step, result)
         self.outputs.checkpointer.settle()
-        if self.spec.evaluation and self.evaluate_trigger.fires(position):
+        if self.spec.evaluations and self.evaluate_trigger.fires(position):
             self.evaluate(step + 1)
         is_last = step + 1 == self.last_step
         is_due = self.save_trigger.fires(position) or is_last
@@ -186,23 +186,28 @@ class Session:
         )
 
     def evaluate(self, step: int) -> None:
-        """Measures the held-out loss, or held-out answers, after `step` steps; the best actor so far is kept."""
-        assert (evaluation := self.spec.evaluation) is not None
+        """Measures the held-out losses, or held-out answers, after `step` steps; the best actor so far is kept."""
         self.executor.progress.begin("evaluation", step - 1)
         start = time.perf_counter()
-        if isinstance(evaluation, RolloutEvaluation):
-            values, self.samples[step] = evaluate_rollouts(self.executor, evaluation, self.spec.decode_fn)
-            if is_first():
-                append_samples(self.spec.paths.logs / SAMPLES_FILE, step, self.samples[step])
-        else:
-            assert self.plan.held_out is not None
-            values = evaluate_loss(self.executor, evaluation, self.plan.held_out)
+        values: dict[str, float] = {}
+        for name, evaluation in self.spec.evaluations.items():
+            loader = self.plan.held_out[name]
+            if isinstance(evaluation, RolloutEvaluation):
+                found, samples = evaluate_rollouts(self.executor, evaluation, loader, self.spec.decode_fn)
+                samples = [replace(one, variant=join_names(name, one.variant)) for one in samples]
+                self.samples.setdefault(step, []).extend(samples)
+                if is_first():
+                    append_samples(self.spec.paths.logs / SAMPLES_FILE, step, samples)
+            else:
+                found = evaluate_loss(self.executor, evaluation, loader)
+            values |= {join_names(name, metric): value for metric, value in found.items()}
         self._record(step, values, kind="eval")
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
-        if isinstance(evaluation, RolloutEvaluation) and evaluation.best_metric is not None and step > 0 and self.saves:
-            self._refuse_nonfinite_state(evaluation.role, step)
-            self.exports.keep_best(self.executor.params(evaluation.role), values[evaluation.best_metric], step)
+        if (metric := self.spec.best_metric) is not None and step > 0 and self.saves:
+            role = self.exports.best_role
+            self._refuse_nonfinite_state(role, step)
+            self.exports.keep_best(self.executor.params(role), values[metric], step)
 
     def save(self, position: Position, *, export: bool) -> None:
         """Saves every role that changes as a HuggingFace checkpoint, when `export`, then the state to continue from.

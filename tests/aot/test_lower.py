@@ -11,7 +11,7 @@ import pytest
 
 from realjax.aot.lower import AbstractRun, Program, largest_batch, lower_run
 from realjax.dataflow.graph import Train
-from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec
+from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.engine.compiled import Compiled
 from realjax.runtime.evaluation import evaluate_loss, evaluate_rollouts
 from tests.given.runs import GROUPS, LAYOUTS, LONGEST, Given, build_spec, load_executor, make_options, make_plan
@@ -87,10 +87,12 @@ def test_a_run_compiles_just_these(experiment, layout, given, tmp_path):
     executor = load_executor(spec)
     with seen_programs() as compiled:
         executor.step(executor.plan.loader.batch(0), 0)
-        if isinstance(spec.evaluation, Evaluation):
-            evaluate_loss(executor, spec.evaluation, executor.plan.held_out)
-        elif isinstance(spec.evaluation, RolloutEvaluation):
-            evaluate_rollouts(executor, spec.evaluation, None)
+        for name, evaluation in spec.evaluations.items():
+            held_out = executor.plan.held_out[name]
+            if isinstance(evaluation, Evaluation):
+                evaluate_loss(executor, evaluation, held_out)
+            else:
+                evaluate_rollouts(executor, evaluation, held_out, None)
     assert lowered == compiled
     assert {program.call for program in programs} >= {mfc.name for mfc in spec.mfcs}
 

@@ -34,12 +34,12 @@ def values_of(given, tmp_path_factory):
             eval__vote_fn="tests.given.rewards:first_letter",
             **changes,
         )
-        evaluation = spec.evaluation
+        (evaluation,) = spec.evaluations.values()
         assert isinstance(evaluation, RolloutEvaluation)
         with quick_compiles():
             executor = load_executor(spec)
             before = {name: dict(state) for name, state in executor.controls.items()}
-            found, _ = evaluate_rollouts(executor, evaluation, None)
+            found, _ = evaluate_rollouts(executor, evaluation, evaluation.loader, None)
             assert executor.controls == before
             answers = {}
             for variant, calls in evaluation.variants.items():

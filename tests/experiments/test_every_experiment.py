@@ -176,6 +176,18 @@ def test_a_metric_that_no_evaluation_reports(experiment, given, tmp_path):
         assert_refused(experiment, message, given, tmp_path / "root", **options, eval__best_metric=name)
 
 
+@pytest.mark.parametrize("experiment", METRICS)
+def test_a_metric_of_one_of_several_sets(experiment, given, tmp_path):
+    sets = {"dataset__valid_path": f"[some={given.rows},{given.prompts}]", "eval_freq_steps": 1}
+    make = lambda name: make_options(experiment, given, tmp_path / "root", **sets, eval__best_metric=name)
+    spec = build_spec(experiment, make("some/greedy/task_reward"))
+    assert spec.evaluations.keys() == {"some", "prompts"} and spec.best_metric == "some/greedy/task_reward"
+    build_spec(experiment, make("prompts/greedy/task_reward"))
+    for name in ("greedy/task_reward", "other/greedy/task_reward"):
+        with pytest.raises(ValueError, match=f"^eval.best_metric: no evaluation reports '{name}'"):
+            build_spec(experiment, make(name))
+
+
 def whole_numbers(experiment: str) -> list[str]:
     """Returns the options that are whole numbers."""
     options = list_options(EXPERIMENTS[experiment].config_cls)

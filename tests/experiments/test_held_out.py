@@ -27,13 +27,13 @@ def test_an_evaluation_is_split_as_training_is(experiment: str, option: str, giv
     spec = build_spec(experiment, options)
     assert isinstance(spec, RunSpec)
     wanted = MicroBatches(**{{"n_mbs": "count", "max_tokens_per_mb": "max_tokens"}[name]: int(value)})
-    evaluation = spec.evaluation
+    (evaluation,) = spec.evaluations.values()
     if isinstance(evaluation, Evaluation):
         # One row there is one row here, and rows divide alike.
         plan = allocate(spec, jax.devices()[:1])
-        assert plan.held_out is not None
-        assert plan.held_out.shapes.row_len == plan.loader.shapes.row_len
-        assert plan.held_out.shape[0] % (evaluation.micro_batches.count or 1) == 0
+        (held_out,) = plan.held_out.values()
+        assert held_out.shapes.row_len == plan.loader.shapes.row_len
+        assert held_out.shape[0] % (evaluation.micro_batches.count or 1) == 0
         assert evaluation.micro_batches == wanted
     else:
         assert isinstance(evaluation, RolloutEvaluation)

@@ -64,7 +64,6 @@ def make_spec(paths: RunPaths, **changes) -> RunSpec:
         roles={"default": role},
         loader=make_loader(),
         num_epochs=1,
-        evaluation=None,
         save=Frequency(),
         evaluate=Frequency(),
         seed=1,

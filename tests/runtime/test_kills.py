@@ -33,14 +33,13 @@ def evaluate(executor, evaluation, decode_fn) -> tuple[Mapping[str, float], list
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
     write_llama(tmp_path / "model")
     monkeypatch.setattr(session, "evaluate_rollouts", evaluate)
-    held_out = RolloutEvaluation(
-        role="default", variants={}, loader=make_loader(in_order=True), best_metric="greedy/worth"
-    )
+    held_out = RolloutEvaluation(role="default", variants={}, loader=make_loader(in_order=True))
     return make_spec(
         make_paths(tmp_path),
         loader=make_loader(num_epochs=2),
         num_epochs=2,
-        evaluation=held_out,
+        evaluations={"": held_out},
+        best_metric="greedy/worth",
         evaluate=Frequency(steps=1),
         save=Frequency(steps=2),
         recover_mode="auto",

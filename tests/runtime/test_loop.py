@@ -30,7 +30,7 @@ def spec(tmp_path: Path) -> RunSpec:
         paths,
         graph=DataflowGraph((TRAIN, REFERENCE), frozenset({"tokens", "loss_mask"})),
         roles=make_spec(paths).roles | {"ref": make_role_spec("ref", tmp_path / "model")},
-        evaluation=held_out,
+        evaluations={"": held_out},
         evaluate=Frequency(steps=2),
         save=Frequency(steps=2),
         recover_mode="auto",

@@ -34,7 +34,7 @@ def spec(tmp_path: Path) -> Iterator[RunSpec]:
     held_out = Evaluation(role="default", loss=SFT_LOSS, loader=make_loader(in_order=True))
     every_step = Frequency(steps=1)
     yield make_spec(
-        make_paths(tmp_path), evaluation=held_out, evaluate=every_step, save=every_step, recover_mode="auto"
+        make_paths(tmp_path), evaluations={"": held_out}, evaluate=every_step, save=every_step, recover_mode="auto"
     )
 
 
