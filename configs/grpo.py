@@ -12,8 +12,8 @@ Expect a first update with `importance_weight` 1, then a growing `task_reward`.
 
 Rewards can be computed instead of learned: leave out `rew.path`, give rows a reference "answer" and add
 `--config.reward.fn=realjax.rewards.verifiable:number_reward`. Variants: `--config.ppo.scale_by_std=False
---config.ppo.loss_aggregation=constant --config.ppo.kl_ctl=0` is Dr. GRPO, which needs no reference;
-`--config.ppo.eps_clip_high=0.28 --config.ppo.drop_uniform_groups=True --config.ppo.kl_ctl=0` is most of DAPO.
+--config.ppo.loss_aggregation=constant --config.ppo.kl_ctl=0` is Dr. GRPO, which needs no reference; DAPO is
+`configs/dapo.py`.
 """
 
 from typing import Any

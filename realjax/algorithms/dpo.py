@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.algorithms.pairs import mean_over_pairs, sum_by_pair
+from realjax.algorithms.pairs import mean_over_pairs, score_metrics, sum_by_pair
 from realjax.core.batch import Batch
 from realjax.core.draw import Draw
 from realjax.core.loss import Loss, LossSums
-from realjax.core.metrics import Total
 from realjax.core.option import check_ranges, option
 
 
@@ -59,19 +58,8 @@ def dpo_loss(outputs: Mapping[str, Array], batch: Batch, *, parameters: DPOParam
         h = parameters.beta * (better - worse)
         smoothing = parameters.label_smoothing
         losses = -(1 - smoothing) * jax.nn.log_sigmoid(h) - smoothing * jax.nn.log_sigmoid(-h)
-    mean = partial(mean_over_pairs, is_pair=is_pair)
-    loss, pos_score, neg_score = mean(losses), parameters.beta * better, parameters.beta * worse
-    return LossSums(
-        loss=loss,
-        metrics={
-            "acc": mean(better > worse),
-            "pos_score": mean(pos_score),
-            "neg_score": mean(neg_score),
-            "margin": mean(pos_score - neg_score),
-            "kl": mean(kl),
-            "n_pairs": Total(loss.weight),
-        },
-    )
+    scores = score_metrics(parameters.beta * better, parameters.beta * worse, is_pair)
+    return LossSums(loss=mean_over_pairs(losses, is_pair), metrics={**scores, "kl": mean_over_pairs(kl, is_pair)})
 
 
 def make_dpo_loss(parameters: DPOParameters, draw: Draw = Draw()) -> Loss:  # noqa: B008 - frozen

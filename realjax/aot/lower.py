@@ -17,7 +17,7 @@ from jax.stages import Compiled, Lowered
 
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.axes import Rules, inference_rules, train_rules
-from realjax.core.batch import Batch, is_per_token
+from realjax.core.batch import Batch, is_per_segment, is_per_token
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree
 from realjax.data.loader import Loader
@@ -28,7 +28,7 @@ from realjax.engine.batching import SHORTEST_CACHE, Generation, Request, most_ne
 from realjax.engine.compiled import abstract_batch
 from realjax.engine.slots import CHUNK_LEN
 from realjax.engine.state import TrainState
-from realjax.runtime.calls import PACKING_KEYS, select_inputs
+from realjax.runtime.calls import PACKING_KEYS, choose_sequences, select_inputs
 from realjax.runtime.memory import device_bytes
 from realjax.runtime.programs import Programs, num_micro_batches
 from realjax.runtime.roles import Role, build_roles
@@ -140,7 +140,7 @@ class AbstractRun:
             return batch
         made: dict[str, np.ndarray] = {}
         for key in call.outputs:
-            like = batch["tokens"] if is_per_token(key) else batch["prompt_id"]
+            like = batch["tokens"] if is_per_token(key) else next(batch[one] for one in batch if is_per_segment(one))
             made[key] = _all_answers(batch) if key.endswith("_mask") else np.zeros(like.shape, np.float32)
         if isinstance(call, Inference) and call.num_choices is not None:
             shape = (*batch["tokens"].shape, call.num_choices + 1)
@@ -192,7 +192,8 @@ class AbstractRun:
         )
 
     def _lower_inference(self, mfc: Inference, batch: Batch) -> Program:
-        layout, batch = self.plan.layouts[mfc.name], select_inputs(mfc, batch)
+        chosen = choose_sequences(mfc, batch, self.plan.row_multiples[mfc.name])
+        layout, batch = self.plan.layouts[mfc.name], select_inputs(mfc, chosen.batch if chosen else batch)
         num_mbs, params = num_micro_batches(mfc, batch, layout), self._params_for(mfc)
         inputs = self._abstract(batch, train_rules(layout.strategy), layout)
         return self._describe(
@@ -268,12 +269,14 @@ class AbstractRun:
 
 
 def _all_answers(batch: Batch) -> np.ndarray:
-    """Returns the mask of the most that can be learned from: all that was answered, but for baselines."""
-    if "is_baseline" not in batch:
-        return batch["loss_mask"].copy()
-    # Segments count from 1; 0 is padding.
-    of_segments = np.pad(batch["is_baseline"], ((0, 0), (1, 0)))
-    return batch["loss_mask"] & ~np.take_along_axis(of_segments, batch["segment_ids"], axis=1)
+    """Returns the mask of the most that can be learned from: all that was answered, but for what is never learned."""
+    mask = batch["loss_mask"].copy()
+    for key in ("is_baseline", "is_other"):
+        if key in batch:
+            # Segments count from 1; 0 is padding.
+            of_segments = np.pad(batch[key], ((0, 0), (1, 0)))
+            mask &= ~np.take_along_axis(of_segments, batch["segment_ids"], axis=1)
+    return mask
 
 
 def _split_state(role: Role, state: TrainState | Tree) -> dict[str, object]:

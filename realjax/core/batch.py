@@ -24,7 +24,8 @@ BATCH_DIMS: Mapping[str, Names] = {
     # data sets
     "loss_mask": PER_TOKEN,
     "pair_weight": ("rows", "pairs"),
-    "desirable": ("rows", "pairs"),
+    "desirable": PER_SEGMENT,
+    "is_other": PER_SEGMENT,
     "prompt_id": PER_SEGMENT,
     # rollouts
     "logprobs": PER_TOKEN,
@@ -50,7 +51,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     "train_mask": PER_TOKEN,
     "seq_share": PER_SEGMENT,
     "correction": PER_TOKEN,
-    "kl_baseline": ("rows", "pairs"),
+    "kl_baseline": PER_SEGMENT,
     # what a model call adds for itself
     "targets": ("rows", "targets"),
 }
@@ -154,6 +155,11 @@ def find_dims(key: str) -> Names:
 def is_per_token(key: str) -> bool:
     """Whether a key has an entry for each token; otherwise it has one for each sequence. ValueError as `find_dims`."""
     return "time" in find_dims(key)
+
+
+def is_per_segment(key: str) -> bool:
+    """Whether a key has one number for each sequence. ValueError as `find_dims`."""
+    return find_dims(key) == PER_SEGMENT
 
 
 def _as_conventional(key: str, array: ArrayLike) -> Array:

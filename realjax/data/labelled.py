@@ -11,8 +11,8 @@ from realjax.core.identity import digest
 from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.datasets import order_examples, refuse_no_answers, tokenize_answers
 from realjax.data.jsonl import load_rows
-from realjax.data.packing import PART_LENS
 from realjax.data.tokens import tell_repeats
+from realjax.data.twos import TwoSequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,51 +21,25 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledDataset:
+class LabelledDataset(TwoSequences):
     """N answers; an example is two sequences, a prompt with its answer and the same prompt with another's answer."""
 
-    ids: tuple[str | int, ...]
-    sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # tokens int32 of both
-    answer_starts: np.ndarray  # int32 [N, 2]
     desirable: np.ndarray  # bool [N]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
 
     @property
     def fingerprint(self) -> str:
-        """A text that changes with the ids, tokens, answers' places or labels."""
-        tokens = [part for both in self.sequences for part in both]
-        sizes = np.array([len(part) for part in tokens], np.int32)
-        return digest(repr(self.ids), np.concatenate(tokens), sizes, self.answer_starts, self.desirable)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of both sequences of each example, int32 [N]."""
-        return np.array([len(own) + len(other) for own, other in self.sequences], np.int32)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(len(tokens) for both in self.sequences for tokens in both)
+        return digest(super().fingerprint, self.desirable)
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Indices of the examples in the order of an epoch."""
         return order_examples(len(self), seed, epoch, shuffle)
 
     def example(self, index: int) -> dict[str, np.ndarray]:
-        """`tokens` and `loss_mask` (True at answer tokens and EOS) of both sequences; 0-d `desirable`, 1 or 0, and
-        `pair_weight`, always 1.
+        """`tokens` and `loss_mask` (True at answer tokens and EOS) of both sequences; of each `desirable`, 1 or 0, and
+        `is_other`, whether the answer is another prompt's.
         """
-        both = self.sequences[index]
-        masks = [np.arange(len(t)) >= max(start, 1) for t, start in zip(both, self.answer_starts[index], strict=True)]
-        return {
-            "tokens": np.concatenate(both),
-            "loss_mask": np.concatenate(masks),
-            "pair_weight": np.ones((), np.float32),
-            "desirable": np.array(self.desirable[index], np.float32),
-            PART_LENS: np.array([len(tokens) for tokens in both]),
-        }
+        desirable = np.array([self.desirable[index], False], np.float32)
+        return self.take_both(index) | {"desirable": desirable, "is_other": np.array([False, True])}
 
 
 def load_labelled(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from realjax.core.batch import Batch, find_dims, is_per_token
+from realjax.core.batch import Batch, find_dims, is_per_segment, is_per_token
 from realjax.core.segments import segment_slices
 
 # Of a batch: XLA counts the entries of an array in 32 bits.
@@ -125,8 +125,8 @@ def pack(
     Of a key with dim `time` an example has [L, ...], which becomes [R, T, ...]; of any other it has what becomes its
     place in [R, S, ...]. Padding is 0 or False. Rows beyond the plan's come last: a plan balanced over shards should
     have them itself. An example with the key `part_lens` [P] holds P sequences one after the other, each a segment of
-    its own; S then counts examples. Raises ValueError where the examples do not match each other, their keys' dims or
-    the plan, or do not fit.
+    its own; of a key with dim `segments` it has [P] then. Raises ValueError where the examples do not match each other,
+    their keys' dims or the plan, or do not fit.
     """
     num_rows = len(plan.rows) if num_rows is None else num_rows
     num_segments = plan.num_segments if num_segments is None else num_segments
@@ -138,19 +138,24 @@ def pack(
             f"{plan.num_segments} segments"
         )
     _check_examples(examples, plan)
-    arrays = {}
+    num_parts, arrays = len(examples[0].get(PART_LENS, [0])), {}
     for key, value in examples[0].items():
-        if key != PART_LENS:
-            shape = (plan.row_len, *np.shape(value)[1:]) if is_per_token(key) else (num_segments, *np.shape(value))
-            arrays[key] = np.zeros((num_rows, *shape), value.dtype)
+        if key == PART_LENS:
+            continue
+        shape = (plan.row_len, *np.shape(value)[1:]) if is_per_token(key) else (num_segments, *np.shape(value))
+        if is_per_segment(key):
+            shape = (num_segments * num_parts,)
+        arrays[key] = np.zeros((num_rows, *shape), value.dtype)
     segment_ids = np.zeros((num_rows, plan.row_len), np.int32)
     positions = np.zeros((num_rows, plan.row_len), np.int32)
     for index, row, segment, tokens in plan.places():
         parts = examples[index].get(PART_LENS, [plan.lengths[index]])
         segment_ids[row, tokens] = np.repeat(segment * len(parts) + 1 + np.arange(len(parts)), parts)
         positions[row, tokens] = np.concatenate([np.arange(length) for length in parts])
+        segments = slice(segment * len(parts), (segment + 1) * len(parts))
         for key, array in arrays.items():
-            array[row, tokens if is_per_token(key) else segment] = examples[index][key]
+            place = tokens if is_per_token(key) else segments if is_per_segment(key) else segment
+            array[row, place] = examples[index][key]
     return Batch.of(segment_ids=segment_ids, positions=positions).with_arrays(**arrays)
 
 
@@ -196,5 +201,7 @@ def _check_examples(examples: Sequence[dict[str, np.ndarray]], plan: PackPlan) -
             shape, names = np.shape(value), find_dims(key)
             if is_per_token(key) and (len(shape) != len(names) - 1 or shape[0] != length):
                 raise ValueError(f"packing: {key!r} of example {index} has shape {shape}; needed {length} tokens")
-            if not is_per_token(key) and len(shape) != len(names) - 2:
-                raise ValueError(f"packing: {key!r} of example {index} has shape {shape}; needed one for the example")
+            of_parts = np.shape(example[PART_LENS]) if PART_LENS in example and is_per_segment(key) else None
+            if not is_per_token(key) and (len(shape) != len(names) - 2 if of_parts is None else shape != of_parts):
+                needed = "one for the example" if of_parts is None else "one for each of its sequences"
+                raise ValueError(f"packing: {key!r} of example {index} has shape {shape}; needed {needed}")

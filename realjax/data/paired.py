@@ -12,8 +12,8 @@ from realjax.core.json_text import JsonObject
 from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
 from realjax.data.datasets import tokenize_answers
 from realjax.data.jsonl import load_rows
-from realjax.data.packing import PART_LENS
 from realjax.data.tokens import tell_repeats
+from realjax.data.twos import TwoSequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,39 +22,20 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PairedDataset:
-    """N pairs; a pair is one example of two sequences, the better answer first, so that both are always in one row.
+class PairedDataset(TwoSequences):
+    """N pairs; a pair is one example of two sequences, the better answer first.
 
     `groups[p]` are the pairs of prompt p, of which an epoch draws `max_pairs` at most.
     """
 
-    ids: tuple[str | int, ...]
-    pairs: tuple[tuple[np.ndarray, np.ndarray], ...]  # tokens int32 of the better and the worse answer
-    answer_starts: np.ndarray  # int32 [N, 2]
     prompts: np.ndarray  # int32 [N]: the prompt of each pair
     groups: tuple[tuple[int, ...], ...]
     max_pairs: int
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
     @property
     def fingerprint(self) -> str:
-        """A text that changes with the ids, tokens, answers' places, prompts, or the number of pairs drawn."""
-        tokens = [part for pair in self.pairs for part in pair]
-        sizes = np.array([len(part) for part in tokens], np.int32)
-        places = (self.answer_starts, self.prompts)
-        return digest(repr(self.ids), np.concatenate(tokens), sizes, *places, str(self.max_pairs))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of both sequences of each pair, int32 [N]."""
-        return np.array([len(better) + len(worse) for better, worse in self.pairs], np.int32)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(len(tokens) for pair in self.pairs for tokens in pair)
+        # Also the number of pairs drawn.
+        return digest(super().fingerprint, self.prompts, str(self.max_pairs))
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Indices of an epoch's pairs: of each prompt `max_pairs` at most, drawn anew each epoch and kept together.
@@ -71,14 +52,8 @@ class PairedDataset:
 
         The weights of a prompt's pairs in an epoch add up to 1.
         """
-        better, worse = self.pairs[index]
-        masks = [np.arange(len(t)) >= max(start, 1) for t, start in zip((better, worse), self.answer_starts[index])]
-        return {
-            "tokens": np.concatenate([better, worse]),
-            "loss_mask": np.concatenate(masks),
-            "pair_weight": np.array(1 / min(self.max_pairs, len(self.groups[self.prompts[index]])), np.float32),
-            PART_LENS: np.array([len(better), len(worse)]),
-        }
+        size = min(self.max_pairs, len(self.groups[self.prompts[index]]))
+        return self.take_both(index) | {"pair_weight": np.array(1 / size, np.float32)}
 
 
 def load_paired(
@@ -121,7 +96,7 @@ def load_paired(
     ends = np.cumsum(sizes)
     return PairedDataset(
         ids=tuple(f"{row['id']}-{i}" for row in rows for i in range(len(row["pos_answers"]))),
-        pairs=tuple((b, w) for (b, _), (w, _) in zip(better, worse, strict=True)),
+        sequences=tuple((b, w) for (b, _), (w, _) in zip(better, worse, strict=True)),
         answer_starts=np.array([(b, w) for (_, b), (_, w) in zip(better, worse, strict=True)], np.int32),
         prompts=np.repeat(np.arange(len(rows), dtype=np.int32), sizes),
         groups=tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)),

@@ -9,7 +9,7 @@ import numpy as np
 
 from realjax.core.draw import Draw
 from realjax.core.generation_config import GenerationConfig
-from realjax.core.host_call import HostFn
+from realjax.core.host_call import Arrays, HostFn, HostResult
 from realjax.core.loss import Loss
 
 
@@ -88,6 +88,7 @@ class Inference(ModelCall):
     head: str  # which, see `core.loss.Readout`
     # Of the vocabulary's heads: the key of a mask, known on the host, of the tokens that anyone asks about; None: all.
     mask: str | None = None
+    only: str | None = None  # the key, known on the host, of the sequences that it computes; of the others it gives 0
     draw: Draw = Draw()  # of the vocabulary's heads: the distribution that the tokens were drawn from
     num_choices: int | None = None  # head `choices`
     micro_batches: MicroBatches = MicroBatches()
@@ -119,6 +120,8 @@ class Host:
     delays: Mapping[str, int] = field(default_factory=dict)
     state: Mapping[str, float] = field(default_factory=dict)  # before the first step
     metrics: tuple[str, ...] = ()  # that it reports in an evaluation
+    # fn(arrays of each batch) -> their results: of an evaluation, where what it finds is of the whole set.
+    pool_fn: Callable[[Sequence[Arrays]], Sequence[HostResult]] | None = None
 
 
 Call = Generate | Inference | Train | Host

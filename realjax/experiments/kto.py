@@ -1,12 +1,20 @@
 """KTO: log-probabilities of reference and actor, their KL on the host, then a training call of the actor."""
 
-from realjax.algorithms.kto import KL_INPUTS, estimate_kl_baseline, make_kto_loss
+from dataclasses import replace
+
+from realjax.algorithms.kto import (
+    KL_INPUTS,
+    KL_OUTPUTS,
+    KTO_INPUTS,
+    estimate_kl_baseline,
+    estimate_kl_baselines,
+    make_kto_loss,
+)
 from realjax.core.draw import Draw
 from realjax.data.labelled import LabelledDataset, load_labelled
-from realjax.dataflow.graph import DataflowGraph, Host, Inference, Train
+from realjax.dataflow.graph import DataflowGraph, Host, Inference, Minibatches, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
-from realjax.options.parallel import MFCConfig
 from realjax.options.supervised import KTOConfig
 
 
@@ -26,37 +34,49 @@ def build(config: KTOConfig) -> RunSpec:
     loader, held_out = common.make_loaders(config, train_set, common.load_held_out(data.valid_path, load))
     draw = Draw(num_tokens=common.num_common_tokens(roles.values()))
 
-    def infer(name: str, role: str, key: str, options: MFCConfig, placed_as: str | None = None) -> Inference:
-        return Inference(
-            name=name,
-            role=role,
-            inputs=("tokens",),
-            outputs=(key,),
-            head="logprobs",
-            draw=draw,
-            max_seqlen=max(one.longest for one in (loader, *held_out.values())),
-            micro_batches=options.micro_batches,
-            placed_as=placed_as,
-        )
-
-    before = (
-        infer("ref_inf", "ref", "ref_logprobs", config.ref_inf),
-        infer("actor_inf", "actor", "old_logprobs", config.actor_train, placed_as="actor_train"),
-        Host(name="kl_baseline", fn=estimate_kl_baseline, inputs=KL_INPUTS, outputs=("kl_baseline",)),
+    longest = max(one.longest for one in (loader, *held_out.values()))
+    inference = Inference(
+        name="ref_inf",
+        role="ref",
+        inputs=("tokens",),
+        outputs=("ref_logprobs",),
+        head="logprobs",
+        draw=draw,
+        max_seqlen=longest,
+        micro_batches=config.ref_inf.micro_batches,
     )
-    keys = ("tokens", "loss_mask", "pair_weight", "desirable")
+    # Before the update only the other sequences are of interest, and in it only the answers themselves.
+    of_others = replace(
+        inference,
+        name="actor_inf",
+        role="actor",
+        inputs=("tokens", "is_other"),
+        outputs=("old_logprobs",),
+        only="is_other",
+        micro_batches=config.actor_train.micro_batches,
+        placed_as="actor_train",
+    )
+    baseline = Host(
+        name="kl_baseline",
+        fn=estimate_kl_baseline,
+        pool_fn=estimate_kl_baselines,
+        inputs=KL_INPUTS,
+        outputs=KL_OUTPUTS,
+    )
+    before = (inference, of_others, baseline)
     train = Train(
         name="actor_train",
         role="actor",
-        inputs=(*keys, "ref_logprobs", "kl_baseline"),
+        inputs=KTO_INPUTS,
         loss=make_kto_loss(config.parameters, draw),
+        minibatches=Minibatches(shuffle=False),
         max_seqlen=loader.longest,
         micro_batches=config.actor_train.micro_batches,
     )
     return common.run_spec(
         config,
         experiment="kto",
-        graph=DataflowGraph((*before, train), frozenset(keys)),
+        graph=DataflowGraph((*before, train), frozenset({"tokens", "loss_mask", "desirable", "is_other"})),
         roles=roles,
         tokenizer=tokenizer,
         loader=loader,

@@ -23,7 +23,14 @@ from realjax.reshard.fetch import fetch, fetch_arrays
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.memory import bytes_held_beside
 from realjax.runtime.programs import num_micro_batches
-from realjax.runtime.rollouts import answer_requests, make_minibatches, make_requests, pack_rollout, target_indices
+from realjax.runtime.rollouts import (
+    Chosen,
+    answer_requests,
+    make_minibatches,
+    make_requests,
+    pack_rollout,
+    target_indices,
+)
 
 if TYPE_CHECKING:
     from realjax.runtime.executor import Executor
@@ -61,16 +68,19 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
 
 def infer(executor: "Executor", mfc: Inference, batch: Batch, step: int | None) -> Done:
     """Adds the call's keys."""
-    inputs, layout = _place(executor, mfc, batch), executor.plan.layouts[mfc.name]
+    chosen = choose_sequences(mfc, batch, executor.plan.row_multiples[mfc.name])
+    inputs, layout = _place(executor, mfc, chosen.batch if chosen else batch), executor.plan.layouts[mfc.name]
     program = executor.programs.inference(mfc, num_micro_batches(mfc, inputs, layout))
     # A copy made for this call is dropped with this name, when the call no longer needs it.
     params, bytes_moved = executor.params_for(mfc)
     results = program(params, inputs)
-    outputs = zip(mfc.outputs, HEAD_OUTPUTS[mfc.head], strict=True)
+    outputs = {key: results[name] for key, name in zip(mfc.outputs, HEAD_OUTPUTS[mfc.head], strict=True)}
+    if chosen:
+        outputs = {key: chosen.put_back(x, batch.num_rows) for key, x in fetch_arrays(outputs).items()}
     return Done(
-        batch=batch.with_arrays(**{key: results[name] for key, name in outputs}),
+        batch=batch.with_arrays(**outputs),
         results=results,
-        num_tokens=batch.num_tokens,
+        num_tokens=(chosen.batch if chosen else batch).num_tokens,
         bytes_moved=bytes_moved,
         peak_bytes=find_peak_bytes(executor, mfc, params, program.device_bytes),
     )
@@ -96,11 +106,16 @@ def train(executor: "Executor", mfc: Train, batch: Batch, step: int | None) -> D
 
 def compute(executor: "Executor", call: Host, batch: Batch, step: int | None) -> Done:
     """Adds a host call's keys; all that it read is on the host from then on."""
-    arrays = _on_host(batch, (*PACKING_KEYS, *call.inputs))
+    arrays = read_arrays(batch, call)
     result = call.fn(arrays, executor.controls.get(call.name, call.state))
     if step is not None and call.name in executor.controls:
         executor.controls[call.name] = dict(result.state)
     return Done(batch=batch.replace_arrays(**arrays).with_arrays(**result.arrays), metrics=[result.metrics])
+
+
+def read_arrays(batch: Batch, call: Host) -> dict[str, np.ndarray]:
+    """Returns what a host call reads of a batch."""
+    return _on_host(batch, (*PACKING_KEYS, *call.inputs))
 
 
 RUN: dict[type[Call], Callable[..., Done]] = {Generate: generate, Inference: infer, Train: train, Host: compute}
@@ -126,6 +141,14 @@ def _place(executor: "Executor", mfc: Inference | Train, batch: Batch) -> Batch:
     """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
     layout = executor.plan.layouts[mfc.name]
     return put_batch(select_inputs(mfc, batch), train_rules(layout.strategy), layout)
+
+
+def choose_sequences(mfc: Inference, batch: Batch, row_multiple: int) -> Chosen | None:
+    """Returns the sequences that a call computes in rows of their own; None where those are all."""
+    if mfc.only is None:
+        return None
+    inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
+    return Chosen.of(inputs.replace_arrays(**_on_host(inputs, inputs.keys())), mfc.only, row_multiple)
 
 
 def select_inputs(mfc: Inference | Train, batch: Batch) -> Batch:

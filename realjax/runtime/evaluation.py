@@ -8,11 +8,12 @@ from realjax.core.batch import Batch
 from realjax.core.loss import LossSums
 from realjax.core.metrics import Metric, summarize
 from realjax.data.loader import Loader
-from realjax.dataflow.graph import Host
+from realjax.dataflow.graph import Host, Inference
 from realjax.dataflow.run import DecodeFn, Evaluation, RolloutEvaluation
 from realjax.record.answers import read_texts
 from realjax.record.samples import Sample
 from realjax.reshard.fetch import fetch
+from realjax.runtime.calls import read_arrays
 from realjax.runtime.executor import Executor
 
 MOST_SAMPLES = 4
@@ -20,8 +21,31 @@ MOST_SAMPLES = 4
 
 def evaluate_loss(executor: Executor, evaluation: Evaluation, loader: Loader) -> dict[str, float]:
     """Returns the held-out loss and its metrics, of sums over all batches of the loader divided once."""
-    sums: list[LossSums] = [fetch(executor.evaluate(evaluation, loader.batch(i))) for i in range(loader.total_steps)]
-    return summarize({"loss": part.loss, **part.metrics} for part in sums)
+    steps, parts = range(loader.total_steps), list[Mapping[str, Metric]]()
+    pools = any(isinstance(call, Host) and call.pool_fn is not None for call in evaluation.calls)
+    # One batch after the other, unless a call wants to see them all.
+    for batches in [[loader.batch(i) for i in steps]] if pools else ([loader.batch(i)] for i in steps):
+        for call in evaluation.calls:
+            batches, metrics = _run_on_all(executor, call, batches)
+            parts += metrics
+        sums: list[LossSums] = [fetch(executor.evaluate(evaluation, batch)) for batch in batches]
+        parts += [{"loss": one.loss, **one.metrics} for one in sums]
+    return summarize(parts)
+
+
+def _run_on_all(
+    executor: Executor, call: Inference | Host, batches: list[Batch]
+) -> tuple[list[Batch], list[Mapping[str, Metric]]]:
+    """Returns the batches after a call, and what it reports."""
+    if not isinstance(call, Host) or call.pool_fn is None:
+        results = [executor.step(batch, None, [call]) for batch in batches]
+        return [one.batch for one in results], [m for one in results for m in one.metrics.get(call.name, ())]
+    arrays = [read_arrays(batch, call) for batch in batches]
+    found = call.pool_fn(arrays)
+    return (
+        [batch.with_arrays(**one.arrays) for batch, one in zip(batches, found, strict=True)],
+        [one.metrics for one in found],
+    )
 
 
 def evaluate_rollouts(

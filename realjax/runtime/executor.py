@@ -117,8 +117,9 @@ class Executor:
             self.states[average.role] = ema_update(self.params(average.role), self.params(average.source), average.eta)
 
     def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
-        """Returns the loss sums of a held-out batch under the role's current parameters, on the role's home layout."""
-        batch = self.step(batch, None, evaluation.calls).batch
+        """Returns the loss sums of a held-out batch that has been through the evaluation's calls, under the role's
+        current parameters, on the role's home layout.
+        """
         home = self.roles[evaluation.role].home
         inputs = put_batch(batch, inference_rules(home.strategy), home)
         program = self.programs.evaluation(evaluation, num_micro_batches(evaluation, inputs, home))

@@ -1,11 +1,13 @@
 """Rollouts: from prompts to requests, from their continuations to packed sequences, and on to minibatches."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from realjax.allocation.plan import RolloutShape
-from realjax.core.batch import Batch
+from realjax.core.batch import Batch, is_per_token
+from realjax.core.segments import segment_slices
 from realjax.data.packing import PackPlan, bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation, Request
@@ -133,6 +135,36 @@ def make_minibatches(
     chosen = [[sequences[i] for i in sorted(part)] for part in parts]
     num_rows = bucket_rows(max(_num_rows(part, rollout.row_len) for part in chosen), row_multiple)
     return [pack(part, _plan(part, rollout.row_len, num_rows, row_multiple)) for part in chosen]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chosen:
+    """Some sequences of a batch, in rows of their own."""
+
+    batch: Batch
+    places: tuple[tuple[tuple[int, slice], tuple[int, slice]], ...]  # of each sequence: in that batch, and in the other
+
+    @classmethod
+    def of(cls, batch: Batch, key: str, row_multiple: int) -> "Chosen":
+        """Returns the sequences of a batch of host arrays for which `key` `[R, S]` is True."""
+        found = [place for place in segment_slices(batch["segment_ids"]) if batch[key][place[0], place[1]]]
+        arrays = {name: batch[name] for name in batch if name not in ("segment_ids", "positions")}
+        examples = [
+            {name: array[row, tokens if is_per_token(name) else segment] for name, array in arrays.items()}
+            for row, segment, tokens in found
+        ]
+        num_rows = bucket_rows(_num_rows(examples, batch.row_len), row_multiple)
+        plan = _plan(examples, batch.row_len, num_rows, row_multiple)
+        before = [(row, tokens) for row, _, tokens in found]
+        places = tuple(((row, tokens), before[index]) for index, row, _, tokens in plan.places())
+        return cls(batch=pack(examples, plan), places=places)
+
+    def put_back(self, output: np.ndarray, num_rows: int) -> np.ndarray:
+        """Returns an output `[R', T, ...]` of the chosen sequences in the rows that they came from, 0 elsewhere."""
+        whole = np.zeros((num_rows, *output.shape[1:]), output.dtype)
+        for (row, tokens), (row_before, tokens_before) in self.places:
+            whole[row_before, tokens_before] = output[row, tokens]
+        return whole
 
 
 def _num_rows(examples: Sequence[dict[str, np.ndarray]], row_len: int) -> int:

@@ -26,7 +26,7 @@ def test_an_example_is_an_answer_and_another_prompts_answer(tmp_path):
         example = dataset.example(i)
         assert sum(example[PART_LENS]) == len(example["tokens"]) == dataset.lengths[i]
         assert max(example[PART_LENS]) <= dataset.longest
-        assert (float(example["desirable"]), float(example["pair_weight"])) == (row["label"], 1)
+        assert example["desirable"].tolist() == [row["label"], 0] and example["is_other"].tolist() == [False, True]
         cut = example[PART_LENS][:1]
         parts = zip(np.split(example["tokens"], cut), np.split(example["loss_mask"], cut), (i, others[i]), strict=True)
         for tokens, mask, other in parts:
@@ -47,7 +47,7 @@ def test_epochs_hold_every_answer_once_and_follow_from_the_seed(tmp_path):
         assert sorted(dataset.order(7, epoch, True)) == list(range(5))
         np.testing.assert_array_equal(dataset.order(7, epoch, True), load(tmp_path).order(7, epoch, True))
     batch = Loader(dataset, batch_size=5, num_epochs=1, seed=1).batch(0)
-    assert batch["pair_weight"].sum() == 5 and batch["desirable"].sum() == 3
+    assert batch["is_other"].sum() == 5 and batch["desirable"].sum() == 3
 
 
 def test_what_cannot_serve_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.config_dict import from_config_dict, to_config_dict, to_json
 from realjax.options.describe import describe_options
+from realjax.options.distill import DistillConfig
 from realjax.options.fields import list_options
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import allocation_options
@@ -92,8 +93,10 @@ MANUAL_LAYOUTS = {
 SYMMETRIC = [*SCRIPT, "allocation_mode=m2d2p2", "actor_gen.n_mbs=2", "actor_train.n_mbs=4", "ref_inf.n_mbs=2"]
 
 CONFIGS = {
+    "distill": DistillConfig,
     "ppo": PPOConfig,
     "grpo": GRPOConfig,
+    "dapo": GRPOConfig,
     "rloo": RLOOConfig,
     "remax": ReMaxConfig,
     "reinforce_pp": ReinforcePPConfig,
@@ -106,7 +109,7 @@ def sources(tmp_path):
     """Words that give every model and the data."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
-    return [f"dataset.path={path}", *(f"{role}.path=m" for role in ("actor", "critic", "ref", "rew"))]
+    return [f"dataset.path={path}", *(f"{role}.path=m" for role in ("actor", "critic", "ref", "rew", "teacher"))]
 
 
 def parse(words, config_cls=PPOConfig):

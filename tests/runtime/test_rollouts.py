@@ -9,7 +9,7 @@ from realjax.core.generation_config import GenerationConfig
 from realjax.data.packing import bucket_rows, pack, pack_rows, unpack
 from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation
-from realjax.runtime.rollouts import answer_requests, make_minibatches, make_requests, pack_rollout
+from realjax.runtime.rollouts import Chosen, answer_requests, make_minibatches, make_requests, pack_rollout
 from tests.given.models import make_layout  # noqa: F401 - eight devices before any array
 
 CONFIG = GenerationConfig(max_new_tokens=6, min_new_tokens=0)
@@ -139,6 +139,22 @@ def test_sequences_without_a_trained_token_are_left_out():
     assert sorted(int(s["tokens"][0]) for part in parts for s in unpack(part)) == [1, 3]
     nothing = rollout.replace_arrays(train_mask=np.zeros_like(rollout["train_mask"]))
     assert make_minibatches(nothing, Minibatches(count=3), row_multiple=1, seed=(0,)) == []
+
+
+def test_some_sequences_are_taken_out_of_a_batch_and_their_outputs_put_back():
+    rng = np.random.default_rng(0)
+    lengths, is_other = [5, 3, 9, 2, 7, 4], np.arange(6) % 2 == 1
+    examples = [
+        {"tokens": rng.integers(3, 50, n).astype(np.int32), "is_other": np.array(other)}
+        for n, other in zip(lengths, is_other, strict=True)
+    ]
+    batch = pack(examples, pack_rows(lengths, 12))
+    chosen = Chosen.of(batch, "is_other", row_multiple=2)
+    assert chosen.batch.num_tokens == 3 + 2 + 4 and chosen.batch.num_rows == 2 < batch.num_rows
+    back = chosen.put_back(np.asarray(chosen.batch["tokens"]) * 10, batch.num_rows)
+    of_tokens = np.pad(batch["is_other"], ((0, 0), (1, 0)))
+    expected = np.take_along_axis(of_tokens, batch["segment_ids"], axis=1) * batch["tokens"] * 10
+    np.testing.assert_array_equal(back, expected)
 
 
 def test_rows_come_in_few_numbers():
