@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from realjax.core.batch import is_per_token
-from realjax.data.packing import bucket_len, pack, pack_rows, unpack
+from realjax.data.packing import PART_LENS, bucket_len, pack, pack_rows, unpack
 
 
 def random_lengths(seed: int) -> tuple[list[int], int]:
@@ -107,3 +107,27 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_each_sequence_of_an_example_has_its_own_number():
+    """Of keys with dim `segments`; unpacked, every sequence has what belongs to it."""
+    lens = [(3, 2), (4, 1), (2, 2)]
+    examples = [
+        {
+            "tokens": np.full(sum(both), 10 * i + 5, np.int32),
+            "rewards": np.array([10 * i, 10 * i + 1], np.float32),
+            "pair_weight": np.float32(i),
+            PART_LENS: np.array(both),
+        }
+        for i, both in enumerate(lens)
+    ]
+    plan = pack_rows([sum(both) for both in lens], 10)
+    batch = pack(examples, plan)
+    assert batch["rewards"].shape == (2, 4) and batch["pair_weight"].shape == (2, 2)
+    sequences = unpack(batch.select(("tokens", "segment_ids", "positions", "rewards")))
+    assert [float(one["rewards"]) for one in sequences] == [
+        10 * i + part for row in plan.rows for i in row for part in (0, 1)
+    ]
+    assert all(int(one["tokens"][0]) == float(one["rewards"]) // 10 * 10 + 5 for one in sequences)
+    with pytest.raises(ValueError, match="'rewards' of example 0 has shape .*; needed one for each of its sequences"):
+        pack([examples[0] | {"rewards": np.float32(1)}, *examples[1:]], plan)

@@ -7,6 +7,7 @@ import pytest
 
 from realjax.allocation.modes import check_options
 from realjax.options.checks import list_notices, resolve_names, validate
+from realjax.options.datasets import name_sets
 from realjax.options.parallel import allocation_options
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import check_writable, find_fileroot, run_paths
@@ -59,6 +60,28 @@ def test_a_sound_config_passes(data):
 def test_what_cannot_run_is_refused(data, overrides, message):
     with pytest.raises(ValueError, match=message):
         validate(parse(data, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("given", "sets"),
+    [
+        ("null", {}),
+        ("a.jsonl", {"": "a.jsonl"}),
+        ("[one=a.jsonl]", {"one": "a.jsonl"}),
+        ("[x/a.jsonl,code=b.json]", {"a": "x/a.jsonl", "code": "b.json"}),
+        ("x/a=b/c.jsonl", {"": "x/a=b/c.jsonl"}),
+    ],
+)
+def test_held_out_sets_have_names(given, sets):
+    dataset = parse_overrides(SFTConfig, [f"dataset.valid_path={given}"]).dataset
+    assert name_sets(dataset.valid_path, "dataset.valid_path") == sets
+
+
+def test_two_held_out_sets_of_one_name_or_one_that_is_not_there_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="^dataset.valid_path: found two sets called 'data'; give them names"):
+        validate(parse(data, f"dataset.valid_path=[{data},{data}]"))
+    with pytest.raises(ValueError, match="^dataset.valid_path: '/no/such.jsonl' is no such file"):
+        validate(parse(data, f"dataset.valid_path=[a={data},b=/no/such.jsonl]"))
 
 
 def test_names_are_filled_in_only_where_they_are_null(tmp_path, monkeypatch):
