@@ -43,6 +43,11 @@ def choose(hidden, kernel, k, chunks):
     return token_logprobs(hidden, kernel, BATCH["tokens"], SEGMENTS, chunks, wanted)
 
 
+@cache
+def choices_of_teacher(k):
+    return quick_jit(lambda *inputs: choose(*inputs, k, Chunks(size=24)))(*make_inputs(0))
+
+
 def exact_probs(hidden, kernel):
     """Of each token, given those before it, in float64: `[R, T, V]`, of the tokens that there are."""
     logits = (hidden.astype(np.float64) @ kernel.astype(np.float64))[:, :-1, :NUM_TOKENS] / TEMPERATURE
@@ -91,7 +96,7 @@ def test_choices_are_the_likeliest_tokens_and_the_rest(k, size):
 def test_of_equal_tokens_those_left_out_are_among_the_rest():
     hidden, kernel = make_inputs(0)
     kernel = np.repeat(kernel[:, :10], 5, axis=1)  # each logit five times
-    outputs = choose(hidden, kernel, 3, Chunks(size=24))
+    outputs = quick_jit(lambda *inputs: choose(*inputs, 3, Chunks(size=24)))(hidden, kernel)
     np.testing.assert_allclose(jnp.exp(outputs["choices"]).sum(axis=-1)[HAS_BEFORE], 1, rtol=1e-5)
 
 
@@ -104,7 +109,7 @@ def test_the_divergence_and_its_gradient_are_those_of_a_loop(variant, k, with_ta
     targets = target_indices(np.asarray(BATCH["loss_mask"]), np.asarray(BATCH["positions"])) if with_targets else None
     weights *= BATCH["loss_mask"] if with_targets else 1
     chunks = Chunks(size=6 if targets is None else targets.shape[1])
-    chosen = choose(*teacher, k, Chunks(size=24))
+    chosen = choices_of_teacher(k)
 
     def weighted(hidden, kernel):
         wanted = Wanted(
@@ -133,14 +138,14 @@ def test_it_is_0_of_the_teacher_itself_and_grows_with_what_is_told_apart(variant
     teacher, student = make_inputs(0), make_inputs(1)
 
     def total(model, k):
-        chosen = choose(*teacher, k, Chunks(size=24))
+        chosen = choices_of_teacher(k)
         wanted = Wanted(
             draw=Draw(TEMPERATURE, num_tokens=NUM_TOKENS),
             compare_fn=make_compare(VARIANTS[variant]),
             teacher=(chosen["ids"], chosen["choices"]),
         )
-        found = token_logprobs(*model, BATCH["tokens"], SEGMENTS, Chunks(size=24), wanted)["divergence"]
-        return float(np.asarray(found)[HAS_BEFORE].sum())
+        read = lambda *model: token_logprobs(*model, BATCH["tokens"], SEGMENTS, Chunks(size=24), wanted)["divergence"]
+        return float(np.asarray(quick_jit(read)(*model))[HAS_BEFORE].sum())
 
     assert total(teacher, 5) == pytest.approx(0, abs=1e-4)
     sizes = [total(student, k) for k in (1, 4, 16, NUM_TOKENS)]

@@ -124,7 +124,7 @@ def test_long_answers_are_cut_and_pairs_that_become_equal_are_counted(tmp_path, 
     prompt_len = int(np.argmax(whole.example(0)["loss_mask"]))
     cut = load(tmp_path, rows[:1], max_seqlen=prompt_len + 2)
     assert cut.example(0)[PART_LENS].tolist() == [prompt_len + 2] * 2
-    np.testing.assert_array_equal(cut.pairs[0][0], whole.pairs[0][0][: prompt_len + 2])
+    np.testing.assert_array_equal(cut.sequences[0][0], whole.sequences[0][0][: prompt_len + 2])
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         load(tmp_path, rows)
@@ -162,12 +162,12 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 def test_the_fingerprint_tells_better_from_worse(tmp_path):
     """Ids, tokens in all and lengths the same."""
     dataset = load(tmp_path)
-    pairs = tuple((worse, better) for better, worse in dataset.pairs)
+    pairs = tuple((worse, better) for better, worse in dataset.sequences)
     starts = np.array(dataset.answer_starts)
     starts[0] += 1
     changed = [
         dataset,
-        replace(dataset, pairs=pairs),
+        replace(dataset, sequences=pairs),
         replace(dataset, answer_starts=starts),
         replace(dataset, max_pairs=3),
     ]

@@ -57,13 +57,18 @@ class Scripted:
     def __init__(self, differs: Any, state: dict[str, float] | None = None) -> None:
         self.differs, self.controls = differs, {SAMPLING: dict(state or FIRST)}
         self.plan = SimpleNamespace(rollouts={"gen": RolloutShape(row_len=32, row_multiple=2, num_slots=8)})
-        self.asked: list[int] = []  # prompts, in order
+        self.takes: list[list[int]] = []  # the prompts of each draw
         self.randomness: list[tuple[int, int]] = []
+
+    @property
+    def asked(self) -> list[int]:
+        """All prompts, in order."""
+        return [prompt for take in self.takes for prompt in take]
 
     def run_call(self, call: Any, batch: Batch, step: int, draw: int) -> Done:
         if isinstance(call, Generate):
             requests = make_requests(batch, call, draw)
-            self.asked += [request.row_id for request in requests[::SAMPLES]]
+            self.takes.append([request.row_id for request in requests[::SAMPLES]])
             self.randomness += [(request.row_id, request.sample_id) for request in requests]
             one = Generation(tokens=np.array([9]), logprobs=np.array([-1.0]), ended=True, kept=None)
             return Done(batch=pack_rollout(requests, [one] * len(requests), call, self.plan.rollouts["gen"]))
@@ -99,7 +104,11 @@ def test_a_step_is_full_of_groups_of_use_and_prompts_are_taken_one_after_the_oth
         groups = {int(one["group"]): int(one["prompt_id"]) for one in sequences}
         assert [groups[i] for i in range(BATCH)] == used[number * BATCH : (number + 1) * BATCH]
         assert len(sequences) == BATCH * SAMPLES and metrics["batch_filled"] == 1
-    assert executor.asked == stream(len(executor.asked)) and len(executor.asked) > 2 * NUM_PROMPTS
+    assert len(executor.asked) > 2 * NUM_PROMPTS
+    left = stream(len(executor.asked))
+    for take in executor.takes:  # in the order in which they are packed
+        assert sorted(take) == sorted(left[: len(take)])
+        del left[: len(take)]
     assert len(set(executor.randomness)) == len(executor.randomness)
     total = lambda name: sum(metrics[name] for _, metrics in steps)
     assert total("drawn_prompts") == len(executor.asked) == executor.controls[SAMPLING]["prompts"]
