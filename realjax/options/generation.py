@@ -53,9 +53,8 @@ class GenConfig(CommonExperimentConfig):
         if "" in self.stop:
             raise ValueError(f"stop: found {list(self.stop)}; an empty text would end every answer at once")
         if self.dataset.valid_path is not None:
-            raise ValueError(
-                f"dataset.valid_path: found {list(self.dataset.valid_path)}; gen answers dataset.path only"
-            )
+            found = ",".join(self.dataset.valid_path)
+            raise ValueError(f"dataset.valid_path: found '{found}'; gen answers dataset.path only")
         check_samples_differ("num_samples", self.num_samples, self.gen)
 
     def notices(self) -> list[str]:

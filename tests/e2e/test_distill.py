@@ -7,7 +7,7 @@ import pytest
 from tests.given.commands import Trial
 from tests.given.runs import Given
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("quick")]
 LAYOUTS = {
     "one": {},
     "four": {"n_gpus_per_node": 4, "allocation_mode": "d2p1m2", "actor_train__n_mbs": 2, "teacher_inf__n_mbs": 2},
@@ -18,7 +18,8 @@ def test_distillation_in_two_layouts(given: Given, tmp_path: Path):
     options = {
         "actor__path": given.actor,
         "teacher__path": given.ref,
-        "actor__optimizer__lr": 0.01,
+        "actor__optimizer__lr": 0.001,
+        "total_train_epochs": 2,
         "dataset__path": given.prompts,
         "dataset__valid_path": given.valid,
         "dataset__max_prompt_len": 24,
@@ -32,8 +33,8 @@ def test_distillation_in_two_layouts(given: Given, tmp_path: Path):
         trial = Trial(given=given, root=tmp_path, name=name, experiment="distill", options=options | layout)
         assert trial.run() == 0
         runs.append(trial)
-    names = ("loss", "nll", "teacher_rest", "n_tokens", "eos_share")
+    names = ("loss", "nll", "teacher_rest", "actor_train/n_tokens", "eos_share")
     first, others = ([[record.get(key) for key in names] for record in run.metrics("train")][0] for run in runs)
     assert first == pytest.approx(others, rel=2e-3, abs=1e-4)
     before, after = ([record["loss"] for record in run.metrics("eval")] for run in runs)
-    assert before == pytest.approx(after, rel=2e-2) and before[-1] < 0.7 * before[0]
+    assert before == pytest.approx(after, rel=2e-2) and before[-1] < 0.8 * before[0]

@@ -7,7 +7,7 @@ import pytest
 from tests.given.commands import Trial
 from tests.given.runs import Given
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick")]
 LAYOUTS = {
     "one": {},
     "four": {"n_gpus_per_node": 4, "allocation_mode": "d2p1m2", "actor_train__n_mbs": 2},

@@ -79,7 +79,7 @@ def test_quickstart_command_word_for_word():
     strategy = config.allocation.parallel.strategy()
     assert (strategy.pp, strategy.tp, strategy.dp, strategy.sequence_parallel) == (1, 2, 4, True)
     assert config.dataset.train_path == "/path/to/train/dataset.jsonl"
-    assert config.dataset.valid_path == "/path/to/valid/dataset.jsonl"
+    assert config.dataset.valid_path == ("/path/to/valid/dataset.jsonl",)
     assert (config.dataset.max_seqlen, config.dataset.train_bs_n_seqs, config.dataset.valid_bs_n_seqs) == (
         1024,
         512,
@@ -93,6 +93,7 @@ def test_every_v03_option_is_read_and_changes_what_it_names(override):
     value, default = parse_overrides(SFTConfig, [override]), SFTConfig()
     for name in key.split("."):
         value, default = getattr(value, name), getattr(default, name)
+    value = ",".join(value) if isinstance(value, tuple) else value
     assert str(value) == {"null": "None", "2e-5": "2e-05", "1e-8": "1e-08"}.get(text, text)
     assert value != default or override in (
         "model.optimizer.type=adam",

@@ -109,7 +109,7 @@ def sources(tmp_path):
     """Words that give every model and the data."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
-    return [f"dataset.path={path}", *(f"{role}.path=m" for role in ("actor", "critic", "ref", "rew", "teacher"))]
+    return [f"dataset.path={path}", *(f"{role}.path=m" for role in ("actor", "critic", "ref", "rew"))]
 
 
 def parse(words, config_cls=PPOConfig):
@@ -188,7 +188,7 @@ def test_every_recipe_is_read_and_runs_once_it_has_paths(name, sources):
     config_cls = CONFIGS[name]
     recipe = Path(__file__).parents[2] / "configs" / f"{name}.py"
     fields = {field.name for field in dataclasses.fields(config_cls)}
-    words = [word for word in [*sources, "model.path=m"] if word.partition(".")[0] in fields]
+    words = [word for word in [*sources, "model.path=m", "teacher.path=m"] if word.partition(".")[0] in fields]
     found = from_config_dict(
         config_cls, read_config(["launch", f"--config={recipe}", *(f"--config.{w}" for w in words)])
     )

@@ -82,6 +82,7 @@ def test_the_quickstart_command_sets_what_it_says(name):
     for word in words:
         path, _, text = word.partition("=")
         value = get(config, config_cls.ALIASES.get(path, path))
+        value = ",".join(value) if isinstance(value, tuple) else value
         assert type(value)(text) == value if not isinstance(value, bool) else text == str(value), path
 
 
