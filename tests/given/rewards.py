@@ -20,6 +20,6 @@ def first_letter(prompts, answers, rows):
     return [answer.strip()[:1] or None for answer in answers]
 
 
-def starts_with_a_vowel(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
-    """Returns 1 for answers whose first letter is a vowel, else 0."""
-    return [float(answer.strip()[:1].lower() in tuple("aeiou")) for answer in answers]
+def oddness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """Returns 1 for answers of an odd number of characters, else 0."""
+    return [float(len(answer) % 2) for answer in answers]

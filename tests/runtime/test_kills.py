@@ -23,7 +23,7 @@ NUM_KILLS = 5
 STEPS = 6
 
 
-def evaluate(executor, evaluation, decode_fn) -> tuple[Mapping[str, float], list[Sample]]:
+def evaluate(executor, evaluation, loader, decode_fn) -> tuple[Mapping[str, float], list[Sample]]:
     """Stands in for answers: what they are worth follows from the number of updates."""
     step = int(executor.states["default"].num_updates)
     return {"greedy/worth": VALUES[step]}, [Sample(variant="greedy", prompt="p", answer=f"after {step}", reward=1.0)]
