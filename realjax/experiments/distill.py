@@ -32,11 +32,7 @@ def build(config: DistillConfig) -> RunSpec:
     }
     tokenizer, options, data = common.load_tokenizer(roles["actor"].path), config.distill, config.dataset
     num_tokens = common.num_common_tokens(roles.values())
-    form = PromptForm(
-        max_len=data.max_prompt_len, use_chat_template=data.use_chat_template, pad_to_max_length=data.pad_to_max_length
-    )
-    check_fn = _check_answer if options.data_share > 0 else None
-    prompts = load_prompts(data.path, tokenizer, form, check_fn=check_fn, name="dataset.path")
+    prompts = _load_prompts(config, tokenizer)
     held_out = _load_held_out(config, tokenizer)
     answer = Generate(
         name="actor_gen",
@@ -61,7 +57,7 @@ def build(config: DistillConfig) -> RunSpec:
         mask="loss_mask",
         draw=make_draw(options, num_tokens),
         num_choices=_count_choices(config, num_tokens, answer.num_answers * (answer.max_seqlen or 0)),
-        max_seqlen=max(answer.max_seqlen or 0, *(one.longest for one in held_out.values())),
+        max_seqlen=max([answer.max_seqlen or 0, *(one.longest for one in held_out.values())]),
         micro_batches=config.teacher_inf.micro_batches,
     )
     measures = Host(name="measures", fn=measure, inputs=("loss_mask", "logprobs", "has_eos"), outputs=())
@@ -82,13 +78,18 @@ def build(config: DistillConfig) -> RunSpec:
         roles=roles,
         tokenizer=tokenizer,
         loader=Loader(
-            prompts,
-            batch_size=data.train_bs_n_seqs,
-            num_epochs=config.exp_ctrl.total_train_epochs,
-            seed=config.seed,
+            prompts, batch_size=data.train_bs_n_seqs, num_epochs=config.exp_ctrl.total_train_epochs, seed=config.seed
         ),
         evaluations=common.measure_loss(train, held_out, (teacher,)),
     )
+
+
+def _load_prompts(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+    data, needs_answers = config.dataset, config.distill.data_share > 0
+    form = PromptForm(
+        max_len=data.max_prompt_len, use_chat_template=data.use_chat_template, pad_to_max_length=data.pad_to_max_length
+    )
+    return load_prompts(data.path, tokenizer, form, check_fn=_check_answer if needs_answers else None)
 
 
 def measure(arrays: Arrays, state: State) -> HostResult:

@@ -35,6 +35,29 @@ def build(config: KTOConfig) -> RunSpec:
     draw = Draw(num_tokens=common.num_common_tokens(roles.values()))
 
     longest = max(one.longest for one in (loader, *held_out.values()))
+    before = list_before(config, draw, longest)
+    train = Train(
+        name="actor_train",
+        role="actor",
+        inputs=KTO_INPUTS,
+        loss=make_kto_loss(config.parameters, draw),
+        minibatches=Minibatches(shuffle=False),
+        max_seqlen=loader.longest,
+        micro_batches=config.actor_train.micro_batches,
+    )
+    return common.run_spec(
+        config,
+        experiment="kto",
+        graph=DataflowGraph((*before, train), frozenset({"tokens", "loss_mask", "desirable", "is_other"})),
+        roles=roles,
+        tokenizer=tokenizer,
+        loader=loader,
+        evaluations=common.measure_loss(train, held_out, before),
+    )
+
+
+def list_before(config: KTOConfig, draw: Draw, longest: int) -> tuple[Inference | Host, ...]:
+    """Returns the calls before an update, of sequences of up to `longest` tokens: both models', and their KL."""
     inference = Inference(
         name="ref_inf",
         role="ref",
@@ -63,22 +86,4 @@ def build(config: KTOConfig) -> RunSpec:
         inputs=KL_INPUTS,
         outputs=KL_OUTPUTS,
     )
-    before = (inference, of_others, baseline)
-    train = Train(
-        name="actor_train",
-        role="actor",
-        inputs=KTO_INPUTS,
-        loss=make_kto_loss(config.parameters, draw),
-        minibatches=Minibatches(shuffle=False),
-        max_seqlen=loader.longest,
-        micro_batches=config.actor_train.micro_batches,
-    )
-    return common.run_spec(
-        config,
-        experiment="kto",
-        graph=DataflowGraph((*before, train), frozenset({"tokens", "loss_mask", "desirable", "is_other"})),
-        roles=roles,
-        tokenizer=tokenizer,
-        loader=loader,
-        evaluations=common.measure_loss(train, held_out, before),
-    )
+    return inference, of_others, baseline
