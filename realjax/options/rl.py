@@ -10,9 +10,10 @@ from realjax.algorithms.ppo import PPOParameters
 from realjax.algorithms.reinforce_pp import ReinforcePPParameters
 from realjax.algorithms.remax import ReMaxParameters
 from realjax.algorithms.rloo import RLOOParameters
-from realjax.core.option import check_ranges, nested, option
+from realjax.core.option import nested, option
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
+from realjax.options.evaluation import EvaluationOptions
 from realjax.options.generation import GenerationOptions, check_samples_differ
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
@@ -39,38 +40,6 @@ class RewardOptions:
     model_weight: float = option(1.0, "weight of the model at rew.path")
     fn_weight: float = option(1.0, "weight of fn")
     classifier_weight: float = option(1.0, "weight of classifier")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Answers to held-out prompts, scored by the run's own rewards; greedy ones, sampled ones, or both."""
-
-    greedy: bool = option(True, "answer with the likeliest tokens")
-    sampled: bool = option(True, "answer with tokens drawn as in training")
-    num_prompts: int | None = option(None, "prompts answered, from the start of valid_path; null is all", at_least=1)
-    num_samples: int = option(
-        1, "answers drawn as in training for each prompt; of several, pass@k is reported", at_least=1, at_most=2**16
-    )
-    success_above: float = option(0.5, "answers whose reward is above this solve their prompt, for pass@k")
-    vote_fn: str | None = option(
-        None,
-        "function <module>:<function> of (prompts, answers, rows of the data) that returns what each answer votes for, "
-        "such as realjax.rewards.verifiable:number_vote, for majority@k; null: no such metric",
-    )
-    best_metric: str | None = option(
-        None,
-        "metric of the evaluation, such as greedy/task_reward, whose highest value marks the checkpoint kept as best",
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if not self.draws:
-            raise ValueError("eval.greedy: found False, as is eval.sampled; set one of them to True")
-
-    @property
-    def draws(self) -> tuple[str, ...]:
-        """How answers are drawn, one name for each way."""
-        return tuple(name for name in ("greedy", "sampled") if getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +295,11 @@ class GRPOConfig(RLConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_samples_differ("group_size", self.group_size, self.ppo.gen)
+        if self.staleness and self.ppo.max_draws > 1:
+            raise ValueError(
+                f"staleness: found {self.staleness} with ppo.max_draws={self.ppo.max_draws}; answers drawn ahead are "
+                "those to a step's prompts as they are: set staleness to 0, or max_draws to 1"
+            )
 
     @property
     def algorithm(self) -> GRPOHyperparameters:

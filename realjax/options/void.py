@@ -19,9 +19,10 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.option import DataclassInstance
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.distill import DistillConfig
+from realjax.options.evaluation import EvaluationOptions
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
-from realjax.options.rl import EvaluationOptions, GRPOHyperparameters, PPOConfig, RewardOptions, RLConfig, StepOptions
+from realjax.options.rl import GRPOHyperparameters, PPOConfig, RewardOptions, RLConfig, StepOptions
 from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 
