@@ -34,9 +34,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster, pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
-        # Of this process alone; and programs of a few runs are not worth optimising.
+        # Of this process alone.
         patch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
         patch.setenv("PYTHONPATH", str(ROOT))
         yield cluster
 

@@ -238,6 +238,7 @@ def quick_jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 @contextmanager
 def quick_compiles() -> Iterator[None]:
     """Compiles without most of XLA's optimisations: tiny programs that run a few times."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -35,9 +35,7 @@ def run_workers(script: Path, num_processes: int, folder: Path, *arguments: str)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Each program runs a few times only: unoptimised, it compiles in half the time or less.
-    flags = "--xla_backend_optimization_level=0"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     env.pop("JAX_NUM_CPU_DEVICES", None)
     logs = [folder / f"{num_processes}-{i}.log" for i in range(num_processes)]
     workers: list[subprocess.Popen] = []
