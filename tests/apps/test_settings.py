@@ -1,11 +1,11 @@
 """The command tells XLA, CUDA and NCCL their settings before the backend starts, by what accelerator there is."""
 
 import os
-import sys
 from types import SimpleNamespace
 
 import pytest
 
+from realjax.allocation import allocate
 from realjax.apps import quickstart
 from realjax.launch.accelerators import Accelerator
 from realjax.launch.environment import ProcessGroup
@@ -31,8 +31,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, tmp_path, *words: str) -> dict[str, st
     monkeypatch.setattr(quickstart, "prepare_devices", lambda *args: seen.update(os.environ))
     monkeypatch.setattr(quickstart.Experiment, "build", lambda self, config: config)
     planned = SimpleNamespace(describe=lambda: "the plan")
-    allocated = SimpleNamespace(allocate=lambda spec, devices: planned)
-    monkeypatch.setitem(sys.modules, "realjax.allocation.allocate", allocated)
+    monkeypatch.setattr(allocate, "allocate", lambda spec, devices: planned)
     paths = [f"fileroot={tmp_path}", "model.path=model", f"dataset.train_path={data}", f"dataset.valid_path={data}"]
     assert quickstart.main(["sft", "--plan", "mode=local", "n_gpus_per_node=8", *paths, *words]) == 0
     return seen

@@ -10,7 +10,7 @@ import pytest
 from tests.given.models import quick_compiles
 from tests.given.runs import LAYOUTS, build_rl_spec, load_executor
 
-STEPS = 52
+STEPS = 24  # three epochs
 
 
 def live_bytes() -> Counter[str]:
@@ -29,7 +29,7 @@ def test_memory_returns_to_its_level_after_each_step(given, tmp_path):
     """
     # Sequences of one length make batches of one shape.
     same = {"dataset__pad_to_max_length": True, "algo__gen__min_new_tokens": 8, "dataset__train_bs_n_seqs": 4}
-    spec = build_rl_spec(given, tmp_path, **LAYOUTS["halves"], **same, algo__ref_ema_eta=0.1, total_train_epochs=7)
+    spec = build_rl_spec(given, tmp_path, **LAYOUTS["halves"], **same, algo__ref_ema_eta=0.1, total_train_epochs=3)
     with quick_compiles():
         executor = load_executor(spec)
         levels = []
