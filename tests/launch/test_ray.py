@@ -6,14 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from realjax.core.exit_codes import KILLED
 from realjax.launch import local, restarts
-from realjax.launch.environment import find_process_group
 from realjax.launch.ray import RayJob, import_ray, is_installed
 
 # Ray forks, of which JAX warns, and leaves files and sockets open.
@@ -98,8 +97,10 @@ def test_without_ray_it_is_said_what_lacks(monkeypatch):
         import_ray()
 
 
-@needs_ray
-def test_no_cluster_is_an_error_of_the_users(tmp_path: Path):
-    with pytest.raises(ValueError, match="ray: no cluster at '127.0.0.1:1'"):
+def test_no_cluster_is_an_error_of_the_users(monkeypatch):
+    def init(**options: object) -> None:
+        raise ConnectionError("nobody answers\nand more of it")
+
+    monkeypatch.setattr("realjax.launch.ray.import_ray", lambda: SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match=r"^ray: no cluster at '127.0.0.1:1' \(nobody answers\); start one"):
         run(SAYS, "127.0.0.1:1")
-    assert find_process_group({}) is None
