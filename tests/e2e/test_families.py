@@ -15,6 +15,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 CONFIGS = {
     "gemma2": {**SIZES, **CAPS, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "sliding_window": 5},
     "gpt2": {**SIZES, "n_inner": 48},
+    "mistral": {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "sliding_window": 5},
     "qwen3_moe": {**SIZES, **EXPERTS, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48},
 }
 
