@@ -8,7 +8,7 @@
 It is the same run as `realjax sft` with the quickstart's options. The rows hold "prompt" and "answer"; the loss is
 taken on answers only. Expect a line per step with a falling loss, an evaluation at the end of each of 8 epochs, a
 Hugging Face checkpoint every 50 steps and at the end, and a report.html; the first lines say where. Any option can be
-set as `--config.<name>=value`; `python -m realjax.apps.quickstart sft --help` lists them.
+set as `--config.<name>=value`; `python -m realjax.apps.quickstart sft --help all` lists them.
 """
 
 from typing import Any

@@ -8,21 +8,23 @@ import os
 from collections.abc import Sequence
 
 from realjax.apps.checkup import look, saved_bytes
+from realjax.apps.present import count_devices, count_present
 from realjax.apps.quickstart import (
     EXPERIMENTS,
-    HELP_FLAGS,
     configure_logging,
     find_experiment,
     join_group,
     prepare_devices,
     prepare_environment,
 )
+from realjax.apps.words import HELP_FLAGS
 from realjax.core.processes import is_first
 from realjax.launch.environment import end_with_launcher, find_process_group
 from realjax.options.checks import resolve_names
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
 from realjax.options.doctor import DoctorConfig
+from realjax.options.machine import resolve_machine
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import find_fileroot
 
@@ -36,14 +38,15 @@ def main(words: Sequence[str]) -> int:
     run: CommonExperimentConfig | None = None
     if words and words[0] in EXPERIMENTS:
         run = resolve_names(parse_overrides(find_experiment(words[0]).config_cls, list(words[1:])), words[0])
+    group = find_process_group(os.environ)
+    run = run and resolve_machine(run, count_present(group), os.environ)
     config = run or parse_overrides(DoctorConfig, list(words))
     end_with_launcher()
-    group = find_process_group(os.environ)
     prepare_environment(config, group)
     if group is not None:
         join_group(config, group)
     root = find_fileroot(config.fileroot)
-    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, root / ".cache" / "jax")
+    devices = prepare_devices(config.n_nodes, count_devices(config) // config.n_nodes, root / ".cache" / "jax")
     findings = look(root, devices, 0 if run is None else saved_bytes(find_experiment(words[0]).build(run)))
     for finding in findings if is_first() else ():
         print(finding, flush=True)

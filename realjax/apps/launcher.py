@@ -20,6 +20,7 @@ from realjax.launch.slurm import SlurmJob, split_environment
 from realjax.options.checks import resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
+from realjax.options.machine import devices_per_node, resolve_machine
 from realjax.options.parallel import allocation_options
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import check_writable, run_paths
@@ -83,6 +84,8 @@ def read_run(words: Sequence[str], elsewhere: str | None = None) -> RunCommand:
     config = resolve_names(config, experiment)
     if elsewhere is None:
         validate(config)
+    # What the machines elsewhere have is not known here.
+    config = resolve_machine(config, local.DEFAULT_GPUS_PER_NODE, {})
     check_options(allocation_options(config))
     named = {name: getattr(config, name) for name in ("experiment_name", "trial_name", "fileroot", "recover_mode")}
     return RunCommand(
@@ -150,8 +153,8 @@ def make_slurm_job(run: RunCommand, args: argparse.Namespace) -> SlurmJob:
         command=run.command(args.python),
         folder=logs.with_name(f"{logs.name}.slurm"),  # beside: a run that starts anew sets its log directory aside
         n_nodes=config.n_nodes,
-        tasks_per_node=1 if per_node else config.n_gpus_per_node,
-        gpus_per_node=0 if args.no_gpus else config.n_gpus_per_node,
+        tasks_per_node=1 if per_node else devices_per_node(config),
+        gpus_per_node=0 if args.no_gpus else devices_per_node(config),
         account=args.account,
         partition=config.partition,
         time=args.time,
@@ -185,7 +188,7 @@ def launch_kubernetes(words: Sequence[str]) -> int:
         command=run.command(args.python),
         image=config.image_name,
         n_nodes=config.n_nodes,
-        gpus_per_node=0 if args.no_gpus else config.n_gpus_per_node,
+        gpus_per_node=0 if args.no_gpus else devices_per_node(config),
         claim=args.claim,
         mount=args.mount,
         namespace=args.namespace,
@@ -208,12 +211,12 @@ def launch_ray(words: Sequence[str]) -> int:
     args, rest = _split(parser, words)
     run = read_run(rest)
     config = run.config
-    per_node = 1 if args.tasks == "node" or (args.no_gpus and args.tasks is None) else config.n_gpus_per_node
+    per_node = 1 if args.tasks == "node" or (args.no_gpus and args.tasks is None) else devices_per_node(config)
     job = RayJob(
         command=run.command(),
         num_processes=config.n_nodes * per_node,
         processes_per_node=per_node,
-        gpus_per_process=0 if args.no_gpus else config.n_gpus_per_node // per_node,
+        gpus_per_process=0 if args.no_gpus else devices_per_node(config) // per_node,
         cpus_per_process=args.cpus,
         num_restarts=config.recover_retries if config.recover_mode == "auto" else 0,
         environment=split_environment(args.env),

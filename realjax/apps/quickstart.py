@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -24,6 +24,18 @@ from rich.console import Console
 from realjax.allocation import modes
 from realjax.allocation.modes import check_options
 from realjax.apps.errors import report_errors
+from realjax.apps.present import Machine, count_devices, count_present
+from realjax.apps.words import (
+    HELP_FLAGS,
+    PRINT_FLAG,
+    VERSION_FLAGS,
+    describe,
+    help_topic,
+    print_config,
+    say,
+    say_version,
+    take_config_file,
+)
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.processes import is_first, text_from_first
 from realjax.dataflow.run import RunPaths, RunSpec
@@ -33,9 +45,9 @@ from realjax.launch.environment import ProcessGroup, end_with_launcher, find_pro
 from realjax.launch.settings import choose_environment
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
-from realjax.options.describe import describe_options
 from realjax.options.distill import DistillConfig
 from realjax.options.generation import GenConfig
+from realjax.options.machine import JOB_VARIABLES, resolve_machine
 from realjax.options.parallel import allocation_options
 from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
@@ -45,10 +57,9 @@ from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, 
 
 logger = logging.getLogger("realjax.quickstart")
 MOST_DEVICES = 1024
-HELP_FLAGS, PLAN_FLAG = ("--help", "-h", "help"), "--plan"
-# By mode: whether the cluster is there, and the variable that is set inside a job.
+PLAN_FLAG = "--plan"
+# By mode: whether the cluster is there.
 IS_USABLE: dict[str, Callable[[], bool]] = {"slurm": slurm.is_usable, "ray": ray.is_installed}
-IN_JOB = {"slurm": "SLURM_JOB_ID", "ray": "RAY_JOB_ID"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,7 @@ class Command:
 
 COMMANDS = {
     "plan": Command(module="realjax.apps.plan", summary="predicts where calls would run best, on any cluster"),
+    "data check": Command(module="realjax.apps.data_check", summary="shows rows of a file as the model will see them"),
     "profile": Command(module="realjax.apps.profile", summary="measures this machine for the planner"),
     "doctor": Command(module="realjax.apps.doctor", summary="looks for what would keep a run from working"),
     "launch": Command(module="realjax.apps.launcher", summary="starts a run elsewhere, such as in a Slurm job"),
@@ -139,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     with report_errors() as end:
-        if args and args[0] in COMMANDS:
-            end.code = COMMANDS[args[0]].run(args[1:])
+        if (other := next((name for name in COMMANDS if args[: len(name.split())] == name.split()), None)) is not None:
+            end.code = COMMANDS[other].run(args[len(other.split()) :])
         elif (command := read_command(args)) is not None:
             end.code = start(*command, args)
         elif not args:
@@ -165,15 +177,24 @@ def read_command(args: list[str]) -> tuple[str, CommonExperimentConfig] | None:
     Raises ValueError for an unknown experiment or option, or a wrong value.
     """
     if not args or args[0] in HELP_FLAGS:
-        print(_usage())
+        say(_usage())
+        return None
+    if args[0] in VERSION_FLAGS:
+        say_version()
         return None
     name, *words = args
     experiment = find_experiment(name)
-    if any(word in HELP_FLAGS for word in words):
-        print(describe_options(experiment.config_cls, name), end="")
+    if (topic := help_topic(words)) is not None:
+        say(describe(experiment.config_cls, name, topic))
         return None
     configure_logging()
-    return name, parse_overrides(experiment.config_cls, [word for word in words if word != PLAN_FLAG])
+    words, mapping = take_config_file(words)
+    overrides = [word for word in words if word not in (PLAN_FLAG, PRINT_FLAG)]
+    config = parse_overrides(experiment.config_cls, overrides, mapping)
+    if PRINT_FLAG in words:
+        print_config(config)
+        return None
+    return name, config
 
 
 def find_experiment(name: str) -> Experiment:
@@ -194,9 +215,10 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     console = configure_logging()
     config = resolve_names(config, name)
     validate(config)
+    group = find_process_group(os.environ)
+    config = resolve_machine(config, count_present(group), os.environ)
     check_options(allocation_options(config))
     end_with_launcher()
-    group = find_process_group(os.environ)
     notices = prepare_environment(config, group)
     if group is not None:
         config = join_processes(config, group)
@@ -205,7 +227,7 @@ def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool
     paths = run_paths(config)
     if not plan_only:
         announce(name, config, paths)
-    devices = prepare_devices(config.n_nodes, config.n_gpus_per_node, paths.compilation_cache)
+    devices = prepare_devices(config.n_nodes, count_devices(config) // config.n_nodes, paths.compilation_cache)
     # Imported here: help and bad options should not wait for everything that a run needs.
     from realjax.allocation.allocate import allocate
     from realjax.allocation.machine import need_cluster
@@ -235,22 +257,9 @@ def announce(name: str, config: CommonExperimentConfig, paths: RunPaths) -> None
         logger.info(notice)
 
 
-class Machine(Protocol):
-    """The options that say what a command runs on."""
-
-    @property
-    def n_nodes(self) -> int: ...
-    @property
-    def n_gpus_per_node(self) -> int: ...
-    @property
-    def accelerator_settings(self) -> str: ...
-    @property
-    def deterministic(self) -> bool: ...
-
-
 def prepare_environment(config: Machine, group: ProcessGroup | None) -> tuple[str, ...]:
     """Sets what XLA, CUDA and NCCL read as they start, and returns what to log of it; ValueError if it cannot be."""
-    num_gpus = config.n_nodes * config.n_gpus_per_node // (1 if group is None else group.num_processes)
+    num_gpus = count_devices(config) // (1 if group is None else group.num_processes)
     environment = choose_environment(
         os.environ,
         find_accelerator(os.environ),
@@ -273,7 +282,7 @@ def join_group(config: Machine, group: ProcessGroup) -> None:
 
     ValueError when the devices do not divide over the processes.
     """
-    needed = config.n_nodes * config.n_gpus_per_node
+    needed = count_devices(config)
     if needed % group.num_processes:
         raise ValueError(
             f"n_nodes*n_gpus_per_node: {needed} devices do not divide over {group.num_processes} processes; "
@@ -281,7 +290,7 @@ def join_group(config: Machine, group: ProcessGroup) -> None:
         )
     check_num_devices(needed // group.num_processes)
     jax.config.update("jax_num_cpu_devices", needed // group.num_processes)
-    join(group, config.n_gpus_per_node)
+    join(group, needed // config.n_nodes)
     if not is_first():
         logging.getLogger("realjax").setLevel(logging.WARNING)
 
@@ -309,12 +318,12 @@ class ShortNameFormatter(logging.Formatter):
         return super().format(short)
 
 
-def find_launcher(mode: str) -> str | None:
+def find_launcher(mode: str | None) -> str | None:
     """Returns the launcher that `mode` asks for, None where a run stays in this process.
 
     It does in a job of the launcher's, and, with a warning, where there is no such cluster.
     """
-    if mode == "local" or find_process_group(os.environ) is not None or IN_JOB[mode] in os.environ:
+    if mode in (None, "local") or find_process_group(os.environ) is not None or JOB_VARIABLES[mode] in os.environ:
         return None
     if IS_USABLE[mode]():
         return mode
@@ -352,7 +361,8 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, cache: Path) -> tuple[ja
             "set JAX_PLATFORMS=cpu to use virtual CPU devices"
         )
     if platform == "cpu":
-        logger.info("No accelerator found: %d virtual CPU devices stand in.", needed)
+        stand_in = "one CPU device stands" if needed == 1 else f"{needed} virtual CPU devices stand"
+        logger.info("No accelerator found: %s in.", stand_in)
         keep_freed_memory()
     return tuple(devices[:needed])
 
@@ -367,8 +377,9 @@ def _usage() -> str:
             "Experiments:",
             *lines,
             "",
-            "realjax <experiment> --help lists every option. With --plan, a command prints where calls would run, and "
-            "stops. REALJAX_TRACEBACK=1 shows the traceback of an error.",
+            "realjax <experiment> --help shows the options that matter, --help all every one, --help WORD those with a",
+            "word. --config FILE.yaml reads options from a file. --plan prints where calls would run, and stops.",
+            "--version says what is installed. REALJAX_TRACEBACK=1 shows the traceback of an error.",
         ]
     )
 

@@ -1,12 +1,18 @@
-"""Rows of .json and .jsonl files, checked, with errors that name the file and the line."""
+"""Rows of data, checked, with errors that name the file and the line."""
 
 import json
 import logging
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
 
-from realjax.core.json_text import JsonObject, parse_json
+import numpy as np
+
+from realjax.core.json_text import JsonObject
+from realjax.data.files import Source, name_type, read_rows, type_name
 
 _log = logging.getLogger(__name__)
 
@@ -15,108 +21,117 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 Kinds = type | tuple[type, ...]
 CheckFn = Callable[[JsonObject, str], None]  # fn(row, where it stands) raises for a row that cannot serve
-_TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
+KindsFn = Callable[[JsonObject], Mapping[str, Kinds]]  # fn(row) -> the keys that such a row needs
+ConvertFn = Callable[[JsonObject, str], JsonObject]  # fn(row, where it stands) -> the row with the keys that are needed
 
 
 def load_rows(
-    path: str,
+    path: str | Source,
     required: Mapping[str, Kinds],
     name: str = "dataset.train_path",
     check_fn: CheckFn | None = None,
 ) -> list[JsonObject]:
-    """Objects of a .json list or a .jsonl file, each with the required keys (of one type or several) and a unique `id`.
+    """Objects of a data file, each with the required keys (of one type or several) and a unique `id`.
 
     When any row lacks an id, all rows get 0..N-1 and one warning is logged. Blank lines of a .jsonl are skipped.
     Raises ValueError naming `name` (the option that holds the path), the file, and the line or list item, from 1;
     `check_fn(row, that subject)` may raise more.
     """
-    readers = {".jsonl": _read_jsonl, ".json": _read_json}
-    if not path:
-        raise ValueError(f"{name}: no path given; set it to a .json or .jsonl file")
-    file = Path(path).expanduser()
-    if file.suffix not in readers:
-        raise ValueError(f"{name}: {path!r} has extension {file.suffix!r}; needed a .json or .jsonl file")
-    if not file.is_file():
-        found = "is not a file" if file.exists() else "does not exist"
-        raise ValueError(f"{name}: {path!r} {found}; set it to a .json or .jsonl file")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{name}: {path!r} cannot be read ({error.strerror}); check its permissions") from error
-
-    subject = f"{name}: {path!r}"
-    located = list(readers[file.suffix](content, subject))
-    if not located:
-        raise ValueError(f"{subject} holds no rows; it needs at least one object with {_wanted(required)}")
-    checked = [(place, _check_row(row, required, f"{subject} {place}")) for place, row in located]
-    if check_fn is not None:
-        for place, row in checked:
-            check_fn(row, f"{subject} {place}")
-    return _with_ids(checked, subject)
+    source = Source(path=path, name=name) if isinstance(path, str) else path
+    reader = RowReader(source=source, required=required, check_fn=check_fn)
+    rows = list(reader)
+    return [{**row, "id": number} for number, row in enumerate(rows)] if reader.finish() else rows
 
 
-def _read_jsonl(content: bytes, subject: str) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield f"line {number}", _parse(line, f"{subject} line {number}", "every line must be one JSON object")
+@dataclass(kw_only=True)
+class RowReader:
+    """Reads a source row by row: converted, checked, none of them kept. `finish` comes after the last one."""
+
+    source: Source
+    required: Mapping[str, Kinds] | KindsFn
+    check_fn: CheckFn | None = None
+    convert_fn: ConvertFn | None = None
+    _hashes: array = field(default_factory=lambda: array("q"))
+    _without_id: str | None = None
+    num_rows: int = 0
+
+    def __iter__(self) -> Iterator[JsonObject]:
+        subject, convert_fn = self.source.subject, self.convert_fn
+        for place, value in islice(read_rows(self.source), self.source.max_rows):
+            where = f"{subject} {place}"
+            if convert_fn is not None and isinstance(value, dict):
+                value = convert_fn(value, where)
+            row = _check_row(value, self._find_kinds(value), where)
+            if self.check_fn is not None:
+                self.check_fn(row, where)
+            self._note_id(row.get("id"), place)
+            self.num_rows += 1
+            yield row
+        if not self.num_rows:
+            raise ValueError(f"{subject} holds no rows; it needs at least one object{self._say_kinds()}")
+
+    def _find_kinds(self, row: object) -> Mapping[str, Kinds]:
+        if isinstance(self.required, Mapping):
+            return self.required
+        return self.required(row if isinstance(row, dict) else {})
+
+    def _say_kinds(self) -> str:
+        return f" with {_wanted(self.required)}" if isinstance(self.required, Mapping) else ""
+
+    def _note_id(self, row_id: object, place: str) -> None:
+        if row_id is None:
+            self._without_id = self._without_id or place
+        elif not self._without_id:
+            if not isinstance(row_id, str | int):
+                kind = type_name(row_id)
+                raise ValueError(f"{self.source.subject} {place}: 'id' has type {kind}; needed a string or an integer")
+            self._hashes.append(_hash_id(row_id))
+
+    def finish(self) -> bool:
+        """Returns whether rows are to be numbered, since one lacks an id. ValueError where two rows have the same."""
+        if self._without_id is not None:
+            _log.warning(
+                "%s: no id in %s; all %d rows get ids 0 to %d",
+                *(self.source.subject, self._without_id, self.num_rows, self.num_rows - 1),
+            )
+            return True
+        if len(np.unique(np.frombuffer(self._hashes, np.int64))) < self.num_rows:
+            self._refuse_repeats()
+        return False
+
+    def _refuse_repeats(self) -> None:
+        # Only now are the places of ids needed, so the file is read again.
+        places: dict[str | int, str] = {}
+        for place, row in islice(read_rows(self.source), self.source.max_rows):
+            row_id = row["id"] if isinstance(row, dict) else ""
+            if row_id in places:
+                raise ValueError(
+                    f"{self.source.subject} {place}: id {row_id!r} was used by {places[row_id]} already; "
+                    "make ids unique, or leave 'id' out of every row"
+                )
+            places[row_id] = place
 
 
-def _read_json(content: bytes, subject: str) -> Iterator[tuple[str, object]]:
-    value = _parse(content, subject, "the file must be one JSON list of objects")
-    if not isinstance(value, list):
-        raise ValueError(
-            f"{subject} holds a JSON {_type_name(value)}; a .json file needs one list of objects "
-            "(name it .jsonl when every line is an object)"
-        )
-    yield from ((f"item {number}", row) for number, row in enumerate(value, start=1))
-
-
-def _parse(raw: bytes, subject: str, needed: str) -> object:
-    try:
-        return parse_json(raw, encoding="utf-8-sig")
-    except ValueError as error:
-        raise ValueError(f"{subject}: {error}; {needed}") from error
+def _hash_id(row_id: str | int) -> int:
+    return int.from_bytes(blake2b(repr(row_id).encode(errors="surrogatepass"), digest_size=8).digest(), signed=True)
 
 
 def _check_row(row: object, required: Mapping[str, Kinds], subject: str) -> JsonObject:
     if not isinstance(row, dict):
-        raise ValueError(f"{subject}: found a JSON {_type_name(row)}; needed an object with {_wanted(required)}")
+        raise ValueError(f"{subject}: found a JSON {type_name(row)}; needed an object with {_wanted(required)}")
     for key, needed in required.items():
         if key not in row:
             found = ", ".join(row) or "none"
             raise ValueError(f"{subject}: no key {key!r} (found: {found}); every row needs {_wanted(required)}")
         value = row[key]
         if not isinstance(value, needed):
-            raise ValueError(f"{subject}: {key!r} has type {_type_name(value)}; every row needs {_wanted(required)}")
-        if _HALF_PAIR.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+            raise ValueError(f"{subject}: {key!r} has type {type_name(value)}; every row needs {_wanted(required)}")
+        if _HALF_PAIR.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)):
             raise ValueError(f"{subject}: {key!r} holds half of a surrogate pair (\\ud800 to \\udfff); remove it")
     return row
 
 
-def _with_ids(located: list[tuple[str, JsonObject]], subject: str) -> list[JsonObject]:
-    lacking = next((place for place, row in located if row.get("id") is None), None)
-    if lacking is not None:
-        _log.warning("%s: no id in %s; all %d rows get ids 0 to %d", subject, lacking, len(located), len(located) - 1)
-        return [{**row, "id": number} for number, (_, row) in enumerate(located)]
-    places: dict[str | int, str] = {}
-    for place, row in located:
-        row_id = row["id"]
-        if not isinstance(row_id, str | int):
-            raise ValueError(f"{subject} {place}: 'id' has type {_type_name(row_id)}; needed a string or an integer")
-        if row_id in places:
-            raise ValueError(
-                f"{subject} {place}: id {row_id!r} was used by {places[row_id]} already; "
-                "make ids unique, or leave 'id' out of every row"
-            )
-        places[row_id] = place
-    return [row for _, row in located]
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else _TYPE_NAMES[type(value)]
-
-
 def _wanted(required: Mapping[str, Kinds]) -> str:
     kinds = {key: needed if isinstance(needed, tuple) else (needed,) for key, needed in required.items()}
-    names = {key: " or ".join(_TYPE_NAMES[kind] for kind in needed) for key, needed in kinds.items()}
+    names = {key: " or ".join(name_type(kind) for kind in needed) for key, needed in kinds.items()}
     return "the keys " + " and ".join(f"{key!r} ({name})" for key, name in names.items())

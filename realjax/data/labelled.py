@@ -1,6 +1,5 @@
 """Answers that are each labelled as desirable or not, for KTO."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,16 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from realjax.core.identity import digest
-from realjax.data.chat import check_messages, prompt_kinds, prompt_texts
-from realjax.data.datasets import order_examples, refuse_no_answers, tokenize_answers
-from realjax.data.jsonl import load_rows
-from realjax.data.tokens import tell_repeats
+from realjax.core.json_text import JsonObject
+from realjax.data.cache import load_store
+from realjax.data.chat import prompt_texts
+from realjax.data.datasets import find_ids, offsets_of_lengths, order_examples
+from realjax.data.files import Source
+from realjax.data.intake import Intake
+from realjax.data.paired import check_answers, make_passage
+from realjax.data.sequences import SequenceForm, TokenSequence, make_sequences, refuse_long, refuse_no_answers
+from realjax.data.store import Writer
+from realjax.data.tokens import RepeatCount, eos_id
 from realjax.data.twos import TwoSequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +31,7 @@ class LabelledDataset(TwoSequences):
 
     @property
     def fingerprint(self) -> str:
-        return digest(super().fingerprint, self.desirable)
+        return self.known_fingerprint or digest(super().fingerprint, self.desirable)
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Indices of the examples in the order of an epoch."""
@@ -42,42 +45,91 @@ class LabelledDataset(TwoSequences):
         return self.take_both(index) | {"desirable": desirable, "is_other": np.array([False, True])}
 
 
-def load_labelled(
-    path: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_seqlen: int,
-    use_chat_template: bool = False,
-    name: str = "dataset.train_path",
-) -> LabelledDataset:
-    """Dataset of rows with `prompt`, `answer` and `label`, true where the answer is desirable.
+def load_labelled(source: Source, tokenizer: "PreTrainedTokenizerBase", form: SequenceForm) -> LabelledDataset:
+    """Dataset of the source's answers with a `label`, see `FORMATS`, true where the answer is desirable.
 
-    Each sequence is prompt+answer+EOS, cut on the right to `max_seqlen` tokens. The other answer is that of the next
-    row with another prompt. With `use_chat_template` prompts are put into the template, as `load_prompts` does. Raises
-    ValueError for a bad file or row, a tokenizer without EOS, or when no row keeps a token of its answer.
+    The other answer of an example is that of the next row with another prompt. Raises ValueError for bad data (see
+    `read_rows`), a tokenizer without EOS, or when no row keeps a token of its answer.
     """
-    kinds = {"prompt": prompt_kinds(tokenizer, use_chat_template), "answer": str, "label": bool}
-    rows = load_rows(path, kinds, name, check_messages)
-    prompts = prompt_texts(rows, tokenizer, use_chat_template=use_chat_template, subject=f"{name}: {path!r}")
-    answers = [row["answer"] for row in rows]
-    tell_repeats([] if use_chat_template else prompts, answers, tokenizer, name)
-    others = [answers[i] for i in find_others(prompts)]
-    if len(set(prompts)) == 1:
-        _log.warning("%s: all %d rows have one prompt, so the KL is estimated from answers to it", name, len(rows))
-    own, other = (
-        list(tokenize_answers(prompts, part, tokenizer, max_seqlen=max_seqlen, is_rendered=use_chat_template))
-        for part in (answers, others)
-    )
-    num_empty = sum(max(start, 1) >= len(tokens) for tokens, start in own)
-    refuse_no_answers(f"{name}: {path!r}", len(rows), num_empty, max_seqlen)
-    if num_empty:
-        _log.warning("%s: %d of %d rows keep no answer within %d tokens", name, num_empty, len(rows), max_seqlen)
+    eos_id(tokenizer)
+    store = load_store(source, tokenizer, ("labels", form), _Build(source=source, tokenizer=tokenizer, form=form))
     return LabelledDataset(
-        ids=tuple(row["id"] for row in rows),
-        sequences=tuple((a, b) for (a, _), (b, _) in zip(own, other, strict=True)),
-        answer_starts=np.array([(a, b) for (_, a), (_, b) in zip(own, other, strict=True)], np.int32),
-        desirable=np.array([row["label"] for row in rows]),
+        ids=find_ids(store),
+        tokens=store.arrays["tokens"],
+        offsets=offsets_of_lengths(store.arrays["lengths"]),
+        answer_starts=store.arrays["answer_starts"].reshape(-1, 2),
+        desirable=store.arrays["desirable"],
+        known_fingerprint=store.digest,
     )
+
+
+@dataclass(kw_only=True)
+class _Build:
+    """Writes the labelled answers of a source. All rows are in memory meanwhile, as any may be another's neighbour."""
+
+    source: Source
+    tokenizer: "PreTrainedTokenizerBase"
+    form: SequenceForm
+
+    def __call__(self, writer: Writer) -> JsonObject:
+        form, source = self.form, self.source
+        intake = Intake(
+            task="labels",
+            source=source,
+            tokenizer=self.tokenizer,
+            use_chat_template=form.use_chat_template,
+            check_fn=_check_row,
+        )
+        rows = [row for part in intake.parts() for row in part]
+        prompts = prompt_texts(rows, intake.template)
+        others = find_others(prompts)
+        own, other = (
+            make_sequences(
+                [make_passage(rows[i], prompts[i], rows[j]["answer"], intake.template) for i, j in enumerate(places)],
+                self.tokenizer,
+                max_seqlen=form.max_seqlen,
+                cuts_left=form.truncate == "left",
+            )
+            for places in (range(len(rows)), others.tolist())
+        )
+        pairs = list(zip(own, other, strict=True))
+        kept = [i for i, (sequence, _) in enumerate(pairs) if self._keeps(rows[i], sequence)]
+        num_empty = sum(not pairs[i][0].loss_mask.any() for i in kept)
+        refuse_no_answers(source.subject, len(kept), num_empty, form.max_seqlen)
+        both = [sequence for i in kept for sequence in pairs[i]]
+        writer.append("tokens", np.concatenate([sequence.tokens for sequence in both]))
+        writer.append("lengths", np.array([len(sequence.tokens) for sequence in both], np.int32))
+        writer.append("answer_starts", np.array([sequence.answer_start for sequence in both], np.int32))
+        writer.append("desirable", np.array([rows[i]["label"] for i in kept], np.bool_))
+        writer.append("numbers", np.array(kept, np.int64))
+        writer.append_lines("ids", [rows[i].get("id") for i in kept])
+        notes = self._notes(rows, prompts, is_rendered=intake.template is not None)
+        name, most = source.name, form.max_seqlen
+        if num_empty:
+            notes.append(f"{name}: {num_empty} of {len(kept)} rows keep no answer within {most} tokens")
+        if num_left := len(rows) - len(kept):
+            notes.append(f"{name}: {num_left} of {len(rows)} rows have more tokens than max_seqlen={most}, left out")
+        return {"is_numbered": intake.is_numbered, "num_rows": len(kept), "notes": notes}
+
+    def _keeps(self, row: JsonObject, sequence: TokenSequence) -> bool:
+        if sequence.is_cut and self.form.truncate == "error":
+            refuse_long(self.source.subject, row.get("id"), sequence.whole_len, self.form.max_seqlen)
+        return not (sequence.is_cut and self.form.truncate == "drop")
+
+    def _notes(self, rows: list[JsonObject], prompts: list[str], *, is_rendered: bool) -> list[str]:
+        name, repeats = self.source.name, RepeatCount(tokenizer=self.tokenizer, name=self.source.name)
+        if not is_rendered:
+            repeats.add_starts(prompts)
+        repeats.add_ends([row["answer"] for row in rows if isinstance(row["answer"], str)])
+        if len(set(prompts)) > 1:
+            return repeats.notes()
+        told = f"{name}: all {len(rows)} rows have one prompt, so the KL is estimated from answers to it"
+        return [*repeats.notes(), told]
+
+
+def _check_row(row: JsonObject, subject: str) -> None:
+    if isinstance(row["answer"], list):
+        check_answers([row["answer"]], subject)
 
 
 def find_others(prompts: Sequence[str]) -> np.ndarray:

@@ -11,17 +11,19 @@ import numpy as np
 
 from realjax.core.batch import Batch
 from realjax.core.identity import digest
-from realjax.data.packing import MOST_TOKENS, bucket_len, pack, pack_rows
+from realjax.data.packing import MOST_TOKENS, bucket_len, count_rows, pack, pack_rows
 
 # Positions in the stream are int32, and each step is planned before the first.
 MOST_SAMPLES = 2**27
+# Of the samples packed to find the best length of rows.
+_MOST_TRIED = 2**17
 
 
 class Dataset(Protocol):
     """What the loader asks of a dataset of N examples."""
 
     @property
-    def ids(self) -> tuple[str | int, ...]:
+    def ids(self) -> Sequence[str | int]:
         """The rows' names."""
         ...
 
@@ -145,6 +147,7 @@ class Loader:
             )
         orders = [first, *(dataset.order(seed, epoch, not in_order) for epoch in range(1, num_epochs))]
         self._stream = np.concatenate(orders).astype(np.int32)
+        self._first_order = self._stream[: self._epoch_len]
         self.longest = dataset.longest
         if batch_size > self._epoch_len and not in_order:
             raise ValueError(
@@ -165,6 +168,15 @@ class Loader:
         loader._rows = rows
         loader.__dict__.pop("shapes", None)
         _ = loader.shapes
+        return loader
+
+    def first_steps(self, num_steps: int | None) -> "Loader":
+        """Returns the loader of no more than so many steps; all of them for None."""
+        if num_steps is None:
+            return self
+        loader = copy.copy(self)
+        loader.__dict__.pop("shapes", None)
+        loader._stream = self._stream[: num_steps * self.batch_size]
         return loader
 
     @cached_property
@@ -207,7 +219,7 @@ class Loader:
     @property
     def fingerprint(self) -> str:
         """A text that changes with the batch size, the examples' content, or their first epoch's order."""
-        return digest(str(self.batch_size), self._stream[: self._epoch_len], self._dataset.fingerprint)
+        return digest(str(self.batch_size), self._first_order, self._dataset.fingerprint)
 
     def steps_in(self, num_epochs: int) -> int:
         """Steps that a run of so many epochs of this data takes."""
@@ -272,18 +284,21 @@ def plan_shapes(batches: Sequence[np.ndarray], row_multiple: int, max_shapes: in
     further back than the longest example, so they cost no more.
     """
     shortest = bucket_len(max(int(lengths.max()) for lengths in batches))
-    found = [make_shapes(batches, shortest * times, row_multiple, max_shapes) for times in range(1, 9)]
-    return min(found, key=lambda shapes: shapes.num_slots)
+    # Of many steps some tell which length is best: packing all of them eight times would take minutes.
+    tried = batches[:: max(1, sum(map(len, batches)) // _MOST_TRIED)]
+    found = [make_shapes(tried, shortest * times, row_multiple, max_shapes) for times in range(1, 9)]
+    best = min(found, key=lambda shapes: shapes.num_slots)
+    return best if len(tried) == len(batches) else make_shapes(batches, best.row_len, row_multiple, max_shapes)
 
 
 def make_shapes(batches: Sequence[np.ndarray], row_len: int, row_multiple: int, max_shapes: int = 1) -> Shapes:
     """Returns the shapes with rows of `row_len` tokens that hold `batches`: at most `max_shapes`, a compile each."""
-    plans = [pack_rows(lengths, row_len) for lengths in batches]
-    needed = np.array([-(-len(plan.rows) // row_multiple) * row_multiple for plan in plans])
+    counts = np.array([count_rows(lengths, row_len) for lengths in batches])
+    needed = -(-counts[:, 0] // row_multiple) * row_multiple
     row_counts = _row_counts(needed, max_shapes)
     return Shapes(
         row_len=row_len,
-        num_segments=max(plan.num_segments for plan in plans),
+        num_segments=int(counts[:, 1].max()),
         row_counts=tuple(row_counts.tolist()),
         num_rows=row_counts[np.searchsorted(row_counts, needed)],
     )

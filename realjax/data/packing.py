@@ -81,10 +81,16 @@ def pack_rows(
     return PackPlan(row_len=row_len, rows=_balance(packed, lengths, num_shards), lengths=lengths)
 
 
+def count_rows(lengths: np.ndarray, row_len: int) -> tuple[int, int]:
+    """Returns how many rows `pack_rows` fills, and the sequences of the fullest, without the plan itself."""
+    rows = _fit_rows(tuple(lengths.tolist()), row_len)
+    return len(rows), max(map(len, rows), default=0)
+
+
 def _fit_rows(lengths: tuple[int, ...], row_len: int) -> list[tuple[int, ...]]:
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted, so the tightest fit is found by bisection
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in np.argsort(-np.array(lengths, np.int64), kind="stable").tolist():
         length = lengths[index]
         if not 1 <= length <= row_len:
             raise ValueError(

@@ -5,43 +5,52 @@ from dataclasses import dataclass
 import numpy as np
 
 from realjax.core.identity import digest
+from realjax.data.datasets import Ids, digest_ids
 from realjax.data.packing import PART_LENS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TwoSequences:
-    """N examples of two sequences each, which are always in one row; an answer starts at its place in a sequence."""
+    """N examples of two sequences each, which are always in one row; an answer starts at its place in a sequence.
 
-    ids: tuple[str | int, ...]
-    sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # tokens int32 of both
+    Sequences are flat: example i is sequences 2i and 2i+1, sequence s `tokens[offsets[s]:offsets[s+1]]`.
+    """
+
+    ids: Ids
+    tokens: np.ndarray  # int32
+    offsets: np.ndarray  # int64 [2N+1]
     answer_starts: np.ndarray  # int32 [N, 2]
+    known_fingerprint: str | None = None  # of all that they were made of
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.answer_starts)
 
     @property
     def fingerprint(self) -> str:
         """A text that changes with the ids, tokens or answers' places."""
-        tokens = [part for both in self.sequences for part in both]
-        sizes = np.array([len(part) for part in tokens], np.int32)
-        return digest(repr(self.ids), np.concatenate(tokens), sizes, self.answer_starts)
+        return self.known_fingerprint or digest(digest_ids(self.ids), self.tokens, self.offsets, self.answer_starts)
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of both sequences of each example, int32 [N]."""
-        return np.array([len(first) + len(second) for first, second in self.sequences], np.int32)
+        return np.diff(self.offsets[::2]).astype(np.int32)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(len(tokens) for both in self.sequences for tokens in both)
+        return int(np.diff(self.offsets).max())
+
+    def take_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of both sequences of an example, int32 [L]."""
+        start, middle, end = self.offsets[2 * index : 2 * index + 3]
+        return self.tokens[start:middle], self.tokens[middle:end]
 
     def take_both(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` and `loss_mask` (True at answer tokens and EOS) of both sequences of an example, and their lengths.
 
         A sequence's first token is predicted from nothing, so it is never learned.
         """
-        both, starts = self.sequences[index], self.answer_starts[index]
+        both, starts = self.take_pair(index), self.answer_starts[index]
         masks = [np.arange(len(tokens)) >= max(start, 1) for tokens, start in zip(both, starts, strict=True)]
         lens = np.array([len(tokens) for tokens in both])
         return {"tokens": np.concatenate(both), "loss_mask": np.concatenate(masks), PART_LENS: lens}

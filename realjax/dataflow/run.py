@@ -201,7 +201,9 @@ class RunSpec:
     @property
     def schedule_steps(self) -> int:
         """Steps over which learning rates decay."""
-        return self.loader.steps_in(self.schedule_epochs or self.num_epochs)
+        if self.schedule_epochs is None:
+            return self.loader.total_steps
+        return self.loader.steps_in(self.schedule_epochs)
 
     @property
     def mfcs(self) -> tuple[Generate | Inference | Train, ...]:

@@ -2,18 +2,22 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from realjax.core.data_paths import split_paths
 from realjax.core.draw import Draw
 from realjax.core.identity import Identity
 from realjax.core.loss import Loss
+from realjax.data.files import Source
 from realjax.data.loader import Dataset, Loader
-from realjax.data.paired import PairedDataset, load_paired
+from realjax.data.mixture import Mixture
+from realjax.data.paired import load_paired
+from realjax.data.sequences import SequenceForm
 from realjax.dataflow.graph import DataflowGraph, Host, Inference, Train
 from realjax.dataflow.run import Evaluation, Frequency, RoleSpec, RunSpec
 from realjax.hf.families import find_family
@@ -24,15 +28,15 @@ from realjax.hf.load import correct_config, has_critic_head, load_config
 from realjax.models.config import ModelConfig
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
-from realjax.options.datasets import PairedComparisonDatasetConfig, name_sets
+from realjax.options.datasets import DataOptions, LabelledAnswerDatasetConfig, PairedComparisonDatasetConfig, name_sets
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import allocation_options
-from realjax.options.paths import run_paths
+from realjax.options.paths import run_paths, token_cache
 from realjax.options.resume import sort_options
 from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 logger = logging.getLogger("realjax.experiments")
-Held = TypeVar("Held")
+Data = TypeVar("Data", bound=Dataset)
 
 
 def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -> RoleSpec:
@@ -146,13 +150,6 @@ def measure_loss(
     }
 
 
-def load_held_out(paths: Sequence[str] | None, load_fn: Callable[[str, str], Held]) -> dict[str, Held]:
-    """Returns what `load_fn(path, name of the option)` makes of each held-out set, by its name."""
-    option = "dataset.valid_path"
-    sets = name_sets(paths, option)
-    return {name: load_fn(path, f"{option} ({name})" if name else option) for name, path in sets.items()}
-
-
 def make_loaders(
     config: SFTConfig | RWConfig | DPOConfig | KTOConfig | PairsConfig, train: Dataset, valid: Mapping[str, Dataset]
 ) -> tuple[Loader, dict[str, Loader]]:
@@ -162,7 +159,7 @@ def make_loaders(
         batch_size=config.dataset.train_bs_n_seqs,
         num_epochs=config.exp_ctrl.total_train_epochs,
         seed=config.seed,
-    )
+    ).first_steps(config.exp_ctrl.max_steps)
     batch_size = config.dataset.valid_bs_n_seqs
     return loader, {name: load_in_order(dataset, config, batch_size) for name, dataset in valid.items()}
 
@@ -172,29 +169,64 @@ def load_in_order(dataset: Dataset, config: CommonExperimentConfig, batch_size: 
     return Loader(dataset, batch_size=batch_size, in_order=True, name="dataset.valid_bs_n_seqs", seed=config.seed)
 
 
-def load_pairs(
-    data: PairedComparisonDatasetConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PairedDataset, dict[str, PairedDataset]]:
-    """Returns the training pairs, and the held-out pairs by the names of their sets."""
-
-    def load(path: str, name: str) -> PairedDataset:
-        return load_paired(
-            path,
-            tokenizer,
-            max_seqlen=data.max_seqlen,
-            max_pairs_per_prompt=data.max_pairs_per_prompt,
-            use_chat_template=data.use_chat_template,
-            name=name,
+def load_data(
+    config: CommonExperimentConfig, data: DataOptions, option: str, load_fn: Callable[[Source], Data]
+) -> Data | Mixture:
+    """Returns the training data that `dataset.<option>` names: one dataset, or several mixed."""
+    sources = [
+        Source(
+            path=path,
+            name=f"dataset.{option}",
+            split=data.split,
+            max_rows=data.max_samples,
+            cache=token_cache(config) if data.cache else None,
         )
+        for path in split_paths(getattr(data, option))
+    ]
+    parts = tuple(map(load_fn, sources))
+    return parts[0] if len(parts) == 1 else Mixture(parts=parts, weights=data.weights)
 
-    return load(data.train_path, "dataset.train_path"), load_held_out(data.valid_path, load)
+
+def load_held_out(
+    config: CommonExperimentConfig, data: DataOptions, load_fn: Callable[[Source], Data]
+) -> dict[str, Data]:
+    """Returns each set that `dataset.valid_path` names, by its name, which messages have with the option's."""
+    option = "dataset.valid_path"
+    cache = token_cache(config) if data.cache else None
+    return {
+        name: load_fn(
+            Source(path=path, name=f"{option} ({name})" if name else option, split=data.valid_split, cache=cache)
+        )
+        for name, path in name_sets(data.valid_path, option).items()
+    }
+
+
+def load_both(
+    config: CommonExperimentConfig, data: DataOptions, load_fn: Callable[[Source], Dataset]
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Returns the training set, and the held-out sets by their names."""
+    return load_data(config, data, "train_path", load_fn), load_held_out(config, data, load_fn)
+
+
+def load_pairs(
+    config: RWConfig | DPOConfig | PairsConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Returns the training pairs, and the held-out pairs by the names of their sets."""
+    data = config.dataset
+    form, most = make_form(data), data.max_pairs_per_prompt
+    return load_both(config, data, lambda source: load_paired(source, tokenizer, form, max_pairs_per_prompt=most))
+
+
+def make_form(data: PairedComparisonDatasetConfig | LabelledAnswerDatasetConfig) -> SequenceForm:
+    """Returns how the rows of comparisons become sequences."""
+    return SequenceForm(max_seqlen=data.max_seqlen, use_chat_template=data.use_chat_template, truncate=data.truncate)
 
 
 def build_on_pairs(experiment: str, config: PairsConfig, make_loss: Callable[[Draw], Loss]) -> RunSpec:
     """Returns the run of one training call on pairs of answers; ValueError for data or a model that cannot work."""
     role = describe_role("actor", config.actor, is_trained=True)
     tokenizer = load_tokenizer(role.path)
-    loader, held_out = make_loaders(config, *load_pairs(config.dataset, tokenizer))
+    loader, held_out = make_loaders(config, *load_pairs(config, tokenizer))
     train = Train(
         name="actor_train",
         role="actor",

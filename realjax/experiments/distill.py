@@ -1,7 +1,8 @@
 """Distillation: the actor answers, a teacher says what it would have said at each token, and the actor learns it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,9 +12,12 @@ from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import answer_metrics
 from realjax.core.host_call import Arrays, HostResult, State
 from realjax.core.json_text import JsonObject
-from realjax.data.datasets import PromptAnswerDataset, load_prompt_answer, tokenize_answers
+from realjax.data.chat import Template
+from realjax.data.datasets import load_prompt_answer, make_passages
 from realjax.data.loader import Loader
+from realjax.data.mixture import Mixture
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
+from realjax.data.sequences import SequenceForm, make_sequences
 from realjax.dataflow.graph import DataflowGraph, Generate, Host, Inference, Minibatches, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
@@ -21,6 +25,7 @@ from realjax.hf.generation import load_eos_ids
 from realjax.options.distill import DistillConfig
 
 MOST_BYTES = 2**33  # of a step's distributions on the host
+UNCUT = 2**24  # tokens
 GivenFn = Callable[[int, int], np.ndarray | None]
 
 
@@ -79,17 +84,23 @@ def build(config: DistillConfig) -> RunSpec:
         tokenizer=tokenizer,
         loader=Loader(
             prompts, batch_size=data.train_bs_n_seqs, num_epochs=config.exp_ctrl.total_train_epochs, seed=config.seed
-        ),
+        ).first_steps(config.exp_ctrl.max_steps),
         evaluations=common.measure_loss(train, held_out, (teacher,)),
     )
 
 
-def _load_prompts(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+def _load_prompts(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset | Mixture:
     data, needs_answers = config.dataset, config.distill.data_share > 0
     form = PromptForm(
-        max_len=data.max_prompt_len, use_chat_template=data.use_chat_template, pad_to_max_length=data.pad_to_max_length
+        max_len=data.max_prompt_len,
+        use_chat_template=data.use_chat_template,
+        truncate=data.truncate,
+        pad_to_max_length=data.pad_to_max_length,
     )
-    return load_prompts(data.path, tokenizer, form, check_fn=_check_answer if needs_answers else None)
+    check_fn = _check_answer if needs_answers else None
+    return common.load_data(
+        config, data, "path", lambda source: load_prompts(source, tokenizer, form, check_fn=check_fn)
+    )
 
 
 def measure(arrays: Arrays, state: State) -> HostResult:
@@ -107,32 +118,38 @@ def _check_answer(row: JsonObject, place: str) -> None:
 def _load_held_out(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
     """Returns the loaders of held-out prompts with the data's answers, cut as those of training are."""
     data = config.dataset
-
-    def load(path: str, name: str) -> PromptAnswerDataset:
-        return load_prompt_answer(
-            path,
-            tokenizer,
-            max_seqlen=data.max_prompt_len + config.distill.gen.max_new_tokens,
-            use_chat_template=data.use_chat_template,
-            name=name,
-        )
-
-    sets = common.load_held_out(data.valid_path, load)
+    max_seqlen = data.max_prompt_len + config.distill.gen.max_new_tokens
+    form = SequenceForm(max_seqlen=max_seqlen, use_chat_template=data.use_chat_template)
+    sets = common.load_held_out(config, data, lambda source: load_prompt_answer(source, tokenizer, form))
     return {name: common.load_in_order(one, config, data.train_bs_n_seqs) for name, one in sets.items()}
 
 
-def _make_given_fn(config: DistillConfig, prompts: PromptDataset, tokenizer: PreTrainedTokenizerBase) -> GivenFn:
+def _make_given_fn(
+    config: DistillConfig, prompts: PromptDataset | Mixture, tokenizer: PreTrainedTokenizerBase
+) -> GivenFn:
     """Returns which answers are the data's: of prompt and sample, by the seed, the share that was asked for."""
     share, most, seed = config.distill.data_share, config.distill.gen.max_new_tokens, config.seed
-    is_rendered = config.dataset.use_chat_template
-    texts = [str(row["answer"]) for row in prompts.rows]
-    sequences = tokenize_answers(prompts.texts, texts, tokenizer, max_seqlen=2**24, is_rendered=is_rendered)
-    answers = [tokens[start:][:most] for tokens, start in sequences]
+    form = SequenceForm(max_seqlen=UNCUT, use_chat_template=config.dataset.use_chat_template)
+    parts = prompts.parts if isinstance(prompts, Mixture) else (prompts,)
+    rows = iter(prompts.rows)
+    sources = [list(islice(rows, len(part))) for part in parts]
+    answers = [tokens[:most] for source in sources for tokens in _find_answers(source, tokenizer, form)]
 
     def find(row_id: int, sample_id: int) -> np.ndarray | None:
         return answers[row_id] if np.random.default_rng((seed, row_id, sample_id)).random() < share else None
 
     return find
+
+
+def _find_answers(
+    rows: list[JsonObject], tokenizer: PreTrainedTokenizerBase, form: SequenceForm
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of each row's answer, which follow those of its prompt as `load_prompts` makes them."""
+    is_chat = isinstance(rows[0]["prompt"], list) if form.use_chat_template is None else form.use_chat_template
+    template = Template(tokenizer=tokenizer, subject="dataset.path") if is_chat else None
+    passages = make_passages(rows, template, form)
+    for sequence in make_sequences(passages, tokenizer, max_seqlen=form.max_seqlen):
+        yield sequence.tokens[sequence.answer_start :]
 
 
 def _count_choices(config: DistillConfig, num_tokens: int, num_positions: int) -> int:

@@ -14,7 +14,7 @@ def build(config: DPOConfig) -> RunSpec:
     if not config.reference_free:
         roles["ref"] = common.describe_role("ref", config.ref, is_trained=False)
     tokenizer = common.load_tokenizer(roles["actor"].path)
-    loader, held_out = common.make_loaders(config, *common.load_pairs(config.dataset, tokenizer))
+    loader, held_out = common.make_loaders(config, *common.load_pairs(config, tokenizer))
     draw = Draw(num_tokens=common.num_common_tokens(roles.values()))
     reference = Inference(
         name="ref_inf",

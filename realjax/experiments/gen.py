@@ -20,8 +20,8 @@ def build(config: GenConfig) -> RunSpec:
     """Returns the run. Raises ValueError for data or a model that cannot work."""
     role = common.describe_role("default", config.model, is_trained=False)
     tokenizer, data = common.load_tokenizer(role.path), config.dataset
-    form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template)
-    prompts = load_prompts(data.path, tokenizer, form)
+    form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template, truncate=data.truncate)
+    prompts = common.load_data(config, data, "path", lambda source: load_prompts(source, tokenizer, form))
     loader = Loader(prompts, batch_size=data.train_bs_n_seqs, seed=config.seed, in_order=True)
     answer = Generate(
         name="generate",

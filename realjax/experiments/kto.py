@@ -11,7 +11,7 @@ from realjax.algorithms.kto import (
     make_kto_loss,
 )
 from realjax.core.draw import Draw
-from realjax.data.labelled import LabelledDataset, load_labelled
+from realjax.data.labelled import load_labelled
 from realjax.dataflow.graph import DataflowGraph, Host, Inference, Minibatches, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
@@ -24,14 +24,9 @@ def build(config: KTOConfig) -> RunSpec:
         "actor": common.describe_role("actor", config.actor, is_trained=True),
         "ref": common.describe_role("ref", config.ref, is_trained=False),
     }
-    tokenizer, data = common.load_tokenizer(roles["actor"].path), config.dataset
-
-    def load(path: str, name: str) -> LabelledDataset:
-        chat = data.use_chat_template
-        return load_labelled(path, tokenizer, max_seqlen=data.max_seqlen, use_chat_template=chat, name=name)
-
-    train_set = load(data.train_path, "dataset.train_path")
-    loader, held_out = common.make_loaders(config, train_set, common.load_held_out(data.valid_path, load))
+    tokenizer, form = common.load_tokenizer(roles["actor"].path), common.make_form(config.dataset)
+    sets = common.load_both(config, config.dataset, lambda source: load_labelled(source, tokenizer, form))
+    loader, held_out = common.make_loaders(config, *sets)
     draw = Draw(num_tokens=common.num_common_tokens(roles.values()))
 
     longest = max(one.longest for one in (loader, *held_out.values()))

@@ -21,6 +21,7 @@ from realjax.core.loss import Loss
 from realjax.core.segments import segment_mask
 from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
+from realjax.data.mixture import Mixture
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
 from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Minibatches, Train, put_ahead
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
@@ -55,6 +56,7 @@ logger = logging.getLogger("realjax.rl")
 ROLLOUT_KEYS = ("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id")
 
 TRAINED = ("actor", "critic")
+Prompts = PromptDataset | Mixture
 
 
 class Setup:
@@ -108,16 +110,17 @@ class Setup:
         role = common.describe_role(name, model, is_trained=name in TRAINED)
         return replace(role, is_averaged=name == "ref" and self.options.ref_ema_eta is not None)
 
-    def _load_prompts(self) -> tuple[PromptDataset, dict[str, PromptDataset]]:
+    def _load_prompts(self) -> tuple[Prompts, dict[str, PromptDataset]]:
         data = self.config.dataset
-
-        form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template)
-        train_form = replace(form, pad_to_max_length=data.pad_to_max_length)
-        load = partial(load_prompts, tokenizer=self.tokenizer, check_fn=self._check_row)
-        train = load(data.path, form=train_form, name="dataset.path")
+        form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template, truncate=data.truncate)
+        padded = replace(form, pad_to_max_length=data.pad_to_max_length)
+        check_fn = self._check_row if self._text_functions else None
+        load = partial(load_prompts, tokenizer=self.tokenizer, check_fn=check_fn)
+        train = common.load_data(self.config, data, "path", partial(load, form=padded))
         most = self.config.eval.num_prompts
-        load_fn = lambda path, name: load(path, form=form, max_prompts=most, name=name)
-        return train, common.load_held_out(data.valid_path, load_fn)
+        return train, common.load_held_out(
+            self.config, data, lambda source: load(replace(source, max_rows=most), form=form)
+        )
 
     def _check_row(self, row: JsonObject, place: str) -> None:
         """Raises ValueError for a row that a reward says it cannot score."""
@@ -127,9 +130,10 @@ class Setup:
     def loader(self) -> Loader:
         """Returns the loader of prompts."""
         data, control = self.config.dataset, self.config.exp_ctrl
-        return Loader(
+        loader = Loader(
             self.prompts, batch_size=data.train_bs_n_seqs, num_epochs=control.total_train_epochs, seed=self.config.seed
         )
+        return loader.first_steps(control.max_steps)
 
     def generate(self, *, has_baseline: bool = False) -> Generate:
         """Returns the call by which the actor answers a step's prompts."""
@@ -176,7 +180,7 @@ class Setup:
             return ref
         return (*ref, self.infer("actor_inf", "actor", "old_logprobs", "logprobs", options="actor_train"))
 
-    def rewards(self, prompts: PromptDataset | None = None) -> tuple[Inference | Host, ...]:
+    def rewards(self, prompts: Prompts | None = None) -> tuple[Inference | Host, ...]:
         """Returns the calls that give every answer a reward; `prompts` are the training prompts or others."""
         config, options = self.config.reward, self.options
         rows = (prompts or self.prompts).rows
@@ -300,7 +304,7 @@ class Setup:
         loader = Loader(prompts, batch_size=batch_size, seed=seed, in_order=True)
         return RolloutEvaluation(role="actor", variants=variants, loader=loader)
 
-    def _attempts(self, prompts: PromptDataset) -> Host:
+    def _attempts(self, prompts: Prompts) -> Host:
         """Returns the call that measures several answers to a prompt as attempts to solve it."""
         options, name = self.config.eval, "eval.vote_fn"
         vote_fn = load_function(options.vote_fn, name) if options.vote_fn else None

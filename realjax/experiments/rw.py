@@ -11,7 +11,7 @@ def build(config: RWConfig) -> RunSpec:
     """Returns the run. Raises ValueError for data or a model that cannot work."""
     role = common.describe_role("default", config.model, is_trained=True)
     tokenizer = common.load_tokenizer(role.path)
-    loader, held_out = common.make_loaders(config, *common.load_pairs(config.dataset, tokenizer))
+    loader, held_out = common.make_loaders(config, *common.load_pairs(config, tokenizer))
     call = Train(
         name="rwTrain",
         role="default",

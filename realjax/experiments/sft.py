@@ -1,7 +1,11 @@
 """Supervised fine-tuning: one role, one training call."""
 
+from dataclasses import replace
+from functools import partial
+
 from realjax.algorithms.sft import SFT_LOSS
-from realjax.data.datasets import PromptAnswerDataset, load_prompt_answer
+from realjax.data.datasets import load_prompt_answer
+from realjax.data.sequences import SequenceForm
 from realjax.dataflow.graph import DataflowGraph, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
@@ -13,18 +17,16 @@ def build(config: SFTConfig) -> RunSpec:
     role = common.describe_role("default", config.model, is_trained=True)
     tokenizer, data = common.load_tokenizer(role.path), config.dataset
 
-    def load(path: str, name: str, *, pad_to_max_length: bool = False) -> PromptAnswerDataset:
-        return load_prompt_answer(
-            path,
-            tokenizer,
-            max_seqlen=data.max_seqlen,
-            pad_to_max_length=pad_to_max_length,
-            use_chat_template=data.use_chat_template,
-            name=name,
-        )
-
-    train = load(data.train_path, "dataset.train_path", pad_to_max_length=data.pad_to_max_length)
-    loader, held_out = common.make_loaders(config, train, common.load_held_out(data.valid_path, load))
+    form = SequenceForm(
+        max_seqlen=data.max_seqlen,
+        use_chat_template=data.use_chat_template,
+        turns=data.turns,
+        truncate=data.truncate,
+    )
+    padded = replace(form, pad_to_max_length=data.pad_to_max_length)
+    train = common.load_data(config, data, "train_path", partial(load_prompt_answer, tokenizer=tokenizer, form=padded))
+    valid = common.load_held_out(config, data, partial(load_prompt_answer, tokenizer=tokenizer, form=form))
+    loader, held_out = common.make_loaders(config, train, valid)
     call = Train(
         name="trainDefault",
         role="default",

@@ -44,6 +44,23 @@ def find_accelerator(environ: Mapping[str, str], root: Path = Path("/")) -> Acce
     return Accelerator(name=UNKNOWN, architecture=OTHER) if is_there or visible is not None else None
 
 
+def count_accelerators(environ: Mapping[str, str], processes_per_node: int = 1, root: Path = Path("/")) -> int:
+    """Returns how many GPUs of this machine a run is going to use: those that the environment shows, else all.
+
+    A cluster may show each of several processes its share only. 0 where JAX is going to use none.
+    """
+    if find_accelerator(environ, root) is None:
+        return 0
+    driver = len(list((root / "proc/driver/nvidia").glob("gpus/*/information")))
+    present = driver or len(list((root / "dev").glob("nvidia[0-9]*"))) or 1
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    num_visible = len(visible.split(","))
+    is_share = num_visible * processes_per_node <= present
+    return num_visible * processes_per_node if is_share else num_visible
+
+
 def _has_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (12, 13))
 

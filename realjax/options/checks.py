@@ -2,9 +2,9 @@
 
 import dataclasses
 from datetime import datetime
-from pathlib import Path
 from typing import TypeVar
 
+from realjax.core.data_paths import NEEDED, find_fault, split_paths
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import (
     LabelledAnswerDatasetConfig,
@@ -77,14 +77,14 @@ def _used(config: CommonExperimentConfig, kind: type[Kind]) -> dict[str, Kind]:
 def _check_data_files(config: CommonExperimentConfig, name: str, dataset: DatasetConfig) -> None:
     required = "train_path" if hasattr(dataset, "train_path") else "path"
     if not getattr(dataset, required):
-        raise ValueError(f"{name}.{required}: nothing given; it needs a .json or .jsonl file")
+        raise ValueError(f"{name}.{required}: nothing given; it needs {NEEDED}")
     if config.EVALUATES and config.exp_ctrl.evaluates and not dataset.valid_path:
         raise ValueError(
-            f"{name}.valid_path: nothing given, but eval_freq_* asks for evaluations; give a .json or .jsonl file, "
-            "or set eval_freq_*=null"
+            f"{name}.valid_path: nothing given, but eval_freq_* asks for evaluations; give {NEEDED}, or set "
+            "eval_freq_*=null"
         )
     held_out = name_sets(dataset.valid_path, f"{name}.valid_path").values()
-    for option, path in ((required, getattr(dataset, required)), *(("valid_path", path) for path in held_out)):
-        if not Path(path).expanduser().is_file():
-            found = "a directory" if Path(path).expanduser().is_dir() else "no such file"
-            raise ValueError(f"{name}.{option}: '{path}' is {found}; it needs a .json or .jsonl file")
+    training = split_paths(getattr(dataset, required))
+    for option, path in (*((required, path) for path in training), *(("valid_path", path) for path in held_out)):
+        if (fault := find_fault(path)) is not None:
+            raise ValueError(f"{name}.{option}: '{path}' {fault}; it needs {NEEDED}")

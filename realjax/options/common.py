@@ -19,6 +19,11 @@ class ExperimentSaveEvalControl:
         at_least=1,
         at_most=100_000,
     )
+    max_steps: int | None = option(
+        None,
+        "end the run, its schedules and its training data after so many steps; null is that of the epochs",
+        at_least=1,
+    )
     save_freq_epochs: int | None = option(None, "save every so many epochs", at_least=1)
     save_freq_steps: int | None = option(None, "save every so many steps", at_least=1)
     save_freq_secs: int | None = option(None, "save at the first step end after so many seconds", at_least=1)
@@ -49,25 +54,31 @@ class CommonExperimentConfig:
     fileroot: str | None = option(
         None, "directory of logs and checkpoints; null takes REALJAX_FILEROOT, else ~/.cache/realjax"
     )
-    mode: Literal["slurm", "local", "ray"] = option(
-        "slurm", "where processes run; slurm and ray mean this process when this machine has no such cluster"
+    mode: Literal["slurm", "local", "ray"] | None = option(
+        None,
+        "where processes run; slurm and ray mean this process when this machine has no such cluster, null that of the "
+        "job that this process is in, if any",
     )
     partition: str | None = option(None, "Slurm's partition for a job that a launcher submits; null is the cluster's")
     image_name: str | None = option(
         None, "container image that a launcher's processes run in: by pyxis under Slurm, of the pods under Kubernetes"
     )
-    allocation_mode: str = option(
-        "pipe_model",
+    allocation_mode: str | None = option(
+        None,
         "how calls are laid out: manual (each call's own sizes), pipe_model, pipe_data, sizes such as d2p1m4 "
-        "(data, pipeline, model), heuristic, search",
+        "(data, pipeline, model), heuristic, search; null is data parallelism over all devices",
     )
     allocation_use_cache: bool = option(
         False, "search: take the plan that an earlier search found, if nothing that it goes by has changed"
     )
     planner: PlannerConfig = nested(PlannerConfig)
     n_nodes: int = option(1, "machines", at_least=1, at_most=65_536)
-    n_gpus_per_node: int = option(
-        8, "accelerators of one machine; without any, as many virtual CPU devices", at_least=1, at_most=4096
+    n_gpus_per_node: int | None = option(
+        None,
+        "accelerators of one machine; without any, as many virtual CPU devices; null is what the sizes of calls ask "
+        "for, or all that there are (one CPU device)",
+        at_least=1,
+        at_most=4096,
     )
     nodelist: str | None = option(
         None, "names of the run's machines, such as NODE[01-04], for device_mesh; null is NODE01, NODE02, ..."
@@ -119,6 +130,7 @@ class CommonExperimentConfig:
         for name in (
             "total_train_epochs",
             "lr_schedule_epochs",
+            "max_steps",
             "save_freq_epochs",
             "save_freq_steps",
             "save_freq_secs",

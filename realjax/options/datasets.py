@@ -1,18 +1,20 @@
-"""Options of the datasets, one dataclass per kind of data file."""
+"""Options of the datasets, one dataclass per kind of run."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from realjax.core.data_paths import split_paths
 from realjax.core.option import check_ranges, option
 
-CHAT_TEMPLATE = (
-    "put prompts into the tokenizer's chat template; a prompt is then the user's text, or a list of messages"
-)
+DATA = ".jsonl, .json, .csv or .parquet, a directory, a dataset of the hub"
+TRAIN_DATA = f"training data: {DATA}; several with commas"
 SEVERAL = (
     "; several, as [math=a.jsonl,code=b.jsonl] or by their files' names, are measured apart; null evaluates nothing"
 )
+TRUNCATE = "longer rows lose their end or their beginning (left), are left out, or refused"
 NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
@@ -34,72 +36,92 @@ def name_sets(paths: Sequence[str] | None, option_name: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptAnswerDatasetConfig:
-    """Rows with a `prompt` and an `answer`, for supervised fine-tuning."""
+class DataOptions:
+    """Which rows are read, and how they become tokens."""
 
-    train_path: str = option("", "training data, .json or .jsonl")
-    valid_path: tuple[str, ...] | None = option(None, f"validation data, .json or .jsonl{SEVERAL}")
-    max_seqlen: int = option(
-        1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2, at_most=2**24
+    valid_path: tuple[str, ...] | None = option(None, f"validation data, of the same kinds{SEVERAL}")
+    split: str | None = option(
+        None, "of a hub's dataset (null is train), or the files of a directory whose names begin so; null is all"
     )
+    valid_split: str | None = option(None, "the same for the validation data (null is train)")
+    max_samples: int | None = option(None, "rows read of each training source at most, the first ones", at_least=1)
+    weights: tuple[float, ...] = option(
+        (), "shares of an epoch that several sources have, such as [3,1]; all rows once"
+    )
+    use_chat_template: bool | None = option(
+        None,
+        "put prompts into the tokenizer's chat template; a prompt is then the user's text, or a list of messages; null "
+        "does so where rows hold messages",
+    )
+    cache: bool = option(True, "keep tokens beneath fileroot, so that a later start does not make them again")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        num_sources = len(split_paths(self.source))
+        if self.weights and len(self.weights) != num_sources:
+            raise ValueError(
+                f"weights: found {len(self.weights)} for {num_sources} sources of data; give one for each, or none"
+            )
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError(f"weights: found {list(self.weights)}; they must be above 0, or leave the source out")
+
+    @property
+    def source(self) -> str:
+        """The training data's path or paths."""
+        return str(getattr(self, "train_path", ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptAnswerDatasetConfig(DataOptions):
+    """Answers, conversations or plain texts, for supervised fine-tuning."""
+
+    train_path: str = option("", TRAIN_DATA)
+    max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text", at_least=2, at_most=2**24)
+    truncate: Literal["right", "left", "drop", "error"] = option("right", TRUNCATE)
+    turns: Literal["all", "last"] = option("all", "which of the assistant's turns in a conversation are learned")
     train_bs_n_seqs: int = option(256, "sequences in a training batch", at_least=1, at_most=2**24)
     valid_bs_n_seqs: int = option(256, "sequences in a validation batch", at_least=1, at_most=2**24)
     pad_to_max_length: bool = option(False, "make every training row max_seqlen long; for benchmarks only")
-    use_chat_template: bool = option(False, CHAT_TEMPLATE)
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairedComparisonDatasetConfig:
-    """Rows with a `prompt`, `pos_answers` and `neg_answers`, for reward modelling and DPO."""
+class PairedComparisonDatasetConfig(DataOptions):
+    """Better and worse answers to prompts, for reward modelling and DPO."""
 
-    train_path: str = option("", "training data, .json or .jsonl")
-    valid_path: tuple[str, ...] | None = option(None, f"validation data, .json or .jsonl{SEVERAL}")
+    train_path: str = option("", TRAIN_DATA)
     max_pairs_per_prompt: int = option(
         2, "answer pairs drawn from a prompt each time it is used", at_least=1, at_most=10**6
     )
-    max_seqlen: int = option(
-        1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2, at_most=2**24
-    )
+    max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text", at_least=2, at_most=2**24)
+    truncate: Literal["right", "left", "drop", "error"] = option("right", TRUNCATE)
     train_bs_n_seqs: int = option(256, "pairs of answers in a training batch", at_least=1, at_most=2**24)
     valid_bs_n_seqs: int = option(256, "pairs of answers in a validation batch", at_least=1, at_most=2**24)
-    use_chat_template: bool = option(False, CHAT_TEMPLATE)
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledAnswerDatasetConfig:
-    """Rows with a `prompt`, an `answer` and a `label`, for KTO."""
+class LabelledAnswerDatasetConfig(DataOptions):
+    """Answers with a `label`, for KTO."""
 
-    train_path: str = option("", "training data, .json or .jsonl")
-    valid_path: tuple[str, ...] | None = option(None, f"validation data, .json or .jsonl{SEVERAL}")
-    max_seqlen: int = option(
-        1024, "tokens of prompt, answer and end-of-text; longer rows are cut", at_least=2, at_most=2**24
-    )
+    train_path: str = option("", TRAIN_DATA)
+    max_seqlen: int = option(1024, "tokens of prompt, answer and end-of-text", at_least=2, at_most=2**24)
+    truncate: Literal["right", "left", "drop", "error"] = option("right", TRUNCATE)
     train_bs_n_seqs: int = option(256, "answers in a training batch", at_least=1, at_most=2**24)
     valid_bs_n_seqs: int = option(256, "answers in a validation batch", at_least=1, at_most=2**24)
-    use_chat_template: bool = option(False, CHAT_TEMPLATE)
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOnlyDatasetConfig:
-    """Rows with a `prompt`, for generation and reinforcement learning."""
+class PromptOnlyDatasetConfig(DataOptions):
+    """Prompts, for generation and reinforcement learning."""
 
-    path: str = option("", "prompts, .json or .jsonl")
+    path: str = option("", f"prompts: {DATA}; several with commas")
     valid_path: tuple[str, ...] | None = option(None, f"held-out prompts, whose answers evaluations score{SEVERAL}")
-    max_prompt_len: int = option(
-        256, "tokens of a prompt; longer ones lose those at their end", at_least=1, at_most=2**24
+    max_prompt_len: int = option(256, "tokens of a prompt", at_least=1, at_most=2**24)
+    truncate: Literal["left", "drop", "error"] = option(
+        "left", "longer prompts lose their beginning, never their end; are left out, or refused"
     )
     train_bs_n_seqs: int = option(256, "prompts in a step", at_least=1, at_most=2**24)
     pad_to_max_length: bool = option(False, "make every prompt max_prompt_len long; for benchmarks only")
-    use_chat_template: bool = option(False, CHAT_TEMPLATE)
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    @property
+    def source(self) -> str:
+        return self.path

@@ -1,4 +1,4 @@
-"""The text of `--help`, made from the options' own declarations."""
+"""The text of `--help all`, made from the options' own declarations."""
 
 import shutil
 from textwrap import fill
@@ -15,7 +15,7 @@ def describe_options(cls: type, experiment: str) -> str:
     options = list_options(cls)
     name_width = max(len(option.path) for option in options)
     parts = [
-        fill(f"realjax {experiment}: {_first_sentence(cls)}", width),
+        fill(f"realjax {experiment}: {first_sentence(cls)}", width),
         f"\nUsage: realjax {experiment} key=value ...\n",
         fill("null is None. A list is written [1,2]. The last of several values for one key counts.", width),
     ]
@@ -29,10 +29,10 @@ def describe_options(cls: type, experiment: str) -> str:
 
 def _describe_group(parent: str, options: list[Option], aliases: dict[str, str], name_width: int, width: int) -> str:
     owner = options[0].owner
-    heading = f"{parent}: {_first_sentence(owner)}{_other_name(parent, aliases)}" if parent else "The run:"
+    heading = f"{parent}: {first_sentence(owner)}{_other_name(parent, aliases)}" if parent else "The run:"
     lines = ["", fill(heading, width)]
     for option in options:
-        facts = f"{type_label(option.annotation)}, default {_default_text(option.default)}"
+        facts = f"{type_label(option.annotation)}, default {default_text(option.default)}"
         facts += f", {option.range}" if str(option.range) else ""
         text = option.help + _other_name(option.path, aliases)
         lines.append(f"  {option.path:{name_width}}  {facts}")
@@ -50,9 +50,11 @@ def _other_name(path: str, aliases: dict[str, str]) -> str:
     return f" (also: {aliases[path]})" if path in aliases else ""
 
 
-def _first_sentence(cls: type) -> str:
+def first_sentence(cls: type) -> str:
+    """Returns what a class says of itself, up to its first full stop."""
     return (cls.__doc__ or "").split("\n")[0].split(". ")[0].rstrip(".") + "."
 
 
-def _default_text(value: object) -> str:
+def default_text(value: object) -> str:
+    """Returns a default as a command line spells it."""
     return "null" if value is None else repr(value) if value == "" else str(value)

@@ -1,5 +1,7 @@
 """Options of one model function call: parallel sizes, micro-batches, devices."""
 
+import math
+import re
 from dataclasses import dataclass
 
 from realjax.core.layout import ParallelStrategy
@@ -78,13 +80,35 @@ class MFCConfig:
         return MicroBatches(count=self.n_mbs, max_tokens=self.max_tokens_per_mb)
 
 
+def data_parallel(num_devices: int) -> str:
+    """Returns the mode in which every device takes a part of the batch."""
+    return f"d{num_devices}p1m1"
+
+
+def count_asked(config: CommonExperimentConfig) -> int | None:
+    """Returns the devices of the run that its sizes name, None where they are those that there are."""
+    if config.allocation_mode == "manual":
+        calls = [call for name, call in find_instances(config, MFCConfig).items() if name not in config.unused]
+        meshes = [call.device_mesh for call in calls if call.device_mesh is not None]
+        numbers = [int(number) for mesh in meshes for number in re.findall(r"\d+", mesh.partition(":")[2])]
+        on_meshes = config.n_nodes * (1 + max(numbers)) if numbers else 8 * config.n_nodes if meshes else 0
+        return max(on_meshes, *(call.parallel.strategy().size for call in calls))
+    sizes = re.findall(r"[dpm](\d+)", config.allocation_mode or "")
+    return math.prod(map(int, sizes)) if len(sizes) == 3 else None
+
+
 def allocation_options(config: CommonExperimentConfig) -> AllocationOptions:
-    """Returns what `config` says of its machines and of where its calls run."""
+    """Returns what `config` says of its machines and of where its calls run.
+
+    Where the machine is left open, it is what the sizes ask for, or one device: `resolve_machine` knows what is there.
+    """
+    asked = count_asked(config) or config.n_nodes
+    per_node = config.n_gpus_per_node or -(-asked // config.n_nodes)
     calls = {name: call for name, call in find_instances(config, MFCConfig).items() if name not in config.unused}
     return AllocationOptions(
-        mode=config.allocation_mode,
+        mode=config.allocation_mode or data_parallel(config.n_nodes * per_node),
         n_nodes=config.n_nodes,
-        n_gpus_per_node=config.n_gpus_per_node,
+        n_gpus_per_node=per_node,
         nodelist=config.nodelist,
         planner=config.planner,
         use_cache=config.allocation_use_cache,

@@ -8,6 +8,7 @@ from difflib import SequenceMatcher
 from typing import Any, TypeVar, get_type_hints
 
 from realjax.options.fields import find_default, list_options
+from realjax.options.foreign import translate
 from realjax.options.values import convert, type_label, wrong_type
 
 logger = logging.getLogger("realjax.options")
@@ -17,13 +18,13 @@ LEAST_SIMILARITY = 0.6
 SIMILARITY_SPREAD = 0.15
 
 
-def parse_overrides(cls: type[Config], overrides: Sequence[str]) -> Config:
-    """Returns `cls` with `a.b=c` arguments applied, the last of each key winning.
+def parse_overrides(cls: type[Config], overrides: Sequence[str], mapping: Mapping[str, object] | None = None) -> Config:
+    """Returns `cls` with a nested mapping and then `a.b=c` arguments applied, the last of each key winning.
 
     Hydra's spellings are read too: a leading `+`, quotes, backslash escapes, `null`. ValueError for an unknown key, a
     value of another type, two spellings of one option with different values, or a required option left out.
     """
-    pairs = []
+    pairs: list[tuple[str, object]] = list(_flatten(mapping or {}, ""))
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip().lstrip("+")
@@ -153,7 +154,9 @@ def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _unknown_key(cls: type, key: str, where: str, name: str) -> ValueError:
-    near = nearest_names(key, [option.path for option in list_options(cls)] + list(getattr(cls, "ALIASES", {})))
+    names = [option.path for option in list_options(cls)] + list(getattr(cls, "ALIASES", {}))
+    meant = translate(key, names)
+    near = nearest_names(key, names) if meant is None else [meant]
     hint = f"did you mean {' or '.join(near)}?" if near else "run with --help to list all options"
     place = f"'{where}' has no option '{name}'" if where else f"there is no option '{name}' at the top level"
     return ValueError(f"unknown option {key}: {place}; {hint}")

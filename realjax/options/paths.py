@@ -33,6 +33,11 @@ def run_paths(config: CommonExperimentConfig) -> RunPaths:
     )
 
 
+def token_cache(config: CommonExperimentConfig) -> Path:
+    """Returns the directory in which the tokens of data are kept between runs."""
+    return find_fileroot(config.fileroot) / ".cache" / "tokens"
+
+
 def check_directory_name(name: str, value: str) -> None:
     """Raises ValueError, naming `name`, for text that is not the name of one directory, or that a terminal obeys."""
     fits = value.isprintable() and len(value.encode()) <= LONGEST_NAME

@@ -16,13 +16,14 @@ HARMLESS = (
     *("accelerator_settings", "deterministic", "allocation_use_cache", "planner.*"),
     *("exp_ctrl.save_freq_*", "exp_ctrl.eval_freq_*", "exp_ctrl.benchmark_steps"),
     *("*.path", "*.train_path", "*.valid_path", "*.valid_bs_n_seqs", "reward.classifier"),
+    *("dataset.split", "dataset.valid_split", "dataset.cache", "dataset.use_chat_template"),
     *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots"),
     *("*.type.size", "*.gradient_checkpointing", "*.attention", "*.unroll_layers", "*.loss_chunk_tokens"),
     *("*.zero_stage", "*.offload", "eval.greedy", "eval.sampled", "eval.num_*"),
     *("eval.success_above", "eval.vote_fn"),
 )
 # What one changes on purpose on the way: how long a run is, and how it steps.
-STEERING = ("exp_ctrl.total_train_epochs", "exp_ctrl.lr_schedule_epochs", "*.optimizer.*")
+STEERING = ("exp_ctrl.total_train_epochs", "exp_ctrl.max_steps", "exp_ctrl.lr_schedule_epochs", "*.optimizer.*")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def _of_generation(call: str) -> Void:
 
 
 _WITHOUT_TRAINING = (
-    *("total_train_epochs", "lr_schedule_epochs"),
+    *("total_train_epochs", "lr_schedule_epochs", "max_steps"),
     *(f"{what}_freq_{unit}" for what in ("save", "eval") for unit in ("epochs", "steps", "secs")),
 )
 _DRAWN = ("temperature", "top_p", "top_k")

@@ -22,7 +22,9 @@ from realjax.apps.demo_data import (
     write_demo_files,
 )
 from realjax.data.datasets import load_prompt_answer
+from realjax.data.files import Source
 from realjax.data.jsonl import load_rows
+from realjax.data.sequences import SequenceForm
 from realjax.hf.load import load_config
 from realjax.options.checks import validate
 from tests.given.processes import HANG_SECONDS
@@ -102,7 +104,8 @@ def test_tokenizer_and_config_fit_together(files):
     row = load_rows(str(files.data / "sft-valid.jsonl"), {"prompt": str, "answer": str})[0]
     text = row["prompt"] + row["answer"]
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    data = load_prompt_answer(str(files.data / "sft-train.jsonl"), tokenizer, max_seqlen=MODEL.max_positions)
+    source = Source(path=str(files.data / "sft-train.jsonl"))
+    data = load_prompt_answer(source, tokenizer, SequenceForm(max_seqlen=MODEL.max_positions))
     assert data.lengths.max() < 64, "the stages cut at 64 tokens"
 
 

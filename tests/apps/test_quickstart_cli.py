@@ -91,7 +91,7 @@ def test_help_lists_experiments_and_options(capsys):
     listed = capsys.readouterr().out
     for name, experiment in quickstart.EXPERIMENTS.items():
         assert f"{name} " in listed and experiment.summary in listed
-        assert quickstart.main([name, "--help"]) == 0
+        assert quickstart.main([name, "--help", "all"]) == 0
         text = capsys.readouterr().out
         assert all(option.path in text for option in list_options(experiment.config_cls))
     assert quickstart.main([]) == 2

@@ -80,8 +80,8 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path):
     for path, message in [
         ("", "no path given"),
         (str(tmp_path / "none.jsonl"), "does not exist"),
-        (str(tmp_path / "folder.jsonl"), "is not a file"),
-        (write(tmp_path, GOOD, "data.csv"), "extension '.csv'"),
+        (str(tmp_path / "folder.jsonl"), "is a directory without data files"),
+        (write(tmp_path, GOOD, "data.txt"), "extension '.txt'"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_rows(path, REQUIRED)

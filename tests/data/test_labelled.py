@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from realjax.data.files import Source
 from realjax.data.labelled import find_others, load_labelled
 from realjax.data.loader import Loader
 from realjax.data.packing import PART_LENS
+from realjax.data.sequences import SequenceForm
 from tests.given.texts import make_tokenizer, write_jsonl
 
 ROWS = [
@@ -15,13 +17,14 @@ ROWS = [
 
 
 def load(folder, rows=ROWS, max_seqlen=1024):
-    return load_labelled(str(write_jsonl(folder / "rows.jsonl", rows)), make_tokenizer(), max_seqlen=max_seqlen)
+    source = Source(path=str(write_jsonl(folder / "rows.jsonl", rows)))
+    return load_labelled(source, make_tokenizer(), SequenceForm(max_seqlen=max_seqlen))
 
 
 def test_an_example_is_an_answer_and_another_prompts_answer(tmp_path):
     tokenizer, dataset = make_tokenizer(), load(tmp_path)
     others = [2, 2, 3, 4, 2]  # the next row with another prompt, round the end
-    assert len(dataset) == len(ROWS) and dataset.ids == tuple(row["id"] for row in ROWS)
+    assert len(dataset) == len(ROWS) and list(dataset.ids) == [row["id"] for row in ROWS]
     for i, row in enumerate(ROWS):
         example = dataset.example(i)
         assert sum(example[PART_LENS]) == len(example["tokens"]) == dataset.lengths[i]

@@ -17,7 +17,7 @@ def make_dataset(num_examples: int, longest: int = 60) -> PromptAnswerDataset:
         ids=tuple(f"row{i}" for i in range(num_examples)),
         tokens=np.repeat(np.arange(1, num_examples + 1, dtype=np.int32), lengths),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        target_spans=np.stack([np.ones_like(lengths), lengths], axis=1).astype(np.int32),
+        loss_mask=np.concatenate([np.arange(length) > 0 for length in lengths]),
     )
 
 
@@ -188,7 +188,28 @@ def test_the_fingerprint_tells_other_content_of_equal_lengths_apart():
     dataset, sizes = make_dataset(30), {"batch_size": 10, "num_epochs": 2, "seed": 0}
     tokens = dataset.tokens.copy()
     tokens[-1] += 1
-    spans = dataset.target_spans.copy()
-    spans[3, 0] += 1
-    changed = [dataset, replace(dataset, tokens=tokens), replace(dataset, target_spans=spans)]
+    loss_mask = dataset.loss_mask.copy()
+    loss_mask[-1] = False
+    changed = [dataset, replace(dataset, tokens=tokens), replace(dataset, loss_mask=loss_mask)]
     assert len({Loader(one, **sizes).fingerprint for one in changed}) == 3
+
+
+def test_the_first_steps_are_those_of_the_whole_run():
+    dataset = make_dataset(45)
+    whole = Loader(dataset, batch_size=10, seed=1, num_epochs=3)
+    cut = whole.first_steps(6)
+    assert (cut.total_steps, whole.total_steps, whole.first_steps(None)) == (6, 14, whole)
+    assert whole.first_steps(100).total_steps == 14 and cut.fingerprint == whole.fingerprint
+    for step in range(6):
+        assert cut.ids(step) == whole.ids(step) and cut.position(step) == whole.position(step)
+        assert examples_in(cut.batch(step)) == examples_in(whole.batch(step))
+
+
+def test_of_many_samples_some_choose_the_length_of_rows(monkeypatch):
+    batches = [np.random.default_rng(step).integers(1, 60, 16) for step in range(64)]
+    exact = plan_shapes(batches, 2, 3)
+    monkeypatch.setattr("realjax.data.loader._MOST_TRIED", 128)
+    sampled = plan_shapes(batches, 2, 3)
+    assert len(sampled.num_rows) == 64
+    np.testing.assert_array_equal(sampled.num_rows, make_shapes(batches, sampled.row_len, 2, 3).num_rows)
+    assert sampled.num_slots < 1.1 * exact.num_slots

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from realjax.data.files import Source
 from realjax.data.loader import Loader, Rows
 from realjax.data.packing import PART_LENS
 from realjax.data.paired import PairedDataset, load_paired
+from realjax.data.sequences import SequenceForm
 from tests.given.texts import make_tokenizer, write_jsonl
 
 GROUPS = (1, 4, 2, 7, 3)  # pairs of each prompt
@@ -35,7 +37,8 @@ def write(folder, rows, name="pairs.jsonl"):
 
 def load(folder, rows=None, max_seqlen=1024, max_pairs=2, **options) -> PairedDataset:
     path = write(folder, make_rows() if rows is None else rows)
-    return load_paired(path, make_tokenizer(), max_seqlen=max_seqlen, max_pairs_per_prompt=max_pairs, **options)
+    form = SequenceForm(max_seqlen=max_seqlen, **options)
+    return load_paired(Source(path=path), make_tokenizer(), form, max_pairs_per_prompt=max_pairs)
 
 
 def test_an_example_is_a_better_and_a_worse_answer_to_one_prompt(tmp_path):
@@ -124,7 +127,7 @@ def test_long_answers_are_cut_and_pairs_that_become_equal_are_counted(tmp_path, 
     prompt_len = int(np.argmax(whole.example(0)["loss_mask"]))
     cut = load(tmp_path, rows[:1], max_seqlen=prompt_len + 2)
     assert cut.example(0)[PART_LENS].tolist() == [prompt_len + 2] * 2
-    np.testing.assert_array_equal(cut.sequences[0][0], whole.sequences[0][0][: prompt_len + 2])
+    np.testing.assert_array_equal(cut.take_pair(0)[0], whole.take_pair(0)[0][: prompt_len + 2])
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         load(tmp_path, rows)
@@ -151,25 +154,28 @@ def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=rf"^dataset.valid_path: '.*pairs.jsonl' line 3: .*{message}"):
-        load_paired(str(path), make_tokenizer(), max_seqlen=64, max_pairs_per_prompt=2, name="dataset.valid_path")
+        source = Source(path=str(path), name="dataset.valid_path")
+        load_paired(source, make_tokenizer(), SequenceForm(max_seqlen=64), max_pairs_per_prompt=2)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    source, form = Source(path=write(tmp_path, make_rows())), SequenceForm(max_seqlen=64)
     with pytest.raises(ValueError, match="has no EOS token"):
-        load_paired(write(tmp_path, make_rows()), make_tokenizer(eos_token=None), max_seqlen=64, max_pairs_per_prompt=2)
+        load_paired(source, make_tokenizer(eos_token=None), form, max_pairs_per_prompt=2)
 
 
 def test_the_fingerprint_tells_better_from_worse(tmp_path):
     """Ids, tokens in all and lengths the same."""
-    dataset = load(tmp_path)
-    pairs = tuple((worse, better) for better, worse in dataset.sequences)
+    loaded = load(tmp_path)
+    dataset = replace(loaded, known_fingerprint=None)
+    tokens = np.concatenate([part for i in range(len(dataset)) for part in reversed(dataset.take_pair(i))])
     starts = np.array(dataset.answer_starts)
     starts[0] += 1
     changed = [
         dataset,
-        replace(dataset, sequences=pairs),
+        replace(dataset, tokens=tokens),
         replace(dataset, answer_starts=starts),
         replace(dataset, max_pairs=3),
     ]
     assert len({one.fingerprint for one in changed}) == 4
-    assert load(tmp_path).fingerprint == dataset.fingerprint
+    assert load(tmp_path).fingerprint == loaded.fingerprint

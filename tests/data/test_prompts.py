@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import normalizers
 
+from realjax.data.files import Source
 from realjax.data.loader import Dataset, Loader
 from realjax.data.packing import unpack
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
@@ -13,7 +14,7 @@ from tests.given.texts import make_tokenizer, write_jsonl
 
 TEXTS = ["the film was", "a film that is good, a film that was not good and not so long", "naïve 😀", "so"]
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges here') }}{% endif %}"
     "<s>{{ m.role + (m.name or '') }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
@@ -26,9 +27,8 @@ def write(folder, prompts, **keys):
 
 def load(folder, prompts=TEXTS, tokenizer=None, max_prompts=None, **form) -> PromptDataset:
     path = write(folder, prompts, answer="x")
-    return load_prompts(
-        path, tokenizer or make_tokenizer(), PromptForm(**{"max_len": 256, **form}), max_prompts=max_prompts
-    )
+    source = Source(path=path, name="dataset.path", max_rows=max_prompts)
+    return load_prompts(source, tokenizer or make_tokenizer(), PromptForm(**{"max_len": 256, **form}))
 
 
 def tokens_of(dataset):
@@ -39,7 +39,7 @@ def tokens_of(dataset):
 def test_an_answer_can_follow_every_prompt(tmp_path, special):
     tokenizer = make_tokenizer(special)
     dataset = load(tmp_path, tokenizer=tokenizer)
-    assert dataset.texts == tuple(TEXTS) and dataset.ids == ("p0", "p1", "p2", "p3")
+    assert list(dataset.ids) == ["p0", "p1", "p2", "p3"]
     assert dataset.rows[1] == {"id": "p1", "prompt": TEXTS[1], "answer": "x"}
     for index, text in enumerate(TEXTS):
         example = dataset.example(index)
@@ -70,16 +70,16 @@ def test_a_batch_says_which_prompt_is_where(tmp_path):
     assert dataset.order(0, 0, shuffle=False).tolist() == [0, 1, 2, 3]
 
 
-def test_long_prompts_lose_their_end_and_are_counted(tmp_path, caplog):
+def test_long_prompts_lose_their_beginning_and_are_counted(tmp_path, caplog):
     whole = tokens_of(load(tmp_path))
     with caplog.at_level(logging.WARNING):
         cut = load(tmp_path, max_len=4)
-    assert tokens_of(cut) == [tokens[:4] for tokens in whole]
-    assert cut.texts == tuple(TEXTS)
+    assert tokens_of(cut) == [tokens[-4:] for tokens in whole]
+    assert [row["prompt"] for row in cut.rows] == TEXTS
     num_cut = sum(len(tokens) > 4 for tokens in whole)
     assert 0 < num_cut < len(TEXTS)
     assert [record.message for record in caplog.records] == [
-        f"dataset.path: {num_cut} of 4 prompts have more tokens than max_prompt_len=4 and lose those at their end"
+        f"dataset.path: {num_cut} of 4 prompts have more tokens than max_prompt_len=4 and lose their beginning"
     ]
 
 
@@ -91,7 +91,7 @@ def test_padding_stands_in_front(tmp_path):
 
 
 def test_the_first_prompts_can_be_asked_for(tmp_path):
-    assert load(tmp_path, max_prompts=2).texts == tuple(TEXTS[:2])
+    assert [row["prompt"] for row in load(tmp_path, max_prompts=2).rows] == TEXTS[:2]
     assert len(load(tmp_path, max_prompts=9)) == 4
 
 
@@ -100,9 +100,9 @@ def test_a_chat_template_frames_texts_and_messages(tmp_path, special):
     tokenizer = make_tokenizer(special, chat_template=TEMPLATE)
     messages = [{"role": "system", "content": "be good"}, {"role": "user", "content": "so"}]
     dataset = load(tmp_path, ["so", messages], tokenizer, use_chat_template=True)
-    assert dataset.texts == ("<s>user: so\n<s>assistant:", "<s>system: be good\n<s>user: so\n<s>assistant:")
+    texts = ("<s>user: so\n<s>assistant:", "<s>system: be good\n<s>user: so\n<s>assistant:")
     assert dataset.rows[1]["prompt"] == messages
-    for text, tokens in zip(dataset.texts, tokens_of(dataset), strict=True):
+    for text, tokens in zip(texts, tokens_of(dataset), strict=True):
         assert tokenizer.decode(tokens) == text
         assert tokens.count(tokenizer.bos_token_id) == text.count("<s>")
 
@@ -111,7 +111,11 @@ def test_a_chat_template_frames_texts_and_messages(tmp_path, special):
     ("prompts", "options", "message"),
     [
         (["so", ""], {}, r"dataset.path: '.*prompts.jsonl' line 2: 'prompt' is empty"),
-        ([["so"]], {}, r"line 1: 'prompt' has type list; every row needs the keys 'prompt' \(string\)"),
+        (
+            [["so"]],
+            {"use_chat_template": False},
+            r"line 1: 'prompt' has type list; every row needs the keys 'prompt' \(string\)",
+        ),
         (["so", 3], {"use_chat_template": True}, r"line 2: 'prompt' has type integer; .* \(string or list\)"),
         ([[]], {"use_chat_template": True}, "line 1: 'prompt' is empty"),
         ([["so"]], {"use_chat_template": True}, "line 1: message 1 of 'prompt' is not an object with the strings"),
@@ -122,9 +126,9 @@ def test_a_chat_template_frames_texts_and_messages(tmp_path, special):
             "line 1: 'prompt' holds half of a surrogate pair",
         ),
         (
-            [[{"role": "tool", "content": "so"}]],
+            [[{"role": "judge", "content": "so"}]],
             {"use_chat_template": True},
-            r"the tokenizer's chat template refuses the prompt with id 'p0' \(no tools here\)",
+            r"the tokenizer's chat template refuses the prompt with id 'p0' \(no judges here\)",
         ),
         (
             [[{"role": "user", "content": "so", "name": 3}]],
@@ -145,7 +149,9 @@ def test_tokenizers_that_lack_something_are_refused(tmp_path):
         load(tmp_path, tokenizer=make_tokenizer(eos_token=None))
     with pytest.raises(ValueError, match="dataset.valid_path: .*nowhere.jsonl' does not exist"):
         load_prompts(
-            str(tmp_path / "nowhere.jsonl"), make_tokenizer(), PromptForm(max_len=8), name="dataset.valid_path"
+            Source(path=str(tmp_path / "nowhere.jsonl"), name="dataset.valid_path"),
+            make_tokenizer(),
+            PromptForm(max_len=8),
         )
 
 
@@ -159,8 +165,8 @@ def test_a_prompt_without_tokens_is_refused(tmp_path):
 def test_the_fingerprint_covers_what_rewards_read(tmp_path):
     """Equal prompts whose rows have another `answer` are other data."""
     path = write(tmp_path, TEXTS, answer="x")
-    prompts = [load_prompts(path, make_tokenizer(), PromptForm(max_len=256))]
+    prompts = [load_prompts(Source(path=path), make_tokenizer(), PromptForm(max_len=256))]
     write(tmp_path, TEXTS, answer="y")
-    prompts.append(load_prompts(path, make_tokenizer(), PromptForm(max_len=256)))
+    prompts.append(load_prompts(Source(path=path), make_tokenizer(), PromptForm(max_len=256)))
     assert tokens_of(prompts[0]) == tokens_of(prompts[1])
     assert prompts[0].fingerprint != prompts[1].fingerprint

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from realjax.data.datasets import load_prompt_answer
+from realjax.data.files import Source
 from realjax.data.paired import load_paired
 from realjax.data.prompts import PromptForm, load_prompts
+from realjax.data.sequences import SequenceForm
 from realjax.data.tokens import encode, front_tokens
 from tests.given.texts import make_tokenizer, make_words_tokenizer, write_jsonl
 
@@ -19,19 +21,17 @@ MESSAGES = [{"role": "system", "content": "be good"}, {"role": "user", "content"
 
 
 def sft(path, tokenizer, **options):
-    data = load_prompt_answer(path, tokenizer, max_seqlen=256, **options)
+    data = load_prompt_answer(Source(path=path), tokenizer, SequenceForm(max_seqlen=256, **options))
     return [(e["tokens"].tolist(), int(np.argmax(e["loss_mask"]))) for e in map(data.example, range(len(data)))]
 
 
 def pairs(path, tokenizer, **options):
-    data = load_paired(path, tokenizer, max_seqlen=256, max_pairs_per_prompt=1, **options)
-    return [
-        (better.tolist(), int(start)) for (better, _), (start, _) in zip(data.pairs, data.answer_starts, strict=True)
-    ]
+    data = load_paired(Source(path=path), tokenizer, SequenceForm(max_seqlen=256, **options), max_pairs_per_prompt=1)
+    return [(data.take_pair(i)[0].tolist(), int(data.answer_starts[i][0])) for i in range(len(data))]
 
 
 def prompts(path, tokenizer, **options):
-    data = load_prompts(path, tokenizer, PromptForm(max_len=256, **options))
+    data = load_prompts(Source(path=path), tokenizer, PromptForm(max_len=256, **options))
     return [(data.example(i)["tokens"].tolist(), None) for i in range(len(data))]
 
 
@@ -83,7 +83,7 @@ def test_what_is_wrong_with_a_chat_is_told_by_all(tmp_path, load):
     with pytest.raises(ValueError, match="line 1: message 1 of 'prompt' is not an object with the strings 'role' and"):
         load(write(tmp_path, ([{"role": "user"}], "x")), tokenizer, use_chat_template=True)
     with pytest.raises(ValueError, match=r"line 1: 'prompt' has type list; every row needs"):
-        load(write(tmp_path, (MESSAGES, "x")), tokenizer)
+        load(write(tmp_path, (MESSAGES, "x")), tokenizer, use_chat_template=False)
 
 
 def test_a_long_chat_prompt_keeps_all_that_its_template_writes(tmp_path):
@@ -93,18 +93,18 @@ def test_a_long_chat_prompt_keeps_all_that_its_template_writes(tmp_path):
     path = write(tmp_path, ("the film was so long " * 20, ""), (long, ""), (both, ""), ("so", ""))
     (*cut, (last, _)) = prompts(path, tokenizer, use_chat_template=True)
     for limit in (40, 60):
-        data = load_prompts(path, tokenizer, PromptForm(max_len=limit, use_chat_template=True))
+        data = load_prompts(Source(path=path), tokenizer, PromptForm(max_len=limit, use_chat_template=True))
         texts = [tokenizer.decode(data.example(i)["tokens"]) for i in range(4)]
         assert all(limit - 3 <= len(data.example(i)["tokens"]) <= limit for i in range(3))
         assert all(text.startswith("<s><") and text.endswith("\n<assistant>") for text in texts)
-        assert texts[0].startswith("<s><user>the film was")
-        assert texts[1].startswith("<s><system>be good\n<user>a film")
+        assert texts[0].endswith("film was so long \n<assistant>")
+        assert texts[1].startswith("<s><system>be good\n<user>") and texts[1].endswith("so long \n<assistant>")
         # The longest loses all of its text before another is touched.
-        assert texts[2].startswith("<s><system>\n<user>so long")
+        assert texts[2].startswith("<s><system>\n<user>") and texts[2].endswith("so long \n<assistant>")
         assert data.example(3)["tokens"].tolist() == last
     assert all(len(tokens) > 60 for tokens, _ in cut)
     with pytest.raises(ValueError, match="dataset.max_prompt_len: found 5, but the chat template alone takes more"):
-        load_prompts(path, tokenizer, PromptForm(max_len=5, use_chat_template=True))
+        load_prompts(Source(path=path), tokenizer, PromptForm(max_len=5, use_chat_template=True))
 
 
 def test_texts_are_encoded_as_the_tokenizer_itself_does_but_for_eos():
@@ -112,6 +112,6 @@ def test_texts_are_encoded_as_the_tokenizer_itself_does_but_for_eos():
         tokenizer = make_tokenizer(special)
         expected = [tokenizer(text)["input_ids"] for text in ("", "the film", "naïve 😀")]
         without = [ids[:-1] if "eos" in special else ids for ids in expected]
-        assert encode(["", "the film", "naïve 😀"], tokenizer).tokens == without
+        assert encode(["", "the film", "naïve 😀"], tokenizer) == without
         assert front_tokens(tokenizer) == [tokenizer.bos_token_id] * ("bos" in special)
     assert front_tokens(make_words_tokenizer()) == []

@@ -15,7 +15,9 @@ from jax.sharding import SingleDeviceSharding
 from realjax.apps import quickstart
 from realjax.core.batch import Batch
 from realjax.core.compute import Compute
+from realjax.data.files import Source
 from realjax.data.paired import load_paired
+from realjax.data.sequences import SequenceForm
 from realjax.engine.inference import make_inference
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
@@ -102,11 +104,12 @@ def test_the_saved_reward_model_scores_the_same_in_transformers(rw, given):
     assert not any(report.values())
     assert type(theirs).__name__ == "LlamaForSequenceClassification" and theirs.config.num_labels == 1
     tokenizer = AutoTokenizer.from_pretrained(saved)
-    dataset = load_paired(str(given["dataset.valid_path"]), tokenizer, max_seqlen=64, max_pairs_per_prompt=2)
+    source = Source(path=str(given["dataset.valid_path"]))
+    dataset = load_paired(source, tokenizer, SequenceForm(max_seqlen=64), max_pairs_per_prompt=2)
     model = build_model(load_config(saved))
     params = load_params(saved, model, jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract))
     values_fn = quick_jit(make_inference(model, "values", make_layout(), Compute()))
-    sequences = [tokens for pair in dataset.pairs[:6] for tokens in pair]
+    sequences = [tokens for i in range(6) for tokens in dataset.take_pair(i)]
     rows = [json.loads(line) for line in given["dataset.valid_path"].read_text().splitlines()]
     texts = [(r["prompt"], a) for r in rows for pair in zip(r["pos_answers"], r["neg_answers"]) for a in pair][:12]
     as_classifier = load_classifier(saved)(*zip(*texts, strict=True), [{}] * 12)

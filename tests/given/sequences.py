@@ -62,12 +62,11 @@ def unpack_array(array: Any, plan: PackPlan) -> list[np.ndarray]:
 def make_dataset(lengths: list[int], seed: int = 0) -> PromptAnswerDataset:
     """Returns examples of random tokens of these lengths, learned in their last part."""
     examples = make_examples(lengths, seed)
-    spans = [(int(np.argmax(example["loss_mask"])), len(example["tokens"])) for example in examples]
     return PromptAnswerDataset(
         ids=tuple(range(len(lengths))),
         tokens=np.concatenate([example["tokens"] for example in examples]),
         offsets=np.cumsum([0, *lengths]),
-        target_spans=np.array(spans, np.int32),
+        loss_mask=np.concatenate([example["loss_mask"] for example in examples]),
     )
 
 

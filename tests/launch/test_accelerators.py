@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from realjax.launch import accelerators
-from realjax.launch.accelerators import OTHER, UNKNOWN, Accelerator, find_accelerator
+from realjax.launch.accelerators import OTHER, UNKNOWN, Accelerator, count_accelerators, find_accelerator
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +78,20 @@ def test_a_gpu_whose_name_is_hidden_is_one_of_no_known_architecture(tmp_path, si
 def test_different_gpus_have_no_architecture_in_common(tmp_path):
     found = find_accelerator({}, write_driver(tmp_path, "NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
     assert found == Accelerator(name=UNKNOWN, architecture=OTHER)
+
+
+def test_gpus_are_counted_as_the_environment_shows_them(tmp_path):
+    root = write_driver(tmp_path, *["NVIDIA H100"] * 8)
+    assert count_accelerators({}, root=root) == 8
+    assert count_accelerators({"CUDA_VISIBLE_DEVICES": "2,3,5"}, root=root) == 3
+    assert count_accelerators({"JAX_PLATFORMS": "cpu"}, root=root) == 0
+    # Slurm may show each of four processes its two, or all of them all eight.
+    assert count_accelerators({"CUDA_VISIBLE_DEVICES": "0,1"}, 4, root) == 8
+    assert count_accelerators({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, 4, root) == 8
+
+
+def test_gpus_without_the_drivers_list_are_counted_by_their_devices(tmp_path):
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidiactl", "nvidia0", "nvidia1", "nvidia-uvm"):
+        (tmp_path / "dev" / name).touch()
+    assert count_accelerators({}, root=tmp_path) == 2

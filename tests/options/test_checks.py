@@ -51,9 +51,18 @@ def test_a_sound_config_passes(data):
         (["trial_name=.."], r"^trial_name: found '\.\.'"),
         (["model.path="], "^model.path: nothing given"),
         (["dataset.train_path="], "^dataset.train_path: nothing given"),
-        (["dataset.train_path=/no/such.jsonl"], "^dataset.train_path: '/no/such.jsonl' is no such file"),
-        (["dataset.valid_path=/no/such.jsonl"], "^dataset.valid_path: '/no/such.jsonl' is no such file"),
-        (["dataset.train_path=/"], "^dataset.train_path: '/' is a directory"),
+        (
+            ["dataset.train_path=/no/such.jsonl"],
+            "^dataset.train_path: '/no/such.jsonl' does not exist",
+        ),
+        (
+            ["dataset.valid_path=/no/such.jsonl"],
+            "^dataset.valid_path: '/no/such.jsonl' does not exist",
+        ),
+        (
+            [f"dataset.train_path={Path(__file__).parent}"],
+            "^dataset.train_path: '.*' is a directory without data files",
+        ),
         (["dataset.valid_path=null"], r"^dataset.valid_path: nothing given, but eval_freq_\*"),
     ],
 )

@@ -68,7 +68,7 @@ V03_WITHOUT_EFFECT = [
 def test_quickstart_command_word_for_word():
     config = parse_overrides(SFTConfig, QUICKSTART_SFT)
     assert (config.experiment_name, config.trial_name, config.mode) == ("quickstart-sft", "release", "local")
-    assert (config.allocation_mode, config.n_nodes, config.n_gpus_per_node) == ("manual", 1, 8)
+    assert (config.allocation_mode, config.n_nodes, config.n_gpus_per_node) == ("manual", 1, None)
     ctrl = config.exp_ctrl
     assert (ctrl.total_train_epochs, ctrl.save_freq_steps, ctrl.eval_freq_epochs) == (8, 50, 1)
     assert (ctrl.save_freq_epochs, ctrl.eval_freq_steps, ctrl.benchmark_steps) == (None, None, None)
