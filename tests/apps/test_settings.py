@@ -75,5 +75,5 @@ def test_a_process_of_several_counts_its_own_gpus(environ):
 
 def test_a_run_on_cpu_devices_sets_nothing():
     before = dict(os.environ)
-    assert quickstart.prepare_environment(SFTConfig(deterministic=True), None) == ()
+    assert quickstart.prepare_environment(SFTConfig(deterministic=True, n_gpus_per_node=8), None) == ()
     assert dict(os.environ) == before
