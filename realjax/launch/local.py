@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Protocol
 
 from realjax.core.exit_codes import CONSEQUENCES, STOPPED
+from realjax.launch.accelerators import count_accelerators
 from realjax.launch.environment import COORDINATOR, LIFELINE, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
 from realjax.launch.lifetime import make_bond
 from realjax.launch.native_lines import NativeLines
@@ -30,7 +31,7 @@ GRACE_SECONDS = 60
 # The same after a failure: what the others do cannot succeed, but they may have something to say.
 FAILURE_SECONDS = 5
 STOPS = (signal.SIGTERM, signal.SIGINT)
-DEFAULT_GPUS_PER_NODE = 8  # of the option `n_gpus_per_node`
+DEFAULT_GPUS_PER_NODE = 8  # of a machine that is not known, or has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if args.per_device:
-        args.processes = int(find_word(words, "n_gpus_per_node") or DEFAULT_GPUS_PER_NODE)
+        num_devices = find_word(words, "n_gpus_per_node") or count_accelerators(os.environ) or DEFAULT_GPUS_PER_NODE
+        args.processes = int(num_devices)
     if args.processes < 1 or not words:
         parser.error("needs --processes of at least 1, and a command such as: -- sft model.path=...")
     if args.devices is not None:

@@ -130,4 +130,3 @@ def test_one_process_per_device_is_an_option(monkeypatch):
     monkeypatch.setattr("realjax.launch.local.run_processes", lambda *given: seen.append(given) or 0)
     assert main(["--per-device", "--", "sft", "n_gpus_per_node=4"]) == main(["--per-device", "--", "sft"]) == 0
     assert [share.processes for _, share, _ in seen] == [4, DEFAULT_GPUS_PER_NODE]
-    assert CommonExperimentConfig().n_gpus_per_node == DEFAULT_GPUS_PER_NODE
