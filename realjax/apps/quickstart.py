@@ -58,7 +58,6 @@ from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, 
 logger = logging.getLogger("realjax.quickstart")
 MOST_DEVICES = 1024
 PLAN_FLAG = "--plan"
-# By mode: whether the cluster is there.
 IS_USABLE: dict[str, Callable[[], bool]] = {"slurm": slurm.is_usable, "ray": ray.is_installed}
 
 
@@ -189,8 +188,7 @@ def read_command(args: list[str]) -> tuple[str, CommonExperimentConfig] | None:
         return None
     configure_logging()
     words, mapping = take_config_file(words)
-    overrides = [word for word in words if word not in (PLAN_FLAG, PRINT_FLAG)]
-    config = parse_overrides(experiment.config_cls, overrides, mapping)
+    config = parse_overrides(experiment.config_cls, [w for w in words if w not in (PLAN_FLAG, PRINT_FLAG)], mapping)
     if PRINT_FLAG in words:
         print_config(config)
         return None
