@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from realjax.allocation.modes import check_options
+from realjax.apps.words import names_recipe, take_config_file
 from realjax.launch import kubernetes, local, ray, slurm
 from realjax.launch.kubernetes import KubernetesJob
 from realjax.launch.ray import RayJob
@@ -68,16 +69,17 @@ def read_run(words: Sequence[str], elsewhere: str | None = None) -> RunCommand:
     words = tuple(words[1:] if words[:1] == ["--"] else words)
     if not words:
         raise ValueError("launch: no experiment was given; name one, with its options")
-    is_recipe = any(word.startswith("--config") for word in words)
+    is_recipe, of_file = names_recipe(words), dict[str, object]()
     if is_recipe:
         found = recipe.read_config(["launch", *words])
         experiment = str(found[EXPERIMENT_KEY])
         config = from_config_dict(quickstart.find_experiment(experiment).config_cls, found)
     else:
-        experiment = words[0]
-        config = parse_overrides(quickstart.find_experiment(experiment).config_cls, list(words[1:]))
+        given, of_file = take_config_file(words)
+        experiment, *overrides = given or [""]
+        config = parse_overrides(quickstart.find_experiment(experiment).config_cls, overrides, of_file)
     spell: Callable[[str], str] = (lambda name: f"--config.{name}") if is_recipe else str
-    if find_word(words, spell("recover_mode")) is None:
+    if find_word(words, spell("recover_mode")) is None and "recover_mode" not in of_file:
         config = dataclasses.replace(config, recover_mode="auto")
     if config.fileroot is None:
         config = dataclasses.replace(config, fileroot=elsewhere)

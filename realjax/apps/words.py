@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -15,6 +15,7 @@ from realjax.options.short_help import describe_common, search_options
 
 HELP_FLAGS, VERSION_FLAGS = ("--help", "-h", "help"), ("--version", "-V")
 CONFIG_FLAG, PRINT_FLAG = "--config", "--print-config"
+OPTION_FILES = (".yaml", ".yml", ".json")
 
 
 def say(text: str) -> None:
@@ -47,7 +48,15 @@ def describe(cls: type[CommonExperimentConfig], experiment: str, topic: str) -> 
     return describe_options(cls, experiment) if topic == "all" else search_options(cls, experiment, topic)
 
 
-def take_config_file(words: list[str]) -> tuple[list[str], Mapping[str, object]]:
+def names_recipe(words: Sequence[str]) -> bool:
+    """Returns whether words are a recipe's, `--config=configs/sft.py --config.<option>=value`, and no experiment's."""
+    values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == CONFIG_FLAG]
+    values += [word.partition("=")[2] for word in words if word.startswith(f"{CONFIG_FLAG}=")]
+    has_override = any(word.startswith(f"{CONFIG_FLAG}.") for word in words)
+    return has_override or any(Path(value).suffix not in OPTION_FILES for value in values)
+
+
+def take_config_file(words: Sequence[str]) -> tuple[list[str], Mapping[str, object]]:
     """Returns the words without `--config FILE`, and the options in that file. ValueError where it holds none."""
     rest, files = [], []
     words = list(words)

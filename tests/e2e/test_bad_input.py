@@ -96,7 +96,7 @@ CHANGES: dict[str, tuple[dict, str]] = {
     "batch above the data": ({"dataset__train_bs_n_seqs": 521}, r"a batch of 521 is more than the dataset's 520 ex"),
     "heads": (TENSOR_8, r"dim \d \('q_heads'\) of size 4 does not divide .* of size 8; use a model_parallel_size"),
     "devices": ({"n_gpus_per_node": 8}, r"data\*pipeline\*model = 2\*1\*2 = 4 devices, but .* = 8; set n_gpus"),
-    "missing data": ({"dataset__train_path": "none.jsonl"}, r"dataset.train_path: 'none.jsonl' is no such file"),
+    "missing data": ({"dataset__train_path": "none.jsonl"}, r"dataset.train_path: 'none.jsonl' does not exist"),
     "unknown option": ({"dataset__train_bs": 8}, r"unknown option dataset.train_bs\b.*dataset.train_bs_n_seqs"),
     "a logger that is not installed": ({"wandb_mode": "offline"}, r"wandb_mode: 'offline' needs the package wandb"),
 }

@@ -196,7 +196,7 @@ sys.exit(run_processes([sys.executable, "-c", program, *sys.argv[1:]], Share(pro
 FAILURES = {
     "before the first step": (
         "sys.argv += ['dataset.train_path=none.jsonl']",
-        "realjax: error: dataset.train_path: 'none.jsonl' is no such file",
+        "realjax: error: dataset.train_path: 'none.jsonl' does not exist",
         2,
     ),
     "between steps": (

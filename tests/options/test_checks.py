@@ -89,7 +89,7 @@ def test_held_out_sets_have_names(given, sets):
 def test_two_held_out_sets_of_one_name_or_one_that_is_not_there_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match="^dataset.valid_path: found two sets called 'data'; give them names"):
         validate(parse(data, f"dataset.valid_path=[{data},{data}]"))
-    with pytest.raises(ValueError, match="^dataset.valid_path: '/no/such.jsonl' is no such file"):
+    with pytest.raises(ValueError, match="^dataset.valid_path: '/no/such.jsonl' does not exist"):
         validate(parse(data, f"dataset.valid_path=[a={data},b=/no/such.jsonl]"))
 
 
