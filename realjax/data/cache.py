@@ -77,11 +77,12 @@ def _open(entry: Path, source: Source) -> Store | None:
 
 def _build_on_disk(entry: Path, build: Callable[[Writer], JsonObject]) -> Store:
     folder = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    writer = Writer(folder)
     try:
-        writer = Writer(folder)
         writer.finish(build(writer))
         folder.rename(entry)
     except BaseException:
+        writer.close()
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Store.open(entry)

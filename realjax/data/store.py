@@ -47,13 +47,17 @@ class Writer:
         """Returns what was written, with `facts` beside it; the files are on the disk then, whole."""
         if self.folder is None:
             return Store(arrays={name: np.concatenate(pieces) for name, pieces in self._pieces.items()}, facts=facts)
-        for file in self._files.values():
-            file.close()
+        self.close()
         arrays = {name: map_array(self.folder / name, dtype) for name, dtype in self._dtypes.items()}
         store = Store(arrays=arrays, facts=facts)
         manifest = {"dtypes": self._dtypes, "facts": facts, "digest": store.digest}
         (self.folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         return store
+
+    def close(self) -> None:
+        """Closes the files, finished or not."""
+        for file in self._files.values():
+            file.close()
 
 
 MANIFEST = "manifest.json"
