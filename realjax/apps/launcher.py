@@ -2,7 +2,8 @@
 
 The experiment's options say how many machines and devices, where files go and how often to start again
 (n_nodes, n_gpus_per_node, fileroot, partition, image_name, nodelist, recover_retries); flags say the rest. In place of
-an experiment a recipe can be given, `--config=configs/sft.py --config.<option>=value`.
+an experiment a recipe can be given, `--config=configs/sft.py --config.<option>=value`; behind an experiment
+`--config FILE.yaml` is a file of options.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from realjax.options.parallel import allocation_options
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import check_writable, run_paths
 
+READ_BY_LOCAL = ("n_gpus_per_node", "recover_mode", "recover_retries")
 USAGE = "realjax launch {name} [flags] <experiment> key=value ..."
 
 
@@ -231,7 +233,10 @@ def launch_ray(words: Sequence[str]) -> int:
 
 def launch_local(words: Sequence[str]) -> int:
     """Starts a run in several processes of this machine."""
-    return local.main(words)
+    _, of_file = take_config_file(words)
+    # The launcher itself reads nothing but words.
+    named = {name: of_file.get(name) for name in READ_BY_LOCAL if find_word(words, name) is None}
+    return local.main([*words, *(f"{name}={value}" for name, value in named.items() if value is not None)])
 
 
 LAUNCHERS: dict[str, Callable[[Sequence[str]], int]] = {

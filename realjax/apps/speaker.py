@@ -10,7 +10,7 @@ from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.texts import INCOMPLETE, decode_answers
-from realjax.data.chat import Messages, render
+from realjax.data.chat import Messages, Template
 from realjax.data.tokens import encode
 from realjax.engine.batching import Batcher, Request
 from realjax.engine.sampling import Sampler
@@ -82,8 +82,9 @@ class Speaker:
             text = "".join(message["content"] for message in messages)
         else:
             system = [{"role": "system", "content": self.config.system}] if self.config.system is not None else []
-            text = render([*system, *messages], "asked", self.tokenizer, "the conversation")
-        return np.array(encode([text], self.tokenizer, is_rendered=self.has_template).tokens[0], np.int32)
+            template = Template(tokenizer=self.tokenizer, subject="the conversation")
+            text = template.render([*system, *messages], "asked")
+        return np.array(encode([text], self.tokenizer, is_rendered=self.has_template)[0], np.int32)
 
     def _decode(self, prompt: np.ndarray, tokens: np.ndarray) -> str:
         return decode_answers(self.tokenizer, [prompt.tolist()], [tokens.tolist()])[1][0]

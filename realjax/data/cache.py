@@ -35,7 +35,7 @@ def load_store(
     """
     store = _find_store(source, tokenizer, form, build)
     for note in store.facts.get("notes", ()):
-        _log.warning("%s", note)
+        _log.warning("%s: %s", source.name, note)
     return store
 
 

@@ -153,7 +153,7 @@ class _Build:
 
     def __call__(self, writer: Writer) -> JsonObject:
         form, source = self.form, self.source
-        self.repeats = RepeatCount(tokenizer=self.tokenizer, name=source.name)
+        self.repeats = RepeatCount(tokenizer=self.tokenizer)
         intake = Intake(
             task="answers", source=source, tokenizer=self.tokenizer, use_chat_template=form.use_chat_template
         )
@@ -201,14 +201,14 @@ class _Build:
         writer.append_lines("ids", [row.get("id") for _, row, _ in kept])
 
     def _notes(self) -> list[str]:
-        notes, name, most = self.repeats.notes(), self.source.name, self.form.max_seqlen
+        notes, most = self.repeats.notes(), self.form.max_seqlen
         if self.num_empty:
             cause = f"their prompts fill max_seqlen={most}"
-            notes.append(f"{name}: {self.num_empty} of {self.num_kept} rows have no token to learn: {cause}")
+            notes.append(f"{self.num_empty} of {self.num_kept} rows have no token to learn: {cause}")
         if self.num_cut > self.num_empty or (self.num_cut and self.form.truncate == "drop"):
             fate = {"right": "lose their end", "left": "lose their beginning", "drop": "are left out"}
             notes.append(
-                f"{name}: {self.num_cut} of {self.num_rows} rows have more tokens than max_seqlen={most} and "
+                f"{self.num_cut} of {self.num_rows} rows have more tokens than max_seqlen={most} and "
                 f"{fate[self.form.truncate]}"
             )
         return notes

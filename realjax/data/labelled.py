@@ -104,11 +104,11 @@ class _Build:
         writer.append("numbers", np.array(kept, np.int64))
         writer.append_lines("ids", [rows[i].get("id") for i in kept])
         notes = self._notes(rows, prompts, is_rendered=intake.template is not None)
-        name, most = source.name, form.max_seqlen
+        most = form.max_seqlen
         if num_empty:
-            notes.append(f"{name}: {num_empty} of {len(kept)} rows keep no answer within {most} tokens")
+            notes.append(f"{num_empty} of {len(kept)} rows keep no answer within {most} tokens")
         if num_left := len(rows) - len(kept):
-            notes.append(f"{name}: {num_left} of {len(rows)} rows have more tokens than max_seqlen={most}, left out")
+            notes.append(f"{num_left} of {len(rows)} rows have more tokens than max_seqlen={most}, left out")
         return {"is_numbered": intake.is_numbered, "num_rows": len(kept), "notes": notes}
 
     def _keeps(self, row: JsonObject, sequence: TokenSequence) -> bool:
@@ -117,13 +117,13 @@ class _Build:
         return not (sequence.is_cut and self.form.truncate == "drop")
 
     def _notes(self, rows: list[JsonObject], prompts: list[str], *, is_rendered: bool) -> list[str]:
-        name, repeats = self.source.name, RepeatCount(tokenizer=self.tokenizer, name=self.source.name)
+        repeats = RepeatCount(tokenizer=self.tokenizer)
         if not is_rendered:
             repeats.add_starts(prompts)
         repeats.add_ends([row["answer"] for row in rows if isinstance(row["answer"], str)])
         if len(set(prompts)) > 1:
             return repeats.notes()
-        told = f"{name}: all {len(rows)} rows have one prompt, so the KL is estimated from answers to it"
+        told = f"all {len(rows)} rows have one prompt, so the KL is estimated from answers to it"
         return [*repeats.notes(), told]
 
 

@@ -127,7 +127,7 @@ class _Build:
 
     def __call__(self, writer: Writer) -> JsonObject:
         form, source = self.form, self.source
-        self.repeats = RepeatCount(tokenizer=self.tokenizer, name=source.name)
+        self.repeats = RepeatCount(tokenizer=self.tokenizer)
         intake = Intake(
             task="pairs",
             source=source,
@@ -196,11 +196,11 @@ class _Build:
         return sizes
 
     def _notes(self) -> list[str]:
-        notes, name, most = self.repeats.notes(), self.source.name, self.form.max_seqlen
+        notes, most = self.repeats.notes(), self.form.max_seqlen
         if self.num_equal:
-            notes.append(f"{name}: {self.num_equal} of {self.num_pairs} pairs have equal answers within {most} tokens")
+            notes.append(f"{self.num_equal} of {self.num_pairs} pairs have equal answers within {most} tokens")
         if self.num_cut:
-            notes.append(f"{name}: {self.num_cut} pairs have more tokens than max_seqlen={most} and are left out")
+            notes.append(f"{self.num_cut} pairs have more tokens than max_seqlen={most} and are left out")
         return notes
 
 

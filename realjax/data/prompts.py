@@ -106,7 +106,7 @@ class _Build:
 
     def __call__(self, writer: Writer) -> JsonObject:
         form, source = self.form, self.source
-        self.repeats = RepeatCount(tokenizer=self.tokenizer, name=source.name)
+        self.repeats = RepeatCount(tokenizer=self.tokenizer)
         intake = Intake(
             task="prompts",
             source=source,
@@ -188,7 +188,7 @@ class _Build:
             cut = "lose the beginning of their longest message" if self.is_rendered else "lose their beginning"
             fate = "are left out" if form.truncate == "drop" else cut
             notes.append(
-                f"{self.source.name}: {self.num_long} of {self.num_rows} prompts have more tokens than "
+                f"{self.num_long} of {self.num_rows} prompts have more tokens than "
                 f"max_prompt_len={form.max_len} and {fate}"
             )
         return notes

@@ -113,7 +113,6 @@ class RepeatCount:
     """Counts texts that begin, and answers that end, with the special token that they would be given."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    name: str
     num_texts: int = 0
     num_starts: int = 0
     num_answers: int = 0
@@ -139,7 +138,7 @@ class RepeatCount:
             (self.num_ends, self.num_answers, "answers end", self.tokenizer.eos_token),
         ]
         return [
-            f"{self.name}: {count} of {total} {what} with {token} already, and get no second one"
+            f"{count} of {total} {what} with {token} already, and get no second one"
             for count, total, what, token in found
             if count
         ]

@@ -36,10 +36,12 @@ def test_a_closed_pipe_is_no_error():
 
 def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
     file = tmp_path / "sft.yaml"
-    file.write_text("seed: 5\ndataset:\n  max_seqlen: 64\n  train_path: rows.jsonl\nmodel.path: m\n")
+    data = "dataset:\n  max_seqlen: 64\n  train_path: rows.jsonl\n  valid_path: [a=b.jsonl, c=d.jsonl]\n"
+    file.write_text(f"seed: 5\n{data}model.path: m\n")
     words, mapping = take_config_file(["--config", str(file), "seed=6"])
     config = parse_overrides(SFTConfig, words, mapping)
     assert (config.seed, config.dataset.max_seqlen, config.model.path) == (6, 64, "m")
+    assert config.dataset.valid_path == ("a=b.jsonl", "c=d.jsonl")
     assert quickstart.main(["sft", f"--config={file}", "seed=6", "--print-config"]) == 0
     again = tmp_path / "again.yaml"
     again.write_text(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,9 @@ def test_a_bad_row_leaves_nothing_behind_and_warnings_are_said_again(tmp_path, c
         caplog.clear()
         load_prompt_answer(source, tokenizer, SequenceForm(max_seqlen=8))
         assert "rows have more tokens than max_seqlen=8 and lose their end" in caplog.text
+    caplog.clear()
+    load_prompt_answer(replace(source, name="dataset.valid_path (a)"), tokenizer, SequenceForm(max_seqlen=8))
+    assert {record.getMessage().partition(": ")[0] for record in caplog.records} == {"dataset.valid_path (a)"}
     write(tmp_path, answer=3)
     with pytest.raises(ValueError, match="line 1: 'answer' has type integer"):
         load_prompt_answer(source, tokenizer, FORM)

@@ -106,6 +106,29 @@ def test_a_recipe_is_a_run_too(given, tmp_path, capsys, monkeypatch):
     assert "--config.recover_mode=auto" in command and "--config.trial_name=release" in command
 
 
+@pytest.mark.parametrize("spell", ["--config={}", "--config {}"])
+def test_a_file_of_options_is_no_recipe(given, tmp_path, capsys, spell):
+    experiment, *run = words(given, tmp_path, n_gpus_per_node=2, recover_mode="resume")
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(f"{word.replace('=', ': ', 1)}\n" for word in run))
+    flags = spell.format(file).split()
+    script = dry_run(capsys, experiment, *flags)
+    assert find_options(script)["ntasks-per-node"] == "2"
+    command = find_command(script)
+    place = command.index("-m")
+    assert command[place : place + 3 + len(flags)] == ["-m", "realjax.apps.quickstart", experiment, *flags]
+    assert "recover_mode=resume" in command
+
+
+def test_a_file_of_options_says_what_the_local_launcher_reads(tmp_path, monkeypatch):
+    file, seen = tmp_path / "run.yaml", []
+    file.write_text("n_gpus_per_node: 4\nrecover_mode: auto\nrecover_retries: 3\n")
+    monkeypatch.setattr("realjax.launch.local.run_processes", lambda *given: seen.append(given) or 0)
+    assert quickstart.main(["launch", "local", "--per-device", "--", "sft", "--config", str(file)]) == 0
+    ((command, share, num_retries),) = seen
+    assert (share.processes, num_retries) == (4, 3) and "recover_mode=auto" in command
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

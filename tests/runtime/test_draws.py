@@ -46,7 +46,6 @@ def make_loader() -> Loader:
         tokens=np.arange(lens.sum(), dtype=np.int32) % 50 + 3,
         offsets=np.cumsum([0, *lens]),
         rows=tuple({"id": i} for i in range(NUM_PROMPTS)),
-        texts=("",) * NUM_PROMPTS,
     )
     return Loader(dataset, batch_size=BATCH, seed=4, num_epochs=3)
 
