@@ -14,7 +14,8 @@ ROWS = [{"prompt": "the film was", "answer": f" {word} and so on"} for word in (
 
 
 def build(given: Given, root: Path, **changes: object) -> RunSpec:
-    options: dict[str, object] = {"dataset__max_prompt_len": 16, "dataset__train_bs_n_seqs": 2, "distill__data_share": 1.0}
+    options: dict[str, object] = {"dataset__max_prompt_len": 16, "dataset__train_bs_n_seqs": 2}
+    options["distill__data_share"] = 1.0
     return build_spec("distill", make_options("distill", given, root, **(options | changes)), is_planned=False)
 
 
