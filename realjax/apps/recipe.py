@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv if argv is None else argv)
     if any(arg in ("--help", "-h") for arg in args):
-        print(f"{__doc__}\n\nThe recipe says what to expect, and realjax <experiment> --help lists the options.")
+        print(f"{__doc__}\n\nThe recipe says what to expect, and realjax <experiment> --help all lists the options.")
         return 0
     with report_errors() as end:
         config = read_config([arg for arg in args if arg != PLAN_FLAG])

@@ -157,7 +157,7 @@ def _unknown_key(cls: type, key: str, where: str, name: str) -> ValueError:
     names = [option.path for option in list_options(cls)] + list(getattr(cls, "ALIASES", {}))
     meant = translate(key, names)
     near = nearest_names(key, names) if meant is None else [meant]
-    hint = f"did you mean {' or '.join(near)}?" if near else "run with --help to list all options"
+    hint = f"did you mean {' or '.join(near)}?" if near else "run with --help all to list all options"
     place = f"'{where}' has no option '{name}'" if where else f"there is no option '{name}' at the top level"
     return ValueError(f"unknown option {key}: {place}; {hint}")
 

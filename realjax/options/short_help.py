@@ -12,14 +12,14 @@ from realjax.options.model import ModelTrainEvalConfig
 
 # Patterns of dotted names by what they are about; an experiment has some of each.
 COMMON: dict[str, tuple[str, ...]] = {
-    "Models": ("model.path", "actor.path", "critic.path", "ref.path", "rew.path", "reward.fn"),
+    "Models": ("model.path", "actor.path", "critic.path", "ref.path", "rew.path", "teacher.path", "reward.fn"),
     "Data": (
         *("dataset.train_path", "dataset.path", "dataset.valid_path", "dataset.max_seqlen", "dataset.max_prompt_len"),
         *("dataset.train_bs_n_seqs", "dataset.truncate", "dataset.use_chat_template"),
     ),
     "Learning": (
         *("model.optimizer.lr", "actor.optimizer.lr", "critic.optimizer.lr", "beta", "group_size"),
-        *("*.kl_ctl", "*.eps_clip", "*.ppo_n_minibatches"),
+        *("*.kl_ctl", "*.eps_clip", "*.ppo_n_minibatches", "distill.divergence", "distill.top_k", "distill.data_share"),
     ),
     "Answers": ("*gen.max_new_tokens", "*gen.temperature", "*gen.top_p", "num_samples", "output_file"),
     "How long": (
