@@ -153,21 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (other := next((name for name in COMMANDS if args[: len(name.split())] == name.split()), None)) is not None:
             end.code = COMMANDS[other].run(args[len(other.split()) :])
         elif (command := read_command(args)) is not None:
-            end.code = start(*command, args)
+            end.code = run_experiment(*command, args)
         elif not args:
             end.code = 2
     return end.code
-
-
-def start(name: str, config: CommonExperimentConfig, args: list[str]) -> int:
-    """Runs the experiment here, or has the launcher that `mode` names start the command of `args` elsewhere.
-
-    Returns the exit code.
-    """
-    plan_only = PLAN_FLAG in args
-    if not plan_only and (launcher := find_launcher(config.mode)) is not None:
-        return COMMANDS["launch"].run([launcher, *args])
-    return run_experiment(name, config, plan_only=plan_only)
 
 
 def read_command(args: list[str]) -> tuple[str, CommonExperimentConfig] | None:
@@ -204,11 +193,15 @@ def find_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def run_experiment(name: str, config: CommonExperimentConfig, *, plan_only: bool = False) -> int:
+def run_experiment(name: str, config: CommonExperimentConfig, words: Sequence[str] = ()) -> int:
     """Checks `config`, prepares the devices and runs the experiment, or prints its plan; returns the exit code.
 
-    ValueError, before any device work, for whatever the user can mend.
+    `words` are the command's, which the launcher that `mode` names is to start elsewhere. ValueError, before any device
+    work, for whatever the user can mend.
     """
+    plan_only = PLAN_FLAG in words
+    if not plan_only and (launcher := find_launcher(config.mode)) is not None:
+        return COMMANDS["launch"].run([launcher, *words])
     experiment = find_experiment(name)
     console = configure_logging()
     config = resolve_names(config, name)

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from realjax.apps.errors import report_errors
-from realjax.apps.quickstart import PLAN_FLAG, configure_logging, find_experiment, start
+from realjax.apps.quickstart import PLAN_FLAG, configure_logging, find_experiment, run_experiment
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
 from realjax.options.parsing import locate
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(config[EXPERIMENT_KEY])
         configure_logging()
         options = from_config_dict(find_experiment(name).config_cls, config)
-        end.code = start(name, options, args[1:])
+        end.code = run_experiment(name, options, args[1:])
     return end.code
 
 

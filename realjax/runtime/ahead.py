@@ -80,7 +80,7 @@ class Ahead:
         judged = self.ready
         executor.rows = [row for row in executor.rows if row.step > step]
         brought = None if is_last else self._bring_params()  # while they are there: training takes their place
-        trained = executor.run(self.trainers, judged.batch, step)
+        trained = executor.step(judged.batch, step, self.trainers)
         self.ready = None
         if brought is not None:
             self._draw(step + 1, brought, version=step, last_begun=step + self.mfc.num_ahead)
@@ -167,7 +167,7 @@ class Ahead:
         refuse_nonfinite(generations, f"{self.mfc.name}: {executor.roles[self.mfc.role].spec.title}")
         shape, requests = executor.plan.rollouts[self.mfc.name], [row.request for row in rows]
         batch: Batch = pack_rollout(requests, generations, self.mfc, shape, ages=[row.ages for row in rows])
-        return executor.run(self.judges, batch, now)
+        return executor.step(batch, now, self.judges)
 
 
 def _read(chunk: Chunk[Array]) -> Chunk[np.ndarray]:

@@ -81,25 +81,21 @@ class Executor:
         """Runs every call of the graph, or `calls`, once; the metrics of training calls are still on the devices.
 
         `step` None is an evaluation, which leaves no trace: not in the timeline, and not in what host calls carry from
-        step to step.
+        step to step. Roles that follow others do so after all calls of a step; after some of them, see
+        `update_averages`.
         """
-        left, drawn = self.graph.order if calls is None else calls, dict[str, Sequence[Metrics]]()
-        if self.sampler is not None and step is not None:
-            batch, drawn = self.sampler.draw(self, step)
-            left = [call for call in left if call.name not in self.sampler.names]
-        result = self.run(left, batch, step)
-        if step is not None:
-            self.update_averages()
-        return StepResult(result.batch, {**drawn, **result.metrics})
-
-    def run(self, calls: Sequence[Call], batch: Batch, step: int | None) -> StepResult:
-        """Runs calls in order, see `step`, of which they are a part."""
         metrics: dict[str, Sequence[Metrics]] = {}
-        for call in calls:
+        left, is_whole = self.graph.order if calls is None else calls, calls is None and step is not None
+        if is_whole and step is not None and self.sampler is not None:
+            batch, metrics = self.sampler.draw(self, step)
+            left = [call for call in left if call.name not in self.sampler.names]
+        for call in left:
             done = self.run_call(call, batch, step)
             batch = done.batch
             if done.metrics:
                 metrics[call.name] = done.metrics
+        if is_whole:
+            self.update_averages()
         return StepResult(batch, metrics)
 
     def run_call(self, call: Call, batch: Batch, step: int | None, draw: int | None = None) -> Done:

@@ -50,4 +50,4 @@ def test_few_functions_lie_between_the_command_and_the_train_step(given, tmp_pat
     options = {"n_gpus_per_node": 1, "allocation_mode": "d1p1m1", "dataset.train_path": given.rows}
     trial = Trial(given=given, root=tmp_path, options=options)
     assert trial.run(benchmark_steps=1) == 0
-    assert stacks[0] == ["main", "run_experiment", "run", "step", "train", "__call__", "_compile"]
+    assert stacks[0] == ["main", "run_experiment", "run", "step", "run_call", "train", "__call__", "_compile"]
