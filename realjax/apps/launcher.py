@@ -40,6 +40,11 @@ class RunCommand:
     words: tuple[str, ...]
 
     @property
+    def num_restarts(self) -> int:
+        """How often it is started again at most: only where it then goes on from its saves."""
+        return self.config.recover_retries if self.config.recover_mode == "auto" else 0
+
+    @property
     def name(self) -> str:
         """Of the experiment and the trial."""
         return f"{self.config.experiment_name}_{self.config.trial_name}"
@@ -111,6 +116,19 @@ def _parser(name: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_task_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-gpus", action="store_true", help="ask for no GPUs: nodes without any")
+    parser.add_argument(
+        "--tasks", choices=("gpu", "node"), help="a process for each GPU (the default), or each node (without GPUs)"
+    )
+
+
+def count_tasks(run: RunCommand, args: argparse.Namespace) -> int:
+    """Returns the processes of a node, by the flags of `_add_task_flags`."""
+    is_one = args.tasks == "node" or (args.no_gpus and args.tasks is None)
+    return 1 if is_one else devices_per_node(run.config)
+
+
 def _split(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the launcher's flags, which come first, and the run's words."""
     parser.add_argument("run", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -129,10 +147,7 @@ def launch_slurm(words: Sequence[str]) -> int:
     }.items():
         parser.add_argument(name, help=text)
     parser.add_argument("--exclusive", action="store_true", help="share the nodes with no other job")
-    parser.add_argument("--no-gpus", action="store_true", help="ask for no GPUs: nodes without any")
-    parser.add_argument(
-        "--tasks", choices=("gpu", "node"), help="a process for each GPU (the default), or each node (without GPUs)"
-    )
+    _add_task_flags(parser)
     parser.add_argument("--python", default=sys.executable, help="of the processes, in a container perhaps another")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch")
     parser.add_argument("--follow", action="store_true", help="show the job's log until it is over; Ctrl-C leaves it")
@@ -151,13 +166,12 @@ def launch_slurm(words: Sequence[str]) -> int:
 def make_slurm_job(run: RunCommand, args: argparse.Namespace) -> SlurmJob:
     """Returns the job of a run with the command's flags."""
     config, logs = run.config, run_paths(run.config).logs
-    per_node = args.tasks == "node" or (args.no_gpus and args.tasks is None)
     return SlurmJob(
         name=run.name,
         command=run.command(args.python),
         folder=logs.with_name(f"{logs.name}.slurm"),  # beside: a run that starts anew sets its log directory aside
         n_nodes=config.n_nodes,
-        tasks_per_node=1 if per_node else devices_per_node(config),
+        tasks_per_node=count_tasks(run, args),
         gpus_per_node=0 if args.no_gpus else devices_per_node(config),
         account=args.account,
         partition=config.partition,
@@ -166,7 +180,7 @@ def make_slurm_job(run: RunCommand, args: argparse.Namespace) -> SlurmJob:
         exclusive=args.exclusive,
         image=config.image_name,
         mounts=args.mounts,
-        num_restarts=config.recover_retries if config.recover_mode == "auto" else 0,
+        num_restarts=run.num_restarts,
         environment=split_environment(args.env),
         options=tuple(args.sbatch),
     )
@@ -196,7 +210,7 @@ def launch_kubernetes(words: Sequence[str]) -> int:
         claim=args.claim,
         mount=args.mount,
         namespace=args.namespace,
-        num_restarts=config.recover_retries if config.recover_mode == "auto" else 0,
+        num_restarts=run.num_restarts,
         environment=split_environment(args.env),
     )
     print(job.render(), end="")
@@ -207,22 +221,18 @@ def launch_ray(words: Sequence[str]) -> int:
     """Runs on a Ray cluster, whose output is shown here, and returns the run's exit code."""
     parser = _parser("ray", ray.__doc__ or "")
     parser.add_argument("--address", default="auto", help="of the cluster; auto: RAY_ADDRESS, or one on this machine")
-    parser.add_argument("--no-gpus", action="store_true", help="ask for no GPUs: nodes without any")
-    parser.add_argument(
-        "--tasks", choices=("gpu", "node"), help="a process for each GPU (the default), or each node (without GPUs)"
-    )
+    _add_task_flags(parser)
     parser.add_argument("--cpus", type=int, default=1, help="CPUs that a process asks Ray for")
     args, rest = _split(parser, words)
     run = read_run(rest)
-    config = run.config
-    per_node = 1 if args.tasks == "node" or (args.no_gpus and args.tasks is None) else devices_per_node(config)
+    config, per_node = run.config, count_tasks(run, args)
     job = RayJob(
         command=run.command(),
         num_processes=config.n_nodes * per_node,
         processes_per_node=per_node,
         gpus_per_process=0 if args.no_gpus else devices_per_node(config) // per_node,
         cpus_per_process=args.cpus,
-        num_restarts=config.recover_retries if config.recover_mode == "auto" else 0,
+        num_restarts=run.num_restarts,
         environment=split_environment(args.env),
     )
     if args.dry_run:

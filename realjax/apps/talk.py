@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import jax
 
-from realjax.apps.quickstart import HELP_FLAGS, configure_logging, prepare_devices, prepare_environment
+from realjax.apps.quickstart import configure_logging, prepare_devices, prepare_environment
+from realjax.apps.words import HELP_FLAGS, say
 from realjax.options.describe import describe_options
 from realjax.options.parsing import parse_overrides
 from realjax.options.paths import find_fileroot
@@ -20,8 +21,7 @@ def read_words(words: Sequence[str], config_cls: type[Config], name: str) -> tup
     """Returns the models, which are words without `=`, and the options; None where help was asked for, which is printed
     then. Raises ValueError for no model, an unknown option or a wrong value."""
     if any(word in HELP_FLAGS for word in words):
-        print(f"Usage: realjax {name} MODEL key=value ...\n")
-        print(describe_options(config_cls, name), end="")
+        say(f"Usage: realjax {name} MODEL key=value ...\n\n{describe_options(config_cls, name)}")
         return None
     models = [word for word in words if "=" not in word]
     if not models:

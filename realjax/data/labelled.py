@@ -17,7 +17,7 @@ from realjax.data.paired import check_answers, make_passage
 from realjax.data.sequences import SequenceForm, TokenSequence, make_sequences, refuse_long, refuse_no_answers
 from realjax.data.store import Writer
 from realjax.data.tokens import RepeatCount, eos_id
-from realjax.data.twos import TwoSequences
+from realjax.data.twos import TwoSequences, write_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,9 +97,7 @@ class _Build:
         num_empty = sum(not pairs[i][0].loss_mask.any() for i in kept)
         refuse_no_answers(source.subject, len(kept), num_empty, form.max_seqlen)
         both = [sequence for i in kept for sequence in pairs[i]]
-        writer.append("tokens", np.concatenate([sequence.tokens for sequence in both]))
-        writer.append("lengths", np.array([len(sequence.tokens) for sequence in both], np.int32))
-        writer.append("answer_starts", np.array([sequence.answer_start for sequence in both], np.int32))
+        write_answers(both, writer)
         writer.append("desirable", np.array([rows[i]["label"] for i in kept], np.bool_))
         writer.append("numbers", np.array(kept, np.int64))
         writer.append_lines("ids", [rows[i].get("id") for i in kept])

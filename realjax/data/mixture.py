@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from realjax.core.identity import digest
 from realjax.core.json_text import JsonObject
 from realjax.data.loader import Dataset
+from realjax.data.store import Made
 
 
 @dataclass(frozen=True, eq=False)
-class Chain(Sequence[Any]):
+class Chain(Made[Any]):
     """Sequences one after the other, without a copy."""
 
     parts: tuple[Sequence[Any], ...]
@@ -20,19 +21,12 @@ class Chain(Sequence[Any]):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def make(self, place: int) -> Any:
         for part in self.parts:
             if place < len(part):
                 return part[place]
             place -= len(part)
-        raise IndexError(index)
+        raise IndexError(place)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

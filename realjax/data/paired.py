@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from realjax.data.datasets import Ids, join_answer, offsets_of_lengths
 from realjax.data.files import Source
 from realjax.data.intake import Intake
 from realjax.data.sequences import SequenceForm, TokenSequence, make_sequences, refuse_long
-from realjax.data.store import Writer
+from realjax.data.store import Made, Writer
 from realjax.data.tokens import RepeatCount, eos_id
-from realjax.data.twos import TwoSequences
+from realjax.data.twos import TwoSequences, write_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class PairedDataset(TwoSequences):
 
 
 @dataclass(frozen=True, eq=False)
-class PairIds(Sequence[str]):
+class PairIds(Made[str]):
     """Ids of pairs: the row's id and the pair's number in the row."""
 
     rows: Ids
@@ -78,14 +78,7 @@ class PairIds(Sequence[str]):
     def __len__(self) -> int:
         return int(self.groups[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def make(self, place: int) -> str:
         row = int(np.searchsorted(self.groups, place, side="right")) - 1
         return f"{self.rows[row]}-{place - int(self.groups[row])}"
 
@@ -162,9 +155,7 @@ class _Build:
         both = [sequence for pair in pairs for sequence in pair]
         kept = [(row, size) for row, size in zip(rows, sizes, strict=True) if size]
         if both:
-            writer.append("tokens", np.concatenate([sequence.tokens for sequence in both]))
-            writer.append("lengths", np.array([len(sequence.tokens) for sequence in both], np.int32))
-            writer.append("answer_starts", np.array([sequence.answer_start for sequence in both], np.int32))
+            write_answers(both, writer)
             writer.append("sizes", np.array([size for _, size in kept], np.int32))
             writer.append_lines("ids", [row.get("id") for row, _ in kept])
 

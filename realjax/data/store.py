@@ -1,11 +1,12 @@
 """Arrays that are written piece by piece and read whole: in memory, or in files that are mapped into it."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, TypeVar, overload
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from realjax.core.identity import digest
 from realjax.core.json_text import JsonObject
 
 _BYTES, _ENDS = ".bytes", ".ends"
+T = TypeVar("T")
 
 
 class Writer:
@@ -96,8 +98,24 @@ class Store:
         return store
 
 
+class Made(Sequence[T]):
+    """Values that are made when they are asked for, each by its place from 0."""
+
+    @abstractmethod
+    def make(self, place: int) -> T:
+        """Returns the value at a place that there is."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return self.make(places) if isinstance(places, int) else list(map(self.make, places))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class JsonLines(Sequence[Any]):
+class JsonLines(Made[Any]):
     """Values, each read anew from its JSON when it is asked for."""
 
     text: np.ndarray  # uint8
@@ -107,14 +125,7 @@ class JsonLines(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def make(self, place: int) -> Any:
         start = int(self.ends[place - 1]) if place else 0
         value = json.loads(self.text[start : int(self.ends[place])].tobytes().decode(errors="surrogatepass"))
         return {**value, "id": place} if self.numbers_ids else value

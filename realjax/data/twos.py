@@ -1,5 +1,6 @@
 """Examples of two sequences, such as both answers of a pair."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from realjax.core.identity import digest
 from realjax.data.datasets import Ids, digest_ids
 from realjax.data.packing import PART_LENS
+from realjax.data.sequences import TokenSequence
+from realjax.data.store import Writer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,3 +57,10 @@ class TwoSequences:
         masks = [np.arange(len(tokens)) >= max(start, 1) for tokens, start in zip(both, starts, strict=True)]
         lens = np.array([len(tokens) for tokens in both])
         return {"tokens": np.concatenate(both), "loss_mask": np.concatenate(masks), PART_LENS: lens}
+
+
+def write_answers(sequences: Sequence[TokenSequence], writer: Writer) -> None:
+    """Adds sequences, two for each example, to the arrays that `TwoSequences` is made of."""
+    writer.append("tokens", np.concatenate([sequence.tokens for sequence in sequences]))
+    writer.append("lengths", np.array([len(sequence.tokens) for sequence in sequences], np.int32))
+    writer.append("answer_starts", np.array([sequence.answer_start for sequence in sequences], np.int32))

@@ -85,8 +85,8 @@ class Executor:
         `update_averages`.
         """
         metrics: dict[str, Sequence[Metrics]] = {}
-        left, is_whole = self.graph.order if calls is None else calls, calls is None and step is not None
-        if is_whole and step is not None and self.sampler is not None:
+        left = self.graph.order if calls is None else calls
+        if calls is None and step is not None and self.sampler is not None:
             batch, metrics = self.sampler.draw(self, step)
             left = [call for call in left if call.name not in self.sampler.names]
         for call in left:
@@ -94,7 +94,7 @@ class Executor:
             batch = done.batch
             if done.metrics:
                 metrics[call.name] = done.metrics
-        if is_whole:
+        if calls is None and step is not None:
             self.update_averages()
         return StepResult(batch, metrics)
 
