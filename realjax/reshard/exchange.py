@@ -184,7 +184,8 @@ def _make_pack(schedules: tuple[Schedule, ...], mesh: Mesh) -> Callable:
         pieces = []
         for schedule, shard, reads in zip(schedules, shards, tables):
             for table in reads:
-                piece = _read(shard, _slab_start(schedule, table, slab), schedule.slab_shape)
+                carried = _recast(shard, _carrier(shard.dtype, mesh))
+                piece = _recast(_read(carried, _slab_start(schedule, table, slab), schedule.slab_shape), shard.dtype)
                 wire_dtype = schedule.leaf.spec.wire_dtype
                 pieces.append(_recast(piece.astype(wire_dtype), _bits(wire_dtype)))
         return pieces
@@ -284,9 +285,9 @@ def _bits(dtype: np.dtype) -> np.dtype:
 
 
 def _carrier(dtype: np.dtype, mesh: Mesh) -> np.dtype:
-    """Returns the type in which a shard is written: its own, since another type needs a second copy of the shard.
+    """Returns the type in which a shard is read and written: its own, as another type needs a second copy of it.
 
-    Except on CPUs, whose backend widens a narrow float to update a slice, and narrows it again, which changes NaNs.
+    Except on CPUs, whose backend widens a narrow float to take or update a slice, and narrows it, which changes NaNs.
     """
     return _bits(dtype) if mesh.devices.flat[0].platform == "cpu" and dtype.itemsize < 4 else dtype
 

@@ -81,7 +81,7 @@ def test_rows_that_do_not_divide_are_refused_by_key():
 # What the design says of a key's second dim; `kept` and `routes` have a third.
 NOT_OF_TIME = {
     "segments": {"rewards", "has_eos", "group", "is_baseline", "seq_share", "prompt_id", "sample_id"},
-    "pairs": {"pair_weight", "desirable", "kl_baseline"},
+    "pairs": {"pair_weight", "desirable", "is_other", "kl_baseline"},
     "targets": {"targets"},
 }
 
@@ -103,6 +103,7 @@ def full(rollout: Rollout, number: int) -> Rollout:
         "kept": kept,
         "routes": kept,
         "scores": rollout["values"],
+        "token_age": np.zeros(len(rollout["tokens"]), np.int32),
     }
 
 
@@ -110,11 +111,15 @@ def make_batches() -> dict[str, Batch]:
     """Returns a batch of each experiment with all keys that it ever has."""
     paired = Spread(row_len=72, num_rows=8).pack(make_pairs())
     rollouts = [full(rollout, number) for number, rollout in enumerate(make_rollouts())]
+    choices = np.zeros((*paired["tokens"].shape, 3))
     return {
         "sft": pack_in_order(make_examples([5, 9, 7, 4]), 10, num_rows=4)[0],
         "rw": paired,
         "dpo": paired.with_arrays(ref_logprobs=np.zeros(paired["tokens"].shape)),
-        "kto": paired.with_arrays(desirable=paired["pair_weight"], kl_baseline=paired["pair_weight"]),
+        "kto": paired.with_arrays(
+            desirable=paired["pair_weight"], is_other=paired["pair_weight"] > 0, kl_baseline=paired["pair_weight"]
+        ),
+        "distill": paired.with_arrays(teacher_ids=choices.astype(np.int32), teacher_logprobs=choices),
         "ppo": learn(Packing(row_len=40, num_rows=4).pack(rollouts)[0]),
     }
 

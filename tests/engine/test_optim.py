@@ -85,9 +85,9 @@ def test_clipping_leaves_zero_at_zero_and_shows_what_is_not_finite():
 
 
 @pytest.mark.parametrize("config", [*FAMILY_CONFIGS.values(), MODEL.config], ids=[*FAMILY_CONFIGS, "everything"])
-def test_exactly_norms_and_biases_are_not_decayed(config):
+def test_exactly_norms_biases_and_offsets_of_routers_are_not_decayed(config):
     mask = flatten_paths(decay_mask(build_model(config).abstract))
     for path, decayed in mask.items():
         is_norm = "norm" in path.split("/")[-2]
-        assert decayed == (not is_norm and not path.endswith("bias")), path
+        assert decayed == (not is_norm and not path.endswith(("bias", "router/offset"))), path
     assert {True, False} == set(mask.values())
