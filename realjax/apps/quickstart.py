@@ -258,6 +258,8 @@ def prepare_environment(config: Machine, group: ProcessGroup | None) -> tuple[st
         recommend=config.accelerator_settings == "recommended",
         deterministic=config.deterministic,
     )
+    # That PyTorch is not there is as it should be: of transformers only configurations and tokenizers are used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.update(environment.variables)
     return environment.notices
 

@@ -111,8 +111,10 @@ def metric_rank(name: str) -> int:
 
 def draw_curve(path: Path, name: str, series: Series) -> None:
     """Writes one PNG: a line per kind, and for many points a smoothed line over the light raw one."""
-    figure = Figure(figsize=(6.4, 3.4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    # Margins that are wide enough for every label: to measure them takes as long as to draw, and a run has many curves.
+    margins = {"left": 0.17, "right": 0.98, "bottom": 0.14, "top": 0.9}
+    figure = Figure(figsize=(6.4, 3.4), dpi=120)
+    axes = figure.subplots(gridspec_kw=margins)
     other_colors = iter(OTHER_COLORS * len(series))
     for kind, (steps, values) in sorted(series.items(), key=lambda item: item[0] != "train"):
         color = KIND_COLORS.get(kind) or next(other_colors)
@@ -122,7 +124,7 @@ def draw_curve(path: Path, name: str, series: Series) -> None:
             values = smooth(values, window=max(5, len(values) // 25))
         axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=kind)
     # A metric's name is data: a `$` in it must not start a formula.
-    axes.set_ylabel(name, parse_math=False)
+    axes.set_title(name, fontsize="medium", parse_math=False)
     axes.set_xlabel("global step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # Ticks show whole values: "+1.2e4" in a corner of the plot is easily missed.

@@ -11,18 +11,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.given.processes import HANG_SECONDS, ROOT
+from tests.given.processes import HANG_SECONDS, ROOT, command_environment
 
 
 @contextmanager
 def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     """Starts Python on the command in a session of its own, of which nothing is left when the block ends."""
-    env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     with log.open("a") as file:
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env=env,
+            env=command_environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
