@@ -63,11 +63,14 @@ class Template:
 
     tokenizer: "PreTrainedTokenizerBase"
     subject: str  # the source's, which messages begin with
+    tools: tuple[JsonObject, ...] = ()  # that the template tells the model of
 
     def render(self, messages: Messages, row_id: object, *, opens_answer: bool = True) -> str:
         """Returns the text of a row's messages, the assistant's turn opened where asked for."""
         try:
-            found = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
+            found = self.tokenizer.apply_chat_template(
+                messages, tools=list(self.tools) or None, tokenize=False, add_generation_prompt=opens_answer
+            )
         except Exception as error:  # a template is code of its own
             raise self._refusal(row_id, error) from error
         return cast(str, found)

@@ -1,7 +1,6 @@
 """Rewards computed from texts: a rollout is decoded, a function of prompts and answers scores it."""
 
 import copy
-import importlib
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +9,7 @@ import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.json_text import JsonObject
+from realjax.core.named import load_named
 from realjax.core.segments import segment_slices
 from realjax.core.texts import decode_answers
 
@@ -79,26 +79,13 @@ def call_votes(
 
 def load_function(path: str, name: str = "reward.fn") -> TextFn:
     """Returns the function at `module:function`; ValueError, naming the option `name`, when it is not there."""
-    module_name, colon, function_name = path.partition(":")
-    if not (module_name and colon and function_name):
-        raise ValueError(
-            f"{name}: found {path!r}; it needs <module>:<function>, such as realjax.rewards.verifiable:number_reward"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that is there and imports a missing one is another mistake.
-        cause = "cannot be found" if module_name.startswith(error.name or " ") else f"needs '{error.name}'"
-        raise ValueError(
-            f"{name}: the module of {path!r} {cause}; install it, or add its folder to PYTHONPATH"
-        ) from error
-    except (Exception, SystemExit) as error:  # whatever its code does; sys.exit would end the run as if all were well
-        raise ValueError(f"{name}: the module of {path!r} cannot be imported ({_describe(error)}); mend it") from error
-    fn: Any = getattr(module, function_name, None)
+    example = "<module>:<function>, such as realjax.rewards.verifiable:number_reward"
+    fn = load_named(path, name, example)
     if not isinstance(fn, Callable):
         has = "has no such name" if fn is None else f"has it as a {type(fn).__name__}"
         raise ValueError(
-            f"{name}: {path!r} is no function: {module_name} {has}; it needs a function of (prompts, answers, rows)"
+            f"{name}: {path!r} is no function: {path.partition(':')[0]} {has}; it needs a function of (prompts, "
+            "answers, rows)"
         )
     _check_signature(fn, path, name)
     return fn
