@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from realjax.core.json_text import JsonObject
 from realjax.data.chat import Messages, Template
 from realjax.data.tokens import encode
-from realjax.environments.tools import ToolFormat, find_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +33,9 @@ class TurnTemplate:
     def _template(self) -> Template:
         return Template(tokenizer=self.tokenizer, subject=self.subject, tools=tuple(self.tools))
 
-    @cached_property
-    def tool_format(self) -> ToolFormat:
-        """How the template writes calls of tools."""
-        return find_format(lambda messages, opens: self._template.render(messages, None, opens_answer=opens))
+    def render(self, messages: Messages, opens_answer: bool) -> str:
+        """Returns the template's text of messages. Raises ValueError where it refuses them."""
+        return self._template.render(messages, None, opens_answer=opens_answer)
 
     def open(self, messages: Messages, row_id: object) -> list[int]:
         """Returns the tokens of a conversation's first messages, up to where the first answer begins."""

@@ -12,7 +12,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "algorithms": frozenset({"core"}),
     "rewards": frozenset({"core"}),
     "environments": frozenset({"core"}),
-    "data": frozenset({"core", "environments"}),
+    "data": frozenset({"core"}),
     "dataflow": frozenset({"core", "data", "models.config"}),
     "reshard": frozenset({"core"}),
     "launch": frozenset({"core"}),

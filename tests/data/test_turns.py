@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from realjax.data.tokens import encode
 from realjax.data.turns import TurnTemplate
-from realjax.environments.tools import HERMES, ToolCall
+from realjax.environments.tools import HERMES, ToolCall, find_format
 from tests.given.templates import FAMILIES, QWEN, Family
 from tests.given.texts import make_tokenizer
 
@@ -145,7 +145,7 @@ def test_calls_are_those_of_the_template(name):
     template, text, has_role = TOOLS[name]
     family = Family(template=template, eos="</s>", special=("<|im_start|>", "<|im_end|>", "<|start|>", "<|eot|>"))
     turns = TurnTemplate(tokenizer=family.tokenizer())
-    form, call = turns.tool_format, ToolCall(name="add", arguments={"a": 1})
+    form, call = find_format(turns.render), ToolCall(name="add", arguments={"a": 1})
     assert form.write(call) == text and form.has_role == has_role
     assert form.find_calls("so " * (name != "bare") + text + " and") == [call]
     assert form.find_calls(text + "\n" + text) == [call, call]
@@ -158,7 +158,7 @@ def test_calls_are_those_of_the_template(name):
 
 def test_a_template_without_calls_has_those_of_hermes():
     turns = TurnTemplate(tokenizer=QWEN.tokenizer())
-    assert turns.tool_format == HERMES
+    assert find_format(turns.render) == HERMES
     assert json.loads(HERMES.write(ToolCall(name="x")).split("\n")[1]) == {"name": "x", "arguments": {}}
 
 
