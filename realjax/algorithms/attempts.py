@@ -42,12 +42,13 @@ def measure_attempts(
 ) -> dict[str, Metric]:
     """Returns means over prompts of pass@k and, with `votes` of the Q sequences in their order, of majority@k.
 
-    Every prompt has `num_samples` sequences; `solved_RS` `[R, S]` says which of them solve it.
+    Every prompt has `num_samples` sequences, or fewer where some failed, and then no part in pass@k of a larger k;
+    `solved_RS` `[R, S]` says which of them solve it.
     """
     solved, members = solved_RS[groups.exists], [np.flatnonzero(groups.numbers == i) for i in range(groups.num_groups)]
-    mean = lambda values: Mean(float(sum(values)), float(len(members)))
+    mean = lambda values: Mean(float(sum(values)), float(len(values)))
     metrics: dict[str, Metric] = {
-        f"pass@{k}": mean([estimate_pass(len(own), int(solved[own].sum()), k) for own in members])
+        f"pass@{k}": mean([estimate_pass(len(own), int(solved[own].sum()), k) for own in members if len(own) >= k])
         for k in list_sizes(num_samples)
     }
     if votes is not None:

@@ -122,8 +122,8 @@ class PolicyParameters:
     def advantage_inputs(self) -> tuple[str, ...]:
         """The keys that the host call of advantages reads."""
         reference = ("ref_logprobs",) if self.needs_reference else ()
-        keys = ("loss_mask", "logprobs", self.old_logprobs, "has_eos", "rewards", *reference, *self.JUDGED_BY)
-        return tuple(dict.fromkeys(keys))
+        rewards = ("has_eos", "rewards", "is_failed")
+        return tuple(dict.fromkeys(("loss_mask", "logprobs", self.old_logprobs, *rewards, *reference, *self.JUDGED_BY)))
 
     @property
     def actor_inputs(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from realjax.algorithms.returns import clipped_scores, kl_penalty
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import measure_mean
 from realjax.core.option import option
+from realjax.core.segments import segment_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +40,32 @@ def make_advantages(parameters: ReMaxParameters) -> HostFn:
 def compute_advantages(arrays: Arrays, state: State, *, parameters: ReMaxParameters) -> HostResult:
     """Returns score - score of the prompt's greedy response for every sampled one.
 
-    The KL in the reward is summed over the response and part of its score, but not of the baseline. Raises ValueError
-    for a prompt without a greedy response.
+    The KL in the reward is summed over the response and part of its score, but not of the baseline. Responses to a
+    prompt whose greedy one failed are left out: nothing tells what they are worth. Raises ValueError for a prompt
+    without a greedy response.
     """
     everything = Responses.of(arrays)
+    _refuse_lonely(arrays)
     is_baseline = arrays["is_baseline"].astype(bool) & everything.exists
-    sampled = everything.only(~is_baseline)
     groups = Groups.of(arrays["group"], everything.exists)
+    num_baselines = groups.sum(is_baseline)
+    sampled = everything.only(~is_baseline & (num_baselines > 0))
     penalty = kl_penalty(arrays, state, sampled, parameters)
     scores = np.where(everything.exists, clipped_scores(arrays, parameters), 0)
-    num_baselines = groups.sum(is_baseline)
-    if lonely := np.count_nonzero(sampled.exists & (num_baselines == 0)):
-        raise ValueError(
-            f"ReMax: {lonely} of {sampled.num_seqs} responses belong to a prompt without a greedy response; needed one "
-            "for every prompt: generate with a greedy baseline"
-        )
     baseline = groups.sum(np.where(is_baseline, scores, 0)) / np.maximum(num_baselines, 1)
     advantages = scores + sampled.sum(penalty.rewards) - baseline
     metrics = {"baseline_reward": measure_mean(arrays["rewards"].astype(np.float64), is_baseline)}
     return spread_advantages(
         arrays, sampled, advantages, sampled.exists, penalty=penalty, parameters=parameters, metrics=metrics
     )
+
+
+def _refuse_lonely(arrays: Arrays) -> None:
+    exists = segment_mask(arrays["segment_ids"], arrays["group"].shape[1])
+    is_baseline = arrays["is_baseline"].astype(bool) & exists
+    is_sampled, num_baselines = exists & ~is_baseline, Groups.of(arrays["group"], exists).sum(is_baseline)
+    if lonely := np.count_nonzero(is_sampled & (num_baselines == 0)):
+        raise ValueError(
+            f"ReMax: {lonely} of {np.count_nonzero(is_sampled)} responses belong to a prompt without a greedy "
+            "response; needed one for every prompt: generate with a greedy baseline"
+        )

@@ -20,10 +20,14 @@ class Responses:
 
     @classmethod
     def of(cls, arrays: Arrays) -> "Responses":
-        """Returns the responses of a rollout, from its `segment_ids`, `loss_mask` and (for S) `has_eos`."""
+        """Returns the responses of a rollout, from its `segment_ids`, `loss_mask` and (for S) `has_eos`; without those
+        of `is_failed`, where it has that key.
+        """
         segment_ids = arrays["segment_ids"]
         exists = segment_mask(segment_ids, arrays["has_eos"].shape[1])
-        return cls._make(arrays["loss_mask"].astype(bool) & (segment_ids > 0), segment_ids, exists)
+        responses = cls._make(arrays["loss_mask"].astype(bool) & (segment_ids > 0), segment_ids, exists)
+        is_failed = arrays.get("is_failed")
+        return responses if is_failed is None or not is_failed.any() else responses.only(~is_failed.astype(bool))
 
     @classmethod
     def _make(cls, mask: np.ndarray, segment_ids: np.ndarray, exists: np.ndarray) -> "Responses":

@@ -44,6 +44,8 @@ def kl_penalty(arrays: Arrays, state: State, responses: Responses, parameters: P
     }
     if not parameters.use_adaptive_kl_ctl:
         return Penalty(rewards=rewards, state={}, metrics=metrics)
+    if not responses.num_seqs:  # all failed
+        return Penalty(rewards=rewards, state={KL_COEFFICIENT: coefficient}, metrics=metrics)
     target, horizon = parameters.adaptive_kl_target, parameters.adaptive_kl_horizon
     adapted = adapt_coefficient(coefficient, of_responses.value, responses.num_seqs, target=target, horizon=horizon)
     return Penalty(rewards=rewards, state={KL_COEFFICIENT: adapted}, metrics=metrics)

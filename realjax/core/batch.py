@@ -35,6 +35,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     "group": PER_SEGMENT,
     "sample_id": PER_SEGMENT,
     "is_baseline": PER_SEGMENT,
+    "env_failed": PER_SEGMENT,  # answers that an environment could not bring to an end
     "token_age": PER_TOKEN,  # steps between the parameters that drew a token and those that begin to train on it
     # inference calls
     "old_logprobs": PER_TOKEN,
@@ -45,6 +46,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     "values": PER_TOKEN,
     # host calls
     "rewards": PER_SEGMENT,
+    "is_failed": PER_SEGMENT,  # answers without a reward: nothing is learned from them, and no measure counts them
     "advantages": PER_TOKEN,
     "returns": PER_TOKEN,
     "old_values": PER_TOKEN,

@@ -34,7 +34,9 @@ from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
 from realjax.rewards.classifier import load_classifier
+from realjax.rewards.failures import Failures
 from realjax.rewards.mix import (
+    FAILED,
     MODEL_REWARD_INPUTS,
     REWARD_OUTPUTS,
     RewardSource,
@@ -181,10 +183,10 @@ class Setup:
         return (*ref, self.infer("actor_inf", "actor", "old_logprobs", "logprobs", options="actor_train"))
 
     def rewards(self, prompts: Prompts | None = None) -> tuple[Inference | Host, ...]:
-        """Returns the calls that give every answer a reward; `prompts` are the training prompts or others."""
-        config, options = self.config.reward, self.options
+        """Returns the calls that give every answer a reward; `prompts` are other ones than those of training."""
+        config, options, failures = self.config.reward, self.options, Failures()
         rows = (prompts or self.prompts).rows
-        text = partial(make_text_reward, tokenizer=self.tokenizer, rows=rows)
+        text = partial(make_text_reward, tokenizer=self.tokenizer, rows=rows, failures=failures)
         sources: list[RewardSource] = []
         if "rew" in self.roles:
             fn = make_model_reward(scaling=options.reward_output_scaling, bias=options.reward_output_bias)
@@ -193,11 +195,14 @@ class Setup:
         for name, fn in self._text_functions.items():
             title = f"reward.{name} {getattr(config, name)}"
             parts = {"inputs": TEXT_REWARD_INPUTS, "weight": getattr(config, f"{name}_weight"), "title": title}
-            sources.append(RewardSource(name=name, fn=text(fn, name=title), **parts))
+            sources.append(RewardSource(name=name, fn=text(fn, name=title), can_fail=True, **parts))
         scores = (self.infer("rew_inf", "rew", "scores", "values"),) if "rew" in self.roles else ()
         inputs = mixed_inputs(sources)
-        metrics = tuple(f"reward/{source.name}" for source in sources)
-        mixed = Host(name="rewards", fn=mix_rewards(sources), inputs=inputs, outputs=REWARD_OUTPUTS, metrics=metrics)
+        metrics = (*(f"reward/{source.name}" for source in sources), FAILED)
+        # Held-out prompts may be few: what fails of them is counted, and does not end the run.
+        share = config.max_failed_share if prompts is None else 1.0
+        fn = mix_rewards(sources, max_failed_share=share, failures=failures)
+        mixed = Host(name="rewards", fn=fn, inputs=inputs, outputs=REWARD_OUTPUTS, metrics=metrics)
         return (*scores, mixed)
 
     @cached_property
@@ -292,7 +297,7 @@ class Setup:
         base = replace(self.generate(), placed_as="actor_gen", num_prompts=num_prompts)
         parameters = replace(self.options, recompute_logprobs=False, correction=CorrectionParameters())
         measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
-        inputs = ("loss_mask", "logprobs", "has_eos", "rewards")
+        inputs = ("loss_mask", "logprobs", "has_eos", *REWARD_OUTPUTS)
         measures = Host(name="measures", fn=measure, inputs=inputs, outputs=(), metrics=names)
         variants = {}
         for variant in options.draws:
@@ -310,17 +315,19 @@ class Setup:
         vote_fn = load_function(options.vote_fn, name) if options.vote_fn else None
 
         def measure(arrays: Arrays, state: State) -> HostResult:
-            groups = Groups.of(arrays["group"], segment_mask(arrays["segment_ids"], arrays["group"].shape[1]))
-            votes = None
+            is_failed = arrays["is_failed"].astype(bool)
+            exists = segment_mask(arrays["segment_ids"], is_failed.shape[1])
+            groups, votes = Groups.of(arrays["group"], exists & ~is_failed), None
             if vote_fn is not None:
-                _, asked, answers, rows = read_rollout(arrays, self.tokenizer, prompts.rows)
-                votes = call_votes(vote_fn, f"{name} {options.vote_fn}", asked, answers, rows)
+                places, asked, answers, rows = read_rollout(arrays, self.tokenizer, prompts.rows)
+                every = call_votes(vote_fn, f"{name} {options.vote_fn}", asked, answers, rows)
+                votes = [vote for place, vote in zip(places, every, strict=True) if not is_failed[place]]
             solved = arrays["rewards"] > options.success_above
             return HostResult(arrays={}, metrics=measure_attempts(solved, groups, options.num_samples, votes))
 
         majority = (f"majority@{options.num_samples}",) if vote_fn else ()
         names = (*(f"pass@{k}" for k in list_sizes(options.num_samples)), *majority)
-        inputs = ("loss_mask", "prompt_id", "group", "rewards")
+        inputs = ("loss_mask", "prompt_id", "group", *REWARD_OUTPUTS)
         return Host(name="attempts", fn=measure, inputs=inputs, outputs=(), metrics=names)
 
 

@@ -1,4 +1,4 @@
-"""Options of reinforcement learning, one class for each algorithm; and where rewards come from."""
+"""Options of reinforcement learning, one class for each algorithm."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,29 +17,9 @@ from realjax.options.evaluation import EvaluationOptions
 from realjax.options.generation import GenerationOptions, check_samples_differ
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
+from realjax.options.rewards import RewardOptions
 from realjax.options.supervised import check_role
 from realjax.rewards.text import load_function
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOptions:
-    """Rewards beside those of the model at rew.path; of several sources the weighted sum counts."""
-
-    fn: str | None = option(
-        None,
-        "function <module>:<function> of (prompts, answers, rows of the data) that returns a number for each answer, "
-        "such as realjax.rewards.verifiable:number_reward",
-    )
-    classifier: str | None = option(
-        None, "Hugging Face sequence classifier, which reads the texts with its own tokenizer; needs realjax[torch]"
-    )
-    classifier_label: str | None = option(None, "label whose logit is the reward; null is the last one")
-    classifier_eos: bool | None = option(
-        None, "end the classifier's texts with end-of-text; null does so where its config.json says that it learned so"
-    )
-    model_weight: float = option(1.0, "weight of the model at rew.path")
-    fn_weight: float = option(1.0, "weight of fn")
-    classifier_weight: float = option(1.0, "weight of classifier")
 
 
 @dataclass(frozen=True, kw_only=True)

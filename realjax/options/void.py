@@ -22,7 +22,8 @@ from realjax.options.distill import DistillConfig
 from realjax.options.evaluation import EvaluationOptions
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
-from realjax.options.rl import GRPOHyperparameters, PPOConfig, RewardOptions, RLConfig, StepOptions
+from realjax.options.rewards import RewardOptions
+from realjax.options.rl import GRPOHyperparameters, PPOConfig, RLConfig, StepOptions
 from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 

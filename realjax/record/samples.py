@@ -49,7 +49,11 @@ def sample_sections(samples: Mapping[int, Sequence[Sample]]) -> list[Section]:
         return []
     steps = sorted({min(samples), max(samples)})
     columns = ("draw", "prompt", *(f"after step {step}" for step in steps))
-    texts = [{(a.variant, a.prompt): f"{a.answer} (reward {a.reward:.3g})" for a in samples[step]} for step in steps]
+    texts = [{(a.variant, a.prompt): f"{a.answer} ({_describe(a.reward)})" for a in samples[step]} for step in steps]
     # Those of the last, beside what the first has of them: a run may have gone on with other draws.
     rows = [(*key, *(of_step.get(key, "") for of_step in texts)) for key in texts[-1]]
     return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows))]
+
+
+def _describe(reward: float) -> str:
+    return "no reward" if math.isnan(reward) else f"reward {reward:.3g}"

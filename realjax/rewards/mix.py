@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.metrics import measure_mean
+from realjax.core.metrics import Total, measure_mean
 from realjax.core.segments import last_token_mask, segment_mask
+from realjax.rewards.failures import Failures
 
-REWARD_OUTPUTS = ("rewards",)
+REWARD_OUTPUTS = ("rewards", "is_failed")
+FAILED = "reward/failed"
 # `has_eos` is read for its width: the number of columns that arrays of one value a sequence have.
 MODEL_REWARD_INPUTS = ("scores", "has_eos")
 
@@ -23,6 +25,7 @@ class RewardSource:
     inputs: tuple[str, ...]
     weight: float = 1.0
     title: str | None = None  # what an error calls it; None is its name
+    can_fail: bool = False  # nan is an answer that it could not score, and no mistake
 
 
 def make_model_reward(*, scaling: float = 1.0, bias: float = 0.0) -> HostFn:
@@ -38,11 +41,15 @@ def make_model_reward(*, scaling: float = 1.0, bias: float = 0.0) -> HostFn:
     return reward
 
 
-def mix_rewards(sources: Sequence[RewardSource]) -> HostFn:
+def mix_rewards(
+    sources: Sequence[RewardSource], *, max_failed_share: float = 1.0, failures: Failures | None = None
+) -> HostFn:
     """Returns the host call whose `rewards` are the sources' weighted sum; metrics hold each one's mean, unweighted.
 
-    A source keeps its own state. Raises ValueError without a source, and where two have one name; the call does, naming
-    the source, for a reward that is not finite in float32.
+    `is_failed` `[R, S]` marks answers that a source could not score, or that have failed before (`env_failed`); their
+    reward is nan. A source keeps its own state. Raises ValueError without a source, and where two have one name. The
+    call does, naming the source, for a reward that is not finite in float32; and, with what `failures` tell, where more
+    than a share of the answers has failed.
     """
     names = [source.name for source in sources]
     if not names or len(set(names)) < len(names):
@@ -56,18 +63,34 @@ def mix_rewards(sources: Sequence[RewardSource]) -> HostFn:
             result = source.fn(arrays, own)
             rewards = result.arrays["rewards"].astype(np.float64)
             exists = segment_mask(arrays["segment_ids"], rewards.shape[1])
-            total = total + _weighted(source, rewards)
+            has_failed = exists & arrays.get("env_failed", np.zeros(exists.shape)).astype(bool)
+            total = total + _weighted(source, np.where(has_failed, np.nan, rewards), has_failed)
             new_state |= {prefix + key: value for key, value in result.state.items()}
-            metrics |= {f"reward/{source.name}": measure_mean(rewards, exists), **result.metrics}
-        return HostResult(arrays={"rewards": np.asarray(total, np.float32)}, state=new_state, metrics=metrics)
+            is_scored = exists & ~has_failed & ~np.isnan(rewards)
+            metrics |= {f"reward/{source.name}": measure_mean(rewards, is_scored), **result.metrics}
+        is_failed = exists & np.isnan(total)
+        if (num_failed := np.count_nonzero(is_failed)) > max_failed_share * np.count_nonzero(exists):
+            raise ValueError(_describe_share(num_failed, np.count_nonzero(exists), max_failed_share, failures))
+        metrics[FAILED] = Total(float(num_failed))
+        arrays_out = {"rewards": np.asarray(total, np.float32), "is_failed": is_failed}
+        return HostResult(arrays=arrays_out, state=new_state, metrics=metrics)
 
     return reward
 
 
-def _weighted(source: RewardSource, rewards: np.ndarray) -> np.ndarray:
+def _describe_share(num_failed: int, num_answers: int, most: float, failures: Failures | None) -> str:
+    reason = str(failures or "")
+    return (
+        f"reward: {num_failed} of {num_answers} answers could not be scored, and reward.max_failed_share is {most:g}"
+        f"{f' ({reason})' if reason else ''}; mend the cause, or raise the share"
+    )
+
+
+def _weighted(source: RewardSource, rewards: np.ndarray, has_failed: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         weighted = source.weight * rewards
-    if (is_bad := ~(np.abs(weighted) <= np.finfo(np.float32).max)).any():
+    is_spared = has_failed | (np.isnan(rewards) if source.can_fail else False)
+    if (is_bad := ~(np.abs(weighted) <= np.finfo(np.float32).max) & ~is_spared).any():
         raise ValueError(
             f"reward: {source.title or source.name} gave {rewards[is_bad][0]} (weight {source.weight}) for "
             f"{np.count_nonzero(is_bad)} answers; a reward must be finite in float32"

@@ -12,6 +12,7 @@ from realjax.core.json_text import JsonObject
 from realjax.core.named import load_named
 from realjax.core.segments import segment_slices
 from realjax.core.texts import decode_answers
+from realjax.rewards.failures import Failure, Failures, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,22 +28,44 @@ CHECK = "check_row"
 TEXT_REWARD_INPUTS = ("loss_mask", "prompt_id")
 
 
-def make_text_reward(fn: TextFn, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], *, name: str) -> HostFn:
+def make_text_reward(
+    fn: TextFn,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    *,
+    name: str,
+    failures: Failures | None = None,
+) -> HostFn:
     """Returns the host call that writes `rewards` `[R, S]`: what `fn` says of each sequence's decoded texts.
 
     `prompt_id` `[R, S]` of the rollout is an index into `rows`. Texts are without special tokens. In a run of several
-    processes each of them calls `fn`, which has to give all of them the same. The call raises, saying `name`:
-    RuntimeError when `fn` raises or exits, ValueError when it returns anything but one number for each answer that is
-    finite in float32.
+    processes each of them calls `fn`, which has to give all of them the same. An answer for which it returns nan, None
+    or what is not finite in float32 has nan, which `failures` are told. The call raises, saying `name`: RuntimeError
+    when `fn` raises or exits, ValueError when it returns anything but one number for each answer.
     """
+    failures = Failures() if failures is None else failures
 
     def reward(arrays: Arrays, state: State) -> HostResult:
         rewards = np.zeros(arrays["prompt_id"].shape, np.float32)
         places, prompts, answers, found = read_rollout(arrays, tokenizer, rows)
-        rewards[tuple(np.array(places).T)] = _checked_call(fn, name, prompts, answers, found)
+        values = _checked_call(fn, name, prompts, answers, found)
+        is_bad = ~(np.abs(values) <= np.finfo(np.float32).max)
+        of_data = arrays["prompt_id"][tuple(np.array(places).T)]
+        failures.tell(
+            name,
+            [
+                Failure(answer=answers[i], row=_name_row(int(of_data[i]), found[i]), reason=f"it returned {values[i]}")
+                for i in np.flatnonzero(is_bad)
+            ],
+        )
+        rewards[tuple(np.array(places).T)] = np.where(is_bad, np.nan, values)
         return HostResult(arrays={"rewards": rewards})
 
     return reward
+
+
+def _name_row(number: int, row: Row) -> str:
+    return f"row {number}" + (f" (id {row['id']})" if "id" in row else "")
 
 
 def read_rollout(
@@ -71,7 +94,7 @@ def call_votes(
         raise RuntimeError(f"{name}: it raised {_describe(error)}") from error
     if len(votes) != len(answers) or not all(isinstance(vote, Hashable) for vote in votes):
         raise ValueError(
-            f"{name}: it returned {_shorten(votes)}; it needs to return one text, number or None for each of "
+            f"{name}: it returned {shorten(votes)}; it needs to return one text, number or None for each of "
             f"{len(answers)} answers"
         )
     return votes
@@ -132,35 +155,24 @@ def _check_signature(fn: TextFn, path: str, name: str) -> None:
 def _checked_call(
     fn: TextFn, name: str, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Row]
 ) -> np.ndarray:
-    """Returns the rewards `[N]` in float64."""
+    """Returns the rewards `[N]` in float64, nan where there is None."""
     try:
         # Copies: what the function does to its arguments is not done to the data, nor to another reward's.
         found = fn(list(prompts), list(answers), copy.deepcopy(list(rows)))
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"{name}: it raised {_describe(error)}") from error
-    needed = f"it needs to return one finite number for each of {len(answers)} answers"
+    needed = f"it needs to return one number for each of {len(answers)} answers"
     try:
         values = np.asarray(found)
         if values.dtype.kind not in "biufO":
             raise TypeError(f"{values.dtype} is no number")
         values = values.astype(np.float64)
     except Exception as error:
-        raise ValueError(f"{name}: it returned {_shorten(found)}; {needed}") from error
+        raise ValueError(f"{name}: it returned {shorten(found)}; {needed}") from error
     if values.shape != (len(answers),):
-        raise ValueError(f"{name}: it returned {_shorten(found)}, of shape {list(values.shape)}; {needed}")
-    is_bad = ~(np.abs(values) <= np.finfo(np.float32).max)
-    if is_bad.any():
-        bad = int(np.flatnonzero(is_bad)[0])
-        raise ValueError(
-            f"{name}: it returned {values[bad]} for the answer {_shorten(answers[bad])}; {needed}, in float32"
-        )
+        raise ValueError(f"{name}: it returned {shorten(found)}, of shape {list(values.shape)}; {needed}")
     return values
 
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _shorten(value: Any, most: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."

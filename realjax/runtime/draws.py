@@ -48,7 +48,8 @@ class Drawn:
         for sequence in unpack(batch):
             by_group.setdefault(int(sequence["group"]), []).append(sequence)
         groups = [sorted(by_group[number], key=lambda one: int(one["sample_id"])) for number in sorted(by_group)]
-        differ = [len({float(one["rewards"]) for one in group}) > 1 for group in groups]
+        scored = [[float(one["rewards"]) for one in group if not one.get("is_failed", False)] for group in groups]
+        differ = [len(set(rewards)) > 1 for rewards in scored]
         self.others = []
         # Rewards may come from a user's function, which need not give the same in every process.
         for group, is_informative in zip(groups, array_from_first(np.array(differ)), strict=True):
@@ -56,7 +57,7 @@ class Drawn:
         self.num_draws += 1
         self.num_prompts += len(groups)
         self.num_tokens += int(np.sum(batch["loss_mask"]))
-        self.rewards += [float(one["rewards"]) for group in groups for one in group]
+        self.rewards += [reward for rewards in scored for reward in rewards]
 
     def metrics(self, num_wanted: int) -> dict[str, Metric]:
         """Returns what was drawn, whether it is learned from or not."""

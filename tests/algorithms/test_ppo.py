@@ -220,7 +220,8 @@ def test_values_out_of_range_are_refused(change, message):
 
 
 def test_inputs_follow_the_options():
-    assert PPOParameters().advantage_inputs == ("loss_mask", "logprobs", "has_eos", "rewards", "ref_logprobs", "values")
+    rewards = ("rewards", "is_failed")
+    assert PPOParameters().advantage_inputs == ("loss_mask", "logprobs", "has_eos", *rewards, "ref_logprobs", "values")
     assert "old_logprobs" in PPOParameters(recompute_logprobs=True).advantage_inputs
     assert "ref_logprobs" not in PPOParameters(kl_ctl=0).advantage_inputs
     assert "ref_logprobs" in PPOParameters(kl_in="loss").actor_inputs

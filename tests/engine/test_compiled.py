@@ -80,7 +80,17 @@ def test_rows_that_do_not_divide_are_refused_by_key():
 
 # What the design says of a key's second dim; `kept` and `routes` have a third.
 NOT_OF_TIME = {
-    "segments": {"rewards", "has_eos", "group", "is_baseline", "seq_share", "prompt_id", "sample_id"},
+    "segments": {
+        "rewards",
+        "has_eos",
+        "group",
+        "is_baseline",
+        "seq_share",
+        "prompt_id",
+        "sample_id",
+        "env_failed",
+        "is_failed",
+    },
     "pairs": {"pair_weight", "desirable", "is_other", "kl_baseline"},
     "targets": {"targets"},
 }
@@ -104,6 +114,8 @@ def full(rollout: Rollout, number: int) -> Rollout:
         "routes": kept,
         "scores": rollout["values"],
         "token_age": np.zeros(len(rollout["tokens"]), np.int32),
+        "env_failed": np.array(False),
+        "is_failed": np.array(False),
     }
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from realjax.core.host_call import HostResult
 from realjax.core.metrics import summarize
+from realjax.rewards.failures import Failure, Failures
 from realjax.rewards.mix import (
     MODEL_REWARD_INPUTS,
     RewardSource,
@@ -64,7 +65,7 @@ def test_a_mix_is_the_weighted_sum_and_keeps_each_state():
     assert result.arrays["rewards"].dtype == np.float32
     assert result.state == {"a/calls": 2.0, "b/calls": 6.0}
     assert summarize([result.metrics]) == pytest.approx(
-        {"reward/model": scores.mean(), "reward/a": 1.0, "reward/b": 5.0}
+        {"reward/model": scores.mean(), "reward/a": 1.0, "reward/b": 5.0, "reward/failed": 0.0}
     )
     assert mixed_inputs(sources) == ("scores", "has_eos")
 
@@ -87,3 +88,42 @@ def test_a_reward_that_is_not_finite_names_its_source(score, weight):
         ValueError, match=r"^reward: role rew \('/models/judge'\) gave .* for 4 answers; a reward must be"
     ):
         mix_rewards(sources)(arrays, {})
+
+
+def constant(values):
+    """Returns a source of these rewards for the four answers, nan where it has none."""
+
+    def fn(arrays, state):
+        rewards = np.zeros(arrays["has_eos"].shape, np.float32)
+        rewards[tuple(np.array(places(arrays["segment_ids"])).T)] = values
+        return HostResult(arrays={"rewards": rewards})
+
+    return fn
+
+
+def test_an_answer_that_a_source_could_not_score_has_failed_and_no_mean_counts_it():
+    arrays = pack_samples(row_len=200)
+    arrays["env_failed"] = np.zeros(arrays["has_eos"].shape, bool)
+    arrays["env_failed"][0, 3] = True
+    sources = [
+        RewardSource(name="a", fn=constant([1.0, np.nan, 3.0, 7.0]), inputs=(), weight=2.0, can_fail=True),
+        RewardSource(name="b", fn=constant([1.0, 1.0, 0.0, np.nan]), inputs=()),
+    ]
+    result = mix_rewards(sources)(arrays, {})
+    np.testing.assert_array_equal(result.arrays["rewards"][0, :4], [3, np.nan, 6, np.nan])
+    np.testing.assert_array_equal(result.arrays["is_failed"][0, :4], [False, True, False, True])
+    assert np.count_nonzero(result.arrays["is_failed"]) == 2
+    assert summarize([result.metrics]) == pytest.approx({"reward/a": 2.0, "reward/b": 2 / 3, "reward/failed": 2.0})
+
+
+def test_too_large_a_share_of_failed_answers_ends_the_run():
+    failures = Failures()
+    failures.tell("reward.fn m:f", [Failure(answer="so", row="row 4 (id q4)", reason="KeyError: 'x'")])
+    source = RewardSource(name="a", fn=constant([1.0, np.nan, 3.0, 7.0]), inputs=(), can_fail=True)
+    mix_rewards([source], max_failed_share=0.25, failures=failures)(pack_samples(), {})
+    with pytest.raises(
+        ValueError,
+        match=r"^reward: 1 of 4 answers could not be scored, and reward.max_failed_share is 0.2 \(reward.fn m:f: "
+        r"KeyError: 'x', for the answer 'so' to row 4 \(id q4\)\); mend",
+    ):
+        mix_rewards([source], max_failed_share=0.2, failures=failures)(pack_samples(), {})

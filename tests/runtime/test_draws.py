@@ -74,7 +74,7 @@ class Scripted:
         differ = np.vectorize(self.differs, otypes=[float])(batch["prompt_id"])
         exists = segment_mask(batch["segment_ids"], batch["prompt_id"].shape[1])
         rewards = np.where(exists, 1 + differ * batch["sample_id"], 0).astype(np.float32)
-        return Done(batch=batch.with_arrays(rewards=rewards), metrics=[{}])
+        return Done(batch=batch.with_arrays(rewards=rewards, is_failed=np.isnan(rewards)), metrics=[{}])
 
 
 def draw(
@@ -115,6 +115,13 @@ def test_a_step_is_full_of_groups_of_use_and_prompts_are_taken_one_after_the_oth
     assert total("draws") == executor.controls[SAMPLING]["draws"] > 4
     assert steps[0][1]["informative_share"] == BATCH / steps[0][1]["drawn_prompts"]
     assert steps[-1][1]["data_epochs"] == len(executor.asked) / NUM_PROMPTS
+
+
+def test_prompts_whose_answers_all_failed_are_of_no_use():
+    executor = Scripted(lambda prompt: np.nan if prompt % 2 else 1)
+    for sequences, metrics in draw(executor, range(2)):
+        assert all(int(one["prompt_id"]) % 2 == 0 for one in sequences) and metrics["batch_filled"] == 1
+        assert metrics["drawn_reward"] == 2 and metrics["informative_share"] < 1
 
 
 def test_where_all_answers_differ_steps_are_those_of_the_loader():
