@@ -69,8 +69,9 @@ def mix_rewards(
             is_scored = exists & ~has_failed & ~np.isnan(rewards)
             metrics |= {f"reward/{source.name}": measure_mean(rewards, is_scored), **result.metrics}
         is_failed = exists & np.isnan(total)
-        if (num_failed := np.count_nonzero(is_failed)) > max_failed_share * np.count_nonzero(exists):
-            raise ValueError(_describe_share(num_failed, np.count_nonzero(exists), max_failed_share, failures))
+        num_failed, num_answers = int(is_failed.sum()), int(exists.sum())
+        if num_failed > max_failed_share * num_answers:
+            raise ValueError(_describe_share(num_failed, num_answers, max_failed_share, failures))
         metrics[FAILED] = Total(float(num_failed))
         arrays_out = {"rewards": np.asarray(total, np.float32), "is_failed": is_failed}
         return HostResult(arrays=arrays_out, state=new_state, metrics=metrics)
