@@ -52,10 +52,10 @@ class Choice:
 Choices = Mapping[str, Choice]  # by call
 
 
-def dump_choices(choices: Choices, *, searched: bool = True) -> str:
-    """Returns choices as JSON, with whether a search has found them."""
+def dump_choices(choices: Choices, *, searched: bool = True, machine: str | None = None) -> str:
+    """Returns choices as JSON, with whether a search has found them, and for which machine (`find_machine`)."""
     calls = {name: choice.to_json() for name, choice in choices.items()}
-    return json.dumps({"searched": searched, "calls": calls}, indent=1)
+    return json.dumps({"searched": searched, "machine": machine, "calls": calls}, indent=1)
 
 
 def load_choices(text: str) -> Choices:
@@ -66,3 +66,8 @@ def load_choices(text: str) -> Choices:
 def is_searched(text: str) -> bool:
     """Returns whether choices that were dumped had been found by a search."""
     return parse_json(text.encode())["searched"]
+
+
+def find_machine(text: str) -> str | None:
+    """Returns the machine, as nodes x devices, that choices which were dumped are for; None where that is not said."""
+    return parse_json(text.encode()).get("machine")

@@ -116,7 +116,8 @@ def _check_size(options: AllocationOptions, name: str, strategy: ParallelStrateg
         remedy = f"set n_gpus_per_node={needed} or " if options.n_nodes == 1 else ""
         raise ValueError(
             f"{subject}: data*pipeline*model = {strategy.dp}*{strategy.pp}*{strategy.tp} = {needed} devices, but "
-            f"n_nodes*n_gpus_per_node = {present}; {remedy}choose sizes whose product is {present}"
+            f"n_nodes*n_gpus_per_node = {present}; {remedy}choose sizes whose product is {present}, or "
+            "allocation_mode=null, which follows the number of devices"
         )
 
 

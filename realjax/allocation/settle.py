@@ -5,7 +5,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from realjax.allocation.choice import PLAN_FILE, Choice, Choices, dump_choices, is_searched, load_choices
+from realjax.allocation.choice import (
+    PLAN_FILE,
+    Choice,
+    Choices,
+    dump_choices,
+    find_machine,
+    is_searched,
+    load_choices,
+)
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.compare import compare
 from realjax.allocation.run_workload import read_workload
@@ -58,12 +66,16 @@ def keep_plan(path: Path, choices: Choices) -> None:
 
 
 def find_own_plan(spec: RunSpec) -> Choices | None:
-    """Returns the plan with which a run that continues was started; None where it has none that fits its machine."""
+    """Returns the plan with which a run that continues was started; None where it has none for the machine of now."""
     path = spec.paths.logs / PLAN_FILE
     if spec.recover_mode not in ("auto", "resume") or not path.exists():
         return None
     text = path.read_text()
     if not is_searched(text):
+        return None
+    before, now = find_machine(text), spec.allocation.machine
+    if before not in (None, now):
+        logger.info("allocation: the run was planned for %s devices and has %s now: searching anew", before, now)
         return None
     choices = load_choices(text)
     devices = {device for choice in choices.values() for device in choice.devices}

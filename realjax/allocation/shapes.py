@@ -99,7 +99,8 @@ def shape_batches(
     if spec.loader.batch_size < num_shards * num_mbs:
         raise ValueError(
             f"dataset.train_bs_n_seqs: {spec.loader.batch_size} sequences cannot be divided over {num_shards} "
-            f"data-parallel devices x {num_mbs} micro-batches; use at least {num_shards * num_mbs}"
+            f"data-parallel devices x {num_mbs} micro-batches; use at least {num_shards * num_mbs}, "
+            "fewer devices (n_gpus_per_node), or sizes that share the model instead, such as d1p1m2"
         )
     rows = Rows(multiple=multiple, num_shards=num_shards)
     loader = spec.loader.split(rows)

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from packaging.requirements import Requirement
 
 from realjax.allocation.params import count_params
+from realjax.core.manifest import MANIFEST, find_damage
 from realjax.core.processes import format_numbers, from_first, gather
 from realjax.dataflow.run import RunSpec
 from realjax.launch.accelerators import find_accelerator
@@ -170,6 +171,24 @@ def check_disk(root: Path, needed_bytes: int) -> Finding:
     if free < needed_bytes:
         text += "; make room, lower max_recover_saves_to_keep, or set fileroot"
     return Finding(name="disk", is_well=free >= needed_bytes, text=text)
+
+
+def check_models(spec: RunSpec) -> Finding:
+    """Returns whether the models that a run starts from are as their checksums say, where they have some; every process
+    reads its share.
+    """
+    paths = sorted({role.path for role in spec.roles.values() if (role.path / MANIFEST).exists()})
+    share = {"share": jax.process_index(), "num_shares": jax.process_count()}
+    damages = [find_damage(path, **share) for path in paths]
+    counts = gather(np.array([0.0, *(float(damage is not None) for damage in damages)])).sum(0)[1:]
+    broken = [
+        f"{path} is not as it was written" + (f" ({damage})" if damage else "")
+        for path, damage, count in zip(paths, damages, counts, strict=True)
+        if count
+    ]
+    if broken:
+        return Finding(name="models", is_well=False, text=f"{'; '.join(broken)}; give another checkpoint")
+    return Finding(name="models", is_well=True, text=f"{len(paths)} with checksums are as they were written")
 
 
 def check_clocks() -> Finding:

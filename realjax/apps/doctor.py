@@ -7,7 +7,7 @@ code is 1 when anything is wrong.
 import os
 from collections.abc import Sequence
 
-from realjax.apps.checkup import look, saved_bytes
+from realjax.apps.checkup import check_models, look, saved_bytes
 from realjax.apps.present import count_devices, count_present
 from realjax.apps.quickstart import (
     EXPERIMENTS,
@@ -48,7 +48,9 @@ def main(words: Sequence[str]) -> int:
         join_group(config, group)
     root = find_fileroot(config.fileroot)
     devices = prepare_devices(config.n_nodes, count_devices(config) // config.n_nodes, root / ".cache" / "jax")
-    findings = look(root, devices, 0 if run is None else saved_bytes(find_experiment(words[0]).build(run)))
+    spec = None if run is None else find_experiment(words[0]).build(run)
+    findings = look(root, devices, 0 if spec is None else saved_bytes(spec))
+    findings += [] if spec is None else [check_models(spec)]
     for finding in findings if is_first() else ():
         print(finding, flush=True)
     return 0 if all(finding.is_well for finding in findings) else 1

@@ -63,6 +63,19 @@ def format_numbers(numbers: Iterable[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
+def leave_note(key: str, text: str) -> None:
+    """Has the coordinator keep a text under a key of its own, for one process that awaits it."""
+    importlib.import_module(STORE).global_state.client.key_value_set(key, text)
+
+
+def await_note(key: str) -> str:
+    """Returns the text that another process leaves under the key, as soon as it is there."""
+    client = importlib.import_module(STORE).global_state.client
+    text: str = client.blocking_key_value_get(key, WAIT_SECONDS * 1000)
+    client.key_value_delete(key)
+    return text
+
+
 class Mailbox:
     """Messages from one process to all others by way of the coordinator, past the devices: what these do goes on."""
 

@@ -60,10 +60,11 @@ class Progress:
     def bound_seconds(self, least: float) -> float:
         """Returns how long what is under way may take: ten times the longest of its kind so far, and at least `least`.
 
-        What was never done before may take longer: six times `least`, and a first compilation twelve times.
+        What was never done before may take longer: six times `least`, and twelve times what compiles first, or belongs
+        to no step, such as loading.
         """
         if self.compiling is not None:
             return max(least * (1 if self.longest_compile else 12), 10 * self.longest_compile)
         if self.mark.what in self.longest:
             return max(least, 10 * self.longest[self.mark.what])
-        return max(6 * least, 10 * max(self.longest.values(), default=0.0))
+        return max((12 if self.mark.step is None else 6) * least, 10 * max(self.longest.values(), default=0.0))

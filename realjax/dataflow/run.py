@@ -163,6 +163,11 @@ class AllocationOptions:
     def num_devices(self) -> int:
         return self.n_nodes * self.n_gpus_per_node
 
+    @property
+    def machine(self) -> str:
+        """Nodes x devices of each, such as 2x8."""
+        return f"{self.n_nodes}x{self.n_gpus_per_node}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:

@@ -1,9 +1,11 @@
-"""From a sharded parameter tree to a HuggingFace checkpoint; one tensor at a time passes through the host."""
+"""From a sharded parameter tree to a HuggingFace checkpoint: one tensor at a time passes through the host, or a copy of
+all is made there first, which is written beside what the devices do next.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +23,7 @@ from jax.typing import DTypeLike
 from realjax.core.end_tokens import EndTokens
 from realjax.core.faults import naming
 from realjax.core.json_text import JsonObject
+from realjax.core.manifest import write_manifest
 from realjax.core.trees import Tree, flatten_paths
 from realjax.hf.families import find_family
 from realjax.hf.files import DTYPES, INDEXES, SINGLES, CheckpointFiles
@@ -43,6 +46,22 @@ class OutTensor:
         return prod(self.tensor.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a checkpoint holds beside parameters, and how these are written.
+
+    Tokenizer, generation config and unknown config keys come from `source_dir`; `ends` is what ends a text where the
+    model was trained on another end than the source says. With `dtype` "source" a tensor has the dtype that it has
+    there, or without a source that of the parameters.
+    """
+
+    config: ModelConfig
+    source_dir: str | Path | None = None
+    dtype: DTypeLike | str = "source"
+    max_shard_bytes: float = 5e9
+    ends: EndTokens | None = None
+
+
 def save_hf(
     params: Tree,
     config: ModelConfig,
@@ -53,31 +72,58 @@ def save_hf(
     max_shard_bytes: float = 5e9,
     ends: EndTokens | None = None,
 ) -> None:
-    """Writes `params` as a HuggingFace directory. It appears whole or not at all, and replaces one that is there.
+    """Writes `params` as a HuggingFace directory, see `Target`. It appears whole or not at all, and replaces one that
+    is there.
 
-    Tokenizer, generation config and unknown config keys come from `source_dir`; `ends` is what ends a text where the
-    model was trained on another end than the source says. With `dtype` "source" a tensor has the dtype that it has
-    there, or without a source that of `params`. Every process calls this; the first that holds `params` writes.
-    Raises ValueError when the parameters are not those of `config`.
+    Every process calls this; the first that holds `params` writes. Raises ValueError when the parameters are not those
+    of `config`.
     """
-    out_dir = Path(out_dir)
-    leaves = flatten_paths(params)
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    family = find_family(config.family)
-    tensors = list_tensors(find_pieces(family, config, shapes))
-    config = replace(config, num_empty_layers=0)
-    out = _choose_dtypes(config, tensors, leaves, source_dir, dtype)
-    fetch = make_fetch(leaves)
-    devices = next(iter(leaves.values())).sharding.device_set
-    if jax.process_index() == min(device.process_index for device in devices):
-        with naming(out_dir), replace_directory(out_dir) as temp:
-            write_config(config, temp, source_dir, np.result_type(*{item.dtype for item in out}), ends)
-            write_tensors(temp, out, fetch, max_shard_bytes)
-    else:
-        for piece in (piece for tensor in tensors for piece in tensor.pieces):
-            fetch(piece)
+    target = Target(
+        config=config, source_dir=source_dir, dtype=dtype, max_shard_bytes=max_shard_bytes, ends=ends
+    )  # fmt: skip
+    begin_save(params, target, Path(out_dir), most_bytes=0)()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf: written")
+
+
+def begin_save(params: Tree, target: Target, out_dir: Path, *, most_bytes: float) -> Callable[[], None]:
+    """Copies `params` off the devices and returns what then writes them, as `save_hf` does, in any thread.
+
+    A model of more than `most_bytes` is written before this returns, through the memory of a tensor. Every process
+    calls this; what `find_writer` does not name has nothing to write.
+    """
+    leaves = flatten_paths(params)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    tensors = list_tensors(find_pieces(find_family(target.config.family), target.config, shapes))
+    config = replace(target.config, num_empty_layers=0)
+    out = _choose_dtypes(config, tensors, leaves, target.source_dir, target.dtype)
+    fetch = make_fetch(leaves)
+    pieces = [piece for tensor in tensors for piece in tensor.pieces]
+
+    def write(fetch_fn: FetchFn) -> None:
+        with naming(out_dir), replace_directory(out_dir) as temp:
+            write_config(config, temp, target.source_dir, np.result_type(*{item.dtype for item in out}), target.ends)
+            write_tensors(temp, out, fetch_fn, target.max_shard_bytes)
+            write_manifest(temp)
+
+    if jax.process_index() != find_writer(params):
+        for piece in pieces:
+            fetch(piece)
+    elif sum(leaf.nbytes for leaf in leaves.values()) > most_bytes:
+        write(fetch)
+    else:
+        held = {(piece.path, piece.index): fetch(piece) for piece in pieces}
+        return lambda: write(lambda piece: held[piece.path, piece.index])
+    return _nothing
+
+
+def _nothing() -> None:
+    """Does nothing."""
+
+
+def find_writer(params: Tree) -> int:
+    """Returns the number of the first process that holds `params`."""
+    return min(device.process_index for device in jax.tree.leaves(params)[0].sharding.device_set)
 
 
 @contextmanager

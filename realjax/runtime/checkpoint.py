@@ -14,15 +14,17 @@ from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from realjax.core.json_text import JsonObject
+from realjax.core.manifest import find_damage, write_manifest
 from realjax.core.processes import from_first, is_first, largest
 from realjax.core.trees import Tree
 from realjax.engine.state import TrainState
 from realjax.reshard.apply import reshard
-from realjax.runtime.manifest import find_damage, write_manifest
 
 logger = logging.getLogger("realjax.checkpoint")
 TIMES = "_CHECKPOINT_METADATA"  # of the save; Orbax writes the last of them after all else, and nobody reads them
 ROLLOUTS = "rollouts"  # the item of a save with the rows in flight
+# The others wait for so long until the first process has sealed a save; that it is lost, the coordinator tells earlier.
+SEAL_SECONDS = 7 * 24 * 3600
 UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a save in the making
 
 
@@ -48,20 +50,27 @@ class RunCheckpointer:
     def __init__(self, directory: Path, max_to_keep: int, keep_every: int | None = None) -> None:
         self.directory, self.max_to_keep, self.keep_every = directory, max_to_keep, keep_every
         # Called in the first process when all is written, before the directory gets its name: what has a name is whole.
-        options = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+        options = ocp.options.AsyncOptions(post_finalization_callback=self._seal, timeout_secs=SEAL_SECONDS)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._step: int | None = None  # of the save under way
-        self._after_fn: Callable[[], None] = _nothing
+        self._before_fn = self._after_fn = _nothing
 
     @property
     def latest_step(self) -> int | None:
         """The step of the last complete save, None without one."""
         return max(saved_steps(self.directory), default=None)
 
-    def save(self, state: RunState, after_fn: Callable[[], None] | None = None) -> None:
+    def save(
+        self,
+        state: RunState,
+        after_fn: Callable[[], None] | None = None,
+        *,
+        before_fn: Callable[[], None] | None = None,
+    ) -> None:
         """Copies the state off the devices and writes it in the background; a step saved before is left as it is.
 
-        `after_fn` is called in the first process once the save is complete (see `settle`).
+        Both functions are called in the first process: `before_fn`, in another thread, before the save counts, which
+        may wait for what belongs to it; `after_fn` once it is complete (see `settle`).
         """
         self.wait()
         path = self.directory / str(state.step)
@@ -73,7 +82,7 @@ class RunCheckpointer:
         run = {"step": state.step, "counters": dict(state.counters), "empty_layers": dict(state.empty_layers)}
         run["has_rollouts"] = bool(state.rollouts)
         rollouts = {ROLLOUTS: ocp.args.StandardSave(dict(state.rollouts))} if state.rollouts else {}
-        self._step, self._after_fn = state.step, after_fn or _nothing
+        self._step, self._before_fn, self._after_fn = state.step, before_fn or _nothing, after_fn or _nothing
         self._checkpointer.save(path, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles, **rollouts))
 
     def wait(self) -> None:
@@ -95,6 +104,7 @@ class RunCheckpointer:
             self._after_fn()
 
     def _seal(self) -> None:
+        self._before_fn()
         (temporary,) = self.directory.glob(f"{self._step}{UNFINISHED}*")
         write_manifest(temporary, left_out=TIMES)
 

@@ -1,18 +1,25 @@
-"""The HuggingFace checkpoints that a run leaves: those of its saves, and the best one by a metric."""
+"""The HuggingFace checkpoints that a run leaves, written beside its steps: those of its saves, and the best one by a
+metric.
+"""
 
 import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from realjax.core.host_memory import available_bytes
 from realjax.core.processes import is_first
 from realjax.core.trees import Tree
 from realjax.data.loader import Position
 from realjax.dataflow.run import RunSpec
-from realjax.hf.save import save_hf
+from realjax.hf.save import Target, begin_save, find_writer
+from realjax.runtime.background import BackgroundWrites
 from realjax.runtime.roles import Role
 
 logger = logging.getLogger("realjax.exports")
+# Of the memory that the host has left, for copies of models that are being written.
+COPIES_SHARE = 0.5
 Best = dict[str, float | str]  # `value` of the metric, and the `directory` below the role's that has the parameters
 
 
@@ -22,6 +29,7 @@ class Exports:
     def __init__(self, spec: RunSpec, roles: Mapping[str, Role], best: Best | None) -> None:
         """`best` is what the state says that the run continues from."""
         self.root, self.roles, self.max_shard_bytes = spec.paths.checkpoints, roles, spec.max_shard_bytes
+        self.writes = BackgroundWrites()
         self.best, self.best_role = best, next((one.role for one in spec.evaluations.values()), "")
         if best is not None and not (self.root / self.best_role / str(best["directory"])).is_dir():
             logger.warning("the best checkpoint so far, %s, is gone: the next evaluation's is the best", best)
@@ -32,29 +40,38 @@ class Exports:
                 shutil.rmtree(leftover)
         self._drop_others()
 
+    def __enter__(self) -> "Exports":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.writes.close()
+
     def write(self, name: str, params: Tree, directory: str) -> None:
-        """Writes a role's parameters, also over those of a step that is taken again after a restart."""
+        """Has a role's parameters written, also over those of a step that is taken again after a restart.
+
+        When it returns they are off the devices. Where the host has no memory for them, they are on the disk.
+        """
         out_dir, role = self.root / name / directory, self.roles[name]
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        save_hf(
-            params,
-            role.model.config,
-            out_dir,
+        target = Target(
+            config=role.model.config,
             source_dir=role.spec.path,
             # A model from scratch has no weights to take the precision from: its masters are kept as they are.
             dtype="float32" if role.spec.init_from_scratch else "source",
             max_shard_bytes=self.max_shard_bytes,
             ends=role.spec.ends,
         )
-        logger.info("saved %s to %s", name, out_dir)
+        write_fn = begin_save(params, target, out_dir, most_bytes=COPIES_SHARE * available_bytes())
+        self.writes.begin(lambda: _finish(write_fn, name, out_dir), find_writer(params))
 
     def keep_best(self, params: Tree, value: float, step: int) -> None:
-        """Writes the parameters after `step` when their value is better than the best before."""
+        """Has the parameters after `step` written when their value is better than the best before."""
         if self.best is None or value > float(self.best["value"]):
             directory = f"best-globalstep{step}"
+            self.writes.wait()
+            self._drop_others()
             self.write(self.best_role, params, directory)
             self.best = {"value": value, "directory": directory}
-            self._drop_others()
 
     def hold_best(self) -> Callable[[], None]:
         """Keeps the best checkpoint of now for a state that names it; returns what to call once that is on the disk.
@@ -77,6 +94,11 @@ class Exports:
                 hidden = path.with_name(f".{path.name}.replaced")  # nobody should find a half of it
                 os.replace(path, hidden)
                 shutil.rmtree(hidden)
+
+
+def _finish(write_fn: Callable[[], None], name: str, out_dir: Path) -> None:
+    write_fn()
+    logger.info("saved %s to %s", name, out_dir)
 
 
 def checkpoint_name(position: Position) -> str:

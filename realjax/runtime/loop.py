@@ -20,6 +20,7 @@ from realjax.record.rundir import write_log
 from realjax.runtime.ahead import Ahead
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.executor import Executor, StepResult
+from realjax.runtime.exports import Exports
 from realjax.runtime.flight import join_rows
 from realjax.runtime.lock import lock_run
 from realjax.runtime.places import describe_saved
@@ -42,25 +43,31 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
     roles = build_roles(spec, plan)
     import_wandb(spec.wandb_mode)
     rest = lambda: describe_saved(spec.paths.recover)
-    with explain_faults(rest), StopSignal() as stop, lock_run(spec.paths.logs):
+    watchdog = Watchdog(spec.paths.logs, spec.watchdog_seconds)
+    with explain_faults(rest), StopSignal() as stop, lock_run(spec.paths.logs), watchdog as progress:
+        progress.begin("the look for a save")
         save = find_start(spec)
         if save is not None and is_finished(spec, save):
             return _answer_finished(spec, save)
         # What may refuse the run comes first: it then leaves an earlier one's files where they are.
-        state = first_state(spec, roles, save)
+        state = first_state(spec, roles, save, progress)
         open_run_directory(spec, continues_after=None if save is None else save.step)
         if is_first():
-            replace_text(spec.paths.logs / PLAN_FILE, dump_choices(plan.choices, searched=plan.is_searched))
+            machine = spec.allocation.machine
+            text = dump_choices(plan.choices, searched=plan.is_searched, machine=machine)
+            replace_text(spec.paths.logs / PLAN_FILE, text)
         with (
             write_log(spec.paths.logs),
-            Watchdog(spec.paths.logs, spec.watchdog_seconds) as progress,
             RunCheckpointer(spec.paths.recover, spec.max_recover_saves, spec.keep_every) as checkpointer,
+            Exports(spec, roles, state.counters.get("best")) as exports,
             _open_metrics(spec, state.step) as metrics,
         ):
             executor = Executor(spec, plan, roles, dict(state.roles), state.counters.get("controls"), progress)
             executor.rows = join_rows(state.rollouts)
             answers = _open_answers(spec, state.step)
-            outputs = Outputs(checkpointer=checkpointer, metrics=metrics, answers=answers, console=console)
+            outputs = Outputs(
+                checkpointer=checkpointer, exports=exports, metrics=metrics, answers=answers, console=console
+            )
             session = Session(spec, plan, executor, state, outputs)
             step_fn = _make_step(executor, plan, session.last_step)
             session.begin()

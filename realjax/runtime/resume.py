@@ -8,7 +8,10 @@ from dataclasses import asdict, replace
 from realjax.core.identity import Identity
 from realjax.core.json_text import JsonObject
 from realjax.core.processes import from_first, is_first
+from realjax.core.progress import Progress
+from realjax.core.trees import Tree
 from realjax.dataflow.run import RunSpec
+from realjax.engine.state import TrainState
 from realjax.record.metrics import replace_text
 from realjax.record.report import REPORT_FILE
 from realjax.record.rundir import set_aside
@@ -76,14 +79,23 @@ def is_finished(spec: RunSpec, save: RunState) -> bool:
     return save.step == spec.loader.total_steps and (spec.paths.logs / REPORT_FILE).exists()
 
 
-def first_state(spec: RunSpec, roles: Mapping[str, Role], save: RunState | None) -> RunState:
+def first_state(
+    spec: RunSpec, roles: Mapping[str, Role], save: RunState | None, progress: Progress | None = None
+) -> RunState:
     """Returns the state after the save's step, else the one at step 0, with every role on its devices."""
+    progress = progress or Progress()
+
+    def load(name: str) -> TrainState | Tree:
+        progress.begin(f"loading {name}")
+        return load_role(roles[name], spec.seed)
+
     if save is None:
-        return RunState(step=0, roles={name: load_role(role, spec.seed) for name, role in roles.items()})
+        return RunState(step=0, roles={name: load(name) for name in roles})
+    progress.begin("restoring the save")
     changing = {name: role for name, role in roles.items() if role.optimizer is not None or role.spec.is_averaged}
     abstract = {name: role.abstract_state() for name, role in changing.items()}
     state = restore(spec.paths.recover, save, abstract, empty_layers(roles, changing))
-    fixed = {name: load_role(role, spec.seed) for name, role in roles.items() if name not in changing}
+    fixed = {name: load(name) for name in roles if name not in changing}
     return replace(state, roles={**fixed, **state.roles})
 
 

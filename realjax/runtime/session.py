@@ -34,6 +34,7 @@ from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.exports import Exports, checkpoint_name
 from realjax.runtime.finite import nonfinite_leaves
 from realjax.runtime.flight import flatten_rows
+from realjax.runtime.machines import describe_machine, describe_move
 from realjax.runtime.memory import measured_peak_bytes
 from realjax.runtime.places import Places
 from realjax.runtime.resume import empty_layers
@@ -50,6 +51,7 @@ class Outputs:
     """Where a run writes: the states to continue from, and in the first process of several its record."""
 
     checkpointer: RunCheckpointer
+    exports: Exports
     metrics: MetricsWriter | None
     answers: AnswerWriter | None
     console: Console | None
@@ -64,10 +66,12 @@ class Session:
         """`state` is that before the first step to take."""
         self.spec, self.plan, self.executor, self.outputs = spec, plan, executor, outputs
         self.first_step, self.started = state.step, time.monotonic()
-        self.exports = Exports(spec, executor.roles, state.counters.get("best"))
+        self.exports = outputs.exports
         # By the step after which they were taken; the record is the first process's.
         self.samples = load_samples(spec.paths.logs / SAMPLES_FILE, state.step) if is_first() else {}
         self.rates: dict[str, float] = state.counters.get("rates", {})
+        self.machine = describe_machine(plan, spec.allocation.num_devices)
+        self.move = describe_move(state.counters.get("machine", {}), self.machine)
         self.saves = spec.benchmark_steps is None
         self.save_trigger, self.evaluate_trigger = Trigger(spec.save), Trigger(spec.evaluate)
         self.last_step = min(spec.loader.total_steps, state.step + (spec.benchmark_steps or spec.loader.total_steps))
@@ -90,6 +94,8 @@ class Session:
             "%d steps of %s rows x tokens (%.1f%% padding), starting after step %d",
             loader.total_steps, loader.shapes, 100 * loader.padding_share, self.first_step,
         )  # fmt: skip
+        if self.move is not None:
+            logger.info("%s", self.move)
         if not self.saves:
             logger.info("benchmark_steps: neither checkpoints nor training states are written")
         if self.spec.evaluations and self.spec.evaluate.is_set and self.first_step == 0:
@@ -108,6 +114,7 @@ class Session:
         """
         position = self.record(step, result)
         self.outputs.checkpointer.settle()
+        self.exports.writes.check()
         if self.spec.evaluations and self.evaluate_trigger.fires(position):
             self.evaluate(step + 1)
         is_last = step + 1 == self.last_step
@@ -210,11 +217,12 @@ class Session:
             self.exports.keep_best(self.executor.params(role), values[metric], step)
 
     def save(self, position: Position, *, export: bool) -> None:
-        """Saves every role that changes as a HuggingFace checkpoint, when `export`, then the state to continue from.
+        """Has every role that changes written as a HuggingFace checkpoint, when `export`, and the state to go on from.
 
         A run continues after the step of that state, so whatever else belongs to the step has to be there before it.
         """
         self.executor.progress.begin("save", position.global_step - 1)
+        self.exports.writes.wait()  # the host holds the copies of one save at a time
         self.places.check()
         changed = {average.role for average in self.spec.averages}
         states = {
@@ -232,6 +240,7 @@ class Session:
             "controls": {name: dict(state) for name, state in self.executor.controls.items()},
             "best": self.exports.best,
             "rates": self.rates,
+            "machine": self.machine,
             "stalled": self._stalled(),
         }
         state = RunState(
@@ -241,7 +250,7 @@ class Session:
             empty_layers=empty_layers(self.executor.roles, states),
             rollouts=flatten_rows(self.executor.rows),
         )
-        self.outputs.checkpointer.save(state, self.exports.hold_best())
+        self.outputs.checkpointer.save(state, self.exports.hold_best(), before_fn=self.exports.writes.make_barrier())
 
     def _stalled(self) -> dict[str, int]:
         """Returns how many updates in a row were skipped, of the roles whose last step brought no other."""
@@ -253,6 +262,7 @@ class Session:
         """Writes the report and says where everything is, when the last save is complete; returns the exit code."""
         self.executor.progress.begin("last save")
         self.outputs.checkpointer.wait()
+        self.exports.writes.wait()
         self.places.check()
         log = self.executor.compile_log
         logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)

@@ -1,8 +1,8 @@
 """A run whose processes make no progress, or are in different calls, ends: with their stacks and a line that says who
 waits for whom.
 
-Each process has a thread that writes where it is to a file of the log directory, and looks at the others' there. What
-counts is the number of this thread's own turns, so a machine that was suspended has missed nothing.
+Each process has a thread that writes where it is to a file beside the log directory, and looks at the others' there.
+What counts is the number of this thread's own turns, so a machine that was suspended has missed nothing.
 """
 
 import faulthandler
@@ -60,7 +60,8 @@ class Watchdog:
     def __init__(self, logs: Path, least_seconds: float | None, turn_seconds: float = TURN_SECONDS) -> None:
         """`least_seconds`: no bound is shorter; None: nobody watches. `logs` is the log directory."""
         self.progress = Progress()
-        self.folder, self.stacks = logs / FOLDER, logs / STACKS
+        # Beside the logs, which a run that starts anew sets aside.
+        self.folder, self.stacks = logs.with_name(f".{logs.name}.{FOLDER}"), logs / STACKS
         self.least_seconds, self.turn_seconds = least_seconds, turn_seconds
         self.process_id, self.num_processes = jax.process_index(), jax.process_count()
         self._is_over = threading.Event()
@@ -74,7 +75,7 @@ class Watchdog:
         if is_first():
             if self.folder.exists():  # of an earlier start
                 shutil.rmtree(self.folder)
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True)
         from_first(0)  # nobody writes before that
         self._thread.start()
         return self.progress
@@ -84,6 +85,8 @@ class Watchdog:
         if self.least_seconds is not None:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
+            if is_first():
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self) -> None:
         while not self._is_over.wait(self.turn_seconds):
@@ -158,7 +161,7 @@ class Watchdog:
 
     def _dump_stacks(self) -> None:
         with suppress(OSError):
-            self.stacks.mkdir(exist_ok=True)
+            self.stacks.mkdir(parents=True, exist_ok=True)
         with suppress(OSError), (self.stacks / f"process{self.process_id}.txt").open("a") as file:
             file.write(f"--- {datetime.now().isoformat(' ', 'seconds')} process {self.process_id}: {self.position()}\n")
             file.flush()

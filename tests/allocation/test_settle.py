@@ -73,7 +73,11 @@ def test_a_run_that_continues_keeps_its_plan(given, tmp_path, monkeypatch):
     (spec.paths.logs / PLAN_FILE).write_text(dump_choices(CHOICES, searched=False))
     with pytest.raises(AssertionError, match="searched"):
         settle(spec, CPUS)
-    (spec.paths.logs / PLAN_FILE).write_text(dump_choices(CHOICES))
+    (spec.paths.logs / PLAN_FILE).write_text(dump_choices(CHOICES, machine="1x8"))
+    with pytest.raises(AssertionError, match="searched"):
+        settle(spec, CPUS)
+    (spec.paths.logs / PLAN_FILE).write_text(dump_choices(CHOICES, machine="1x4"))
+    assert allocate(settle(spec, CPUS), jax.devices()[:4]).choices == CHOICES
     for changes in ({"planner__replan": True}, {"recover_mode": "disabled"}, {"n_gpus_per_node": 2}):
         with pytest.raises(AssertionError, match="searched"):
             settle(build_open(given, tmp_path, **{"recover_mode": "auto", **changes}), CPUS)

@@ -1,6 +1,7 @@
 """What `realjax doctor` finds: all well here, and each thing that is not, in a line with what helps."""
 
 import re
+import shutil
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import pytest
 
 from realjax.apps import checkup, quickstart
 from realjax.apps.checkup import check_accelerators, check_clocks, check_disk, check_files, check_versions, saved_bytes
+from realjax.core.manifest import write_manifest
+from tests.given.checkpoints import edit_tensors
 from tests.given.runs import build_spec, make_options
 
 Usage = namedtuple("Usage", "total used free")
@@ -55,6 +58,18 @@ def test_a_directory_of_which_one_machine_has_another(tmp_path, monkeypatch):
     monkeypatch.setattr(checkup.jax, "process_count", lambda: 2)
     found = check_files(tmp_path)
     assert not found.is_well and "process 1 misses files" in found.text
+
+
+def test_a_model_that_is_not_as_it_was_written(given, tmp_path):
+    model = shutil.copytree(given.language_model, tmp_path / "model")
+    write_manifest(model)
+    spec = build_spec("sft", make_options("sft", given, tmp_path, model__path=model))
+    assert checkup.check_models(spec) == checkup.Finding(
+        name="models", is_well=True, text="1 with checksums are as they were written"
+    )
+    edit_tensors(model, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
+    found = checkup.check_models(spec)
+    assert not found.is_well and "'model.safetensors' is not as it was written" in found.text
 
 
 def test_clocks_apart(monkeypatch):

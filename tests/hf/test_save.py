@@ -8,10 +8,11 @@ import pytest
 from realjax.core.axes import train_rules, tree_shardings
 from realjax.core.end_tokens import EndTokens
 from realjax.core.layout import Layout, ParallelStrategy
+from realjax.core.manifest import MANIFEST, find_damage
 from realjax.hf import save
 from realjax.hf.families import find_family
 from realjax.hf.load import load_config, load_params
-from realjax.hf.save import save_hf
+from realjax.hf.save import Target, begin_save, save_hf
 from realjax.hf.save_config import write_config
 from realjax.models.build import build_model, init_params, make_fill
 from tests.given.checkpoints import edit_config, make_bin, make_checkpoint, read_tensors
@@ -145,7 +146,7 @@ def test_the_source_gives_tokenizer_generation_config_and_unknown_keys(tmp_path)
     (source / "config.json").write_text(json.dumps({**hf, "house": "key"}))
     params, config = load(source)
     save_hf(params, config, tmp_path / "out", source_dir=source, dtype=jnp.bfloat16)
-    assert {file.name for file in source.iterdir()} == {file.name for file in (tmp_path / "out").iterdir()}
+    assert {file.name for file in source.iterdir()} | {MANIFEST} == {f.name for f in (tmp_path / "out").iterdir()}
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "chat_template.jinja"
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == {**hf, "house": "key", "dtype": "bfloat16"}
@@ -158,8 +159,26 @@ def test_an_existing_directory_is_replaced_whole(tmp_path):
     out.mkdir()
     (out / "model-00001-of-00002.safetensors").write_text("of an earlier save")
     save_hf(params, config, out)
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
+    assert find_damage(out) is None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_a_copy_is_written_when_the_parameters_are_gone(tmp_path):
+    params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
+    save_hf(params, config, tmp_path / "now")
+    write_fn = begin_save(params, Target(config=config), tmp_path / "later", most_bytes=float("inf"))
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    assert not (tmp_path / "later").exists()
+    write_fn()
+    assert read_tensors(tmp_path / "later") == read_tensors(tmp_path / "now")
+
+
+def test_what_the_host_cannot_hold_is_written_at_once(tmp_path):
+    params, config = load(make_checkpoint(tmp_path / "hf", "llama"))
+    begin_save(params, Target(config=config), tmp_path / "out", most_bytes=1)
+    assert find_damage(tmp_path / "out") is None
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):

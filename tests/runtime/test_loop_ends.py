@@ -68,7 +68,7 @@ PHASES = {
     "evaluating before the first step": (session, "evaluate_loss", 1, None),
     "compiling": (session.Session, "begin_step", 1, 1),
     "evaluating": (session, "evaluate_loss", 2, 1),
-    "exporting": (exports, "save_hf", 1, 2),
+    "exporting": (exports, "begin_save", 1, 2),
     "saving": (RunCheckpointer, "save", 2, 3),
     "writing the report": (session, "write_report", 1, STEPS),
     "closing": (RunCheckpointer, "__exit__", 1, STEPS),

@@ -85,7 +85,7 @@ def test_a_process_that_hangs_ends_with_its_stacks_and_a_line(tmp_path):
     assert line.startswith("no progress for 0 s: process 0 is in rewards of step 4 (for ")
     stacks = (tmp_path / STACKS / "process0.txt").read_text()
     assert 'File "<string>", line 10 in <module>' in stacks
-    assert json.loads((tmp_path / FOLDER / VERDICT).read_text())["process"] == 0
+    assert json.loads((tmp_path.with_name(f".{tmp_path.name}.{FOLDER}") / VERDICT).read_text())["process"] == 0
 
 
 def test_one_that_goes_on_does_not(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from realjax.runtime.manifest import MANIFEST, find_damage, write_manifest
+from realjax.core.manifest import MANIFEST, find_damage, write_manifest
 
 FILES = {"run/metadata": b'{"step": 3}', "role_a/d/0": bytes(range(256)) * 8, "role_a/empty": b"", "times": b"0"}
 

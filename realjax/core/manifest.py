@@ -14,7 +14,7 @@ DIGEST_BYTES = 16
 MOST_THREADS = 16
 
 
-def write_manifest(directory: Path, *, left_out: str) -> None:
+def write_manifest(directory: Path, *, left_out: str | None = None) -> None:
     """Writes the size and the checksum of every file in the directory but one of that name, after all of them."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != left_out)
     names = [str(path.relative_to(directory)) for path in files]

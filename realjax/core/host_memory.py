@@ -1,0 +1,39 @@
+"""How much memory this process may still take on its host."""
+
+import os
+import re
+from pathlib import Path
+
+MEMINFO, GROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+OWN_GROUP = Path("/proc/self/cgroup")
+
+
+def available_bytes() -> int:
+    """Returns what the kernel could give without swapping, within the limits of a container or job (cgroups of version
+    2); half of all memory where it does not say.
+    """
+    try:
+        kib = _number("MemAvailable:", MEMINFO.read_text())
+    except (OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(0, min([kib * 1024, *_left_in_groups()]))
+
+
+def _left_in_groups() -> list[int]:
+    """Returns what the process's groups with a limit leave, pages of files that were read once not counted."""
+    left = []
+    try:
+        (name,) = re.findall(r"^0::/(.*)$", OWN_GROUP.read_text(), re.MULTILINE)
+        own = GROUPS / name
+        for group in (own, *(parent for parent in own.parents if parent.is_relative_to(GROUPS))):
+            if (file := group / "memory.max").exists() and (limit := file.read_text().strip()).isdigit():
+                used = int((group / "memory.current").read_text())
+                left.append(int(limit) - used + _number("inactive_file", (group / "memory.stat").read_text()))
+    except (OSError, ValueError):
+        return left  # no such groups here
+    return left
+
+
+def _number(name: str, text: str) -> int:
+    (found,) = re.findall(rf"^{name}\s+(\d+)", text, re.MULTILINE)
+    return int(found)
