@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.given.checkpoints import edit_tensors, write_llama
+from tests.e2e.test_families import CONFIGS
+from tests.given.checkpoints import edit_tensors, write_family, write_llama
 from tests.given.commands import Given, Trial, stopped_after
 from tests.given.compare import find_differing, without_clocks
 from tests.given.texts import write_jsonl
@@ -148,6 +149,24 @@ def test_a_run_goes_on_with_other_stages(given, tmp_path):
     assert len(stacks) == 27 and all(len(leaf) == 4 and not leaf[3].any() for leaf in stacks)
 
 
+@pytest.mark.slow
+def test_experts_go_on_where_they_lie_otherwise(given, tmp_path):
+    """Split over two devices, then each in two parts by its columns, then over two of four by whole and by columns."""
+    model = write_family(tmp_path / "moe", "qwen3_moe", **CONFIGS["qwen3_moe"])
+    whole = Trial(given=given, root=tmp_path, name="whole", options=OPTIONS | FEW | {"model.path": model})
+    assert whole.run() == 0
+    trial = another(whole, "experts")
+    with stopped_after(2):
+        assert trial.run(**layout_options(dp=2, ep=2)) == 143
+    with stopped_after(4):
+        assert trial.run(**layout_options(tp=2), save_freq_steps=4) == 143
+    assert trial.run(**layout_options(dp=4, tp=2, ep=2)) == 0
+    assert trial.steps() == list(range(1, FEW_STEPS + 1))
+    assert_same_work(trial, whole, 4)
+    losses, expected = ([record["loss"] for record in one.metrics("train")] for one in (trial, whole))
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
 def assert_same_work(found: Trial, expected: Trial, step: int) -> None:
     """Fails unless what both trials did after `step` steps is the same, empty layers aside."""
     for find in (Trial.weights, Trial.state):
@@ -161,12 +180,13 @@ def assert_same_work(found: Trial, expected: Trial, step: int) -> None:
             assert error <= 1e-3 * change, name
 
 
-def layout_options(*, dp: int = 1, pp: int = 1, tp: int = 1, sp: bool = False, zero: int = 2) -> dict:
+def layout_options(*, dp: int = 1, pp: int = 1, tp: int = 1, ep: int = 1, sp: bool = False, zero: int = 2) -> dict:
     return {
         "n_gpus_per_node": dp * pp * tp,
         "allocation__parallel__pipeline_parallel_size": pp,
         "allocation__parallel__data_parallel_size": dp,
         "allocation__parallel__model_parallel_size": tp,
+        "allocation__parallel__expert_parallel_size": ep,
         "allocation__parallel__use_sequence_parallel": sp,
         "model__zero_stage": zero,
     }
