@@ -96,6 +96,11 @@ class FlatDataset:
         """Tokens of the longest sequence."""
         return int(self.lengths.max())
 
+    @property
+    def num_targets(self) -> np.ndarray | None:
+        """None: nothing says which of the tokens are learned."""
+        return None
+
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Indices of the examples in the order of an epoch."""
         return order_examples(len(self), seed, epoch, shuffle)
@@ -114,6 +119,11 @@ class PromptAnswerDataset(FlatDataset):
     @property
     def fingerprint(self) -> str:
         return self.known_fingerprint or digest(super().fingerprint, self.loss_mask)
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Tokens of each example that are learned, int32 [N]."""
+        return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int32)
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """`tokens` int32 [L] and `loss_mask` bool [L], True at what is learned: answers and what ends them."""

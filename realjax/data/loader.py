@@ -11,7 +11,15 @@ import numpy as np
 
 from realjax.core.batch import Batch
 from realjax.core.identity import digest
-from realjax.data.packing import MOST_TOKENS, bucket_len, count_rows, pack, pack_rows
+from realjax.data.packing import (
+    MOST_TOKENS,
+    bucket_len,
+    count_rows,
+    fit_rows,
+    pack,
+    pack_rows,
+    target_indices,
+)
 
 # Positions in the stream are int32, and each step is planned before the first.
 MOST_SAMPLES = 2**27
@@ -42,6 +50,11 @@ class Dataset(Protocol):
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence; an example may hold several."""
+        ...
+
+    @property
+    def num_targets(self) -> np.ndarray | None:
+        """Tokens of each example that are learned, those of its `loss_mask`, int32 [N]; None where it has none."""
         ...
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -166,7 +179,7 @@ class Loader:
         """Returns the loader of the same sequences, step by step, in other rows. Raises ValueError as `shapes`."""
         loader = copy.copy(self)
         loader._rows = rows
-        loader.__dict__.pop("shapes", None)
+        loader._forget_shapes()
         _ = loader.shapes
         return loader
 
@@ -175,9 +188,13 @@ class Loader:
         if num_steps is None:
             return self
         loader = copy.copy(self)
-        loader.__dict__.pop("shapes", None)
+        loader._forget_shapes()
         loader._stream = self._stream[: num_steps * self.batch_size]
         return loader
+
+    def _forget_shapes(self) -> None:
+        for name in ("shapes", "num_targets"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -225,12 +242,34 @@ class Loader:
         """Steps that a run of so many epochs of this data takes."""
         return math.ceil(self._epoch_len * num_epochs / self.batch_size)
 
+    @cached_property
+    def num_targets(self) -> int:
+        """P, a bound for the tokens of a row that are learned, of all batches: a multiple of a sixteenth of the row.
+
+        T where it would save less than an eighth of the row, or nothing says which tokens are learned.
+        """
+        counts, row_len, most = self._dataset.num_targets, self.shapes.row_len, 0
+        step = -(-row_len // 16)
+        for indices in [] if counts is None else map(self._indices, range(self.total_steps)):
+            rows = fit_rows(self._lengths[indices], row_len)
+            most = max(most, *(int(counts[indices[list(row)]].sum()) for row in rows))
+            if most > row_len - 2 * step:
+                return row_len
+        return max(1, math.ceil(most / step)) * step if counts is not None else row_len
+
     def batch(self, step: int) -> Batch:
-        """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps)."""
+        """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps).
+
+        It has `targets` where these are fewer than tokens: nobody asks about others.
+        """
         indices = self._indices(step)
         num_rows, row_len = int(self.shapes.num_rows[step]), self.shapes.row_len
         plan = pack_rows(self._lengths[indices], row_len, num_rows=num_rows, num_shards=self._rows.num_shards)
-        return pack([self._dataset.example(i) for i in indices], plan, num_segments=self.shapes.num_segments)
+        batch = pack([self._dataset.example(i) for i in indices], plan, num_segments=self.shapes.num_segments)
+        if self.num_targets == row_len:
+            return batch
+        targets = target_indices(batch["loss_mask"], batch["positions"], self.num_targets)
+        return batch.with_arrays(**({} if targets is None else {"targets": targets}))
 
     def take(self, start: int, count: int) -> Batch:
         """Batch of `count` samples of the stream from place `start` on, which may lie beyond the run's epochs."""

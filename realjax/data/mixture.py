@@ -65,6 +65,12 @@ class Mixture:
         return np.concatenate([part.lengths for part in self.parts])
 
     @property
+    def num_targets(self) -> np.ndarray | None:
+        """Tokens of each example that are learned, int32 [N]; None where the parts do not tell."""
+        found = [part.num_targets for part in self.parts]
+        return None if any(x is None for x in found) else np.concatenate([x for x in found if x is not None])
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(part.longest for part in self.parts)

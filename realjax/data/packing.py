@@ -66,7 +66,7 @@ def pack_rows(
     or rows that do not divide.
     """
     lengths = tuple(int(length) for length in lengths)
-    packed = _fit_rows(lengths, row_len)
+    packed = fit_rows(lengths, row_len)
     if num_rows is None:
         num_rows = -(-len(packed) // num_shards) * num_shards
     if num_rows < len(packed):
@@ -83,15 +83,18 @@ def pack_rows(
 
 def count_rows(lengths: np.ndarray, row_len: int) -> tuple[int, int]:
     """Returns how many rows `pack_rows` fills, and the sequences of the fullest, without the plan itself."""
-    rows = _fit_rows(tuple(lengths.tolist()), row_len)
+    rows = fit_rows(lengths, row_len)
     return len(rows), max(map(len, rows), default=0)
 
 
-def _fit_rows(lengths: tuple[int, ...], row_len: int) -> list[tuple[int, ...]]:
+def fit_rows(lengths: Sequence[int] | np.ndarray, row_len: int) -> list[tuple[int, ...]]:
+    """Returns the sequences of each row, by best-fit decreasing; ValueError for a length outside [1, row_len]."""
+    lengths = np.asarray(lengths, np.int64)
     rows: list[list[int]] = []
+    sizes: list[int] = lengths.tolist()
     spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted, so the tightest fit is found by bisection
-    for index in np.argsort(-np.array(lengths, np.int64), kind="stable").tolist():
-        length = lengths[index]
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = sizes[index]
         if not 1 <= length <= row_len:
             raise ValueError(
                 f"packing: sequence {index} has {length} tokens; needed 1 to {row_len}, the row length: "
@@ -168,10 +171,10 @@ def pack(
 def unpack(batch: Batch) -> list[dict[str, np.ndarray]]:
     """The sequences of a packed batch of host arrays, row by row from the left; the inverse of `pack`.
 
-    [L, ...] of each per-token array, 0-d of each [R, S] one. `segment_ids` and `positions` are left out, as `pack`
-    makes them anew.
+    [L, ...] of each per-token array, 0-d of each [R, S] one. What follows from the packing is left out:
+    `segment_ids`, `positions` and `targets`.
     """
-    arrays = {key: np.asarray(batch[key]) for key in batch if key not in ("segment_ids", "positions")}
+    arrays = {key: np.asarray(batch[key]) for key in batch if key not in ("segment_ids", "positions", "targets")}
     return [
         {key: array[row, tokens if is_per_token(key) else segment] for key, array in arrays.items()}
         for row, segment, tokens in segment_slices(np.asarray(batch["segment_ids"]))
@@ -181,9 +184,10 @@ def unpack(batch: Batch) -> list[dict[str, np.ndarray]]:
 def rollout_row_len(longest: int, num_sequences: int, row_multiple: int) -> int:
     """Row length for `num_sequences` sequences of unknown lengths up to `longest`: one to eight times its bucket.
 
-    Long rows pack tightly, but a batch needs a multiple of `row_multiple` of them also where sequences turn out short.
+    Long rows pack tightly, but a batch needs a multiple of `row_multiple` of them also where sequences turn out short,
+    and with few rows one more or less is much.
     """
-    return bucket_len(longest) * min(8, max(1, num_sequences // (4 * row_multiple)))
+    return bucket_len(longest) * min(8, max(1, num_sequences // (8 * row_multiple)))
 
 
 def bucket_rows(num_rows: int, row_multiple: int) -> int:
@@ -193,6 +197,20 @@ def bucket_rows(num_rows: int, row_multiple: int) -> int:
     groups = max(1, -(-num_rows // row_multiple))
     step = 1 << max(0, groups.bit_length() - 3)
     return -(-groups // step) * step * row_multiple
+
+
+def target_indices(mask: np.ndarray, positions: np.ndarray, num_targets: int) -> np.ndarray | None:
+    """Returns the row indices `[R, P]` of the tokens of a mask `[R, T]`, T in empty places; None where P would be T.
+
+    P is `num_targets`, no less than those of any row. A sequence's first token has no log-probability.
+    """
+    num_rows, row_len = mask.shape
+    if num_targets >= row_len:
+        return None
+    is_target = mask & (positions > 0)
+    targets = np.full((num_rows, num_targets), row_len, np.int32)
+    targets[np.arange(num_targets) < is_target.sum(axis=1)[:, None]] = np.nonzero(is_target)[1]
+    return targets
 
 
 def _check_examples(examples: Sequence[dict[str, np.ndarray]], plan: PackPlan) -> None:

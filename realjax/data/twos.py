@@ -43,6 +43,12 @@ class TwoSequences:
         """Tokens of the longest sequence."""
         return int(np.diff(self.offsets).max())
 
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Tokens of both answers of each example, int32 [N]."""
+        of_each = np.diff(self.offsets).reshape(-1, 2) - np.maximum(self.answer_starts, 1)
+        return np.maximum(of_each, 0).sum(axis=1).astype(np.int32)
+
     def take_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of both sequences of an example, int32 [L]."""
         start, middle, end = self.offsets[2 * index : 2 * index + 3]

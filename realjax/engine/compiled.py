@@ -46,13 +46,20 @@ class Compiled:
         self.device_bytes = 0
 
     def __call__(self, *args: object) -> Any:
+        key = self.prepare(*args)
+        self.device_bytes = self._bytes[key]
+        return self.programs[key](*args)
+
+    def prepare(self, *args: object) -> tuple[object, ...]:
+        """Compiles for arguments like these, or shapes with shardings, unless that is done; returns the program's key
+        in `programs`.
+        """
         leaves, structure = jax.tree.flatten(args)
         key = (structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
         if key not in self.programs:
             self.programs[key] = self._compile(args)
             self._bytes[key] = program_bytes(self.programs[key])
-        self.device_bytes = self._bytes[key]
-        return self.programs[key](*args)
+        return key
 
     def lower(self, *args: object) -> jax.stages.Lowered:
         """Returns the program for arguments like these, not compiled yet. They may be shapes with shardings."""

@@ -65,8 +65,8 @@ class ForwardParts:
     Params are in the compute dtype. Their gradients are those of `sinks`, float32 arrays of their shapes that are not
     read, where given, see `models.sums.collect`.
     Where the readout's draw keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`, and where it
-    compares, from `teacher_ids` and `teacher_logprobs`. A key `targets` `[R, P]` limits that head, and `choices`, to
-    these tokens, see `heads.token_logprobs`.
+    compares, from `teacher_ids` and `teacher_logprobs`. A key `targets` `[R, P]` limits that head, `choices` and `nll`
+    to these tokens, see `heads.Wanted`.
     """
 
     def __init__(self, model: Model, readout: Readout, rules: Rules, layout: Layout, compute: Compute) -> None:
@@ -117,11 +117,10 @@ def _make_head(
     """Returns `fn(hidden, kernel, batch) -> outputs`; hidden states may be split along the row."""
 
     def outputs(hidden: Array, kernel: Array, batch: Batch) -> Mapping[str, Array]:
-        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+        tokens, segment_ids, targets = batch["tokens"], batch["segment_ids"], batch.get("targets")
         if readout.head == "values":
             return {"values": heads.token_values(hidden, kernel, matmul)}
         if readout.head in ("logprobs", "choices"):
-            targets = batch.get("targets")
             wanted = heads.Wanted(
                 draw=readout.draw,
                 kept=None if readout.draw.kept is None else batch["kept"],
@@ -133,8 +132,9 @@ def _make_head(
             )
             chunks = chunks_fn(batch, None if targets is None else targets.shape[1], is_kept=True)
             return heads.token_logprobs(hidden, kernel, tokens, segment_ids, chunks, wanted)
-        chunks = chunks_fn(batch, None, is_kept=False)
-        nll, logprobs = heads.weighted_nll(hidden, kernel, tokens, segment_ids, batch["loss_mask"], chunks)
+        chunks = chunks_fn(batch, None if targets is None else targets.shape[1], is_kept=False)
+        weights = batch["loss_mask"]
+        nll, logprobs = heads.weighted_nll(hidden, kernel, tokens, segment_ids, weights, chunks, targets)
         return {"nll": nll, "logprobs": logprobs}
 
     return outputs

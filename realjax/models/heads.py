@@ -57,9 +57,22 @@ class Chunks:
         return jnp.moveaxis(chunks, 0, 2).reshape(R, C * size, *x.shape[3:])
 
     def gather(self, hidden: Array) -> Array:
-        """Returns a chunk's hidden states `[R, size, D]` whole along the row, of their parts."""
+        """Returns a chunk's hidden states `[R, size, D]` whole along the row, of their parts; chosen ones are whole."""
+        if self.dim != "time":
+            return hidden
         parts = self.constrain(hidden, ("rows", "residual_time", "act_embed"))
         return self.constrain(parts, ("rows", "time", "act_embed"))
+
+    def scatter(self, grad: Array) -> Array:
+        """Returns a chunk's gradient `[R, size, D]` as its hidden states came."""
+        return self.constrain(grad, ("rows", "residual_time", "act_embed")) if self.dim == "time" else grad
+
+    def take(self, inputs: Sequence[Array], targets: Array) -> tuple["Chunks", list[Array]]:
+        """Returns hidden states `[R, T, D]`, and what is known of the next tokens, at the places before `targets`
+        `[R, P]`; and their chunks.
+        """
+        chosen = [_take(x, targets - 1) for x in (self.gather(inputs[0]), *inputs[1:])]
+        return replace(self, dim="targets"), chosen
 
     def over_tokens(self, fn: Callable[[Array], Array], x: Array) -> Array:
         """Returns fn(x), which treats tokens alike, merged where the platform wants it and no part is split off."""
@@ -167,16 +180,14 @@ def token_logprobs(
     draw, targets = wanted.draw, wanted.targets
     assert (draw.kept is None) == (wanted.kept is None), "a draw that leaves tokens out needs the sets that it left"
     inputs = [hidden, *map(_next, (tokens, *wanted.of_tokens))]
-    gather_fn = chunks.gather
     if targets is not None:
-        inputs = [_take(x, targets - 1) for x in (gather_fn(hidden), *inputs[1:])]
-        gather_fn, chunks = lambda hidden_chunk: hidden_chunk, replace(chunks, dim="targets")
+        chunks, inputs = chunks.take(inputs, targets)
 
     sink = kernel.astype(jnp.float32)
 
     def chunk(hidden_chunk: Array, targets: Array, *given: Array) -> dict[str, Array]:
         kept, teacher = (None, given) if draw.kept is None else (given[0], given[1:])
-        logits = _chunk_logits(gather_fn(hidden_chunk), collect(kernel, sink), chunks)
+        logits = _chunk_logits(chunks.gather(hidden_chunk), collect(kernel, sink), chunks)
         logits = _drawn_logits(logits, draw, kept, chunks)
         if wanted.num_choices is not None:
             return _choose(logits, wanted.num_choices, chunks)
@@ -256,19 +267,27 @@ def _compare(logprobs: Array, ids: Array, of_teacher: Array, compare_fn: Compare
 
 
 def weighted_nll(
-    hidden: Array, kernel: Array, tokens: Array, segment_ids: Array, weights: Array, chunks: Chunks
+    hidden: Array,
+    kernel: Array,
+    tokens: Array,
+    segment_ids: Array,
+    weights: Array,
+    chunks: Chunks,
+    targets: Array | None = None,
 ) -> tuple[Array, Array]:
     """Returns -sum(weights * logprobs), a float32 scalar, and the log-probabilities `[R, T]` (no gradient through
-    these).
+    these). With `targets`, as in `Wanted`, it is of those tokens alone.
 
     The gradient of a sum whose weights are known beforehand is formed while a chunk's logits are at hand, so the head's
     product is not computed a second time in the backward pass.
     """
-    targets = _next(tokens)
-    weights_next = move_to_previous(weights.astype(jnp.float32), segment_ids)
-    sums = _fused_nll(hidden, kernel, targets, weights_next, chunks)
-    nll, logprobs = cast(tuple[Array, Array], sums)
-    return nll, move_to_next(jax.lax.stop_gradient(logprobs), segment_ids)
+    inputs = [hidden, _next(tokens), move_to_previous(weights.astype(jnp.float32), segment_ids)]
+    if targets is not None:
+        chunks, inputs = chunks.take(inputs, targets)
+    hidden, ids, weights_next = inputs
+    nll, logprobs = cast(tuple[Array, Array], _fused_nll(hidden, kernel, ids, weights_next, chunks))
+    logprobs = jax.lax.stop_gradient(logprobs)
+    return nll, move_to_next(logprobs, segment_ids) if targets is None else _put(logprobs, targets, tokens.shape[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -292,7 +311,7 @@ def _fused_nll_forward(hidden: Array, kernel: Array, targets: Array, weights: Ar
             grad_logits *= 1 - jnp.square(logits / chunks.softcap)
         grad_logits = grad_logits.astype(hidden.dtype)
         grad_hidden = chunks.over_tokens(lambda grad: grad @ kernel.T, grad_logits)
-        grad_hidden = chunks.constrain(grad_hidden, ("rows", "residual_time", "act_embed"))
+        grad_hidden = chunks.scatter(grad_hidden)
         flat_hidden, flat_grad = (x.reshape(-1, x.shape[-1]) for x in (hidden_chunk, grad_logits))
         grad_kernel += jnp.matmul(flat_hidden.T, flat_grad, preferred_element_type=jnp.float32)
         return grad_kernel, (logprobs, grad_hidden)

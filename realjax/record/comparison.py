@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from realjax.record.report import Section
+from realjax.record.spread import Spread
 
 PREFIX = "predicted/"  # in front of a metric's name
 TIME, MEMORY, STEP = "time/", "memory_mib/", "seconds"  # as `CallRecord.metrics` and a step's record have them
@@ -18,7 +19,7 @@ class Comparison:
 
     def __init__(self, predicted: Mapping[str, float], source: str) -> None:
         self.predicted, self.source = predicted, source
-        self._measured: dict[str, list[float]] = {name: [] for name in predicted}
+        self._measured = {name: Spread[float]() for name in predicted}
 
     def metrics(self) -> dict[str, float]:
         """Returns the predictions under names of their own, for each step's record."""
@@ -28,15 +29,15 @@ class Comparison:
         """Takes in what a step measured."""
         for name, found in self._measured.items():
             if name in values:
-                found.append(values[name])
+                found.add(values[name])
 
     def measured(self) -> dict[str, float]:
         """Returns the medians of all that was measured, by name."""
-        return {name: median(found) for name, found in self._measured.items() if found}
+        return {name: median(found.values) for name, found in self._measured.items() if found.values}
 
     @property
     def title(self) -> str:
-        num_steps = max(map(len, self._measured.values()), default=0)
+        num_steps = max((found.count for found in self._measured.values()), default=0)
         steps = f"medians of {num_steps} steps that compiled nothing" if num_steps else "no step without compiling"
         return f"Predicted by {self.source}, and measured: {steps}"
 

@@ -8,7 +8,7 @@ import numbers
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -20,6 +20,7 @@ from tensorboardX.summary import scalar
 from realjax.core.faults import naming
 from realjax.core.json_text import JsonObject, parse_json
 from realjax.dataflow.run import METRICS_FILE
+from realjax.record.spread import Spread
 
 WANDB_MODES = ("disabled", "offline", "online")
 FLUSH_SECONDS = 10
@@ -113,10 +114,10 @@ class TensorBoardFile:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the values of a step, which a reader sees within ten seconds of the next ones."""
         with naming(self._directory):
+            summary = PROTO.Event(wall_time=time.time(), step=int(step))
             for name, value in values.items():
-                self._events.write_event(
-                    PROTO.Event(wall_time=time.time(), step=int(step), summary=scalar(name, value))
-                )
+                summary.summary.value.extend(scalar(name, value).value)
+            self._events.write_event(summary)
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._events.flush()
                 self._flushed = time.monotonic()
@@ -127,22 +128,42 @@ class TensorBoardFile:
 
 
 def read_metrics(path: str | Path) -> list[JsonObject]:
-    """Records of a metrics file in written order; a torn last line (killed while writing) is left out.
+    """Records of a metrics file in written order, see `iterate_metrics`."""
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: str | Path) -> Iterator[JsonObject]:
+    """Yields the records of a metrics file, one in memory; a torn last line (killed while writing) is left out.
 
     ValueError names the line of any other unreadable record.
     """
-    lines = Path(path).read_bytes().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(_record(line))
-        except ValueError as error:
-            if number < len(lines):
+    fault: ValueError | None = None
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if fault is not None:
                 raise ValueError(
-                    f"metrics: '{path}' line {number}: {error}; only a last line may be torn, "
+                    f"metrics: '{path}' line {number - 1}: {fault}; only a last line may be torn, "
                     "so remove that line or restore the file"
-                ) from error
-    return records
+                ) from fault
+            try:
+                record = _record(line)
+            except ValueError as error:
+                fault = error
+            else:
+                yield record
+
+
+def read_spread(path: str | Path) -> list[JsonObject]:
+    """Returns records of a metrics file as `read_metrics` does, of a long run some: of each kind a few thousand, evenly
+    spread, and the last.
+    """
+    by_kind: dict[str, Spread[tuple[int, JsonObject]]] = {}
+    last: dict[str, tuple[int, JsonObject]] = {}
+    for number, record in enumerate(iterate_metrics(path)):
+        last[record["kind"]] = number, record
+        by_kind.setdefault(record["kind"], Spread()).add((number, record))
+    found = dict(last.values()) | {number: record for spread in by_kind.values() for number, record in spread.values}
+    return [found[number] for number in sorted(found)]
 
 
 def _record(line: bytes) -> JsonObject:
@@ -154,8 +175,7 @@ def _record(line: bytes) -> JsonObject:
 
 def drop_later_steps(path: str | Path, step: int) -> None:
     """Rewrites a metrics file without a torn last line and without records after `step`."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    replace_lines(path, (json.dumps(record) for record in iterate_metrics(path) if record["step"] <= step))
 
 
 def set_aside(path: Path) -> Path:
@@ -168,9 +188,18 @@ def set_aside(path: Path) -> Path:
 
 def replace_text(path: str | Path, text: str) -> None:
     """Writes a text file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    _replace(path, (text,))
+
+
+def replace_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Does the same with lines, which come without their ends, one in memory."""
+    _replace(path, (f"{line}\n" for line in lines))
+
+
+def _replace(path: str | Path, parts: Iterable[str]) -> None:
     temporary = Path(f"{path}.tmp")
     with naming(path), temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from realjax.core.json_text import JsonObject
 from realjax.dataflow.run import METRICS_FILE
 from realjax.record.console import format_value
-from realjax.record.metrics import RECORD_KEYS, read_metrics, replace_text
+from realjax.record.metrics import RECORD_KEYS, read_spread, replace_text
 
 REPORT_FILE = "report.html"
 SECTION_KINDS = ("table", "text", "image")
@@ -59,11 +59,11 @@ def write_report(
 ) -> Path:
     """Draws `curves/*.png` and writes `report.html` from what is in `run_dir`; returns the path of the report.
 
-    A run without metrics gets a report that says so. ValueError: an unreadable `metrics.jsonl` (names the line).
+    A run without metrics gets a report that says so, and of a very long one the curves have some of the steps. ValueError: an unreadable `metrics.jsonl` (names the line).
     """
     run_dir = Path(run_dir)
     metrics_path = run_dir / METRICS_FILE
-    records = read_metrics(metrics_path) if metrics_path.exists() else []
+    records = read_spread(metrics_path) if metrics_path.exists() else []
     parts = [f"<h1>{html.escape(title)}</h1>", table_html((), summary.items())]
     parts += curve_parts(records, run_dir)
     parts += [section_html(section) for section in sections]

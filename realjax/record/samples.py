@@ -43,6 +43,12 @@ def load_samples(path: Path, step: int) -> dict[int, list[Sample]]:
     return samples
 
 
+def drop_between(samples: dict[int, list[Sample]]) -> None:
+    """Removes the answers of all evaluations but the first and the last: they are in the file."""
+    for step in sorted(samples)[1:-1]:
+        del samples[step]
+
+
 def sample_sections(samples: Mapping[int, Sequence[Sample]]) -> list[Section]:
     """Returns the answers of the first and of the last evaluation, side by side."""
     if not samples:

@@ -1,10 +1,13 @@
 """When each call ran: measured without making the calls wait for each other."""
 
+import heapq
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from matplotlib.patches import Patch
 from realjax.core.processes import from_first, gather
 
 MOST_STEPS_DRAWN = 4
+# Steps that a timeline keeps of a long run: how it began, what took longest, and how it goes now.
+NUM_FIRST, NUM_SLOWEST, NUM_LAST = 50, 50, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +62,43 @@ def measure_calls(records: Iterable[CallRecord]) -> dict[str, float]:
     return values
 
 
+class History:
+    """Records of a run's steps: of the first, the last and, between these, those that took longest."""
+
+    def __init__(self) -> None:
+        self._first: list[tuple[CallRecord, ...]] = []
+        self._last: deque[tuple[CallRecord, ...]] = deque()
+        self._slowest: list[tuple[float, int, tuple[CallRecord, ...]]] = []  # a heap: seconds, number, records
+        self._num_steps = 0
+
+    def add(self, records: Sequence[CallRecord]) -> None:
+        """Takes in the records of the step that follows."""
+        if not records:
+            return
+        self._num_steps += 1
+        if len(self._first) < NUM_FIRST:
+            self._first.append(tuple(records))
+            return
+        self._last.append(tuple(records))
+        if len(self._last) > NUM_LAST:
+            oldest = self._last.popleft()
+            seconds = max(record.end for record in oldest) - min(record.start for record in oldest)
+            heapq.heappush(self._slowest, (seconds, self._num_steps, oldest))
+            if len(self._slowest) > NUM_SLOWEST:
+                heapq.heappop(self._slowest)
+
+    def __iter__(self) -> Iterator[CallRecord]:
+        """Yields what is kept, step by step in order."""
+        between = [records for _, _, records in sorted(self._slowest, key=lambda one: one[1])]
+        return chain.from_iterable((*self._first, *between, *self._last))
+
+
 class Timeline:
     """Collects call records; a thread for each call under way waits for its results."""
 
     def __init__(self) -> None:
-        self.records: list[CallRecord] = []
+        self.records: list[CallRecord] = []  # of steps that nobody has asked for
+        self.history = History()
         from_first(0)  # the clocks of several processes start together
         self._began = time.perf_counter()
         self._threads: list[threading.Thread] = []
@@ -116,8 +153,14 @@ class Timeline:
         for i, record in enumerate(records):
             start = max([record.start, *(ends[name] for name in record.after)])
             records[i] = replace(record, start=min(start, record.end))
-        self.records = [record for record in self.records if record.step != step] + records
-        return sorted(records, key=lambda record: record.start)
+        self.records = [record for record in self.records if record.step != step]
+        records.sort(key=lambda record: record.start)
+        self.history.add(records)
+        return records
+
+    def list_records(self) -> list[CallRecord]:
+        """Returns the records that are kept: of a long run those of some steps, see `History`."""
+        return [*self.history, *self.records]
 
     def write_trace(self, path: Path) -> None:
         """Writes a Chrome/Perfetto trace: a row for each group of devices."""
@@ -136,14 +179,15 @@ class Timeline:
                     "peak_bytes": record.peak_bytes,
                 },
             }
-            for record in self.records
+            for record in self.list_records()
         ]
         path.write_text(json.dumps({"traceEvents": events}))
 
     def draw(self, path: Path) -> None:
         """Draws the calls of the last steps as bars, a row for each group of devices."""
-        last = max((record.step for record in self.records), default=0)
-        shown = [record for record in self.records if record.step > last - MOST_STEPS_DRAWN]
+        records = self.list_records()
+        last = max((record.step for record in records), default=0)
+        shown = [record for record in records if record.step > last - MOST_STEPS_DRAWN]
         bars = [Bar(record.name, f"devices {record.devices}", record.start, record.end) for record in shown]
         draw_bars(path, bars, label="seconds since the start of the run")
 

@@ -166,7 +166,8 @@ class Ahead:
         generations = [row.generation for row in rows if row.generation is not None]
         refuse_nonfinite(generations, f"{self.mfc.name}: {executor.roles[self.mfc.role].spec.title}")
         shape, requests = executor.plan.rollouts[self.mfc.name], [row.request for row in rows]
-        batch: Batch = pack_rollout(requests, generations, self.mfc, shape, ages=[row.ages for row in rows])
+        ages, sizes = [row.ages for row in rows], executor.sizes.of(self.mfc.name)
+        batch: Batch = pack_rollout(requests, generations, self.mfc, shape, ages, sizes)
         return executor.step(batch, now, self.judges)
 
 

@@ -26,11 +26,12 @@ from realjax.runtime.programs import num_micro_batches
 from realjax.runtime.rollouts import (
     Chosen,
     answer_requests,
+    list_targets,
     make_minibatches,
     make_requests,
     pack_rollout,
-    target_indices,
 )
+from realjax.runtime.sizes import LEAST, LeastSizes
 
 if TYPE_CHECKING:
     from realjax.runtime.executor import Executor
@@ -61,14 +62,15 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
     draw = partial(batching.generate, slots, params, stop_fn=mfc.stop_fn, fetch_fn=fetch)
     generations = answer_requests(requests, mfc, draw)
     refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")
-    rollout = pack_rollout(requests, generations, mfc, shape)
+    rollout = pack_rollout(requests, generations, mfc, shape, sizes=executor.sizes.of(mfc.name))
     peak_bytes = find_peak_bytes(executor, mfc, params, slots.device_bytes)
     return Done(batch=rollout, num_tokens=rollout.num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
 
 
 def infer(executor: "Executor", mfc: Inference, batch: Batch, step: int | None) -> Done:
     """Adds the call's keys."""
-    chosen = choose_sequences(mfc, batch, executor.plan.row_multiples[mfc.name])
+    sizes = executor.sizes.of(mfc.name)
+    chosen = choose_sequences(mfc, batch, executor.plan.row_multiples[mfc.name], sizes)
     inputs, layout = _place(executor, mfc, chosen.batch if chosen else batch), executor.plan.layouts[mfc.name]
     program = executor.programs.inference(mfc, num_micro_batches(mfc, inputs, layout))
     # A copy made for this call is dropped with this name, when the call no longer needs it.
@@ -128,8 +130,8 @@ def _minibatches(executor: "Executor", mfc: Train, batch: Batch, step: int | Non
     batch = batch.select({*PACKING_KEYS, *mfc.inputs}).replace_arrays(**_on_host(batch, mfc.inputs))
     multiple = executor.plan.row_multiples[mfc.name]
     for number in range(minibatches.passes):
-        seed = (executor.seed, step or 0, number)
-        yield from make_minibatches(batch, minibatches, row_multiple=multiple, seed=seed)
+        seed, sizes = (executor.seed, step or 0, number), executor.sizes.of(mfc.name)
+        yield from make_minibatches(batch, minibatches, row_multiple=multiple, seed=seed, sizes=sizes)
 
 
 def _on_host(batch: Batch, keys: Iterable[str]) -> dict[str, np.ndarray]:
@@ -140,22 +142,25 @@ def _on_host(batch: Batch, keys: Iterable[str]) -> dict[str, np.ndarray]:
 def _place(executor: "Executor", mfc: Inference | Train, batch: Batch) -> Batch:
     """Returns the call's inputs on its devices: host arrays are put there, other calls' results moved there."""
     layout = executor.plan.layouts[mfc.name]
-    return put_batch(select_inputs(mfc, batch), train_rules(layout.strategy), layout)
+    inputs = select_inputs(mfc, batch, executor.sizes.of(mfc.name))
+    return put_batch(inputs, train_rules(layout.strategy), layout)
 
 
-def choose_sequences(mfc: Inference, batch: Batch, row_multiple: int) -> Chosen | None:
+def choose_sequences(mfc: Inference, batch: Batch, row_multiple: int, sizes: LeastSizes = LEAST) -> Chosen | None:
     """Returns the sequences that a call computes in rows of their own; None where those are all."""
     if mfc.only is None:
         return None
     inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
-    return Chosen.of(inputs.replace_arrays(**_on_host(inputs, inputs.keys())), mfc.only, row_multiple)
+    return Chosen.of(inputs.replace_arrays(**_on_host(inputs, inputs.keys())), mfc.only, row_multiple, sizes)
 
 
-def select_inputs(mfc: Inference | Train, batch: Batch) -> Batch:
+def select_inputs(mfc: Inference | Train, batch: Batch, sizes: LeastSizes = LEAST) -> Batch:
     """Returns what a call reads of a batch. Raises ValueError for a sequence longer than the call was told."""
     refuse_longer(batch, mfc.max_seqlen, mfc.name)
     inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
-    if mfc.mask and (targets := target_indices(batch[mfc.mask], batch["positions"])) is not None:
+    if "targets" in batch and (mfc.head if isinstance(mfc, Inference) else mfc.loss.head) != "values":
+        return inputs.with_arrays(targets=batch["targets"])
+    if mfc.mask and (targets := list_targets(batch[mfc.mask], batch["positions"], sizes)) is not None:
         inputs = inputs.with_arrays(targets=targets)
     return inputs
 

@@ -124,4 +124,6 @@ class GroupSampler:
             for sequence in group:
                 sequence["group"] = np.array(number, np.int32)
         examples = [sequence for group in groups for sequence in group]
-        return pack(examples, plan_rollout(examples, executor.plan.rollouts[self.generate]))
+        sizes = executor.sizes.of(self.generate)
+        plan = plan_rollout(examples, executor.plan.rollouts[self.generate], sizes)
+        return pack(examples, plan, num_segments=sizes.segments(plan.num_segments))

@@ -26,6 +26,7 @@ from realjax.runtime.draws import FIRST, SAMPLING, GroupSampler
 from realjax.runtime.flight import Row
 from realjax.runtime.programs import Programs, num_micro_batches
 from realjax.runtime.roles import Role
+from realjax.runtime.sizes import Sizes
 
 logger = logging.getLogger("realjax.executor")
 
@@ -75,6 +76,7 @@ class Executor:
         self.progress = self.programs.log.progress = progress or Progress()
         self.progress.pending_fn = self.timeline.list_pending
         self.rows: list[Row] = []  # drawn or begun for steps to come, see `runtime/ahead.py`
+        self.sizes = Sizes()
         self._moved: set[str] = set()  # calls whose first move of parameters has been logged
 
     def step(self, batch: Batch, step: int | None, calls: Sequence[Call] | None = None) -> StepResult:
@@ -144,6 +146,15 @@ class Executor:
             source = "host memory" if role.is_offloaded else f"its home {role.home}"
             logger.info("%s: %s from %s: %s", mfc.name, mfc.role, source, report)
         return copy, report.bytes_moved
+
+    def abstract_params_for(self, mfc: ModelCall) -> Tree:
+        """Returns what `params_for` does, as shapes with shardings where a copy would be made."""
+        role, params = self.roles[mfc.role], self.params(mfc.role)
+        if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
+            return params
+        dtypes = role.model.copy_dtypes(role.compute.array_dtype)
+        copy = lambda x, place, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+        return jax.tree.map(copy, params, shardings, dtypes)
 
     @property
     def compile_log(self) -> CompileLog:

@@ -27,6 +27,7 @@ from realjax.runtime.places import describe_saved
 from realjax.runtime.resume import find_start, first_state, is_finished, open_run_directory
 from realjax.runtime.roles import build_roles
 from realjax.runtime.session import Outputs, Session, tell_stalled
+from realjax.runtime.sizes import Sizes
 from realjax.runtime.stop import StopSignal
 from realjax.runtime.watchdog import Watchdog
 
@@ -63,7 +64,7 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
             _open_metrics(spec, state.step) as metrics,
         ):
             executor = Executor(spec, plan, roles, dict(state.roles), state.counters.get("controls"), progress)
-            executor.rows = join_rows(state.rollouts)
+            executor.rows, executor.sizes = join_rows(state.rollouts), Sizes(state.counters.get("sizes"))
             answers = _open_answers(spec, state.step)
             outputs = Outputs(
                 checkpointer=checkpointer, exports=exports, metrics=metrics, answers=answers, console=console

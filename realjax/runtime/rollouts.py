@@ -8,9 +8,10 @@ import numpy as np
 from realjax.allocation.plan import RolloutShape
 from realjax.core.batch import Batch, is_per_token
 from realjax.core.segments import segment_slices
-from realjax.data.packing import PackPlan, bucket_rows, pack, pack_rows, unpack
+from realjax.data.packing import PackPlan, pack, pack_rows, target_indices, unpack
 from realjax.dataflow.graph import Generate, Minibatches
 from realjax.engine.batching import Generation, Request
+from realjax.runtime.sizes import LEAST, LeastSizes
 
 
 def make_requests(prompts: Batch, mfc: Generate, step: int) -> list[Request]:
@@ -58,6 +59,7 @@ def pack_rollout(
     mfc: Generate,
     shape: RolloutShape,
     ages: Sequence[np.ndarray] | None = None,
+    sizes: LeastSizes = LEAST,
 ) -> Batch:
     """Returns the packed batch of whole sequences: a response's tokens, log-probabilities and kept sets after its
     prompt, experts of both, and what each sequence is. `group` numbers the prompts of the batch. `ages` are those of
@@ -84,14 +86,15 @@ def pack_rollout(
         if generation.routes is not None:
             example["routes"] = generation.routes
         examples.append(example)
-    plan = plan_rollout(examples, shape)
-    batch, kept = pack(examples, plan), [generation.kept for generation in generations]
+    plan = plan_rollout(examples, shape, sizes)
+    batch = pack(examples, plan, num_segments=sizes.segments(plan.num_segments))
+    kept = [generation.kept for generation in generations]
     return batch if kept[0] is None else batch.with_arrays(kept=_place_kept(kept, plan))
 
 
-def plan_rollout(examples: Sequence[dict[str, np.ndarray]], shape: RolloutShape) -> PackPlan:
+def plan_rollout(examples: Sequence[dict[str, np.ndarray]], shape: RolloutShape, sizes: LeastSizes = LEAST) -> PackPlan:
     """Returns where the sequences of a rollout go."""
-    num_rows = bucket_rows(_num_rows(examples, shape.row_len), shape.row_multiple)
+    num_rows = sizes.rows([_lengths(examples)], shape.row_len, shape.row_multiple)
     return _plan(examples, shape.row_len, num_rows, shape.row_multiple)
 
 
@@ -109,7 +112,12 @@ def _place_kept(kept: Sequence[np.ndarray | None], plan: PackPlan) -> np.ndarray
 
 
 def make_minibatches(
-    rollout: Batch, minibatches: Minibatches, *, row_multiple: int, seed: tuple[int, ...]
+    rollout: Batch,
+    minibatches: Minibatches,
+    *,
+    row_multiple: int,
+    seed: tuple[int, ...],
+    sizes: LeastSizes = LEAST,
 ) -> list[Batch]:
     """Returns the minibatches of one pass over a batch of host arrays, all of one shape.
 
@@ -133,8 +141,10 @@ def make_minibatches(
         for part, index in zip(turn, deal, strict=False):
             parts[part].append(int(index))
     chosen = [[sequences[i] for i in sorted(part)] for part in parts]
-    num_rows = bucket_rows(max(_num_rows(part, rollout.row_len) for part in chosen), row_multiple)
-    return [pack(part, _plan(part, rollout.row_len, num_rows, row_multiple)) for part in chosen]
+    num_rows = sizes.rows([_lengths(part) for part in chosen], rollout.row_len, row_multiple)
+    plans = [_plan(part, rollout.row_len, num_rows, row_multiple) for part in chosen]
+    num_segments = sizes.segments(max(plan.num_segments for plan in plans))
+    return [pack(part, plan, num_segments=num_segments) for part, plan in zip(chosen, plans, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +155,7 @@ class Chosen:
     places: tuple[tuple[tuple[int, slice], tuple[int, slice]], ...]  # of each sequence: in that batch, and in the other
 
     @classmethod
-    def of(cls, batch: Batch, key: str, row_multiple: int) -> "Chosen":
+    def of(cls, batch: Batch, key: str, row_multiple: int, sizes: LeastSizes = LEAST) -> "Chosen":
         """Returns the sequences of a batch of host arrays for which `key` `[R, S]` is True."""
         found = [place for place in segment_slices(batch["segment_ids"]) if batch[key][place[0], place[1]]]
         arrays = {name: batch[name] for name in batch if name not in ("segment_ids", "positions")}
@@ -153,7 +163,7 @@ class Chosen:
             {name: array[row, tokens if is_per_token(name) else segment] for name, array in arrays.items()}
             for row, segment, tokens in found
         ]
-        num_rows = bucket_rows(_num_rows(examples, batch.row_len), row_multiple)
+        num_rows = sizes.rows([_lengths(examples)], batch.row_len, row_multiple)
         plan = _plan(examples, batch.row_len, num_rows, row_multiple)
         before = [(row, tokens) for row, _, tokens in found]
         places = tuple(((row, tokens), before[index]) for index, row, _, tokens in plan.places())
@@ -167,27 +177,15 @@ class Chosen:
         return whole
 
 
-def _num_rows(examples: Sequence[dict[str, np.ndarray]], row_len: int) -> int:
-    return len(pack_rows([len(example["tokens"]) for example in examples], row_len).rows)
+def _lengths(examples: Sequence[dict[str, np.ndarray]]) -> list[int]:
+    return [len(example["tokens"]) for example in examples]
 
 
 def _plan(examples: Sequence[dict[str, np.ndarray]], row_len: int, num_rows: int, num_shards: int) -> PackPlan:
-    lengths = [len(example["tokens"]) for example in examples]
-    return pack_rows(lengths, row_len, num_rows=num_rows, num_shards=num_shards)
+    return pack_rows(_lengths(examples), row_len, num_rows=num_rows, num_shards=num_shards)
 
 
-def target_indices(mask: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
-    """Returns the row indices `[R, P]` of the tokens of a mask `[R, T]`, T in empty places; None where P would be T.
-
-    P is a multiple of an eighth of T, so that there are few shapes. A sequence's first token has no log-probability.
-    """
-    num_rows, row_len = mask.shape
-    is_target = mask & (positions > 0)
-    num_targets = is_target.sum(axis=1)
-    step = -(-row_len // 8)
-    width = max(1, -(-int(num_targets.max()) // step)) * step
-    if width >= row_len:
-        return None
-    targets = np.full((num_rows, width), row_len, np.int32)
-    targets[np.arange(width) < num_targets[:, None]] = np.nonzero(is_target)[1]
-    return targets
+def list_targets(mask: np.ndarray, positions: np.ndarray, sizes: LeastSizes = LEAST) -> np.ndarray | None:
+    """Returns the row indices `[R, P]` of the tokens of a mask `[R, T]`, see `data.packing.target_indices`."""
+    most = int(np.count_nonzero(mask & (positions > 0), axis=1).max())
+    return target_indices(mask, positions, sizes.targets(most, mask.shape[1]))

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from realjax.allocation.cluster import find_cluster
@@ -24,7 +23,7 @@ from realjax.record.comparison import Comparison
 from realjax.record.console import ProgressDisplay, StepLine, format_seconds
 from realjax.record.metrics import MetricsWriter, replace_text
 from realjax.record.report import MAIN_METRICS, Section, metric_rank, write_report
-from realjax.record.samples import SAMPLES_FILE, append_samples, load_samples, sample_sections
+from realjax.record.samples import SAMPLES_FILE, append_samples, drop_between, load_samples, sample_sections
 from realjax.record.timeline import measure_calls
 from realjax.reshard.fetch import fetch
 from realjax.runtime.calls import Metrics
@@ -40,6 +39,7 @@ from realjax.runtime.places import Places
 from realjax.runtime.resume import empty_layers
 from realjax.runtime.stop import FAILED, StopSignal, signal_name
 from realjax.runtime.triggers import Trigger
+from realjax.runtime.warm import compile_shapes
 
 logger = logging.getLogger("realjax.loop")
 CLUSTER_FILE = "cluster.json"  # of the log directory: the machine's description with this run's factors
@@ -75,7 +75,7 @@ class Session:
         self.saves = spec.benchmark_steps is None
         self.save_trigger, self.evaluate_trigger = Trigger(spec.save), Trigger(spec.evaluate)
         self.last_step = min(spec.loader.total_steps, state.step + (spec.benchmark_steps or spec.loader.total_steps))
-        self.step_seconds: list[float] = []
+        self.num_timed, self.timed_seconds = 0, 0.0  # of the steps that compiled nothing
         predicted = plan.predicted
         self.comparison = None if predicted is None else Comparison(predicted.metrics(), predicted.source)
         self.num_tokens = self.num_compiled = 0
@@ -105,6 +105,8 @@ class Session:
         """Starts the step's clock and returns its batch."""
         self.executor.progress.begin("batch", step)
         self.step_start, self.num_compiled = time.perf_counter(), len(self.executor.compile_log.entries)
+        if step == self.first_step + 1:
+            compile_shapes(self.executor, self.plan.loader, range(step, self.last_step))
         return self.plan.loader.batch(step)
 
     def finish_step(self, step: int, result: StepResult, stop: StopSignal) -> int | None:
@@ -150,7 +152,7 @@ class Session:
         self.save_seconds = 0.0
         values = {name: values[name] for name in sorted(values, key=lambda name: (metric_rank(name), name))}
         if len(self.executor.compile_log.entries) == self.num_compiled:
-            self.step_seconds.append(seconds)
+            self.num_timed, self.timed_seconds = self.num_timed + 1, self.timed_seconds + seconds
             self.num_tokens += num_tokens
             if self.comparison is not None:
                 self.comparison.add(values)
@@ -203,6 +205,7 @@ class Session:
                 found, samples = evaluate_rollouts(self.executor, evaluation, loader, self.spec.decode_fn)
                 samples = [replace(one, variant=join_names(name, one.variant)) for one in samples]
                 self.samples.setdefault(step, []).extend(samples)
+                drop_between(self.samples)
                 if is_first():
                     append_samples(self.spec.paths.logs / SAMPLES_FILE, step, samples)
             else:
@@ -238,6 +241,7 @@ class Session:
         counters = {
             "identity": asdict(self.spec.identity),
             "controls": {name: dict(state) for name, state in self.executor.controls.items()},
+            "sizes": self.executor.sizes.met,
             "best": self.exports.best,
             "rates": self.rates,
             "machine": self.machine,
@@ -266,11 +270,9 @@ class Session:
         self.places.check()
         log = self.executor.compile_log
         logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
-        if self.step_seconds:
-            mean = float(np.mean(self.step_seconds))
-            logger.info(
-                "mean step time %.3f s over %d steps (steps that compiled left out)", mean, len(self.step_seconds)
-            )
+        if self.num_timed:
+            mean = self.timed_seconds / self.num_timed
+            logger.info("mean step time %.3f s over %d steps (steps that compiled left out)", mean, self.num_timed)
         if self.total_save_seconds:
             logger.info("the steps waited %.2f s for saves, which go on in the background", self.total_save_seconds)
         if self.comparison is not None:
@@ -304,7 +306,7 @@ class Session:
 
     def _summary(self) -> dict[str, str]:
         spec, log = self.spec, self.executor.compile_log
-        tokens_per_second = self.num_tokens / sum(self.step_seconds) if self.step_seconds else math.nan
+        tokens_per_second = self.num_tokens / self.timed_seconds if self.num_timed else math.nan
         return {
             "steps": f"{self.first_step} to {self.last_step} of {spec.loader.total_steps}",
             "parameters": ", ".join(f"{name} {role.model.num_params:,}" for name, role in self.executor.roles.items()),

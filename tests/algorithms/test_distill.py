@@ -16,7 +16,7 @@ from realjax.engine.compiled import place_batch
 from realjax.engine.inference import make_inference
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models.heads import OTHERS, Chunks, Wanted, token_logprobs
-from realjax.runtime.rollouts import target_indices
+from realjax.runtime.rollouts import list_targets
 from tests.given.compare import assert_close_in_norm
 from tests.given.models import make_layout, make_model, place_params, quick_jit, random_tree
 from tests.given.sequences import make_examples, pack_in_order
@@ -106,7 +106,7 @@ def test_of_equal_tokens_those_left_out_are_among_the_rest():
 def test_the_divergence_and_its_gradient_are_those_of_a_loop(variant, k, with_targets):
     parameters, (teacher, student) = VARIANTS[variant], (make_inputs(0), make_inputs(1))
     weights = np.random.default_rng(2).standard_normal(SEGMENTS.shape).astype(np.float32) * HAS_BEFORE
-    targets = target_indices(np.asarray(BATCH["loss_mask"]), np.asarray(BATCH["positions"])) if with_targets else None
+    targets = list_targets(np.asarray(BATCH["loss_mask"]), np.asarray(BATCH["positions"])) if with_targets else None
     weights *= BATCH["loss_mask"] if with_targets else 1
     chunks = Chunks(size=6 if targets is None else targets.shape[1])
     chosen = choices_of_teacher(k)

@@ -8,7 +8,7 @@ from realjax.algorithms.ppo import PPOParameters, make_advantages
 from realjax.core.axes import train_rules
 from realjax.core.batch import BATCH_DIMS, Batch
 from realjax.engine.compiled import Compiled, CompileLog, place_batch
-from realjax.runtime.rollouts import target_indices
+from realjax.runtime.rollouts import list_targets
 from tests.algorithms.pair_cases import Spread, make_pairs
 from tests.algorithms.rollout_cases import Packing, Rollout, host_arrays, make_rollouts
 from tests.given.models import make_layout
@@ -99,7 +99,7 @@ NOT_OF_TIME = {
 def learn(batch: Batch) -> Batch:
     """Returns a batch of rollouts with what PPO's host call adds and the tokens that are asked for."""
     batch = batch.with_arrays(**make_advantages(PPOParameters())(host_arrays(batch), {}).arrays)
-    targets = target_indices(batch["train_mask"], batch["positions"])
+    targets = list_targets(batch["train_mask"], batch["positions"])
     assert targets is not None
     return batch.with_arrays(targets=targets, correction=batch["advantages"])
 

@@ -15,7 +15,7 @@ from realjax.models.heads import (
     token_values,
     weighted_nll,
 )
-from realjax.runtime.rollouts import target_indices
+from realjax.runtime.rollouts import list_targets
 from tests.given.models import quick_jit
 from tests.given.sequences import make_examples, pack_in_order
 
@@ -84,7 +84,7 @@ def test_targets_get_what_they_get_among_all_tokens_and_others_nothing(form, siz
     kept = None if form is None else random_sets(form)[0]
     everything = Wanted(draw=Draw(0.7, form), kept=kept, needs_entropy=True)
     mask = np.random.default_rng(2).random(TOKENS.shape) < 0.5
-    targets = target_indices(mask, BATCH["positions"])
+    targets = list_targets(mask, BATCH["positions"])
     assert targets.shape == (R + 1, 9) and (targets == T).any() and (targets < T).sum() == (mask & ~IS_FIRST).sum()
 
     def run(chunks, wanted, hidden, kernel):
@@ -202,6 +202,25 @@ def test_weighted_nll_is_the_naive_sum_with_its_gradients(size, scale):
         np.testing.assert_allclose(found_logprobs, naive_logprobs(hidden, kernel), atol=1e-5)
     for found, grad in zip(grads, expected_grads):
         np.testing.assert_allclose(found, scale * grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 9])
+def test_weighted_nll_of_targets_is_that_of_all_tokens_with_its_gradients(size):
+    hidden, kernel, weights = make_inputs()
+    mask = np.random.default_rng(2).random(TOKENS.shape) < 0.5
+    weights, targets = weights * mask, list_targets(mask, BATCH["positions"])
+
+    def run(chunks, targets):
+        fn = lambda hidden, kernel: weighted_nll(hidden, kernel, TOKENS, SEGMENTS, weights, chunks, targets)
+        return quick_jit(jax.value_and_grad(fn, (0, 1), has_aux=True))(hidden, kernel)
+
+    ((found, logprobs), grads), ((expected, all_logprobs), expected_grads) = (
+        run(Chunks(size=size), targets), run(Chunks(size=8), None)
+    )  # fmt: skip
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    np.testing.assert_allclose(logprobs, np.where(mask, all_logprobs, 0), atol=1e-6)
+    for ours, theirs in zip(grads, expected_grads):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [6, 24])

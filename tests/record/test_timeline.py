@@ -46,7 +46,7 @@ def test_a_call_begins_when_those_it_waits_for_have_ended():
     for name in ("second", "third"):
         ends = [found[before].end for before in found[name].after]
         assert found[name].start == min(max(ends), found[name].end)
-    assert sorted(timeline.records, key=lambda one: one.name) == sorted(found.values(), key=lambda one: one.name)
+    assert sorted(timeline.list_records(), key=lambda one: one.name) == sorted(found.values(), key=lambda one: one.name)
 
 
 def test_a_call_lasts_until_its_results_are_there():
@@ -59,6 +59,20 @@ def test_a_call_lasts_until_its_results_are_there():
     assert found.start == start and found.end - start >= 0.02
     assert (found.name, found.num_tokens) == ("call", 10)
     assert timeline.of_step(2) == []
+
+
+def test_of_a_long_run_the_first_the_last_and_the_slowest_steps_are_kept():
+    timeline, num_steps, slow = Timeline(), 2000, {300, 777, 1500}
+    for step in range(num_steps):
+        timeline.records += [record("gen", step, step + 0.1, step), record("train", step, step + 0.5, step)]
+        if step in slow:
+            timeline.records.append(record("infer", step, step + 0.9, step))
+        assert len(timeline.of_step(step)) == 2 + (step in slow)
+    found = [one.step for one in timeline.list_records()]
+    kept = set(found)
+    assert kept >= {*range(module.NUM_FIRST), *range(num_steps - module.NUM_LAST, num_steps), *slow}
+    assert len(kept) == module.NUM_FIRST + module.NUM_SLOWEST + module.NUM_LAST
+    assert found == sorted(found)
 
 
 def test_records_say_what_a_step_took_of_calls_that_ran_once_or_several_times():

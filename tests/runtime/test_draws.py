@@ -20,6 +20,7 @@ from realjax.engine.batching import Generation
 from realjax.runtime.calls import Done
 from realjax.runtime.draws import FIRST, SAMPLING, GroupSampler
 from realjax.runtime.rollouts import make_requests, pack_rollout
+from realjax.runtime.sizes import Sizes
 
 NUM_PROMPTS, BATCH, SAMPLES = 23, 6, 3
 GENERATE = Generate(
@@ -56,6 +57,7 @@ class Scripted:
     def __init__(self, differs: Any, state: dict[str, float] | None = None) -> None:
         self.differs, self.controls = differs, {SAMPLING: dict(state or FIRST)}
         self.plan = SimpleNamespace(rollouts={"gen": RolloutShape(row_len=32, row_multiple=2, num_slots=8)})
+        self.sizes = Sizes()
         self.takes: list[list[int]] = []  # the prompts of each draw
         self.randomness: list[tuple[int, int]] = []
 

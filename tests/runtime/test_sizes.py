@@ -1,0 +1,70 @@
+"""A run whose lengths vary meets few sizes, early, and wastes little; where it stopped it goes on with those it met."""
+
+import numpy as np
+import pytest
+
+from realjax.data.packing import pack_rows, rollout_row_len
+from realjax.runtime.sizes import LEAST, Sizes
+
+PROMPT, NEW = 64, 256
+
+
+def draw(kind: str, rng: np.random.Generator, number: int, progress: float) -> np.ndarray:
+    """Returns lengths of answers of which `kind` says how they are spread; `progress` goes from 0 to 1."""
+    if kind == "uniform":
+        return rng.integers(1, NEW + 1, number)
+    if kind == "some end early":
+        return np.where(rng.random(number) < 0.1, rng.integers(1, NEW + 1, number), NEW)
+    mean = NEW / 3 if kind == "exponential" else NEW * (0.1 + 0.6 * progress)
+    return np.minimum(NEW, 1 + rng.exponential(mean, number)).astype(int)
+
+
+def run(kind: str, num_answers: int, num_parts: int, multiple: int, num_steps: int) -> tuple[list[int], float, float]:
+    """Returns the step of each new pair of rows and targets, and the shares of empty places, here and with the least
+    rows.
+    """
+    rng, sizes = np.random.default_rng(1), Sizes().of("train")
+    row_len = rollout_row_len(PROMPT + NEW, num_answers // num_parts, multiple)
+    met: dict[tuple[int, int], int] = {}
+    used, taken, least = 0, 0, 0
+    for step in range(num_steps):
+        answers = draw(kind, rng, num_answers, step / num_steps)
+        lengths = answers + rng.integers(PROMPT // 3, PROMPT + 1, num_answers)
+        order = np.argsort(-lengths)
+        parts = [order[i::num_parts] for i in range(num_parts)]
+        num_rows = sizes.rows([lengths[part].tolist() for part in parts], row_len, multiple)
+        for part in parts:
+            plan = pack_rows(lengths[part], row_len, num_rows=num_rows, num_shards=multiple)
+            asked = max(int(answers[part][list(row)].sum()) for row in plan.rows)
+            met.setdefault((num_rows, min(row_len, sizes.targets(asked, row_len))), step)
+        used += int(lengths.sum())
+        taken += num_rows * num_parts * row_len
+        least += LEAST.rows([lengths[part].tolist() for part in parts], row_len, multiple) * num_parts * row_len
+    return sorted(met.values()), 1 - used / taken, 1 - used / least
+
+
+@pytest.mark.parametrize(("num_answers", "num_parts", "multiple"), [(32, 2, 1), (128, 4, 2), (256, 1, 4), (512, 4, 8)])
+@pytest.mark.parametrize("kind", ["uniform", "exponential", "some end early"])
+def test_lengths_of_one_kind_meet_few_sizes_at_the_start(kind, num_answers, num_parts, multiple):
+    """Of thousands of draws. The rows left empty are not many more than the least: one or two of a few."""
+    steps, share, least = run(kind, num_answers, num_parts, multiple, 200)
+    assert len(steps) <= 4
+    assert sum(step >= 20 for step in steps) <= 2
+    assert share < least + 0.25
+
+
+def test_lengths_that_grow_meet_sizes_in_few_steps():
+    steps, share, least = run("growing", 256, 1, 4, 400)
+    assert len(steps) <= 12
+    assert share < least + 0.1
+
+
+def test_a_size_met_before_is_taken_unless_it_is_far_too_large():
+    sizes = Sizes()
+    assert sizes.of("a").rows([[8] * 30], 8, 1) == 32
+    assert sizes.of("a").rows([[8] * 25], 8, 1) == 32
+    assert sizes.of("a").rows([[8] * 15], 8, 1) == 16
+    assert sizes.of("b").rows([[8] * 25], 8, 1) == 28
+    again = Sizes(sizes.met)
+    assert [again.of("a").rows([[8] * n], 8, 1) for n in (15, 25, 40)] == [16, 32, 40]
+    assert sizes.met != again.met
