@@ -59,7 +59,8 @@ def write_report(
 ) -> Path:
     """Draws `curves/*.png` and writes `report.html` from what is in `run_dir`; returns the path of the report.
 
-    A run without metrics gets a report that says so, and of a very long one the curves have some of the steps. ValueError: an unreadable `metrics.jsonl` (names the line).
+    A run without metrics gets a report that says so; of a very long one the curves have some of the steps. ValueError:
+    an unreadable `metrics.jsonl` (names the line).
     """
     run_dir = Path(run_dir)
     metrics_path = run_dir / METRICS_FILE

@@ -76,6 +76,7 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
             with session.display:
                 for step in range(session.first_step, session.last_step):
                     result = step_fn(session.begin_step(step), step)
+                    session.prepare_step(step + 1)
                     if (code := session.finish_step(step, result, stop)) is not None:
                         return code
             return session.finish()

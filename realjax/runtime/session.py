@@ -80,6 +80,7 @@ class Session:
         self.comparison = None if predicted is None else Comparison(predicted.metrics(), predicted.source)
         self.num_tokens = self.num_compiled = 0
         self.step_start = 0.0
+        self._next_batch: Batch | None = None
         self.save_seconds = self.total_save_seconds = 0.0  # that the steps waited for
         self.fault: OSError | None = None  # what this process cannot go on with
         self.places = Places()
@@ -107,7 +108,13 @@ class Session:
         self.step_start, self.num_compiled = time.perf_counter(), len(self.executor.compile_log.entries)
         if step == self.first_step + 1:
             compile_shapes(self.executor, self.plan.loader, range(step, self.last_step))
-        return self.plan.loader.batch(step)
+        batch, self._next_batch = self._next_batch, None
+        return self.plan.loader.batch(step) if batch is None else batch
+
+    def prepare_step(self, step: int) -> None:
+        """Makes the batch of the step that follows, if any, while the devices are at work."""
+        if step < self.last_step:
+            self._next_batch = self.plan.loader.batch(step)
 
     def finish_step(self, step: int, result: StepResult, stop: StopSignal) -> int | None:
         """Records the step, evaluates and saves where that is due; returns the exit code of a run that ends here.

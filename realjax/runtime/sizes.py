@@ -53,7 +53,7 @@ class CallSizes(LeastSizes):
         return self._take("sequences of a row", super().segments(needed), super().segments(needed + needed // 4))
 
     def targets(self, needed: int, row_len: int) -> int:
-        with_room = _round_targets(needed + row_len / 16, row_len)
+        with_room = _round_targets(needed + row_len / 8, row_len)
         return self._take(f"targets of {row_len} tokens", super().targets(needed, row_len), with_room)
 
     def _take(self, what: str, needed: int, with_room: int) -> int:

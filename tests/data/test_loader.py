@@ -213,3 +213,24 @@ def test_of_many_samples_some_choose_the_length_of_rows(monkeypatch):
     assert len(sampled.num_rows) == 64
     np.testing.assert_array_equal(sampled.num_rows, make_shapes(batches, sampled.row_len, 2, 3).num_rows)
     assert sampled.num_slots < 1.1 * exact.num_slots
+
+
+def test_targets_are_bounded_by_those_of_the_fullest_row_of_the_run():
+    """The same number in every batch, at most a sixteenth of the row above what one of them needs; all learned tokens
+    are among them, each once.
+    """
+    dataset = make_dataset(80)
+    starts = np.random.default_rng(1).integers(dataset.lengths // 3, dataset.lengths)
+    mask = np.concatenate([np.arange(n) >= max(1, start) for n, start in zip(dataset.lengths, starts, strict=True)])
+    loader = Loader(replace(dataset, loss_mask=mask), batch_size=12, seed=3, num_epochs=2).split(Rows(multiple=2))
+    fullest = 0
+    for step in range(loader.total_steps):
+        batch = loader.batch(step)
+        num_learned = batch["loss_mask"].sum(axis=1)
+        fullest = max(fullest, num_learned.max())
+        assert batch["targets"].shape == (batch.num_rows, loader.num_targets)
+        for row, targets, learned in zip(batch["loss_mask"], batch["targets"], num_learned, strict=True):
+            assert targets[:learned].tolist() == np.flatnonzero(row).tolist()
+            assert (targets[learned:] == batch.row_len).all()
+    assert fullest <= loader.num_targets < fullest + batch.row_len / 16 + 1
+    assert "targets" not in Loader(dataset, batch_size=12, seed=3).batch(0), "of nearly all tokens there is none"

@@ -50,7 +50,7 @@ def test_every_key_of_a_step_is_placed_by_the_names_of_its_dims(steps_of):
     elsewhere = Layout.of(ParallelStrategy(dp=2), jax.devices()[4:6]).sharding("data")
     results = {key: jax.device_put(batch[key], elsewhere) for key in ("values", "rewards", "kept")}
     placed = put_batch(batch.replace_arrays(**results), {**train_rules(layout.strategy), "time": "tensor"}, layout)
-    per_segment = {"has_eos", "group", "prompt_id", "sample_id", "rewards", "seq_share"}
+    per_segment = {"has_eos", "group", "prompt_id", "sample_id", "rewards", "seq_share", "is_failed"}
     assert per_segment < set(placed)
     for key, array in placed.arrays.items():
         expected = layout.sharding("data", None if key in per_segment else "tensor")
