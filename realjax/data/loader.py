@@ -249,13 +249,15 @@ class Loader:
         T where it would save less than an eighth of the row, or nothing says which tokens are learned.
         """
         counts, row_len, most = self._dataset.num_targets, self.shapes.row_len, 0
+        if counts is None:
+            return row_len
         step = -(-row_len // 16)
-        for indices in [] if counts is None else map(self._indices, range(self.total_steps)):
+        for indices in map(self._indices, range(self.total_steps)):
             rows = fit_rows(self._lengths[indices], row_len)
             most = max(most, *(int(counts[indices[list(row)]].sum()) for row in rows))
             if most > row_len - 2 * step:
                 return row_len
-        return max(1, math.ceil(most / step)) * step if counts is not None else row_len
+        return max(1, math.ceil(most / step)) * step
 
     def batch(self, step: int) -> Batch:
         """Batch [R, T] of the step, counted from 0, on the host; ValueError outside [0, total_steps).

@@ -7,7 +7,7 @@ import numpy as np
 from realjax.core.axes import train_rules
 from realjax.core.batch import Batch
 from realjax.data.loader import Loader
-from realjax.dataflow.graph import Generate, Host, Inference, Train
+from realjax.dataflow.graph import Generate, Inference, Train
 from realjax.engine.compiled import abstract_batch
 from realjax.runtime.calls import select_inputs
 from realjax.runtime.executor import Executor
@@ -43,7 +43,9 @@ def _compile_calls(executor: Executor, batch: Batch) -> None:
 def _list_calls(executor: Executor) -> Iterator[Inference | Train]:
     """Yields the calls up to one whose inputs the host makes, or that computes some of the sequences alone."""
     for call in executor.graph.order:
-        is_unknown = isinstance(call, Host | Generate) or (isinstance(call, Inference) and call.only is not None)
-        if is_unknown or (isinstance(call, Train) and call.minibatches is not None):
+        if isinstance(call, Inference) and call.only is None:
+            yield call
+        elif isinstance(call, Train) and call.minibatches is None:
+            yield call
+        else:
             return
-        yield call
