@@ -43,9 +43,9 @@ def _compile_calls(executor: Executor, batch: Batch) -> None:
 def _list_calls(executor: Executor) -> Iterator[Inference | Train]:
     """Yields the calls up to one whose inputs the host makes, or that computes some of the sequences alone."""
     for call in executor.graph.order:
-        if isinstance(call, Inference) and call.only is None:
-            yield call
-        elif isinstance(call, Train) and call.minibatches is None:
+        if (isinstance(call, Inference) and call.only is None) or (
+            isinstance(call, Train) and call.minibatches is None
+        ):
             yield call
         else:
             return
