@@ -13,8 +13,10 @@ from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import (
     clipped_scores,
+    earned_in_turns,
     generalized_advantages,
     kl_penalty,
+    place_scores,
     rollout_metrics,
     sequence_shares,
     whiten,
@@ -35,7 +37,8 @@ class PPOParameters(PolicyParameters):
     """PPO's parameters, with ReaL's names. Raises ValueError for values outside their range.
 
     Without `missing_eos_penalty` a response that was cut off has no score, and its return goes on with the critic's
-    value; with one it ends like any other, its score less the penalty.
+    value; with one it ends like any other, its score less the penalty. What an environment gave for a turn counts at
+    the turn's end, in responses that were cut off too.
     """
 
     gae_lambda: float = option(1.0, "lambda of generalised advantage estimation", at_least=0, at_most=1)
@@ -65,13 +68,13 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: PPOParameter
     responses, has_eos = Responses.of(arrays), arrays["has_eos"].astype(bool)
     penalty = kl_penalty(arrays, state, responses, parameters)
     goes_on = ~has_eos if parameters.missing_eos_penalty is None else np.zeros_like(has_eos)
-    scores = np.where(goes_on, 0, clipped_scores(arrays, parameters))
+    scores = np.where(goes_on, earned_in_turns(arrays, responses), clipped_scores(arrays, parameters))
     read = partial(read_statistics, kind=parameters.value_norm_type, eps=parameters.value_norm_eps)
     old_statistics = read(state) if parameters.value_norm else Statistics()
     values = old_statistics.denormalise(arrays["values"].astype(np.float64))
     advantages, returns = generalized_advantages(
         responses,
-        penalty.rewards + responses.place_last(scores),
+        penalty.rewards + place_scores(arrays, responses, scores),
         values,
         goes_on,
         discount=parameters.discount,

@@ -12,7 +12,7 @@ import numpy as np
 from realjax.algorithms.groups import Groups, finish_advantages
 from realjax.algorithms.policy import PolicyParameters
 from realjax.algorithms.responses import Responses
-from realjax.algorithms.returns import clipped_scores, generalized_advantages, kl_penalty
+from realjax.algorithms.returns import clipped_scores, generalized_advantages, kl_penalty, place_scores
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.metrics import measure_mean
 from realjax.core.option import option
@@ -42,7 +42,7 @@ def compute_advantages(arrays: Arrays, state: State, *, parameters: ReinforcePPP
     # Without values, and with lambda 1, generalised advantages are returns.
     returns, _ = generalized_advantages(
         responses,
-        penalty.rewards + responses.place_last(scores),
+        penalty.rewards + place_scores(arrays, responses, scores),
         np.zeros(responses.mask.shape),
         np.zeros_like(responses.exists),
         discount=parameters.discount,

@@ -58,6 +58,22 @@ def clipped_scores(arrays: Arrays, parameters: PolicyParameters) -> np.ndarray:
     return np.where(arrays["has_eos"], scores, scores - penalty)
 
 
+def earned_in_turns(arrays: Arrays, responses: Responses) -> np.ndarray:
+    """Returns what an environment gave for the turns of each response, `[R, S]`; 0 without one."""
+    given = arrays.get("turn_rewards")
+    return np.zeros(responses.exists.shape) if given is None else responses.sum(given.astype(np.float64))
+
+
+def place_scores(arrays: Arrays, responses: Responses, scores: np.ndarray) -> np.ndarray:
+    """Returns `[R, T]` with the scores `[R, S]` as sums: what an environment gave for a turn stands at the turn's last
+    token, all else at the response's.
+    """
+    given = arrays.get("turn_rewards")
+    if given is None:
+        return responses.place_last(scores)
+    return responses.select(given) + responses.place_last(scores - earned_in_turns(arrays, responses))
+
+
 def generalized_advantages(
     responses: Responses,
     rewards: np.ndarray,

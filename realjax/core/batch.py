@@ -36,6 +36,9 @@ BATCH_DIMS: Mapping[str, Names] = {
     "sample_id": PER_SEGMENT,
     "is_baseline": PER_SEGMENT,
     "env_failed": PER_SEGMENT,  # answers that an environment could not bring to an end
+    "turn_rewards": PER_TOKEN,  # what an environment gave for each turn, at its last token
+    "num_turns": PER_SEGMENT,
+    "num_retries": PER_SEGMENT,  # how often an environment was begun anew
     "token_age": PER_TOKEN,  # steps between the parameters that drew a token and those that begin to train on it
     # inference calls
     "old_logprobs": PER_TOKEN,

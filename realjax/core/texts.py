@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
+def split_answer(tokens: np.ndarray, is_answer: np.ndarray) -> tuple[list[int], list[int]]:
+    """Returns a sequence's prompt and what follows it: in a conversation, what was said between answers too."""
+    first = int(np.argmax(is_answer)) if is_answer.any() else len(tokens)
+    return tokens[:first].tolist(), tokens[first:].tolist()
+
+
 def decode_answers(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> tuple[list[str], list[str]]:

@@ -41,6 +41,10 @@ class TurnTemplate:
         """Returns the tokens of a conversation's first messages, up to where the first answer begins."""
         return encode([self._template.render(messages, row_id)], self.tokenizer, is_rendered=True)[0]
 
+    def read(self, answer: Sequence[int]) -> str:
+        """Returns an answer's text, its special tokens among it: calls of tools may begin with one."""
+        return str(self.tokenizer.decode(list(answer), clean_up_tokenization_spaces=False))
+
     def follow(self, rounds: Sequence[Messages], last_token: int, row_id: object) -> list[int]:
         """Returns the tokens between an answer, whose last token this is, and where the next one begins.
 

@@ -11,6 +11,7 @@ from realjax.core.draw import Draw
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.host_call import Arrays, HostFn, HostResult
 from realjax.core.loss import Loss
+from realjax.dataflow.turns import Turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class Generate(ModelCall):
     given_fn: Callable[[int, int], np.ndarray | None] | None = None
     # fn(prompt, tokens, num_seen) -> whether the tokens hold a text that ends an answer, see `core.texts.make_stop_fn`.
     stop_fn: Callable[[np.ndarray, np.ndarray, int], bool] | None = None
+
+    turns: Turns | None = None  # None: a prompt is answered once
 
     @property
     def answers_per_prompt(self) -> int:

@@ -62,8 +62,8 @@ def load_environment(path: str, option: str = "env.path") -> type[Environment]:
 
 def read_messages(found: object, subject: str) -> Messages:
     """Returns messages; ValueError, which says whose they are, for anything else."""
-    needed = "it needs to be a list of messages with the texts role and content"
-    if not isinstance(found, list | tuple):
+    needed = "it needs to be a list of messages, at least one, with the texts role and content"
+    if not isinstance(found, list | tuple) or not found:
         raise ValueError(f"{subject} is {_shorten(found)}; {needed}")
     for message in found:
         texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

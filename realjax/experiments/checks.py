@@ -26,6 +26,7 @@ class Need:
     longest: Mapping[str, int]  # tokens of the longest sequence that each role meets
     eos_ids: frozenset[int]  # tokens that end the answers drawn
     generates: bool
+    converses: bool  # with an environment
 
 
 def check_run(spec: RunSpec) -> None:
@@ -58,7 +59,13 @@ def _find_need(spec: RunSpec) -> Need:
             longest[evaluation.role] = max(evaluation.loader.longest, longest[evaluation.role])
     drawn = [call for call in spec.mfcs if isinstance(call, Generate)]
     eos_ids = frozenset(token for call in drawn for token in call.eos_ids)
-    return Need(roles=tuple(spec.roles.values()), longest=longest, eos_ids=eos_ids, generates=bool(drawn))
+    return Need(
+        roles=tuple(spec.roles.values()),
+        longest=longest,
+        eos_ids=eos_ids,
+        generates=bool(drawn),
+        converses=any(call.turns is not None for call in drawn),
+    )
 
 
 def _check_weights(role: RoleSpec) -> None:
@@ -117,6 +124,11 @@ def _check_positions(role: RoleSpec, need: Need) -> None:
     longest, positions = need.longest.get(role.name, 0), role.config.max_positions
     if longest <= positions:
         return
+    if need.converses:
+        raise ValueError(
+            f"env.max_seqlen: found {longest}, but the model of {name_option(role.name)}.path has {positions} "
+            f"positions; lower it to {positions}"
+        )
     made = "prompt and gen.max_new_tokens make" if need.generates else "row has"
     options = "dataset.max_prompt_len or gen.max_new_tokens by" if need.generates else "dataset.max_seqlen to"
     raise ValueError(

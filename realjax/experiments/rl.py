@@ -25,7 +25,9 @@ from realjax.data.mixture import Mixture
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
 from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Minibatches, Train, put_ahead
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
+from realjax.dataflow.turns import TURN_KEYS
 from realjax.experiments import common
+from realjax.experiments.environment import make_turns, measure_turns, reward_source
 from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_eos_ids
@@ -72,7 +74,7 @@ class Setup:
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
         self.prompts, self.held_out = self._load_prompts()
         longest = max(one.longest for one in (self.prompts, *self.held_out.values()))
-        self.longest = longest + self.options.gen.max_new_tokens
+        self.longest = config.env.max_seqlen if config.env.path else longest + self.options.gen.max_new_tokens
         self.eos_ids = load_eos_ids(self.roles["actor"].path, self.tokenizer)
         self.num_tokens = common.num_common_tokens(self.roles.values())
         self.draw = replace(self._draw(), num_tokens=self.num_tokens)
@@ -137,14 +139,23 @@ class Setup:
         )
         return loader.first_steps(control.max_steps)
 
-    def generate(self, *, has_baseline: bool = False) -> Generate:
-        """Returns the call by which the actor answers a step's prompts."""
+    def generate(self, prompts: Prompts | None = None, *, has_baseline: bool = False) -> Generate:
+        """Returns the call by which the actor answers a step's prompts, or others."""
         kept, baseline = ("kept",) if self.draw.kept else (), ("is_baseline",) if has_baseline else ()
+        rows, most = (prompts or self.prompts).rows, self.options.gen.max_new_tokens
+        turns = make_turns(self.config.env, self.tokenizer, rows, most)
         return Generate(
             name="actor_gen",
             role="actor",
             inputs=("prompts",),
-            outputs=(*ROLLOUT_KEYS, *kept, *baseline, *self._ages(), *self._routes("actor")),
+            outputs=(
+                *ROLLOUT_KEYS,
+                *(TURN_KEYS if turns else ()),
+                *kept,
+                *baseline,
+                *self._ages(),
+                *self._routes("actor"),
+            ),
             config=self.options.gen,
             eos_ids=self.eos_ids,
             num_prompts=self.config.dataset.train_bs_n_seqs,
@@ -154,6 +165,7 @@ class Setup:
             num_tokens=self.num_tokens,
             records_routes=self.options.routing_replay,
             max_seqlen=self.longest,
+            turns=turns,
         )
 
     def infer(self, call: str, role: str, key: str, head: str, *, options: str | None = None) -> Inference:
@@ -196,6 +208,8 @@ class Setup:
             title = f"reward.{name} {getattr(config, name)}"
             parts = {"inputs": TEXT_REWARD_INPUTS, "weight": getattr(config, f"{name}_weight"), "title": title}
             sources.append(RewardSource(name=name, fn=text(fn, name=title), can_fail=True, **parts))
+        if self.config.env.path:
+            sources.append(reward_source())
         scores = (self.infer("rew_inf", "rew", "scores", "values"),) if "rew" in self.roles else ()
         inputs = mixed_inputs(sources)
         metrics = (*(f"reward/{source.name}" for source in sources), FAILED)
@@ -218,9 +232,9 @@ class Setup:
 
     def advantages(self, fn: HostFn) -> Host:
         """Returns the host call that turns rewards into advantages."""
-        return Host(
-            name="advantages", fn=fn, inputs=self.options.advantage_inputs, outputs=self.options.ADVANTAGE_OUTPUTS
-        )
+        turns = ("turn_rewards",) if self.config.env.path else ()
+        inputs, outputs = (*self.options.advantage_inputs, *turns), self.options.ADVANTAGE_OUTPUTS
+        return Host(name="advantages", fn=fn, inputs=inputs, outputs=outputs)
 
     def corrections(self) -> tuple[Host, ...]:
         """Returns the host call that weighs tokens which another policy drew, if one is asked for."""
@@ -258,6 +272,7 @@ class Setup:
             measure = Host(name="ages", fn=measure_ages, inputs=AGE_INPUTS, outputs=(), metrics=())
             ahead = {"actor_gen", "rew_inf", "rewards", *frozen}
             calls = put_ahead((*calls, measure), ahead, self.config.staleness)
+        calls = (*calls, *self._conversations())
         eta, evaluations = self.options.ref_ema_eta, self._evaluations()
         return common.run_spec(
             self.config,
@@ -272,6 +287,10 @@ class Setup:
             contents=self._contents(evaluations),
             decode_fn=partial(decode_answers, self.tokenizer),
         )
+
+    def _conversations(self) -> tuple[Host, ...]:
+        """Returns the call that measures conversations, where there are any."""
+        return (measure_turns(),) if self.config.env.path else ()
 
     def _contents(self, evaluations: Mapping[str, RolloutEvaluation]) -> dict[str, str]:
         """Returns digests of what decides about the run beside its models and prompts."""
@@ -294,7 +313,7 @@ class Setup:
         ways = {"greedy": (replace(gen, greedy=True), 1), "sampled": (gen, options.num_samples)}
         # Alike for all sets: what is compiled for one serves the others.
         num_prompts = min(self.config.dataset.train_bs_n_seqs, max(map(len, self.held_out.values())))
-        base = replace(self.generate(), placed_as="actor_gen", num_prompts=num_prompts)
+        base = replace(self.generate(prompts), placed_as="actor_gen", num_prompts=num_prompts)
         parameters = replace(self.options, recompute_logprobs=False, correction=CorrectionParameters())
         measure, names = partial(measure_rollout, parameters=parameters), measured_names(parameters)
         inputs = ("loss_mask", "logprobs", "has_eos", *REWARD_OUTPUTS)
@@ -304,7 +323,7 @@ class Setup:
             way, num_samples = ways[variant]
             answer = replace(base, name=f"{variant}_gen", config=way, num_samples=num_samples)
             attempts = (self._attempts(prompts),) if num_samples > 1 else ()
-            variants[variant] = (answer, *scored, measures, *attempts)
+            variants[variant] = (answer, *scored, measures, *attempts, *self._conversations())
         batch_size, seed = self.config.dataset.train_bs_n_seqs, self.config.seed
         loader = Loader(prompts, batch_size=batch_size, seed=seed, in_order=True)
         return RolloutEvaluation(role="actor", variants=variants, loader=loader)

@@ -13,6 +13,7 @@ from realjax.algorithms.rloo import RLOOParameters
 from realjax.core.option import nested, option
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
+from realjax.options.environment import EnvironmentOptions
 from realjax.options.evaluation import EvaluationOptions
 from realjax.options.generation import GenerationOptions, check_samples_differ
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
@@ -151,6 +152,7 @@ class RLConfig(CommonExperimentConfig):
     rew_inf: MFCConfig = nested(MFCConfig)
     dataset: PromptOnlyDatasetConfig = nested(PromptOnlyDatasetConfig)
     reward: RewardOptions = nested(RewardOptions)
+    env: EnvironmentOptions = nested(EnvironmentOptions)
     eval: EvaluationOptions = nested(EvaluationOptions)
     staleness: int = option(
         0,
@@ -204,14 +206,24 @@ class RLConfig(CommonExperimentConfig):
         return frozenset((*ref, *rew))
 
     def check(self) -> None:
-        if not (self.rew.path or self.reward.fn or self.reward.classifier):
+        if not (self.rew.path or self.reward.fn or self.reward.classifier or self.env.path):
             raise ValueError(
                 "rew.path: nothing given, and no other source of rewards; give a reward model here, a function as "
-                "reward.fn, or a classifier as reward.classifier"
+                "reward.fn, a classifier as reward.classifier, or an environment as env.path"
             )
+        self._check_environment()
         for name, fn in (("reward.fn", self.reward.fn), ("eval.vote_fn", self.eval.vote_fn)):
             if fn:
                 load_function(fn, name)
+
+    def _check_environment(self) -> None:
+        own = self.algorithm
+        self.env.check(
+            max_new_tokens=own.gen.max_new_tokens,
+            staleness=(self.staleness, 0),
+            routing_replay=(own.routing_replay, False),
+            max_draws=(getattr(own, "max_draws", 1), 1),
+        )
 
     def notices(self) -> list[str]:
         notices = []

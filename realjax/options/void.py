@@ -19,6 +19,7 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.option import DataclassInstance
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.distill import DistillConfig
+from realjax.options.environment import EnvironmentOptions
 from realjax.options.evaluation import EvaluationOptions
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
@@ -119,6 +120,13 @@ VOID: dict[type, tuple[Void, ...]] = {
     RewardOptions: (
         Void(when={"fn": None}, options=("fn_weight",)),
         Void(when={"classifier": None}, options=("classifier_weight", "classifier_label")),
+    ),
+    EnvironmentOptions: (
+        Void(
+            when={"path": None},
+            options=("max_turns", "max_seqlen", "step_seconds", "max_retries", "num_threads"),
+            reason="without env.path a prompt is answered once",
+        ),
     ),
     EvaluationOptions: (
         Void(when={"sampled": False}, options=("num_samples", "success_above", "vote_fn")),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,15 @@ import numpy as np
 
 from realjax.core.batch import Batch
 from realjax.core.faults import naming
-from realjax.core.texts import cut_at
+from realjax.core.texts import cut_at, split_answer
 from realjax.data.packing import unpack
 from realjax.dataflow.run import AnswerFile, DecodeFn
 
 PART = ".part"
 TEXT_KEYS = ("tokens", "loss_mask", "prompt_id", "sample_id", "rewards", "segment_ids", "positions")
 Line = dict[str, object]
+# In front of what the model said in a conversation, and of what was said to it.
+SPEAKERS = ("[model]", "[environment]")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,10 +35,24 @@ def read_texts(rollout: Batch, decode_fn: DecodeFn, most: int | None = None) -> 
     keys = [key for key in TEXT_KEYS if key in rollout]
     place = lambda sequence: (int(sequence["prompt_id"]), int(sequence["sample_id"]))
     sequences = sorted(unpack(rollout.select(keys)), key=place)[:most]
-    tokens, masks = ([sequence[key] for sequence in sequences] for key in ("tokens", "loss_mask"))
-    prompts, answers = ([t[m == side].tolist() for t, m in zip(tokens, masks)] for side in (False, True))
+    split = [split_answer(sequence["tokens"], sequence["loss_mask"]) for sequence in sequences]
+    prompts, answers = ([parts[side] for parts in split] for side in (0, 1))
     texts = zip(*decode_fn(prompts, answers), sequences, strict=True)
-    return [Answer(prompt=prompt, text=text, arrays=arrays) for prompt, text, arrays in texts]
+    return [
+        Answer(prompt=prompt, text=_mark_turns(arrays, decode_fn) or text, arrays=arrays)
+        for prompt, text, arrays in texts
+    ]
+
+
+def _mark_turns(sequence: Mapping[str, np.ndarray], decode_fn: DecodeFn) -> str | None:
+    """Returns the text of a conversation after its prompt, each side's part by itself; None for one answer."""
+    tokens, mask = sequence["tokens"], sequence["loss_mask"].astype(bool)
+    edges = np.flatnonzero(np.diff(mask)) + 1
+    parts = np.split(tokens, edges)[0 if mask[:1].any() else 1 :]
+    if len(parts) < 3:
+        return None
+    _, texts = decode_fn([[] for _ in parts], [part.tolist() for part in parts])
+    return "\n".join(f"{SPEAKERS[i % 2]} {text.strip()}" for i, text in enumerate(texts))
 
 
 def make_lines(rollout: Batch, file: AnswerFile, decode_fn: DecodeFn) -> list[Line]:

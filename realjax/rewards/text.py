@@ -11,7 +11,7 @@ from realjax.core.host_call import Arrays, HostFn, HostResult, State
 from realjax.core.json_text import JsonObject
 from realjax.core.named import load_named
 from realjax.core.segments import segment_slices
-from realjax.core.texts import decode_answers
+from realjax.core.texts import decode_answers, split_answer
 from realjax.rewards.failures import Failure, Failures, shorten
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def read_rollout(
     for row, segment, own in segment_slices(arrays["segment_ids"]):
         tokens, is_answer = arrays["tokens"][row, own], arrays["loss_mask"][row, own]
         places.append((row, segment))
-        prompts.append(tokens[~is_answer].tolist())
-        answers.append(tokens[is_answer].tolist())
+        prompt, answer = split_answer(tokens, is_answer)
+        prompts.append(prompt)
+        answers.append(answer)
     found = [rows[int(arrays["prompt_id"][place])] for place in places]
     return places, *decode_answers(tokenizer, prompts, answers), found
 

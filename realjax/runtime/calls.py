@@ -1,7 +1,7 @@
 """What each kind of call does with a batch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -32,6 +32,7 @@ from realjax.runtime.rollouts import (
     pack_rollout,
 )
 from realjax.runtime.sizes import LEAST, LeastSizes
+from realjax.runtime.turns import converse
 
 if TYPE_CHECKING:
     from realjax.runtime.executor import Executor
@@ -59,10 +60,15 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
     # Each is made ready as it arrives: the call has no second copy of them.
     leaves, bytes_moved = executor.params_for(mfc, slots.prepare_leaf)
     params = slots.join(leaves)
-    draw = partial(batching.generate, slots, params, stop_fn=mfc.stop_fn, fetch_fn=fetch)
-    generations = answer_requests(requests, mfc, draw)
+    if mfc.turns is None:
+        draw = partial(batching.generate, slots, params, stop_fn=mfc.stop_fn, fetch_fn=fetch)
+        generations, extras = answer_requests(requests, mfc, draw), None
+    else:
+        dialogues = converse(batching.Batcher(slots, params, fetch_fn=fetch), requests, mfc.turns, executor.seed)
+        requests = [replace(one, tokens=row.prompt) for one, row in zip(requests, dialogues, strict=True)]
+        generations, extras = [row.generation for row in dialogues], [row.arrays() for row in dialogues]
     refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")
-    rollout = pack_rollout(requests, generations, mfc, shape, sizes=executor.sizes.of(mfc.name))
+    rollout = pack_rollout(requests, generations, mfc, shape, sizes=executor.sizes.of(mfc.name), extras=extras)
     peak_bytes = find_peak_bytes(executor, mfc, params, slots.device_bytes)
     return Done(batch=rollout, num_tokens=rollout.num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
 

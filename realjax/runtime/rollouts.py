@@ -60,10 +60,11 @@ def pack_rollout(
     shape: RolloutShape,
     ages: Sequence[np.ndarray] | None = None,
     sizes: LeastSizes = LEAST,
+    extras: Sequence[dict[str, np.ndarray]] | None = None,
 ) -> Batch:
     """Returns the packed batch of whole sequences: a response's tokens, log-probabilities and kept sets after its
     prompt, experts of both, and what each sequence is. `group` numbers the prompts of the batch. `ages` are those of
-    the responses' tokens, for the key `token_age`.
+    the responses' tokens, for the key `token_age`; `extras` more keys of each sequence, or others for those.
     """
     num_samples = mfc.answers_per_prompt
     examples = []
@@ -85,7 +86,7 @@ def pack_rollout(
             example["token_age"] = after_prompt(ages[i])
         if generation.routes is not None:
             example["routes"] = generation.routes
-        examples.append(example)
+        examples.append(example if extras is None else example | extras[i])
     plan = plan_rollout(examples, shape, sizes)
     batch = pack(examples, plan, num_segments=sizes.segments(plan.num_segments))
     kept = [generation.kept for generation in generations]

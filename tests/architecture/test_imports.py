@@ -13,19 +13,23 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rewards": frozenset({"core"}),
     "environments": frozenset({"core"}),
     "data": frozenset({"core"}),
-    "dataflow": frozenset({"core", "data", "models.config"}),
+    "dataflow": frozenset({"core", "data", "environments", "models.config"}),
     "reshard": frozenset({"core"}),
     "launch": frozenset({"core"}),
     "engine": frozenset({"core", "models"}),
     "hf": frozenset({"core", "models"}),
     "allocation": frozenset({"core", "data", "dataflow", "models.config"}),
-    "options": frozenset({"core", "algorithms", "rewards", "dataflow"}),
+    "options": frozenset({"core", "algorithms", "rewards", "environments", "dataflow"}),
     # No allocation: a graph is made before anybody knows where it runs.
-    "experiments": frozenset({"core", "options", "dataflow", "algorithms", "rewards", "data", "hf", "models.config"}),
+    "experiments": frozenset(
+        {"core", "options", "dataflow", "algorithms", "rewards", "environments", "data", "hf", "models.config"}
+    ),
     # No options and no experiments: the runtime carries out any run that is described to it. The models are for
     # building a role before its engine.
     "record": frozenset({"core", "data", "dataflow"}),
-    "runtime": frozenset({"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data", "record"}),
+    "runtime": frozenset(
+        {"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data", "environments", "record"}
+    ),
     # Measures what runs are made of: no run, no runtime.
     "profiling": frozenset({"core", "models", "engine", "allocation.cluster", "allocation.measured"}),
     # What is compiled is what the runtime would run.

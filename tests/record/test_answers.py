@@ -10,6 +10,7 @@ from realjax.core.texts import decode_answers
 from realjax.data.packing import pack, pack_rows
 from realjax.dataflow.run import AnswerFile
 from realjax.record.answers import AnswerWriter, Line, make_lines
+from realjax.runtime.evaluation import read_samples
 from tests.given.texts import make_tokenizer, make_words_tokenizer
 
 LINES: list[Line] = [{"id": row_id, "prompt": f"of {row_id}", "sample": i} for row_id in "abc" for i in (0, 1)]
@@ -37,6 +38,23 @@ def test_an_answer_keeps_the_space_before_it():
     assert line == {"prompt": "the film", "answer": " was good", "seq": "the film was good", "id": "p0"}
     stopped = answer(make_words_tokenizer(), "the film", [2, 3, 4], stop=("good", " was good"))
     assert stopped["seq"] == "the film"
+
+
+def test_sides_of_a_conversation_are_told_apart():
+    tokenizer = make_tokenizer()
+    parts = [tokenizer.encode(text) for text in ("the film", "was", "how long", "so so", "is it", "never")]
+    tokens = np.concatenate(parts).astype(np.int32)
+    sequence = {
+        "tokens": tokens,
+        "loss_mask": np.concatenate([np.full(len(part), i % 2 == 1) for i, part in enumerate(parts)]),
+        "prompt_id": np.array(0),
+        "sample_id": np.array(0),
+        "rewards": np.float32(2.5),
+    }
+    rollout = pack([sequence], pack_rows([len(tokens)], 64))
+    (sample,) = read_samples(rollout, partial(decode_answers, tokenizer), "greedy")
+    assert sample.prompt == "the film" and sample.reward == 2.5
+    assert sample.answer == "[model] was\n[environment] how long\n[model] so so\n[environment] is it\n[model] never"
 
 
 def test_a_prompt_that_was_cut_inside_a_character_is_given_whole():

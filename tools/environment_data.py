@@ -1,0 +1,153 @@
+"""What the recipes of the two shipped environments learn from: `python -m tools.environment_data --out DIR`.
+
+For each of `calculator` and `guessing`, in a folder of its own: `model` (config.json and a tokenizer with a chat
+template, no weights), `sft.jsonl` (conversations of players that are good now and then), and `train.jsonl` and
+`valid.jsonl`, prompts for reinforcement learning, of which none is in both.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from realjax.core.json_text import JsonObject
+from realjax.environments.calculator import NAME, compute, format_number
+from realjax.environments.guessing import GUESSES
+from realjax.environments.tools import HERMES, ToolCall
+from realjax.hf.families import config_to_hf
+from realjax.models.config import ModelConfig
+
+# As Qwen's: a tool's result is a message of the user's, in tags.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{% if m.role == 'tool' %}user\n<tool_response>\n{{ m.content }}\n"
+    "</tool_response>{% else %}{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
+    "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}\n</tool_call>{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PAD, END, START = "<pad>", "<|im_end|>", "<|im_start|>"
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=512,
+    hidden_size=128,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    ffn_size=384,
+    max_positions=512,
+)
+LOW, HIGH = 1, 15  # of the guessing game: four good guesses find any of them
+RULES = f"I think of a number from {LOW} to {HIGH}. Guess it."
+NUM_SFT, NUM_TRAIN, NUM_VALID = 6000, 2000, 96
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    """Returns a message."""
+    return {"role": role, "content": content}
+
+
+def ask(rng: random.Random) -> str:
+    """Returns an expression of two numbers."""
+    return f"{rng.randint(10, 99)} {rng.choice('+-*')} {rng.randint(10, 99)}"
+
+
+def answer_question(expression: str, rng: random.Random) -> list[dict[str, str]]:
+    """Returns a conversation: one in four lets the calculator compute it, one in four something else, two guess."""
+    right, kind = format_number(compute(expression)), rng.random()
+    talk = [say("user", f"What is {expression}?")]
+    if kind < 0.5:
+        asked = expression if kind < 0.25 else ask(rng)
+        right = format_number(compute(asked))
+        call = HERMES.write(ToolCall(name=NAME, arguments={"expression": asked}))
+        talk += [say("assistant", call), HERMES.reply(NAME, right)]
+    else:
+        right = str(rng.randint(-89, 9801))
+    return [*talk, say("assistant", f"The answer is {right}.")]
+
+
+def play(secret: int, rng: random.Random) -> list[dict[str, str]]:
+    """Returns a game: one guess in two is any number, the others are any that the hints before it allow."""
+    talk, low, high = [say("user", RULES)], LOW, HIGH
+    for _ in range(GUESSES):
+        guess = rng.randint(low, high) if rng.random() < 0.5 else rng.randint(LOW, HIGH)
+        talk.append(say("assistant", f"{guess}"))
+        if guess == secret:
+            break
+        talk.append(say("user", "higher" if guess < secret else "lower"))
+        low, high = (max(low, guess + 1), high) if guess < secret else (low, min(high, guess - 1))
+    return talk
+
+
+def write_rows(path: Path, rows: Sequence[JsonObject]) -> None:
+    """Writes a row a line, each with its number."""
+    path.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)), encoding="utf-8")
+
+
+def write_model(directory: Path, talks: Sequence[list[dict[str, str]]]) -> None:
+    """Writes config.json and a byte-level BPE tokenizer of the conversations, in which every digit is a token."""
+    directory.mkdir(parents=True, exist_ok=True)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=MODEL.vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([f"{one['role']}\n{one['content']}" for talk in talks for one in talk], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        chat_template=TEMPLATE,
+    )
+    tokenizer.save_pretrained(directory)
+    ids = {"pad_token_id": core.token_to_id(PAD), "eos_token_id": core.token_to_id(END)}
+    (directory / "config.json").write_text(json.dumps({**config_to_hf(MODEL), **ids}, indent=2), encoding="utf-8")
+
+
+def write_calculator(out: Path, rng: random.Random) -> None:
+    """Writes questions, and conversations about them."""
+    out.mkdir(parents=True, exist_ok=True)
+    asked = sorted({ask(rng) for _ in range(4 * NUM_TRAIN)})
+    rng.shuffle(asked)
+    rows = [{"prompt": f"What is {one}?", "answer": format_number(compute(one))} for one in asked]
+    write_rows(out / "train.jsonl", rows[:NUM_TRAIN])
+    write_rows(out / "valid.jsonl", rows[NUM_TRAIN : NUM_TRAIN + NUM_VALID])
+    talks = [answer_question(ask(rng), rng) for _ in range(NUM_SFT)]
+    write_rows(out / "sft.jsonl", [{"messages": talk} for talk in talks])
+    write_model(out / "model", talks)
+
+
+def write_guessing(out: Path, rng: random.Random) -> None:
+    """Writes secrets, and games."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": RULES, "secret": secret} for secret in range(LOW, HIGH + 1)]
+    write_rows(out / "train.jsonl", [rows[i % len(rows)] for i in range(NUM_TRAIN)])
+    write_rows(out / "valid.jsonl", [rows[i % len(rows)] for i in range(6 * len(rows))])
+    talks = [play(rng.randint(LOW, HIGH), rng) for _ in range(NUM_SFT)]
+    write_rows(out / "sft.jsonl", [{"messages": talk} for talk in talks])
+    write_model(out / "model", talks)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes both; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory for everything that it writes")
+    parser.add_argument("--seed", type=int, default=1, help="equal ones give equal files")
+    args = parser.parse_args(argv)
+    write_calculator(args.out / "calculator", random.Random(args.seed))
+    write_guessing(args.out / "guessing", random.Random(args.seed + 1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
