@@ -18,9 +18,10 @@ class GuessingGame(Environment):
 
     def reset(self, prompt: JsonObject) -> Messages:
         """Returns the rules. Raises ValueError for a row without a whole number as its secret."""
-        self.secret, self.left = prompt.get("secret"), prompt.get("guesses", GUESSES)
-        if type(self.secret) is not int or type(self.left) is not int or self.left < 1:
-            raise ValueError(f"found the secret {self.secret!r} and {self.left!r} guesses; they must be whole numbers")
+        secret, guesses = prompt.get("secret"), prompt.get("guesses", GUESSES)
+        if type(secret) is not int or type(guesses) is not int or guesses < 1:
+            raise ValueError(f"found the secret {secret!r} and {guesses!r} guesses; they must be whole numbers")
+        self.secret, self.left = secret, guesses
         rules = prompt["prompt"]
         return list(rules) if isinstance(rules, list) else [{"role": "user", "content": rules}]
 
