@@ -13,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import sys
 from collections.abc import Sequence
 
-from realjax.allocation.compare import Comparison
+from realjax.allocation.compare import PlanComparison
 from realjax.allocation.settle import apply_choices
 from realjax.aot.targets import find_target, list_targets
 from realjax.apps import plan
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return end.code
 
 
-def verify(comparison: Comparison, target: str) -> list[tuple[str, ...]]:
+def verify(comparison: PlanComparison, target: str) -> list[tuple[str, ...]]:
     """Returns the cells of a table: what each call's fullest device holds, as predicted and as compiled."""
     report, _ = compile_spec(apply_choices(comparison.spec, comparison.searched.choices), find_target(target))
     rows = []

@@ -29,7 +29,7 @@ class Alternative:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PlanComparison:
     """The searched plan of a run on a cluster, and the others. Predicted, never measured."""
 
     spec: RunSpec
@@ -57,7 +57,7 @@ class Comparison:
         return {one.name: one.result.prediction.seconds / seconds for one in self.others if one.result}
 
 
-def compare(spec: RunSpec, cluster: Cluster) -> Comparison:
+def compare(spec: RunSpec, cluster: Cluster) -> PlanComparison:
     """Returns the plan of a run in mode `search` and those of other modes. Raises ValueError where nothing fits.
 
     Plans by rule get the micro-batches, ZeRO stages, remat and slots that suit them: layouts are what is compared. The
@@ -77,7 +77,7 @@ def compare(spec: RunSpec, cluster: Cluster) -> Comparison:
         single = []
         others.append(Alternative(name=SINGLE, problem=str(error)))
     starts = [one.result.choices for one in others if one.result]
-    return Comparison(
+    return PlanComparison(
         spec=spec,
         cluster=cluster,
         workload=workload,

@@ -90,7 +90,7 @@ def shape_batches(
     """
     mfcs = [mfc for mfc in spec.graph.mfcs if not isinstance(mfc, Generate)]
     multiple = math.lcm(*(row_multiple(mfc, layouts[mfc.name]) for mfc in mfcs))
-    if rollouts:
+    if any(isinstance(mfc, Generate) for mfc in spec.graph.mfcs):
         row_len = max(shape.row_len for shape in rollouts.values())
         return spec.loader, _shape_held_out(spec, Rows(multiple=multiple), row_len)
     # Rows are dealt out evenly for the call that takes longest.

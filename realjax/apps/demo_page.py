@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realjax.record.metrics import replace_text
-from realjax.record.report import PAGE, STYLE, table_html
+from realjax.record.page import make_page, table_html
 
 TITLE = "realjax demo: SFT, reward model, PPO"
 COLUMNS = ("stage", "what was measured", "before", "after", "steps")
@@ -49,7 +49,7 @@ def write_page(path: Path, results: Sequence[StageResult]) -> Path:
     for result in results:
         parts.append(f'<hr id="{result.name}"><p>{html.escape(result.title)}</p>')
         parts.append(extract_body(result.report.read_text(encoding="utf-8")))
-    replace_text(path, PAGE.format(title=html.escape(TITLE), style=STYLE, body="\n".join(parts)))
+    replace_text(path, make_page(TITLE, "\n".join(parts)))
     return path
 
 

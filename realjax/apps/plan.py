@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from realjax.allocation.cluster import Cluster, find_cluster
-from realjax.allocation.compare import SEARCH, Comparison, compare, name_layout
+from realjax.allocation.compare import SEARCH, PlanComparison, compare, name_layout
 from realjax.allocation.cost import call_cost
 from realjax.allocation.memory import call_memory
 from realjax.allocation.modes import check_options
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return end.code
 
 
-def run(args: argparse.Namespace) -> Comparison | None:
+def run(args: argparse.Namespace) -> PlanComparison | None:
     """Prints what was asked for and returns it, None for help. ValueError for what the user can mend."""
     # Nothing is run here: no accelerator is taken, and none is waited for.
     jax.config.update("jax_platforms", "cpu")
@@ -70,7 +70,7 @@ def make_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
-def plan_run(name: str, config: CommonExperimentConfig, cluster: Cluster) -> Comparison:
+def plan_run(name: str, config: CommonExperimentConfig, cluster: Cluster) -> PlanComparison:
     """Returns the search's plan of an experiment's options on a cluster, and others beside it.
 
     ValueError for what the user can mend, a run that does not fit among it.
@@ -88,7 +88,7 @@ def build_spec(name: str, config: CommonExperimentConfig) -> RunSpec:
     return quickstart.find_experiment(name).build(without_weights(config))
 
 
-def show(console: Console, comparison: Comparison) -> None:
+def show(console: Console, comparison: PlanComparison) -> None:
     """Prints the plan's calls, and how long a step takes by this plan and by the others."""
     cluster, best = comparison.cluster, comparison.searched
     found = "the best of its candidates" if best.is_optimal else f"the best of {best.num_plans:,} plans"
@@ -115,7 +115,7 @@ def show(console: Console, comparison: Comparison) -> None:
         console.print(make_table("all calls in one layout (predicted)", head, rows))
 
 
-def explain(console: Console, comparison: Comparison, call: CallPrediction) -> None:
+def explain(console: Console, comparison: PlanComparison, call: CallPrediction) -> None:
     """Prints what a call's seconds and bytes are made of."""
     work = next(one for one in comparison.workload.calls if one.name == call.name)
     cost = call_cost(work, call.choice, comparison.cluster)

@@ -16,7 +16,7 @@ from realjax.data.chat import check_messages, read_messages
 from realjax.data.jsonl import load_rows
 from realjax.options.talk import SampleConfig
 from realjax.record.metrics import replace_text
-from realjax.record.report import PAGE, STYLE, table_html
+from realjax.record.page import make_page, table_html
 
 logger = logging.getLogger("realjax.sample")
 
@@ -37,7 +37,7 @@ def main(words: list[str]) -> int:
     if config.output is not None:
         path = Path(config.output).expanduser()
         with naming(path):
-            replace_text(path, make_page(names, rows, answers))
+            replace_text(path, compare_answers(names, rows, answers))
         print(f"written to {path}")
     return 0
 
@@ -67,9 +67,9 @@ def describe(names: Sequence[str], rows: Sequence[JsonObject], answers: Sequence
     return "\n".join(parts)
 
 
-def make_page(names: Sequence[str], rows: Sequence[JsonObject], answers: Sequence[Sequence[str]]) -> str:
+def compare_answers(names: Sequence[str], rows: Sequence[JsonObject], answers: Sequence[Sequence[str]]) -> str:
     """Returns the same as a page that needs nothing from outside."""
     title = f"Answers of {', '.join(names)}"
     cells = [(show_prompt(row), *(of_model[i] for of_model in answers)) for i, row in enumerate(rows)]
     body = f"<h1>{html.escape(title)}</h1>{table_html(('prompt', *names), cells)}"
-    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
+    return make_page(title, body)

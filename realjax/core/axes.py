@@ -61,6 +61,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "kept": None,
         "choices": None,
         "routes": None,
+        "terms": None,
         "residual_time": "tensor" if strategy.sequence_parallel else None,
         "act_embed": None,
         "act_vocab": IfDivides(("tensor", "pipe"), otherwise="tensor"),

@@ -50,6 +50,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     # host calls
     "rewards": PER_SEGMENT,
     "is_failed": PER_SEGMENT,  # answers without a reward: nothing is learned from them, and no measure counts them
+    "reward_terms": (*PER_SEGMENT, "terms"),  # what `rewards` is the weighted sum of
     "advantages": PER_TOKEN,
     "returns": PER_TOKEN,
     "old_values": PER_TOKEN,

@@ -68,6 +68,7 @@ class RolloutEvaluation:
     role: str
     variants: Mapping[str, tuple[Call, ...]]
     loader: Loader
+    is_for_ends: bool = False  # before the first step and after the last, whatever the frequency
 
     @property
     def calls(self) -> Iterable[Call]:
@@ -104,6 +105,16 @@ class AnswerFile:
     rows: Sequence[Mapping[str, object]]  # the data's, by prompt_id
     num_samples: int  # of each prompt
     stop: tuple[str, ...]  # an answer's text ends before the first of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRecord:
+    """What a run shows and keeps of the answers that it learns from."""
+
+    log_steps: int | None = None  # some are logged after the first step and every so many; None: none
+    num_logged: int = 1
+    keeps_all: bool = False
+    terms: tuple[str, ...] = ()  # names of the entries of `reward_terms`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +204,7 @@ class RunSpec:
     averages: tuple[MovingAverage, ...] = ()
     sampling: DynamicSampling | None = None  # None: a step takes the loader's batch, whatever is answered
     answers: AnswerFile | None = None
+    rollouts: RolloutRecord | None = None
     decode_fn: DecodeFn | None = None  # where a run shows texts
     benchmark_steps: int | None = None
     recover_mode: str = "disabled"

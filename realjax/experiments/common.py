@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from realjax.core.data_paths import split_paths
-from realjax.core.draw import Draw
 from realjax.core.identity import Identity
-from realjax.core.loss import Loss
 from realjax.data.files import Source
 from realjax.data.loader import Dataset, Loader
 from realjax.data.mixture import Mixture
 from realjax.data.paired import load_paired
 from realjax.data.sequences import SequenceForm
-from realjax.dataflow.graph import DataflowGraph, Host, Inference, Train
+from realjax.dataflow.graph import Host, Inference, Train
 from realjax.dataflow.run import Evaluation, Frequency, RoleSpec, RunSpec
 from realjax.hf.families import find_family
 from realjax.hf.files import resolve_model_path
@@ -220,30 +218,6 @@ def load_pairs(
 def make_form(data: PairedComparisonDatasetConfig | LabelledAnswerDatasetConfig) -> SequenceForm:
     """Returns how the rows of comparisons become sequences."""
     return SequenceForm(max_seqlen=data.max_seqlen, use_chat_template=data.use_chat_template, truncate=data.truncate)
-
-
-def build_on_pairs(experiment: str, config: PairsConfig, make_loss: Callable[[Draw], Loss]) -> RunSpec:
-    """Returns the run of one training call on pairs of answers; ValueError for data or a model that cannot work."""
-    role = describe_role("actor", config.actor, is_trained=True)
-    tokenizer = load_tokenizer(role.path)
-    loader, held_out = make_loaders(config, *load_pairs(config, tokenizer))
-    train = Train(
-        name="actor_train",
-        role="actor",
-        inputs=("tokens", "loss_mask", "pair_weight"),
-        loss=make_loss(Draw(num_tokens=role.config.vocab_size)),
-        max_seqlen=loader.longest,
-        micro_batches=config.actor_train.micro_batches,
-    )
-    return run_spec(
-        config,
-        experiment=experiment,
-        graph=DataflowGraph((train,), frozenset(train.inputs)),
-        roles={role.name: role},
-        tokenizer=tokenizer,
-        loader=loader,
-        evaluations=measure_loss(train, held_out),
-    )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

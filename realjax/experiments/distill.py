@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -12,6 +13,7 @@ from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import answer_metrics
 from realjax.core.host_call import Arrays, HostResult, State
 from realjax.core.json_text import JsonObject
+from realjax.core.texts import decode_answers
 from realjax.data.chat import Template
 from realjax.data.datasets import load_prompt_answer, make_passages
 from realjax.data.loader import Loader
@@ -21,6 +23,7 @@ from realjax.data.sequences import SequenceForm, make_sequences
 from realjax.dataflow.graph import DataflowGraph, Generate, Host, Inference, Minibatches, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
+from realjax.experiments.answers import record_rollouts
 from realjax.hf.generation import load_eos_ids
 from realjax.options.distill import DistillConfig
 
@@ -86,6 +89,8 @@ def build(config: DistillConfig) -> RunSpec:
             prompts, batch_size=data.train_bs_n_seqs, num_epochs=config.exp_ctrl.total_train_epochs, seed=config.seed
         ).first_steps(config.exp_ctrl.max_steps),
         evaluations=common.measure_loss(train, held_out, (teacher,)),
+        rollouts=record_rollouts(config.rollouts),
+        decode_fn=partial(decode_answers, tokenizer),
     )
 
 

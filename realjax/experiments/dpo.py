@@ -1,10 +1,14 @@
 """DPO: the reference's log-probabilities, then a training call of the actor, each in a layout of its own."""
 
+from functools import partial
+
 from realjax.algorithms.dpo import make_dpo_loss
 from realjax.core.draw import Draw
+from realjax.core.texts import decode_answers
 from realjax.dataflow.graph import DataflowGraph, Inference, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
+from realjax.experiments.answers import answer_held_out
 from realjax.options.supervised import DPOConfig
 
 
@@ -42,5 +46,9 @@ def build(config: DPOConfig) -> RunSpec:
         roles=roles,
         tokenizer=tokenizer,
         loader=loader,
-        evaluations=common.measure_loss(train, held_out, before),
+        evaluations={
+            **common.measure_loss(train, held_out, before),
+            **answer_held_out(config, config.dataset, train, roles["actor"], tokenizer),
+        },
+        decode_fn=partial(decode_answers, tokenizer),
     )

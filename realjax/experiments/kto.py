@@ -1,6 +1,7 @@
 """KTO: log-probabilities of reference and actor, their KL on the host, then a training call of the actor."""
 
 from dataclasses import replace
+from functools import partial
 
 from realjax.algorithms.kto import (
     KL_INPUTS,
@@ -11,10 +12,12 @@ from realjax.algorithms.kto import (
     make_kto_loss,
 )
 from realjax.core.draw import Draw
+from realjax.core.texts import decode_answers
 from realjax.data.labelled import load_labelled
 from realjax.dataflow.graph import DataflowGraph, Host, Inference, Minibatches, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
+from realjax.experiments.answers import answer_held_out
 from realjax.options.supervised import KTOConfig
 
 
@@ -47,7 +50,11 @@ def build(config: KTOConfig) -> RunSpec:
         roles=roles,
         tokenizer=tokenizer,
         loader=loader,
-        evaluations=common.measure_loss(train, held_out, before),
+        evaluations={
+            **common.measure_loss(train, held_out, before),
+            **answer_held_out(config, config.dataset, train, roles["actor"], tokenizer),
+        },
+        decode_fn=partial(decode_answers, tokenizer),
     )
 
 

@@ -2,7 +2,7 @@
 
 from realjax.algorithms.orpo import make_orpo_loss
 from realjax.dataflow.run import RunSpec
-from realjax.experiments.common import build_on_pairs
+from realjax.experiments.pairs import build_on_pairs
 from realjax.options.supervised import ORPOConfig
 
 

@@ -27,6 +27,7 @@ from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inferenc
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.dataflow.turns import TURN_KEYS
 from realjax.experiments import common
+from realjax.experiments.answers import record_rollouts
 from realjax.experiments.environment import make_turns, measure_turns, reward_source
 from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
@@ -45,6 +46,7 @@ from realjax.rewards.mix import (
     make_model_reward,
     mix_rewards,
     mixed_inputs,
+    mixed_outputs,
 )
 from realjax.rewards.text import (
     TEXT_REWARD_INPUTS,
@@ -211,12 +213,12 @@ class Setup:
         if self.config.env.path:
             sources.append(reward_source())
         scores = (self.infer("rew_inf", "rew", "scores", "values"),) if "rew" in self.roles else ()
-        inputs = mixed_inputs(sources)
+        inputs, outputs = mixed_inputs(sources), mixed_outputs(sources)
         metrics = (*(f"reward/{source.name}" for source in sources), FAILED)
         # Held-out prompts may be few: what fails of them is counted, and does not end the run.
         share = config.max_failed_share if prompts is None else 1.0
         fn = mix_rewards(sources, max_failed_share=share, failures=failures)
-        mixed = Host(name="rewards", fn=fn, inputs=inputs, outputs=REWARD_OUTPUTS, metrics=metrics)
+        mixed = Host(name="rewards", fn=fn, inputs=inputs, outputs=outputs, metrics=metrics)
         return (*scores, mixed)
 
     @cached_property
@@ -274,6 +276,10 @@ class Setup:
             calls = put_ahead((*calls, measure), ahead, self.config.staleness)
         calls = (*calls, *self._conversations())
         eta, evaluations = self.options.ref_ema_eta, self._evaluations()
+        measured = (
+            name for call in calls if isinstance(call, Host) and call.name == "rewards" for name in call.metrics
+        )
+        terms = tuple(name.removeprefix("reward/") for name in measured if name != FAILED)
         return common.run_spec(
             self.config,
             experiment=experiment,
@@ -285,6 +291,7 @@ class Setup:
             best_metric=self.config.eval.best_metric if evaluations else None,
             averages=() if eta is None else (MovingAverage(role="ref", source="actor", eta=eta),),
             contents=self._contents(evaluations),
+            rollouts=record_rollouts(self.config.rollouts, terms),
             decode_fn=partial(decode_answers, self.tokenizer),
         )
 

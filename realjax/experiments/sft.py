@@ -4,11 +4,13 @@ from dataclasses import replace
 from functools import partial
 
 from realjax.algorithms.sft import SFT_LOSS
+from realjax.core.texts import decode_answers
 from realjax.data.datasets import load_prompt_answer
 from realjax.data.sequences import SequenceForm
 from realjax.dataflow.graph import DataflowGraph, Train
 from realjax.dataflow.run import RunSpec
 from realjax.experiments import common
+from realjax.experiments.answers import answer_held_out
 from realjax.options.supervised import SFTConfig
 
 
@@ -43,5 +45,9 @@ def build(config: SFTConfig) -> RunSpec:
         roles={role.name: role},
         tokenizer=tokenizer,
         loader=loader,
-        evaluations=common.measure_loss(call, held_out),
+        evaluations={
+            **common.measure_loss(call, held_out),
+            **answer_held_out(config, data, call, role, tokenizer),
+        },
+        decode_fn=partial(decode_answers, tokenizer),
     )

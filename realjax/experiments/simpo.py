@@ -2,7 +2,7 @@
 
 from realjax.algorithms.simpo import make_simpo_loss
 from realjax.dataflow.run import RunSpec
-from realjax.experiments.common import build_on_pairs
+from realjax.experiments.pairs import build_on_pairs
 from realjax.options.supervised import SimPOConfig
 
 

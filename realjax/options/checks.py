@@ -78,10 +78,10 @@ def _check_data_files(config: CommonExperimentConfig, name: str, dataset: Datase
     required = "train_path" if hasattr(dataset, "train_path") else "path"
     if not getattr(dataset, required):
         raise ValueError(f"{name}.{required}: nothing given; it needs {NEEDED}")
-    if config.EVALUATES and config.exp_ctrl.evaluates and not dataset.valid_path:
+    if config.EVALUATES and (use := config.held_out_use) is not None and not dataset.valid_path:
+        option = use.partition("=")[0]
         raise ValueError(
-            f"{name}.valid_path: nothing given, but eval_freq_* asks for evaluations; give {NEEDED}, or set "
-            "eval_freq_*=null"
+            f"{name}.valid_path: nothing given, but {option} asks for evaluations; give {NEEDED}, or set {use}"
         )
     held_out = name_sets(dataset.valid_path, f"{name}.valid_path").values()
     training = split_paths(getattr(dataset, required))

@@ -152,6 +152,11 @@ class CommonExperimentConfig:
         check_ranges(self)
 
     @property
+    def held_out_use(self) -> str | None:
+        """How the use of held-out data is turned off, None where there is none."""
+        return "eval_freq_*=null" if self.exp_ctrl.evaluates else None
+
+    @property
     def places_by_size(self) -> bool:
         """True when the sizes that models are declared with decide where calls run."""
         return self.allocation_mode == "heuristic"

@@ -7,6 +7,7 @@ from realjax.algorithms.distill import DistillParameters
 from realjax.core.option import nested, option
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
+from realjax.options.evaluation import RolloutOptions
 from realjax.options.generation import GenerationOptions, check_samples_differ
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
@@ -39,6 +40,7 @@ class DistillConfig(CommonExperimentConfig):
     dataset: PromptOnlyDatasetConfig = nested(PromptOnlyDatasetConfig)
     group_size: int = option(1, "answers to each prompt", at_least=1, at_most=2**16)
     distill: DistillOptions = nested(DistillOptions)
+    rollouts: RolloutOptions = nested(RolloutOptions)
 
     EVALUATES: ClassVar[bool] = True
 

@@ -20,7 +20,7 @@ HARMLESS = (
     *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots"),
     *("*.type.size", "*.gradient_checkpointing", "*.attention", "*.unroll_layers", "*.loss_chunk_tokens"),
     *("*.zero_stage", "*.offload", "eval.greedy", "eval.sampled", "eval.num_*"),
-    *("eval.success_above", "eval.vote_fn"),
+    *("eval.success_above", "eval.vote_fn", "rollouts.*", "samples.*"),
 )
 # What one changes on purpose on the way: how long a run is, and how it steps.
 STEERING = ("exp_ctrl.total_train_epochs", "exp_ctrl.max_steps", "exp_ctrl.lr_schedule_epochs", "*.optimizer.*")

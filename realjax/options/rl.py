@@ -14,7 +14,7 @@ from realjax.core.option import nested, option
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import PromptOnlyDatasetConfig
 from realjax.options.environment import EnvironmentOptions
-from realjax.options.evaluation import EvaluationOptions
+from realjax.options.evaluation import EvaluationOptions, RolloutOptions
 from realjax.options.generation import GenerationOptions, check_samples_differ
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
@@ -154,6 +154,7 @@ class RLConfig(CommonExperimentConfig):
     reward: RewardOptions = nested(RewardOptions)
     env: EnvironmentOptions = nested(EnvironmentOptions)
     eval: EvaluationOptions = nested(EvaluationOptions)
+    rollouts: RolloutOptions = nested(RolloutOptions)
     staleness: int = option(
         0,
         "steps of training between the parameters that draw an answer and those that train on it, at most. 0: a step "

@@ -15,6 +15,7 @@ from realjax.options.datasets import (
     PairedComparisonDatasetConfig,
     PromptAnswerDatasetConfig,
 )
+from realjax.options.evaluation import SampleOptions
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 
@@ -22,7 +23,19 @@ Parameters = TypeVar("Parameters", bound=DataclassInstance)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(CommonExperimentConfig):
+class AnsweringConfig(CommonExperimentConfig):
+    """Options of what trains a language model on given answers, and may show the model's own."""
+
+    samples: SampleOptions = nested(SampleOptions)
+
+    @property
+    def held_out_use(self) -> str | None:
+        """How the use of held-out data is turned off, None where there is none."""
+        return super().held_out_use or ("samples.num_prompts=0" if self.samples.num_prompts else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(AnsweringConfig):
     """Supervised fine-tuning of one language model on prompts and answers."""
 
     model: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
@@ -55,7 +68,7 @@ class RWConfig(CommonExperimentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(DPOParameters, CommonExperimentConfig):
+class DPOConfig(DPOParameters, AnsweringConfig):
     """Direct preference optimisation of an actor against a frozen reference."""
 
     is_sft_lora: bool = option(False, "only False: low-rank adapters are not available")
@@ -86,7 +99,7 @@ class DPOConfig(DPOParameters, CommonExperimentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(CommonExperimentConfig):
+class PairsConfig(AnsweringConfig):
     """Options of what learns from pairs of answers without a reference."""
 
     actor: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
@@ -121,7 +134,7 @@ class ORPOConfig(ORPOParameters, PairsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTOConfig(KTOParameters, CommonExperimentConfig):
+class KTOConfig(KTOParameters, AnsweringConfig):
     """KTO: an actor learns from answers that are labelled as desirable or not, against a frozen reference."""
 
     actor: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)

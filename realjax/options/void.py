@@ -20,12 +20,12 @@ from realjax.core.option import DataclassInstance
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.distill import DistillConfig
 from realjax.options.environment import EnvironmentOptions
-from realjax.options.evaluation import EvaluationOptions
+from realjax.options.evaluation import EvaluationOptions, RolloutOptions, SampleOptions
 from realjax.options.generation import GenConfig
 from realjax.options.parallel import ParallelismConfig
 from realjax.options.rewards import RewardOptions
 from realjax.options.rl import GRPOHyperparameters, PPOConfig, RLConfig, StepOptions
-from realjax.options.supervised import DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
+from realjax.options.supervised import AnsweringConfig, DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ def _of_heuristic(*roles: str) -> Void:
     return Void(when={"places_by_size": False}, options=sizes, reason="only allocation_mode=heuristic goes by sizes")
 
 
-def _without_evaluation(*options: str) -> Void:
+def _without_evaluation(*options: str, **when: object) -> Void:
     reason = "nothing is evaluated without eval_freq_epochs, eval_freq_steps or eval_freq_secs"
-    return Void(when={"exp_ctrl.evaluates": False}, options=options, reason=reason)
+    return Void(when={"exp_ctrl.evaluates": False, **when}, options=options, reason=reason)
 
 
 def _of_generation(call: str) -> Void:
@@ -153,10 +153,13 @@ VOID: dict[type, tuple[Void, ...]] = {
         _of_generation("actor_gen"),
         _without_evaluation("dataset.valid_path", "eval"),
     ),
+    AnsweringConfig: (_without_evaluation("dataset.valid_path", held_out_use=None),),
+    SampleOptions: (Void(when={"num_prompts": 0}, options=("max_new_tokens",)),),
+    RolloutOptions: (Void(when={"log_freq_steps": None}, options=("num_logged",)),),
     PPOConfig: (_without_vocabulary("critic"), _of_heuristic("critic")),
     SFTConfig: (
         _of_heuristic("model"),
-        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+        _without_evaluation("dataset.valid_bs_n_seqs"),
     ),
     RWConfig: (
         _of_heuristic("model"),
@@ -167,16 +170,16 @@ VOID: dict[type, tuple[Void, ...]] = {
         _of_heuristic("actor", "ref"),
         Void(when={"reference_free": True}, options=("ref", "ref_inf")),
         _without_training("ref"),
-        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+        _without_evaluation("dataset.valid_bs_n_seqs"),
     ),
     KTOConfig: (
         _of_heuristic("actor", "ref"),
         _without_training("ref"),
-        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+        _without_evaluation("dataset.valid_bs_n_seqs"),
     ),
     PairsConfig: (
         _of_heuristic("actor"),
-        _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
+        _without_evaluation("dataset.valid_bs_n_seqs"),
     ),
     DistillConfig: (
         _of_heuristic("actor", "teacher"),

@@ -55,11 +55,11 @@ def sample_sections(samples: Mapping[int, Sequence[Sample]]) -> list[Section]:
         return []
     steps = sorted({min(samples), max(samples)})
     columns = ("draw", "prompt", *(f"after step {step}" for step in steps))
-    texts = [{(a.variant, a.prompt): f"{a.answer} ({_describe(a.reward)})" for a in samples[step]} for step in steps]
+    texts = [{(a.variant, a.prompt): _describe(a) for a in samples[step]} for step in steps]
     # Those of the last, beside what the first has of them: a run may have gone on with other draws.
     rows = [(*key, *(of_step.get(key, "") for of_step in texts)) for key in texts[-1]]
-    return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows))]
+    return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows), comes_first=True)]
 
 
-def _describe(reward: float) -> str:
-    return "no reward" if math.isnan(reward) else f"reward {reward:.3g}"
+def _describe(sample: Sample) -> str:
+    return sample.answer if math.isnan(sample.reward) else f"{sample.answer} (reward {sample.reward:.3g})"

@@ -12,6 +12,7 @@ from realjax.rewards.failures import Failures
 
 REWARD_OUTPUTS = ("rewards", "is_failed")
 FAILED = "reward/failed"
+TERMS = "reward_terms"  # each source's own, where there are several
 # `has_eos` is read for its width: the number of columns that arrays of one value a sequence have.
 MODEL_REWARD_INPUTS = ("scores", "has_eos")
 
@@ -46,6 +47,7 @@ def mix_rewards(
 ) -> HostFn:
     """Returns the host call whose `rewards` are the sources' weighted sum; metrics hold each one's mean, unweighted.
 
+    With several sources it also writes `reward_terms` `[R, S, sources]`, unweighted, see `mixed_outputs`.
     `is_failed` `[R, S]` marks answers that a source could not score, or that have failed before (`env_failed`); their
     reward is nan. A source keeps its own state. Raises ValueError without a source, and where two have one name. The
     call does, naming the source, for a reward that is not finite in float32; and, with what `failures` tell, where more
@@ -57,6 +59,7 @@ def mix_rewards(
 
     def reward(arrays: Arrays, state: State) -> HostResult:
         total, new_state, metrics = np.float64(0), {}, {}
+        terms: list[np.ndarray] = []
         for source in sources:
             prefix = f"{source.name}/"
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -65,6 +68,7 @@ def mix_rewards(
             exists = segment_mask(arrays["segment_ids"], rewards.shape[1])
             has_failed = exists & arrays.get("env_failed", np.zeros(exists.shape)).astype(bool)
             total = total + _weighted(source, np.where(has_failed, np.nan, rewards), has_failed)
+            terms.append(rewards)
             new_state |= {prefix + key: value for key, value in result.state.items()}
             is_scored = exists & ~has_failed & ~np.isnan(rewards)
             metrics |= {f"reward/{source.name}": measure_mean(rewards, is_scored), **result.metrics}
@@ -74,6 +78,8 @@ def mix_rewards(
             raise ValueError(_describe_share(num_failed, num_answers, max_failed_share, failures))
         metrics[FAILED] = Total(float(num_failed))
         arrays_out = {"rewards": np.asarray(total, np.float32), "is_failed": is_failed}
+        if len(sources) > 1:
+            arrays_out[TERMS] = np.stack(terms, axis=-1).astype(np.float32)
         return HostResult(arrays=arrays_out, state=new_state, metrics=metrics)
 
     return reward
@@ -102,6 +108,11 @@ def _weighted(source: RewardSource, rewards: np.ndarray, has_failed: np.ndarray)
 def mixed_inputs(sources: Sequence[RewardSource]) -> tuple[str, ...]:
     """Returns the keys that a mix of the sources reads."""
     return tuple(dict.fromkeys(key for source in sources for key in source.inputs))
+
+
+def mixed_outputs(sources: Sequence[RewardSource]) -> tuple[str, ...]:
+    """Returns the keys that a mix of the sources writes."""
+    return (*REWARD_OUTPUTS, TERMS) if len(sources) > 1 else REWARD_OUTPUTS
 
 
 def score_at_end(scores: np.ndarray, segment_ids: np.ndarray, *, num_columns: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from realjax.core.progress import Progress
 from realjax.core.trees import Tree
 from realjax.dataflow.run import RunSpec
 from realjax.engine.state import TrainState
+from realjax.record import report
 from realjax.record.metrics import replace_text
-from realjax.record.report import REPORT_FILE
 from realjax.record.rundir import set_aside
 from realjax.runtime.checkpoint import RunState, clear_after, drop_oldest, find_save, restore, saved_steps
 from realjax.runtime.roles import Role, load_role
@@ -68,15 +68,15 @@ def open_run_directory(spec: RunSpec, *, continues_after: int | None) -> None:
         if continues_after is not None:
             clear_after(paths.recover, continues_after)
             drop_oldest(paths.recover, spec.max_recover_saves, spec.keep_every)
-            # Its presence says that a run is finished.
-            (paths.logs / REPORT_FILE).unlink(missing_ok=True)
+            # It says that a run is finished.
+            (paths.logs / report.PARTS_FILE).unlink(missing_ok=True)
         replace_text(paths.logs / "config.json", spec.config_json)
     from_first(0)  # the directories are there before another process looks
 
 
 def is_finished(spec: RunSpec, save: RunState) -> bool:
     """Returns whether the run that the save is of took all steps and wrote its report."""
-    return save.step == spec.loader.total_steps and (spec.paths.logs / REPORT_FILE).exists()
+    return save.step == spec.loader.total_steps and report.is_finished(spec.paths.logs)
 
 
 def first_state(

@@ -1,9 +1,8 @@
 """One process's part of a run: what it does before the first step, after each, and after the last."""
 
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import jax
@@ -15,15 +14,13 @@ from realjax.core.batch import Batch
 from realjax.core.metrics import summarize
 from realjax.core.processes import is_first, largest
 from realjax.data.loader import Position
-from realjax.dataflow.picture import draw_graph
-from realjax.dataflow.run import RolloutEvaluation, RunSpec, join_names
+from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec, join_names
 from realjax.engine.state import TrainState
 from realjax.record.answers import AnswerWriter, make_lines
-from realjax.record.comparison import Comparison
-from realjax.record.console import ProgressDisplay, StepLine, format_seconds
+from realjax.record.console import ProgressDisplay, StepLine
+from realjax.record.curves import MAIN_METRICS, metric_rank
+from realjax.record.forecast import Forecast
 from realjax.record.metrics import MetricsWriter, replace_text
-from realjax.record.report import MAIN_METRICS, Section, metric_rank, write_report
-from realjax.record.samples import SAMPLES_FILE, append_samples, drop_between, load_samples, sample_sections
 from realjax.record.timeline import measure_calls
 from realjax.reshard.fetch import fetch
 from realjax.runtime.calls import Metrics
@@ -37,6 +34,7 @@ from realjax.runtime.machines import describe_machine, describe_move
 from realjax.runtime.memory import measured_peak_bytes
 from realjax.runtime.places import Places
 from realjax.runtime.resume import empty_layers
+from realjax.runtime.run_report import RunReport
 from realjax.runtime.stop import FAILED, StopSignal, signal_name
 from realjax.runtime.triggers import Trigger
 from realjax.runtime.warm import compile_shapes
@@ -65,20 +63,16 @@ class Session:
     ) -> None:
         """`state` is that before the first step to take."""
         self.spec, self.plan, self.executor, self.outputs = spec, plan, executor, outputs
-        self.first_step, self.started = state.step, time.monotonic()
+        self.first_step = state.step
         self.exports = outputs.exports
-        # By the step after which they were taken; the record is the first process's.
-        self.samples = load_samples(spec.paths.logs / SAMPLES_FILE, state.step) if is_first() else {}
         self.rates: dict[str, float] = state.counters.get("rates", {})
         self.machine = describe_machine(plan, spec.allocation.num_devices)
         self.move = describe_move(state.counters.get("machine", {}), self.machine)
         self.saves = spec.benchmark_steps is None
         self.save_trigger, self.evaluate_trigger = Trigger(spec.save), Trigger(spec.evaluate)
         self.last_step = min(spec.loader.total_steps, state.step + (spec.benchmark_steps or spec.loader.total_steps))
-        self.num_timed, self.timed_seconds = 0, 0.0  # of the steps that compiled nothing
-        predicted = plan.predicted
-        self.comparison = None if predicted is None else Comparison(predicted.metrics(), predicted.source)
-        self.num_tokens = self.num_compiled = 0
+        self.report = RunReport(spec, executor, range(state.step, self.last_step))
+        self.num_compiled = 0
         self.step_start = 0.0
         self._next_batch: Batch | None = None
         self.save_seconds = self.total_save_seconds = 0.0  # that the steps waited for
@@ -99,8 +93,9 @@ class Session:
             logger.info("%s", self.move)
         if not self.saves:
             logger.info("benchmark_steps: neither checkpoints nor training states are written")
-        if self.spec.evaluations and self.spec.evaluate.is_set and self.first_step == 0:
-            self.evaluate(0)
+        if self.first_step == 0:
+            self.evaluate(0, self._due_evaluations(is_due=self.spec.evaluate.is_set, is_end=True))
+        self.report.update()
 
     def begin_step(self, step: int) -> Batch:
         """Starts the step's clock and returns its batch."""
@@ -124,9 +119,9 @@ class Session:
         position = self.record(step, result)
         self.outputs.checkpointer.settle()
         self.exports.writes.check()
-        if self.spec.evaluations and self.evaluate_trigger.fires(position):
-            self.evaluate(step + 1)
         is_last = step + 1 == self.last_step
+        is_due = self.evaluate_trigger.fires(position)
+        self.evaluate(step + 1, self._due_evaluations(is_due=is_due, is_end=is_last))
         is_due = self.save_trigger.fires(position) or is_last
         # Asked once: a signal that comes later waits for the next step.
         code = largest(FAILED if self.fault else stop.code)
@@ -137,6 +132,8 @@ class Session:
             self.total_save_seconds += self.save_seconds
         if self.fault is not None:
             raise self.fault
+        if not is_last:
+            self.report.update()
         if code == FAILED:
             return 1  # the process that cannot go on says why
         if not code or is_last:
@@ -159,17 +156,15 @@ class Session:
         self.save_seconds = 0.0
         values = {name: values[name] for name in sorted(values, key=lambda name: (metric_rank(name), name))}
         if len(self.executor.compile_log.entries) == self.num_compiled:
-            self.num_timed, self.timed_seconds = self.num_timed + 1, self.timed_seconds + seconds
-            self.num_tokens += num_tokens
-            if self.comparison is not None:
-                self.comparison.add(values)
-        if self.comparison is not None:
-            values |= self.comparison.metrics()
+            self.report.time_step(seconds, num_tokens, values)
+        if self.report.forecast is not None:
+            values |= self.report.forecast.metrics()
         if self.outputs.answers is not None and self.spec.answers and self.spec.decode_fn:
             self.outputs.answers.append(make_lines(result.batch, self.spec.answers, self.spec.decode_fn))
         self._record(step + 1, {**values, "epoch": position.epoch}, kind="train")
         if self.outputs.metrics is not None:
             self.display.finish_step(self._step_line(position, values))
+        self.report.show_answers(step + 1, result)
         return position
 
     def _record(self, step: int, values: Mapping[str, float], kind: str) -> None:
@@ -201,27 +196,32 @@ class Session:
             metrics=shown,
         )
 
-    def evaluate(self, step: int) -> None:
+    def _due_evaluations(self, *, is_due: bool, is_end: bool) -> list[str]:
+        """Returns the sets to measure: those that the frequency says, and at both ends those that are for these."""
+        evaluations = self.spec.evaluations.items()
+        return [name for name, one in evaluations if (is_end if _is_for_ends(one) else is_due)]
+
+    def evaluate(self, step: int, names: Iterable[str]) -> None:
         """Measures the held-out losses, or held-out answers, after `step` steps; the best actor so far is kept."""
+        if not (names := list(names)):
+            return
         self.executor.progress.begin("evaluation", step - 1)
         start = time.perf_counter()
         values: dict[str, float] = {}
-        for name, evaluation in self.spec.evaluations.items():
-            loader = self.plan.held_out[name]
+        for name in names:
+            evaluation, loader = self.spec.evaluations[name], self.plan.held_out[name]
             if isinstance(evaluation, RolloutEvaluation):
                 found, samples = evaluate_rollouts(self.executor, evaluation, loader, self.spec.decode_fn)
                 samples = [replace(one, variant=join_names(name, one.variant)) for one in samples]
-                self.samples.setdefault(step, []).extend(samples)
-                drop_between(self.samples)
-                if is_first():
-                    append_samples(self.spec.paths.logs / SAMPLES_FILE, step, samples)
+                self.report.add_samples(step, samples)
             else:
                 found = evaluate_loss(self.executor, evaluation, loader)
             values |= {join_names(name, metric): value for metric, value in found.items()}
-        self._record(step, values, kind="eval")
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if values:
+            self._record(step, values, kind="eval")
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or f"{', '.join(names)} drawn"
         logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
-        if (metric := self.spec.best_metric) is not None and step > 0 and self.saves:
+        if (metric := self.spec.best_metric) is not None and metric in values and step > 0 and self.saves:
             role = self.exports.best_role
             self._refuse_nonfinite_state(role, step)
             self.exports.keep_best(self.executor.params(role), values[metric], step)
@@ -277,30 +277,23 @@ class Session:
         self.places.check()
         log = self.executor.compile_log
         logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
-        if self.num_timed:
-            mean = self.timed_seconds / self.num_timed
-            logger.info("mean step time %.3f s over %d steps (steps that compiled left out)", mean, self.num_timed)
+        if num_timed := self.report.num_timed:
+            mean = self.report.timed_seconds / num_timed
+            logger.info("mean step time %.3f s over %d steps (steps that compiled left out)", mean, num_timed)
         if self.total_save_seconds:
             logger.info("the steps waited %.2f s for saves, which go on in the background", self.total_save_seconds)
-        if self.comparison is not None:
-            logger.info("%s", self.comparison.text())
-            self._refine_cluster(self.comparison)
+        if self.report.forecast is not None:
+            logger.info("%s", self.report.forecast.text())
+            self._refine_cluster(self.report.forecast)
         if self.outputs.answers is not None:
             self.outputs.answers.finish()
             logger.info("answers: %s", self.outputs.answers.path)
-        if is_first():
-            self.executor.timeline.draw(self.spec.paths.logs / "timeline.png")
-            self.executor.timeline.write_trace(self.spec.paths.logs / "trace.json")
-            draw_graph(self.spec.graph, self.spec.paths.logs / "graph.png")
-            report = write_report(
-                self.spec.paths.logs, title=self.spec.title, summary=self._summary(), sections=self._sections()
-            )
-            logger.info("report: %s", report)
+        self.report.finish()
         return tell_stalled(self._stalled())
 
-    def _refine_cluster(self, comparison: Comparison) -> None:
+    def _refine_cluster(self, forecast: Forecast) -> None:
         """Writes the description of the cluster with the factors of the run; where asked for, into its own file too."""
-        predicted, measured = self.plan.predicted, comparison.measured()
+        predicted, measured = self.plan.predicted, forecast.measured()
         if predicted is None or not measured or not is_first():
             return
         replace_text(self.spec.paths.logs / CLUSTER_FILE, predicted.refined_cluster(measured).to_json())
@@ -310,27 +303,6 @@ class Session:
             described = replace(find_cluster(planner.cluster), factors=predicted.refine(measured))
             replace_text(planner.cluster, described.to_json())
             logger.info("%s: factors of this run's measured steps were written", planner.cluster)
-
-    def _summary(self) -> dict[str, str]:
-        spec, log = self.spec, self.executor.compile_log
-        tokens_per_second = self.num_tokens / self.timed_seconds if self.num_timed else math.nan
-        return {
-            "steps": f"{self.first_step} to {self.last_step} of {spec.loader.total_steps}",
-            "parameters": ", ".join(f"{name} {role.model.num_params:,}" for name, role in self.executor.roles.items()),
-            "layouts": ", ".join(f"{name} {layout}" for name, layout in self.plan.layouts.items()),
-            "rows x tokens of a batch": str(self.plan.loader.shapes),
-            "padding": f"{self.plan.loader.padding_share:.1%} of the tokens computed",
-            "tokens per second": f"{tokens_per_second:,.0f}",
-            "programs compiled": f"{len(log.entries)} in {log.seconds:.1f} s",
-            "time of this process": format_seconds(time.monotonic() - self.started),
-            "checkpoints": str(spec.paths.checkpoints),
-        }
-
-    def _sections(self) -> list[Section]:
-        rows = tuple((name, shapes, f"{seconds:.1f}") for name, shapes, seconds in self.executor.compile_log.entries)
-        compiled = Section(title="Compiled programs", columns=("call", "rows x tokens", "seconds"), rows=rows)
-        compared = [] if self.comparison is None else [self.comparison.section()]
-        return [*sample_sections(self.samples), *compared, compiled]
 
     def _watch_rates(self, step: int, values: Mapping[str, float]) -> None:
         """Says with which learning rates a run goes on, beside those that it left off with."""
@@ -367,6 +339,10 @@ class Session:
         self.outputs.checkpointer.wait()  # what is still being written counts
         saved = self.outputs.checkpointer.latest_step
         return "nothing was saved before" if saved is None else f"step {saved} is in {self.spec.paths.recover}"
+
+
+def _is_for_ends(evaluation: Evaluation | RolloutEvaluation) -> bool:
+    return isinstance(evaluation, RolloutEvaluation) and evaluation.is_for_ends
 
 
 def _numbers(updates: Sequence[Metrics]) -> dict[str, float]:

@@ -3,12 +3,12 @@
 import re
 
 from realjax.apps.demo_page import Finding, StageResult, extract_body, format_number, write_page
-from realjax.record.report import write_report
+from realjax.record.report import ReportParts, write_report
 
 
 def make_result(folder, name: str) -> StageResult:
     folder.mkdir()
-    report = write_report(folder, title=f"run {name}", summary={"trick": "</body> & <body>"})
+    report = write_report(folder, ReportParts(title=f"run {name}", summary={"trick": "</body> & <body>"}))
     finding = Finding(subject=f"what {name} is <for>", before=1.0, after=0.25, num_steps=7)
     return StageResult(name=name, title=f"Stage {name}", findings=(finding,), report=report)
 

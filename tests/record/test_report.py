@@ -5,8 +5,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from realjax.record.curves import collect_series, curve_paths, join_equal, smooth
 from realjax.record.metrics import MetricsWriter
-from realjax.record.report import Section, collect_series, curve_paths, smooth, write_report
+from realjax.record.report import ReportParts, Section, is_finished, read_parts, write_report
 
 PNG_START = b"\x89PNG\r\n"
 EVIL = "<script>alert('x')</script> & \"$\\frac{1}$\""
@@ -51,7 +52,7 @@ def read_page(path):
 
 
 def test_report_is_one_file_with_every_curve_embedded(run_dir):
-    path = write_report(run_dir, title="A run", summary={"steps": "60"})
+    path = write_report(run_dir, ReportParts(title="A run", summary={"steps": "60"}))
     page = read_page(path)
     pngs = {png.name: png.read_bytes() for png in (run_dir / "curves").iterdir()}
     assert {"loss.png", "ppl.png", "lr.png", "zeta.png"} < set(pngs)
@@ -72,7 +73,7 @@ def test_all_text_is_escaped_and_shown(run_dir):
         Section(title="t", kind="text", text=EVIL + "text\n  indented"),
     ]
     summary = {EVIL + "key": EVIL + "value"}
-    page = read_page(write_report(run_dir, title=EVIL + "title", summary=summary, sections=sections))
+    page = read_page(write_report(run_dir, ReportParts(title=EVIL + "title", summary=summary, sections=sections)))
     assert "script" not in page.tags
     for place in ("title", "key", "value", "heading", "column", "cell", "text\n  indented", "config"):
         assert EVIL + place in page.text
@@ -80,7 +81,7 @@ def test_all_text_is_escaped_and_shown(run_dir):
 
 
 def test_main_metrics_come_first_and_the_last_values_are_shown(run_dir):
-    html = write_report(run_dir, title="A run", summary={}).read_text()
+    html = write_report(run_dir, ReportParts(title="A run", summary={})).read_text()
     places = [html.index(f"<figcaption>{name}<") for name in ("loss", "ppl", "lr", "zeta")]
     assert places == sorted(places)
     assert places[2] < html.index("<details><summary>Other curves") < places[3]
@@ -96,7 +97,7 @@ def test_pictures_of_the_run_are_taken_in(run_dir):
     (run_dir / "graph.png").write_bytes(picture)
     (run_dir / "sample.svg").write_bytes(b"<svg/>")
     section = Section(title="Sample", kind="image", image=run_dir / "sample.svg")
-    page = read_page(write_report(run_dir, title="A run", summary={}, sections=[section]))
+    page = read_page(write_report(run_dir, ReportParts(title="A run", summary={}, sections=[section])))
     assert "data:image/png;base64," + base64.b64encode(picture).decode() in page.links
     assert "data:image/svg+xml;base64," + base64.b64encode(b"<svg/>").decode() in page.links
     assert "Dataflow graph" in page.text
@@ -104,12 +105,14 @@ def test_pictures_of_the_run_are_taken_in(run_dir):
 
 
 def test_a_run_without_metrics_says_so(tmp_path):
-    page = read_page(write_report(tmp_path, title="Empty", summary={"state": "stopped"}))
+    page = read_page(write_report(tmp_path, ReportParts(title="Empty", summary={"state": "stopped"})))
     assert "No metrics were recorded." in page.text
     assert "img" not in page.tags
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})
-    assert "Too few steps for a curve yet." in read_page(write_report(tmp_path, title="One", summary={})).text
+    assert (
+        "Too few steps for a curve yet." in read_page(write_report(tmp_path, ReportParts(title="One", summary={}))).text
+    )
 
 
 def test_series_hold_each_step_once_in_order():
@@ -141,3 +144,40 @@ def test_sections_are_checked_when_made(tmp_path):
         Section(title="x", kind="video")
     with pytest.raises(ValueError, match=r"section 'x': no image file at '.*absent\.png'"):
         Section(title="x", kind="image", image=tmp_path / "absent.png")
+
+
+def test_evaluations_stand_in_the_chart_of_what_they_measure():
+    records = [
+        {"step": step, "kind": kind, "time": 0.0, **{f"{prefix}{name}": step * scale for name in ("kl", "reward/fn")}}
+        for step in (1, 2)
+        for kind, prefix, scale in (("train", "", 1.0), ("eval", "greedy/", 2.0), ("eval", "hard/sampled/", 3.0))
+    ]
+    records += [{"step": step, "kind": "eval", "time": 0.0, "greedy/pass@4": step / 4} for step in (1, 2)]
+    charts = collect_series(records)
+    assert list(charts) == ["kl", "greedy/pass@4", "reward/fn"]
+    for name in ("kl", "reward/fn"):
+        assert {label: values.tolist() for label, (_, values) in charts[name].items()} == {
+            "train": [1.0, 2.0],
+            "eval greedy": [2.0, 4.0],
+            "eval hard/sampled": [3.0, 6.0],
+        }
+    assert list(charts["greedy/pass@4"]) == ["eval"]
+    assert join_equal(charts) == {"kl": ("reward/fn",), "greedy/pass@4": ()}  # what is equal is drawn once
+
+
+def test_a_report_is_made_again_from_what_it_left_and_says_whether_the_run_goes_on(run_dir):
+    section = Section(title="Answers", columns=("prompt",), rows=(("why?",),), comes_first=True)
+    running = ReportParts(title="A run", summary={"steps": "60"}, sections=[section], is_finished=False)
+    text = write_report(run_dir, running).read_text()
+    assert 'http-equiv="refresh"' in text and "Other curves" not in text and not is_finished(run_dir)
+    done = ReportParts(title="A run", summary={"steps": "60"}, sections=[section])
+    first = write_report(run_dir, done).read_bytes()
+    assert b"refresh" not in first and is_finished(run_dir)
+    parts = read_parts(run_dir)
+    assert parts is not None and write_report(run_dir, parts).read_bytes() == first
+    page = read_page(run_dir / "report.html")
+    assert page.text.index("loss, training") < page.text.index("Curves") < page.text.index("why?")
+    assert page.text.index("why?") < page.text.index("The run")
+    (run_dir / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"report\.json' is not as a run writes it .*; remove it"):
+        read_parts(run_dir)

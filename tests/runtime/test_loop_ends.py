@@ -17,9 +17,10 @@ from realjax.hf import save as hf_save
 from realjax.record import rundir
 from realjax.record.metrics import MetricsWriter, TensorBoardFile, read_metrics
 from realjax.record.timeline import Timeline
-from realjax.runtime import exports, loop, resume, session
+from realjax.runtime import exports, loop, resume, run_report, session
 from realjax.runtime.checkpoint import RunCheckpointer
 from realjax.runtime.places import Places
+from realjax.runtime.run_report import RunReport
 from tests.given.checkpoints import write_llama
 from tests.given.sequences import make_loader
 from tests.given.specs import make_paths, make_spec, run_here
@@ -70,7 +71,7 @@ PHASES = {
     "evaluating": (session, "evaluate_loss", 2, 1),
     "exporting": (exports, "begin_save", 1, 2),
     "saving": (RunCheckpointer, "save", 2, 3),
-    "writing the report": (session, "write_report", 1, STEPS),
+    "writing the report": (RunReport, "finish", 1, STEPS),
     "closing": (RunCheckpointer, "__exit__", 1, STEPS),
 }
 
@@ -116,9 +117,9 @@ WRITES = {
     "a directory": (Places, "check", 2, 1),
     "the state": (RunCheckpointer, "save", 2, 1),
     "the state, on its thread": (ocp.StandardCheckpointHandler, "finalize", 2, 1),
-    "the graph": (session, "draw_graph", 1, STEPS),
+    "the graph": (run_report, "draw_graph", 1, STEPS),
     "the timeline": (Timeline, "draw", 1, STEPS),
-    "the report": (session, "write_report", 1, STEPS),
+    "the report": (RunReport, "finish", 1, STEPS),
 }
 
 

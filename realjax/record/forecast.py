@@ -11,7 +11,7 @@ TIME, MEMORY, STEP = "time/", "memory_mib/", "seconds"  # as `CallRecord.metrics
 COLUMNS = ("", "seconds predicted", "measured", "error", "MiB predicted", "measured", "error")
 
 
-class Comparison:
+class Forecast:
     """Collects what steps took that compiled nothing. `predicted` is by the names under which a run logs the same.
 
     `source` says what the predictions go by.
