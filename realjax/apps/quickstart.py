@@ -342,6 +342,8 @@ def prepare_devices(n_nodes: int, n_gpus_per_node: int, cache: Path) -> tuple[ja
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        # Small programs too: a run has many, and their compiling takes longer than to read them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if settings.jax_num_cpu_devices < needed and not jax.distributed.is_initialized():
         check_num_devices(needed)
         # Only possible before the first use of a device.

@@ -187,7 +187,7 @@ def rollout_row_len(longest: int, num_sequences: int, row_multiple: int) -> int:
     Long rows pack tightly, but a batch needs a multiple of `row_multiple` of them also where sequences turn out short,
     and with few rows one more or less is much.
     """
-    return bucket_len(longest) * min(8, max(1, num_sequences // (8 * row_multiple)))
+    return bucket_len(longest) * min(8, max(1, num_sequences // (16 * row_multiple)))
 
 
 def bucket_rows(num_rows: int, row_multiple: int) -> int:

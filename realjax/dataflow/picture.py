@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import networkx as nx
-from matplotlib.figure import Figure
 
 from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Train
 
@@ -37,6 +36,9 @@ def draw_graph(graph: DataflowGraph, path: Path) -> None:
         for x, column in enumerate(columns)
         for y, name in enumerate(sorted(column))
     }
+    # Imported here: it takes a second, which nobody should wait for before the first step.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3 * len(columns), 1 + 1.4 * max(map(len, columns))))
     axes = figure.subplots()
     calls = {call.name: call for call in graph.calls}

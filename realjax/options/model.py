@@ -81,10 +81,11 @@ class ModelTrainEvalConfig:
         None, "compute in bfloat16 (True) or float32 (False); null is bfloat16 on accelerators, float32 on CPUs"
     )
     enable_fp16: bool | None = option(None, "half precision; computed in bfloat16, which needs no loss scale")
-    attention: Literal["auto", "dense", "blocked", "xla", "cudnn"] = option(
+    attention: Literal["auto", "dense", "blocked", "skipping", "xla", "cudnn"] = option(
         "auto",
-        "attention kernel: blocks of queries (blocked), all scores at once (dense), JAX's own (xla) or cuDNN's (cudnn, "
-        "Hopper and later); where it has no form for decoding, auto's serves there, and the log says so",
+        "attention kernel: blocks of queries (blocked), these one by one without the keys before their segments "
+        "(skipping), all scores at once (dense), JAX's own (xla) or cuDNN's (cudnn, Hopper and later); where it has no "
+        "form for decoding, auto's serves there, and the log says so",
     )
     unroll_layers: bool | None = option(
         None,

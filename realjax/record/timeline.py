@@ -13,9 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from realjax.core.processes import from_first, gather
 
@@ -204,6 +201,11 @@ class Bar:
 
 def draw_bars(path: Path, bars: Sequence[Bar], *, label: str) -> None:
     """Draws a timeline: a row for each group of devices, a colour for each name."""
+    # Imported here: it takes a second, which nobody should wait for before the first step.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     rows, names = sorted({bar.row for bar in bars}), list(dict.fromkeys(bar.name for bar in bars))
     figure = Figure(figsize=(10, 1.5 + 0.6 * len(rows)))
     axes, colors = figure.subplots(), colormaps["tab10"]

@@ -43,11 +43,11 @@ class CallSizes(LeastSizes):
     name: str
 
     def rows(self, parts: Sequence[Sequence[int]], row_len: int, multiple: int) -> int:
-        needed = super().rows(parts, row_len, multiple)
-        # One and a half standard deviations of a sum of lengths above it.
-        likely = max(sum(lengths) + 1.5 * math.sqrt(len(lengths)) * float(np.std(lengths)) for lengths in parts)
-        with_room = max(needed, bucket_rows(math.ceil(likely / row_len), multiple))
-        return self._take(f"rows of {row_len} tokens, times {multiple}", needed, with_room)
+        needed = max(count_rows(np.array(lengths), row_len)[0] for lengths in parts)
+        # One and a half standard deviations of a sum of such lengths.
+        room = 1.5 * max(math.sqrt(len(lengths)) * float(np.std(lengths)) for lengths in parts) / row_len
+        round_up = lambda rows: math.ceil(rows / multiple) * multiple
+        return self._take(f"rows of {row_len} tokens, times {multiple}", round_up(needed), round_up(needed + room))
 
     def segments(self, needed: int) -> int:
         return self._take("sequences of a row", super().segments(needed), super().segments(needed + needed // 4))

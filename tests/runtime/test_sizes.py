@@ -46,10 +46,10 @@ def run(kind: str, num_answers: int, num_parts: int, multiple: int, num_steps: i
 @pytest.mark.parametrize(("num_answers", "num_parts", "multiple"), [(32, 2, 1), (128, 4, 2), (256, 1, 4), (512, 4, 8)])
 @pytest.mark.parametrize("kind", ["uniform", "exponential", "some end early"])
 def test_lengths_of_one_kind_meet_few_sizes(kind, num_answers, num_parts, multiple):
-    """Of thousands of draws. The rows left empty are not many more than the least: one or two of a few."""
+    """Of thousands of draws. The rows left empty are not many more than the least."""
     steps, share, least = run(kind, num_answers, num_parts, multiple, 200)
-    assert len(steps) <= 4
-    assert share < least + 0.25
+    assert len(steps) <= (6 if num_answers < 64 else 2)
+    assert share < least + 0.12
 
 
 def test_lengths_that_grow_meet_sizes_in_few_steps():
@@ -60,10 +60,10 @@ def test_lengths_that_grow_meet_sizes_in_few_steps():
 
 def test_a_size_met_before_is_taken_unless_it_is_far_too_large():
     sizes = Sizes()
-    assert sizes.of("a").rows([[8] * 30], 8, 1) == 32
-    assert sizes.of("a").rows([[8] * 25], 8, 1) == 32
-    assert sizes.of("a").rows([[8] * 15], 8, 1) == 16
-    assert sizes.of("b").rows([[8] * 25], 8, 1) == 28
+    assert sizes.of("a").rows([[8] * 30], 8, 1) == 30
+    assert sizes.of("a").rows([[8] * 25], 8, 1) == 30
+    assert sizes.of("a").rows([[8] * 15], 8, 1) == 15
+    assert sizes.of("b").rows([[8] * 25], 8, 4) == 28
     again = Sizes(sizes.met)
-    assert [again.of("a").rows([[8] * n], 8, 1) for n in (15, 25, 40)] == [16, 32, 40]
+    assert [again.of("a").rows([[8] * n], 8, 1) for n in (14, 25, 40)] == [15, 30, 40]
     assert sizes.met != again.met

@@ -4,7 +4,8 @@
     python -m tools.bench.attention --dtype bfloat16 --row-len 4096 --heads 32 8 --head-dim 128      # on a GPU
 
 A kernel of others' that disagrees on small packed rows is not timed. Of the others it prints milliseconds of a forward
-pass and of a forward and backward pass, medians of alternating rounds; operations a second, by the scores that tokens
+pass and of a forward and backward pass, medians of alternating rounds, and of the latter the processor's milliseconds,
+which on CPUs say more where others work too; operations a second, by the scores that tokens
 of one segment have of each other (4 H a score and head forward, 14 H with the backward pass); and how far values and
 gradients are from those of the first kernel, as a share of their size.
 """
@@ -106,21 +107,24 @@ def report(timed, inputs: tuple[np.ndarray, ...], args: argparse.Namespace) -> N
     placed = jax.device_put(tuple(map(jnp.asarray, inputs)))
     results = {name: [np.asarray(x, np.float32) for x in both(*placed)] for name, (_, both) in timed.items()}
     seconds: dict[tuple[str, int], list[float]] = {(name, i): [] for name in timed for i in range(2)}
+    of_processor: dict[tuple[str, int], list[float]] = {key: [] for key in seconds}
     for turn in range(args.rounds + 1):
         for (name, i), found in seconds.items():
-            start = time.perf_counter()
+            start, start_of_processor = time.perf_counter(), time.process_time()
             jax.block_until_ready(timed[name][i](*placed))
             if turn:  # the first compiles
                 found.append(time.perf_counter() - start)
+                of_processor[name, i].append(time.process_time() - start_of_processor)
     lengths = count_lengths(inputs[-1])
     scores = args.heads[0] * args.head_dim * float((lengths * (lengths + 1) / 2).sum())
     first = next(iter(results.values()))
-    print(f"{'kernel':10} {'forward ms':>11} {'both ms':>9} {'TFLOP/s':>8} {'TFLOP/s':>8}  differ by")
+    print(f"{'kernel':10} {'forward ms':>11} {'both ms':>9} {'processor':>9} {'TFLOP/s':>8} {'TFLOP/s':>8}  differ by")
     for name, result in results.items():
         one, two = (statistics.median(seconds[name, i]) for i in range(2))
+        processor = 1e3 * statistics.median(of_processor[name, 1])
         apart = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(result, first, strict=True))
         rates = f"{4 * scores / one / 1e12:8.3g} {14 * scores / two / 1e12:8.3g}"
-        print(f"{name:10} {one * 1e3:11.3f} {two * 1e3:9.3f} {rates}  {apart:.2g}")
+        print(f"{name:10} {one * 1e3:11.3f} {two * 1e3:9.3f} {processor:9.1f} {rates}  {apart:.2g}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def blocked_attention(
     # Segments of at most so many tokens are a window that no token reaches beyond.
     bounds = (scoring.window, max_segment_len)
     window = min((bound for bound in bounds if bound is not None and bound < T), default=None)
-    size = _block_len(T, T if window is None else window)
+    size = block_len(T, T if window is None else window)
     chunk = _chunk_len(T, T if window is None else window, size)
     past = 0 if chunk == T else chunk
     # Heads before time, once and for the small arrays: the scores then come out as the softmax reads them.
@@ -70,7 +70,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, soft
     The backward pass computes the scores again from each query's log normaliser, as in arXiv:2205.14135: compared with
     differentiating a softmax it passes over them half as often, and compared with keeping them it is no slower.
     """
-    return _attend_forward(q, k, v, mask, sinks, softcap)[0]
+    return attend_forward(q, k, v, mask, sinks, softcap)[0]
 
 
 def _make_scores(q: Array, k: Array, softcap: float | None) -> Array:
@@ -84,9 +84,10 @@ def _mask_scores(scores: Array, mask: Array) -> Array:
     return (scores.reshape(R, K, Q // T, T, S) + bias[:, None, None]).reshape(R, K, Q, S)
 
 
-def _attend_forward(
+def attend_forward(
     q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, softcap: float | None
 ) -> tuple[Array, tuple[Array | None, ...]]:
+    """Returns what `_attend` does, and what `attend_backward` needs."""
     scores = _mask_scores(_make_scores(q, k, softcap), mask)
     largest = scores.max(axis=-1, keepdims=True)
     if sinks is not None:
@@ -100,9 +101,10 @@ def _attend_forward(
     return attended, (q, k, v, mask, sinks, largest + jnp.log(total), attended)
 
 
-def _attend_backward(
+def attend_backward(
     softcap: float | None, residuals: tuple[Array, ...], grad: Array
 ) -> tuple[Array, Array, Array, None, Array | None]:
+    """Returns the gradients of queries, keys, values and sinks."""
     q, k, v, mask, sinks, log_total, attended = residuals
     scores = _make_scores(q, k, softcap)
     probs = jnp.exp(_mask_scores(scores, mask) - log_total)
@@ -120,7 +122,7 @@ def _attend_backward(
     return grad_q, grad_k, grad_v, None, grad_sinks
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(attend_forward, attend_backward)
 
 
 def _chunk_len(row_len: int, reach: int, size: int) -> int:
@@ -132,7 +134,7 @@ def _chunk_len(row_len: int, reach: int, size: int) -> int:
     return next((n for n in lengths if row_len % n == 0 and n >= reach - 1), row_len)
 
 
-def _block_len(row_len: int, reach: int) -> int:
+def block_len(row_len: int, reach: int) -> int:
     """Returns the queries of a block: an eighth of the row or a quarter of how far back they look, but at least 64."""
     limit = min(max(64, min(row_len // 8, reach // 4)), row_len)
     size = next(n for n in range(limit, 0, -1) if row_len % n == 0)

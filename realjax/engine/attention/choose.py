@@ -18,6 +18,7 @@ from realjax.engine.attention.compare import RowsFn, find_disagreement
 from realjax.engine.attention.cudnn import cudnn_attention, find_api_fault
 from realjax.engine.attention.fused import fused_attention, fused_decoding
 from realjax.engine.attention.reference import dense_attention, dense_decoding
+from realjax.engine.attention.skipping import skipping_attention
 from realjax.engine.manual_axes import on_own_heads
 from realjax.models.attention import AttentionFn, DecodingFn, Scoring
 
@@ -61,6 +62,7 @@ def _find_cudnn_fault(case: Case) -> str | None:
 KERNELS: dict[str, Kernel] = {
     "dense": Kernel(rows=dense_attention, decoding=dense_decoding),
     "blocked": Kernel(rows=blocked_attention),
+    "skipping": Kernel(rows=skipping_attention, is_whole=False),
     "xla": Kernel(rows=fused_attention, decoding=fused_decoding, find_fault=_find_cap_fault),
     "cudnn": Kernel(rows=cudnn_attention, find_fault=_find_cudnn_fault, is_whole=False, is_compared=True),
 }
@@ -84,6 +86,7 @@ class Choice:
 # What `auto` takes: the first line that fits.
 CHOICES = (
     Choice(kernel="dense", uses=("decoding",), reason="a query alone leaves nothing to cut into blocks"),
+    Choice(kernel="skipping", uses=("rows",), platforms=("cpu",), reason="no work before a block's first segment"),
     Choice(kernel="blocked", platforms=("cpu",), reason="a fraction of the work and of the memory of dense"),
     Choice(kernel="cudnn", uses=("rows", "prefill"), reason="no scores in memory, no work across segments"),
     Choice(kernel="blocked", reason="the least memory of those that XLA compiles"),

@@ -187,3 +187,52 @@ def test_query_heads_split_over_devices_decode_alike(kernel):
     heads = layout.sharding(None, "tensor")
     spread = jax.device_put(args, (heads, layout.replicated, layout.replicated))
     np.testing.assert_allclose(decode(kernel, out_shardings=heads)(*spread, lengths), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [None, *SCORINGS])
+@pytest.mark.parametrize("bound", [200, None])
+def test_what_is_left_out_before_a_segment_changes_nothing(name, bound):
+    """Rows whose blocks see any number of those before them: values and gradients are those of the definition."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((3, 512, heads, H)).astype(np.float32) for heads in (N, K, K))
+    segment_ids = np.zeros((3, 512), np.int32)
+    for row, longest in zip(segment_ids, (200, 60, 130), strict=True):
+        lengths = rng.integers(1, longest + 1, 60)
+        filled = np.repeat(np.arange(1, 61), lengths)[: 512 - longest]
+        row[: len(filled)] = filled
+    segment_ids[0, :200] = 1
+    scoring, has_sinks = (PLAIN, False) if name is None else SCORINGS[name]
+    weights = rng.standard_normal(q.shape) * (segment_ids > 0)[..., None, None]
+    inputs = (q, k, v, *((SINKS,) if has_sinks else ()))
+
+    def run(kernel):
+        attention_fn = make_attention(kernel, CASE, max_segment_len=bound)
+
+        def loss(*inputs):
+            attended = attention_fn(*inputs[:3], segment_ids, scoring, *(inputs[3:] or [None]))
+            return (attended * weights.astype(np.float32)).sum(), attended
+
+        return quick_jit(jax.value_and_grad(loss, range(len(inputs)), has_aux=True))(*inputs)
+
+    ((_, found), grads), ((_, expected), expected_grads) = run("skipping"), run("dense")
+    real = segment_ids > 0
+    np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], atol=3e-6)
+    assert np.isfinite(found).all()
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1, np.abs(theirs).max()))
+
+
+def test_devices_leave_out_keys_in_their_own_rows_and_heads():
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((4, 512, heads, H)).astype(np.float32) for heads in (N, K, K))
+    segment_ids = np.stack([np.arange(512) // length + 1 for length in (60, 50, 33, 7)]).astype(np.int32)
+
+    def run(**options):
+        attention_fn = make_attention("skipping", CASE, max_segment_len=150, **options)
+        loss = lambda *qkv: jax.numpy.sin(attention_fn(*qkv, segment_ids, PLAIN, None)).sum()
+        return quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+
+    (alone, grads), (split, split_grads) = run(), run(layout=make_layout(dp=2, tp=2))
+    np.testing.assert_allclose(split, alone, rtol=1e-5)
+    for ours, theirs in zip(split_grads, grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
