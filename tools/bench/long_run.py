@@ -1,7 +1,7 @@
 """What a long run costs the host: `python -m tools.bench.long_run [--steps N]`, with a stub in place of the programs.
 
 SFT of the demo's model, whose training step returns at once. All else is a run's own: batches, placing them, metrics,
-timeline, log, report. Seconds a step and resident memory should not grow.
+timeline, log, report. The processor's seconds a step and resident memory should not grow.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NUM_PARTS = 20  # of a run, each of which is measured
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Steps one after the other: seconds of each, and the process's memory at their end."""
+    """Steps one after the other: the processor's seconds for each, and the process's memory at their end."""
 
     num_steps: int
     step_seconds: float
@@ -58,7 +58,7 @@ class StubPrograms:
         """There is nothing to compile."""
 
     def __call__(self, state: Any, batch: object) -> tuple[Any, Any]:
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
         if len(self.times) % self.part_len == 0:
             self.resident.append(read_resident_mib())
         return state, self.metrics
