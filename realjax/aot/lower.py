@@ -33,6 +33,7 @@ from realjax.runtime.memory import device_bytes
 from realjax.runtime.programs import Programs, num_micro_batches
 from realjax.runtime.roles import Role, build_roles
 from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
+from realjax.runtime.sizes import Sizes
 
 CompileFn = Callable[[Lowered], Compiled]
 
@@ -89,7 +90,7 @@ class AbstractRun:
     def __init__(self, spec: RunSpec, plan: AllocationPlan, compile_fn: CompileFn) -> None:
         self.spec, self.plan, self.compile_fn = spec, plan, compile_fn
         self.roles = build_roles(spec, plan)
-        self.programs = Programs(plan, self.roles, spec.seed)
+        self.programs, self.sizes = Programs(plan, self.roles, spec.seed), Sizes()
         self.states = {name: role.abstract_state() for name, role in self.roles.items()}
         self._kept_width = 0  # of the answers made last
 
@@ -161,7 +162,8 @@ class AbstractRun:
             kept=None if kept is None else np.zeros((num_new, 1), np.int32),
             routes=None if routes is None else np.zeros((num_tokens, routes.width), np.int32),
         )
-        return pack_rollout(requests, [answer] * len(requests), mfc, self.plan.rollouts[mfc.name])
+        shape, sizes = self.plan.rollouts[mfc.name], self.sizes.of(mfc.name)
+        return pack_rollout(requests, [answer] * len(requests), mfc, shape, sizes=sizes)
 
     def _abstract(self, batch: Batch, rules: Rules, layout: Layout) -> Batch:
         if "kept" in batch:
@@ -177,8 +179,9 @@ class AbstractRun:
                 mfc.minibatches,
                 row_multiple=self.plan.row_multiples[mfc.name],
                 seed=(self.spec.seed, 0, 0),
+                sizes=self.sizes.of(mfc.name),
             )
-        batch = select_inputs(mfc, batch)
+        batch = select_inputs(mfc, batch, self.sizes.of(mfc.name))
         num_mbs = num_micro_batches(mfc, batch, layout)
         inputs = self._abstract(batch, train_rules(layout.strategy), layout)
         return self._describe(
@@ -192,8 +195,9 @@ class AbstractRun:
         )
 
     def _lower_inference(self, mfc: Inference, batch: Batch) -> Program:
-        chosen = choose_sequences(mfc, batch, self.plan.row_multiples[mfc.name])
-        layout, batch = self.plan.layouts[mfc.name], select_inputs(mfc, chosen.batch if chosen else batch)
+        layout, sizes = self.plan.layouts[mfc.name], self.sizes.of(mfc.name)
+        chosen = choose_sequences(mfc, batch, self.plan.row_multiples[mfc.name], sizes)
+        batch = select_inputs(mfc, chosen.batch if chosen else batch, sizes)
         num_mbs, params = num_micro_batches(mfc, batch, layout), self._params_for(mfc)
         inputs = self._abstract(batch, train_rules(layout.strategy), layout)
         return self._describe(
