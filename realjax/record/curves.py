@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from realjax.core.json_text import JsonObject
 from realjax.record.metrics import RECORD_KEYS
@@ -96,6 +94,10 @@ def _are_equal(one: Series, other: Series) -> bool:
 
 def draw_curve(path: Path, name: str, series: Series) -> None:
     """Writes one PNG: a line per label, and for many points a smoothed line over the light raw one."""
+    # Imported here: it takes a second, which nobody should wait for before the first step.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     # Margins that are wide enough for every label: to measure them takes as long as to draw, and a run has many curves.
     margins = {"left": 0.17, "right": 0.98, "bottom": 0.14, "top": 0.9}
     figure = Figure(figsize=(6.4, 3.4), dpi=120)
