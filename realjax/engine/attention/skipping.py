@@ -93,7 +93,8 @@ def skipping_attention(
         return blocked_attention(q, k, v, segment_ids, scoring, sinks, max_segment_len)
     q = (q * scoring.find_scale(H)).reshape(R, T, K, N // K, H)
     of_queries = None if sinks is None else jnp.repeat(sinks.reshape(K, N // K, 1), blocks.size, axis=1)
-    return _attend(q, k, v, jnp.asarray(segment_ids), of_queries, blocks).reshape(R, T, N, H)
+    attended = cast(Array, _attend(q, k, v, jnp.asarray(segment_ids), of_queries, blocks))
+    return attended.reshape(R, T, N, H)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
