@@ -39,12 +39,12 @@ def get_config() -> ConfigDict:
     config.eval.greedy = False
 
     config.critic.init_critic_from_actor = True
-    config.actor.optimizer.lr = 3e-4
+    config.actor.optimizer.lr = 1e-3
     config.critic.optimizer.lr = 1e-3
     config.actor.gradient_checkpointing = False
     config.critic.gradient_checkpointing = False
     config.ppo.kl_ctl = 0.0
-    config.ppo.ppo_n_minibatches = 2
+    config.ppo.ppo_n_minibatches = 4
     config.ppo.gen.max_new_tokens = 8
     config.ppo.gen.top_p = 1.0
     config.ppo.gen.top_k = 512

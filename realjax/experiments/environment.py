@@ -11,7 +11,6 @@ from realjax.core.host_call import Arrays, HostResult, State
 from realjax.core.json_text import JsonObject
 from realjax.core.metrics import Most, Total, measure_mean
 from realjax.core.segments import segment_mask
-from realjax.data.chat import prompt_kinds
 from realjax.data.turns import TurnTemplate
 from realjax.dataflow.graph import Host
 from realjax.dataflow.turns import TURN_KEYS, Turns
@@ -46,7 +45,6 @@ def make_turns(
             f"env.path: the tokenizer {tokenizer.name_or_path!r} has no chat template, in which conversations are "
             "written; use the checkpoint of a chat model"
         )
-    prompt_kinds(tokenizer, use_chat_template=True)
     environment_cls = load_environment(options.path)
     template = TurnTemplate(tokenizer=tokenizer, tools=getattr(environment_cls, "tools", ()))
     turns = Turns(
