@@ -1,13 +1,15 @@
-"""HuggingFace checkpoints to Orbax and back.
+"""HuggingFace checkpoints to Orbax and back, and adapters into the weights that they belong to.
 
     python -m tools.convert_hf to-orbax --hf DIR_OR_HUB_ID --orbax DIR
     python -m tools.convert_hf to-hf --orbax DIR --hf DIR [--like HF_DIR] [--shard-gb 5]
+    python -m tools.convert_hf merge --adapter DIR --hf DIR [--base HF_DIR] [--shard-gb 5]
 
 `--check` then compares what was read or written with transformers on a text (needs the extra `torch`), and fails where
 they differ.
 
 An Orbax directory holds `params` (the parameter tree, as Orbax's StandardCheckpointer writes it) and, beside it, the
 config.json and tokenizer files of the model. `--like` takes config and tokenizer from another HuggingFace directory.
+An adapter's directory is PEFT's, as runs with LoRA save it; its weights are those that it names, or `--base`.
 """
 
 import argparse
@@ -25,13 +27,15 @@ from jax.sharding import SingleDeviceSharding
 
 from realjax.apps.errors import report_errors
 from realjax.core.trees import Tree, flatten_paths, num_bytes, num_params
+from realjax.hf.adapters import has_head, load_adapters, merge_adapters, with_adapters
 from realjax.hf.families import find_family
-from realjax.hf.files import CheckpointFiles, resolve_model_path
-from realjax.hf.load import correct_config, load_config, load_params
+from realjax.hf.files import ADAPTER, CheckpointFiles, read_json, resolve_model_path
+from realjax.hf.load import correct_config, has_critic_head, load_config, load_params
 from realjax.hf.pieces import find_pieces, list_tensors
+from realjax.hf.rules import HEAD
 from realjax.hf.save import replace_directory, save_hf
 from realjax.hf.save_config import write_config
-from realjax.models.build import build_model
+from realjax.models.build import build_model, make_fill
 from realjax.models.config import ModelConfig
 from tools.check_hf import check_hf
 
@@ -77,6 +81,28 @@ def orbax_to_hf(
     return config, params
 
 
+def merge_adapter(
+    adapter: Path, hf: Path, base: str | None, dtype: str | None, shard_bytes: float
+) -> tuple[ModelConfig, Tree]:
+    """Writes the HuggingFace directory of weights with an adapter added to them, by default in the dtype of these."""
+    refuse_existing("--hf", hf)
+    named = read_json(adapter / ADAPTER, "--adapter").get("base_model_name_or_path")
+    source = resolve_model_path(base or str(named))
+    config = correct_config(load_config(source), source)
+    if has_head(adapter):
+        config = config.as_critic()
+    adapted, plain = build_model(with_adapters(config, adapter)), build_model(config)
+    place = lambda model: jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.abstract)
+    is_headless = config.is_critic and not has_critic_head(source)
+    fresh = {HEAD: make_fill(HEAD, (config.hidden_size, 1), 0)} if is_headless else None
+    params = load_params(source, plain, place(plain), fresh=fresh)
+    assert adapted.config.lora is not None
+    params = merge_adapters(params, load_adapters(adapter, adapted, place(adapted)), adapted.config.lora)
+    written = jnp.dtype(dtype) if dtype else "source"
+    save_hf(params, config, hf, source_dir=source, dtype=written, max_shard_bytes=shard_bytes)
+    return config, params
+
+
 def refuse_existing(option: str, directory: Path) -> None:
     """Raises ValueError when the directory to write exists."""
     if directory.exists():
@@ -97,7 +123,7 @@ def report(done: str, config: ModelConfig, params: Tree, seconds: float) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
-    summary = "HuggingFace checkpoints to Orbax and back."
+    summary = "HuggingFace checkpoints to Orbax and back, and adapters into their weights."
     parser = argparse.ArgumentParser(prog="python -m tools.convert_hf", description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
     to_orbax = commands.add_parser("to-orbax", help="read a HuggingFace model, write an Orbax directory")
@@ -108,7 +134,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--hf", required=True, type=Path, help="directory to write; must not exist")
     to_hf.add_argument("--like", help="model to take config.json and tokenizer from (default: the Orbax directory)")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, help="10^9 bytes of a file of weights at most")
-    for command in (to_orbax, to_hf):
+    merge = commands.add_parser("merge", help="read an adapter and its weights, write a HuggingFace model of both")
+    merge.add_argument("--adapter", required=True, type=Path, help="directory with adapter_config.json")
+    merge.add_argument("--hf", required=True, type=Path, help="directory to write; must not exist")
+    merge.add_argument("--base", help="model that the adapter belongs to (default: the one that it names)")
+    merge.add_argument("--shard-gb", type=float, default=5.0, help="10^9 bytes of a file of weights at most")
+    for command in (to_orbax, to_hf, merge):
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
         command.add_argument(
             "--check",
@@ -140,8 +171,13 @@ def convert(args: argparse.Namespace) -> None:
     else:
         if not args.shard_gb > 0:
             raise ValueError(f"--shard-gb: found {args.shard_gb:g}; it must be above 0")
-        directory, done = args.hf, f"{args.orbax} -> {args.hf}"
-        config, params = orbax_to_hf(args.orbax, directory, args.like, args.dtype, args.shard_gb * 1e9)
+        directory, shard_bytes = args.hf, args.shard_gb * 1e9
+        if args.command == "merge":
+            done = f"{args.adapter} -> {args.hf}"
+            config, params = merge_adapter(args.adapter, directory, args.base, args.dtype, shard_bytes)
+        else:
+            done = f"{args.orbax} -> {args.hf}"
+            config, params = orbax_to_hf(args.orbax, directory, args.like, args.dtype, shard_bytes)
     print(report(done, config, params, time.monotonic() - start))
     if args.check is not None:
         print(check_hf(directory, config, params, args.check).describe())

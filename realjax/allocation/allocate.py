@@ -126,6 +126,13 @@ def is_offloaded(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) -> boo
     Raises ValueError for a trained role that is to be offloaded.
     """
     wanted, is_trained = spec.roles[role].offload, spec.graph.train_call(role) is not None
+    if spec.roles[role].base is not None and not is_trained:
+        if wanted:
+            raise ValueError(
+                f"{role}.offload: its parameters are those that adapters of another role lie beside, which stay where "
+                "that is trained; set it to False or null"
+            )
+        return False
     if is_trained and wanted:
         raise ValueError(
             f"{role}.offload: a role that is trained stays on its devices, where its masters and moments are "
@@ -144,9 +151,12 @@ def count_empty_layers(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) 
     """Returns how many empty layers make a role's pipeline stages equal in the layouts of all its calls.
 
     It has one number for all of them: its parameters go from layout to layout as they are, and into those of a role
-    that follows it. Raises ValueError for more stages than layers, or layers of several kinds that they cut unequally.
+    that follows it, or has a base in common with it. Raises ValueError for more stages than layers, or layers of
+    several kinds that they cut unequally.
     """
     pairs = [{average.role, average.source} for average in spec.averages]
+    base = spec.roles[role].base
+    pairs.append({name for name, one in spec.roles.items() if base is not None and one.base == base} | {role})
     alike = {role}.union(*(pair for pair in pairs if role in pair))
     config = spec.roles[role].config
     stages = {mfc.placement: layouts[mfc.name].strategy.pp for mfc in spec.mfcs if mfc.role in alike}

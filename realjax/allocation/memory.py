@@ -52,10 +52,17 @@ def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory
     """Returns what of a role stays on each device of its home between calls.
 
     `choice` is of the call it lives with, `work`. Of a trained role (Adam, arXiv:1412.6980) float32 masters and two
-    moments, 12 bytes a parameter, split over `data` from ZeRO stage 1 on (arXiv:1910.02054); of another its parameters
-    in its dtype, float32 where they follow a trained role; nothing where `role.offload` is True, not where it is open.
+    moments, 12 bytes a parameter, split over `data` from ZeRO stage 1 on (arXiv:1910.02054), with adapters of these
+    alone; of another its parameters in its dtype, float32 where they follow a trained role; nothing where `role.offload`
+    is True, not where it is open.
     """
     split = split_model(role.model, choice)
+    if role.is_beside:
+        return _memory()
+    if role.trained_share < 1:
+        base = split.params(is_sharded=choice.strategy.zero_stage == 3) * item_bytes(role.dtype)
+        masters = split.params() * role.trained_share * FLOAT32 if role.is_trained else 0
+        return _memory(parameters=base, masters=masters, moments=2 * masters)
     if role.is_trained:
         masters = split.params(is_sharded=choice.strategy.zero_stage > 0) * FLOAT32
         return _memory(masters=masters, moments=2 * masters)
@@ -88,8 +95,8 @@ def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
         is_stage=s.pp > 1,
     )
     return _memory(
-        compute_copy=params * size if is_copied else 0,
-        gradients=params * FLOAT32,
+        compute_copy=params * role.trained_share * size if is_copied else 0,
+        gradients=params * role.trained_share * FLOAT32,
         kept=_num_kept(choice) * split.num_layers * (layer.kept_remat if choice.remat else layer.kept_whole),
         layer=max(layer.backward, _head_bytes(work, split, rows)),
         tied_head=size * split.outer if work.model.is_tied and work.scores_vocab else 0,
@@ -111,7 +118,7 @@ def _infer_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
     split, s, size = split_model(work.model, choice), choice.strategy, item_bytes(work.dtype)
     params, rows = split.params(is_sharded=s.zero_stage == 3) * size, MicroBatch.of(work, choice)
     # At home a copy is cast, if what lives there is wider.
-    is_cast = at_home and (role.is_trained or role.is_averaged) and size != FLOAT32
+    is_cast = at_home and (role.is_trained or role.is_averaged) and size != FLOAT32 and role.trained_share == 1
     layer = LayerBytes(split=split, tokens=rows.tokens, size=size).forward
     if s.pp > 1:
         # Stages hand out what each of their parts becomes; the head reads all of it.

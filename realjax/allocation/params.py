@@ -11,6 +11,24 @@ def count_params(config: ModelConfig) -> int:
     return tables + head + _count_norm(config.norm, D) + sum(_count_layer(config, kind) for kind in config.layers)
 
 
+def count_trained(config: ModelConfig) -> int:
+    """Returns those scalars that training changes: of a model with adapters these, and a critic's head."""
+    if config.lora is None:
+        return count_params(config)
+    head = config.hidden_size if config.is_critic else 0
+    return head + config.lora.rank * sum(_count_sides(config, kind) for kind in config.layers)
+
+
+def _count_sides(config: ModelConfig, kind: LayerKind) -> int:
+    """Returns the inputs and outputs of all maps of a layer that have an adapter."""
+    D, F = config.hidden_size, config.ffn_size
+    queries, keys = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sides = {"q": D + queries, "k": D + keys, "v": D + keys, "o": D + queries, "up": D + F, "down": D + F}
+    if isinstance(kind.feed_forward, MLPConfig) and kind.feed_forward.gated:
+        sides["gate"] = D + F
+    return sum(size for target, size in sides.items() if config.find_adapter(target) is not None)
+
+
 def _count_layer(config: ModelConfig, kind: LayerKind) -> int:
     norms = (kind.attn_norm, kind.attn_post_norm, kind.mlp_norm, kind.mlp_post_norm)
     feed_forward = kind.feed_forward

@@ -10,6 +10,7 @@ import numpy as np
 
 from realjax.allocation.measured_answers import has_record, read_answers
 from realjax.allocation.modes import read_mesh
+from realjax.allocation.params import count_params, count_trained
 from realjax.allocation.workload import CallWork, Fixed, Lengths, ModelShape, PackFn, RoleWork, Workload
 from realjax.core.layout import ParallelStrategy
 from realjax.data.loader import Loader, plan_shapes
@@ -54,13 +55,17 @@ def expect_answers(spec: RunSpec) -> Lengths | None:
 
 def describe_role(spec: RunSpec, role: RoleSpec, platform: str) -> RoleWork:
     """Returns what the planner needs to know of a role."""
+    plain, is_trained = role.config.without_adapters(), spec.graph.train_call(role.name) is not None
+    is_beside = role.base is not None and not is_trained
     return RoleWork(
         name=role.name,
-        model=ModelShape.of(role.config),
+        model=ModelShape.of(plain),
         dtype=role.compute.on(platform).dtype,
-        is_trained=spec.graph.train_call(role.name) is not None,
+        is_trained=is_trained,
         is_averaged=role.is_averaged,
-        offload=role.offload,
+        offload=False if is_beside else role.offload,
+        trained_share=count_trained(role.config) / count_params(plain),
+        is_beside=is_beside,
     )
 
 

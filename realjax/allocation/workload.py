@@ -223,6 +223,10 @@ class RoleWork:
     dtype: str  # of copies for calls, and of parameters that are not trained
     is_trained: bool = False  # float32 masters and two float32 moments stay on the devices of its training call
     is_averaged: bool = False  # float32 parameters that follow a trained role
+    # Of all parameters, those that are trained: with adapters few, and the others lie beside them in `dtype`, of a role
+    # that is not trained in common with one that is. A copy of those in another layout stays there.
+    trained_share: float = 1.0
+    is_beside: bool = False  # a role that is not trained, whose parameters are another's base
     offload: bool | None = None  # None: where roles share devices and it is not trained
 
 

@@ -6,20 +6,21 @@ most that a step can take. Batches of files are the run's own, the largest of th
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.stages import Compiled, Lowered
 
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.axes import Rules, inference_rules, train_rules
 from realjax.core.batch import Batch, is_per_segment, is_per_token
 from realjax.core.layout import Layout
-from realjax.core.trees import Tree
+from realjax.core.trees import Tree, join_trees, map_paths
 from realjax.data.loader import Loader
 from realjax.dataflow.graph import Call, Generate, Inference, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
@@ -92,6 +93,9 @@ class AbstractRun:
         self.roles = build_roles(spec, plan)
         self.programs, self.sizes = Programs(plan, self.roles, spec.seed), Sizes()
         self.states = {name: role.abstract_state() for name, role in self.roles.items()}
+        self.bases: dict[Hashable, Any] = {}  # leaves of what roles with adapters share
+        for role in self.roles.values():
+            self._base(role, role.home)
         self._kept_width = 0  # of the answers made last
 
     def lower(self, calls: Sequence[Call], batch: Batch, *, is_evaluation: bool = False) -> Iterator[Program]:
@@ -182,14 +186,15 @@ class AbstractRun:
                 sizes=self.sizes.of(mfc.name),
             )
         batch = select_inputs(mfc, batch, self.sizes.of(mfc.name))
-        num_mbs = num_micro_batches(mfc, batch, layout)
+        num_mbs, role = num_micro_batches(mfc, batch, layout), self.roles[mfc.role]
         inputs = self._abstract(batch, train_rules(layout.strategy), layout)
+        base = () if role.spec.base is None else (self._base(role, layout),)
         return self._describe(
             mfc,
-            state,
+            (state, base),
             name="train",
             shape=_shape(inputs),
-            lowered=self.programs.train_step(mfc, num_mbs).lower(state, inputs),
+            lowered=self.programs.train_step(mfc, num_mbs).lower(state, inputs, *base),
             runs=mfc.num_updates,
             num_mbs=num_mbs,
         )
@@ -247,18 +252,36 @@ class AbstractRun:
     def _num_params(self, role: str, layout: Layout) -> int:
         return self.roles[role].model.num_params // (layout.strategy.tp * layout.strategy.pp)
 
-    def _params(self, role: str) -> Tree:
+    def _own(self, role: str) -> Tree:
         state = self.states[role]
         return state.params if isinstance(state, TrainState) else state
 
+    def _params(self, role: str) -> Tree:
+        return join_trees(self._base(self.roles[role], self.roles[role].home), self._own(role))
+
+    def _base(self, role: Role, layout: Layout) -> Tree:
+        """Returns the parameters in a layout that a role has in common with others, one array for each of these."""
+        if role.spec.base is None:
+            return {}
+
+        def one(path: str, leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
+            dtype = role.model.copy_dtype(path, role.compute.array_dtype)
+            made = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+            return self.bases.setdefault((role.spec.base, path, leaf.shape, dtype, place), made)
+
+        return map_paths(one, role.frozen, role.frozen_shardings(layout))
+
     def _params_for(self, mfc: ModelCall) -> Tree:
         """Returns what the call reads as parameters: those at home, or a copy of its own."""
-        role, params = self.roles[mfc.role], self._params(mfc.role)
-        if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
-            return params
+        role, own, layout = self.roles[mfc.role], self._own(mfc.role), self.plan.layouts[mfc.name]
+        base = self._base(role, layout)
+        if isinstance(mfc, Generate) and role.spec.merges_adapters:
+            return base
+        if (shardings := role.copy_shardings(layout)) is None:
+            return join_trees(base, own)
         dtypes = role.model.copy_dtypes(role.compute.array_dtype)
-        copy = lambda x, place, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
-        return jax.tree.map(copy, params, shardings, dtypes)
+        copy = lambda _, x, place, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+        return join_trees(base, map_paths(copy, own, shardings, dtypes))
 
     def _held(self, layout: Layout, given: object) -> dict[str, int]:
         """Returns what the fullest device of a layout holds of the roles' states, but for the arrays `given`."""
@@ -267,6 +290,7 @@ class AbstractRun:
         for name, state in self.states.items():
             for what, tree in _split_state(self.roles[name], state).items():
                 parts[f"{name}: {what}"] = [leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in own]
+        parts["base"] = [leaf for leaf in self.bases.values() if id(leaf) not in own]
         by_device = ({what: device_bytes(part, device) for what, part in parts.items()} for device in layout.devices)
         fullest = max(by_device, key=lambda held: sum(held.values()))
         return {what: size for what, size in fullest.items() if size}

@@ -50,6 +50,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "head_dim": None,
         "ffn": "tensor",
         "router": None,
+        "rank": None,  # of adapters
         "norm": None,
         "score": None,
         # batches and activations

@@ -40,6 +40,16 @@ def map_paths(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     )
 
 
+def select_paths(keep_fn: Callable[[str], bool], tree: Tree) -> Tree:
+    """Returns the part of a tree whose paths are to be kept."""
+    return unflatten_paths({path: leaf for path, leaf in flatten_paths(tree).items() if keep_fn(path)})
+
+
+def join_trees(*trees: Tree) -> Tree:
+    """Returns the tree with the leaves of all; of a path that several have, the last one's."""
+    return unflatten_paths({path: leaf for tree in trees for path, leaf in flatten_paths(tree).items()})
+
+
 def num_params(tree: Tree) -> int:
     """Returns the number of scalars in a tree of arrays or abstract arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

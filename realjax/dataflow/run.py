@@ -39,6 +39,12 @@ class RoleSpec:
     # Which of `zero_stage` and `compute.remat` nobody asked for: a planner may decide otherwise.
     undecided: frozenset[str] = frozenset()
     ends: EndTokens | None = None  # of the texts that it is trained on; its checkpoints name them
+    # What names the parameters that it does not train, where it has adapters or is what another's adapters are beside:
+    # roles with the same have these in common. None: all its parameters are its own.
+    base: str | None = None
+    adapter: Path | None = None  # directory that its adapters begin with, as PEFT saves them; None: at random
+    merged: Path | None = None  # directory of adapters that are merged into the weights where these are read
+    merges_adapters: bool = False  # answers are drawn from merged weights, not from weights and adapters
 
     @property
     def title(self) -> str:

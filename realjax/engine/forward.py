@@ -15,7 +15,7 @@ from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.loss import Readout
 from realjax.core.metrics import Load, Mean
-from realjax.core.trees import Tree, map_paths
+from realjax.core.trees import Tree, flatten_paths, map_paths
 from realjax.engine.attention.cases import Case
 from realjax.engine.attention.choose import make_attention
 from realjax.engine.pipeline import make_run_layers
@@ -26,7 +26,7 @@ from realjax.models import heads
 from realjax.models.build import Model
 from realjax.models.products import MatmulFn
 from realjax.models.stacks import Aux, Blocks, Stacks, scan_layers
-from realjax.models.sums import collect
+from realjax.models.sums import collect_tree
 from realjax.models.transformer import Forward, Transformer, read_rows
 
 
@@ -48,12 +48,15 @@ def make_compute_copy(
     The cast comes first, so that what ZeRO gathers from its shards is half as many bytes in bf16: XLA is told so where
     the masters are spread by `stored` rules.
     """
-    shardings = [tree_shardings(model.axes, model.abstract, r, layout) for r in (stored or rules, rules)]
+    trees = [tree_shardings(model.axes, model.abstract, r, layout) for r in (stored or rules, rules)]
+    # What is not trained has no masters: it lies as the layers use it.
+    trees[0] = model.take_trained(trees[0])
 
     def compute_copy(master: Tree) -> Tree:
         copy = map_paths(lambda path, x: x.astype(model.copy_dtype(path, dtype)), master)
-        for tree in shardings:
-            copy = jax.tree.map(jax.lax.with_sharding_constraint, copy, tree)
+        for places in map(flatten_paths, trees):
+            place = lambda path, x, to=places: jax.lax.with_sharding_constraint(x, to[path]) if path in to else x
+            copy = map_paths(place, copy)
         return copy
 
     return compute_copy
@@ -62,8 +65,8 @@ def make_compute_copy(
 class ForwardParts:
     """A forward pass up to a head, in parts: layers are run between `embed` and `read_out`.
 
-    Params are in the compute dtype. Their gradients are those of `sinks`, float32 arrays of their shapes that are not
-    read, where given, see `models.sums.collect`.
+    Params are in the compute dtype. Gradients of those that are trained are those of `sinks`, float32 arrays of
+    their shapes that are not read, where given, see `models.sums.collect`.
     Where the readout's draw keeps a set of tokens, head `logprobs` reads it from the batch's key `kept`, and where it
     compares, from `teacher_ids` and `teacher_logprobs`. A key `targets` `[R, P]` limits that head, `choices` and `nll`
     to these tokens, see `heads.Wanted`.
@@ -155,7 +158,7 @@ def term_weights(model: Model, batch: Batch) -> dict[str, Array]:
 def _bind(model: Model, params: Tree, sinks: Tree | None) -> Transformer:
     """Returns the module whose parameters have their gradients in the sinks; `layers` looks after its own."""
     outer = {k: sink for k, sink in (sinks or {}).items() if k != "layers"}
-    return model.bind({k: jax.tree.map(collect, v, outer[k]) if k in outer else v for k, v in params.items()})
+    return model.bind({k: collect_tree(v, outer[k]) if k in outer else v for k, v in params.items()})
 
 
 def _make_forward(

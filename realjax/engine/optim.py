@@ -66,9 +66,12 @@ def clip_by_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
 
 
 def state_shardings(model: Model, optimizer: Optimizer, layout: Layout) -> tuple[Tree, optax.OptState]:
-    """Returns the shardings of the fp32 master parameters and of the optimizer state, both by the optimizer's table."""
-    params = tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout)
-    abstract = jax.eval_shape(optimizer.init, model.abstract)
+    """Returns the shardings of the fp32 master parameters and of the optimizer state, both by the optimizer's table, of
+    what is trained.
+    """
+    trained = model.take_trained(model.abstract)
+    params = tree_shardings(model.axes, trained, optimizer_rules(layout.strategy), layout)
+    abstract = jax.eval_shape(optimizer.init, trained)
     state = optax.tree_map_params(
         cast(Callable, optimizer.init),
         lambda _, sharding: sharding,

@@ -78,7 +78,8 @@ class Schedule:
             return parts.forward.run_layers_fn(blocks, order, stacks, x, given[1])
 
         read = lambda batch: read_rows(self.config, batch)
-        self.stage = Stage(Halves(run_layers, parts.add_gradients), read, self.num_stages, self.num_batches)
+        halves, take = Halves(run_layers, parts.add_gradients), parts.model.take_trained
+        self.stage = Stage(halves, read, self.num_stages, self.num_batches, take)
 
     def run(self) -> Flow:
         """Returns what is summed when all micro-batches are back."""
@@ -125,13 +126,17 @@ class Schedule:
         of_terms = {name: jnp.zeros(term.shape[1:], term.dtype) for name, term in flow.terms.items()} | self.shares
         of_layers, grads = split_kinds(self.config, totals["layers"]), (grad_x, of_terms)
         grads_x, returned, of_layers = run(self.stacks, flow.returned, flow.kept, of_layers, grads, self.batches, t)
+        totals = totals | {"layers": join_kinds(of_layers)} | self._add_tables(totals, grads_x, t)
+        return replace(flow, returned=returned, grads=self.constrain.tree(totals, self.axes))
+
+    def _add_tables(self, totals: Tree, grads_x: Array, t: Array) -> Tree:
+        """Returns the totals of the tables, if these are trained, with what comes out of the first stage."""
         batch = take_batch(self.batches, t - 2 * (self.num_stages - 1))
-        tables = {name: total for name, total in totals.items() if name in TABLES}
+        if not (tables := {name: total for name, total in totals.items() if name in TABLES}):
+            return {}
         embed = lambda sinks: self.parts.embed(self.params, batch, sinks)
         _, pullback = jax.vjp(embed, jax.tree.map(make_sink, tables))
-        of_tables, _ = self.parts.add_gradients(tables, pullback, jax.lax.optimization_barrier(grads_x[0]))
-        totals = totals | {"layers": join_kinds(of_layers)} | of_tables
-        return replace(flow, returned=returned, grads=self.constrain.tree(totals, self.axes))
+        return self.parts.add_gradients(tables, pullback, jax.lax.optimization_barrier(grads_x[0]))[0]
 
     def start(self) -> Flow:
         """Returns the flow before the first tick: zeros."""
@@ -145,7 +150,8 @@ class Schedule:
         run = over_stages(stage, self.layout, num_split=2)
         (_, terms), kept = jax.eval_shape(run, self.stacks, flight, x, self.batches, t)
         kept = [jnp.zeros((P, 2 * P - 1, *x.shape[1:]), x.dtype) for x in kept]
-        grads = self.constrain.tree(jax.tree.map(make_sink, self.params), self.axes)
+        trained = self.parts.model.take_trained(self.params)
+        grads = self.constrain.tree(jax.tree.map(make_sink, trained), self.axes)
         return Flow(flight, flight, kept, grads, zeros(sums), zeros(terms))
 
 

@@ -6,7 +6,6 @@ of such a gather sums over the devices, in float32, and splits the sum again.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 from jax import Array
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from realjax.core.axes import ROW_AXES, Names, Rules, in_use_rules, left_to_split, make_constrain, resolve
 from realjax.core.layout import Layout
-from realjax.core.trees import Tree
+from realjax.core.trees import Tree, map_paths
 from realjax.engine.manual_axes import gather_over_data, gather_sink, gathers, has_own_rows, swap_over_data
 from realjax.models.build import Model
 from realjax.models.stacks import BlockFn, Layer, split_kinds
@@ -57,8 +56,8 @@ class Shards:
         return swap_over_data(x, 0, 2, self._spec(("rows", "residual_time", "act_embed"), x))
 
     def _gather_both(self, params: Tree, sinks: Tree | None, axes: Tree) -> tuple[Tree, Tree | None]:
-        gathered = jax.tree.map(partial(self._gather, gather_over_data), params, axes)
-        return gathered, sinks and jax.tree.map(partial(self._gather, gather_sink), sinks, axes)
+        gathered = map_paths(lambda _, x, names: self._gather(gather_over_data, x, names), params, axes)
+        return gathered, sinks and map_paths(lambda _, x, names: self._gather(gather_sink, x, names), sinks, axes)
 
     def _gather(self, gather_fn: Callable[..., Array], x: Array, names: Names) -> Array:
         if not has_own_rows():

@@ -57,6 +57,7 @@ class Stage:
     read_fn: Callable[[Batch], PerRow]
     num_stages: int
     num_batches: int
+    take_fn: Callable[[Tree], Tree]  # what a layer's parameters have that is trained
 
     def forward(
         self, stacks: Stacks, received: Array, kept: list[Array], x: Array, batches: Batch, t: Array
@@ -76,7 +77,7 @@ class Stage:
     ) -> tuple[tuple[Array, Aux], list[Array]]:
         """Returns what the stage's layers give, and what their gradients need beside parameters and batch."""
         x = jnp.where(stage_index() == 0, x, received[0])
-        sinks = {name: jax.tree.map(make_sink, stack.params) for name, stack in stacks.items()}
+        sinks = {name: jax.tree.map(make_sink, self.take_fn(stack.params)) for name, stack in stacks.items()}
         return self.halves.forward(self._given(stacks, batches, t - stage_index()), sinks, x)
 
     def backward(

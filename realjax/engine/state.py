@@ -17,7 +17,9 @@ from realjax.models.build import Model
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Float32 master parameters, optimizer state, and counters (int32 scalars); or one thing for each, as shardings."""
+    """Float32 masters of what is trained, optimizer state, and counters (int32 scalars); or one thing for each, as
+    shardings.
+    """
 
     params: Tree
     opt_state: optax.OptState
@@ -37,7 +39,8 @@ def train_state_shardings(model: Model, optimizer: Optimizer, layout: Layout) ->
 def abstract_train_state(model: Model, optimizer: Optimizer, layout: Layout) -> TrainState:
     """Returns a TrainState of ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
     zero = jax.ShapeDtypeStruct((), jnp.int32)
-    abstract = TrainState(model.abstract, jax.eval_shape(optimizer.init, model.abstract), zero, zero)
+    trained = model.take_trained(model.abstract)
+    abstract = TrainState(trained, jax.eval_shape(optimizer.init, trained), zero, zero)
 
     def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

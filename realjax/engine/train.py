@@ -15,7 +15,7 @@ from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Last, Mean, Metric, finalize
-from realjax.core.trees import Tree
+from realjax.core.trees import Tree, join_trees
 from realjax.engine.forward import ForwardParts, OutputsFn, make_compute_copy, make_outputs, term_weights
 from realjax.engine.manual_axes import WHOLE, find_data_parts, sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
@@ -26,7 +26,7 @@ from realjax.engine.state import TrainState
 from realjax.engine.totals import make_sink
 from realjax.models.build import Model
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Metric]]]
+TrainStep = Callable[..., tuple[TrainState, Mapping[str, Metric]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,12 @@ class Given:
 
 def make_gradients(
     model: Model, loss: Loss, layout: Layout, options: TrainOptions
-) -> Callable[[Tree, Batch], tuple[Tree, LossSums]]:
-    """Returns `fn(master, batch) -> (gradients of the summed loss, sums)`, float32, spread as the optimizer state."""
+) -> Callable[..., tuple[Tree, LossSums]]:
+    """Returns `fn(master, batch) -> (gradients of the summed loss, sums)`, float32, spread as the optimizer state.
+
+    Of a model with adapters it is `fn(master, batch, base)`: masters and gradients are of what is trained, and `base`
+    has the rest, in the compute dtype.
+    """
     rules = train_rules(layout.strategy)
     stored = optimizer_rules(layout.strategy)
     compute_copy = make_compute_copy(model, rules, layout, options.compute.array_dtype, stored)
@@ -61,6 +65,7 @@ def make_gradients(
     constrain = make_constrain(stored, layout)
     coefs = {name: coef for name, coef in {**model.term_coefs(), **options.term_coefs}.items() if coef}
     split = find_data_parts(tree_shardings(model.axes, model.abstract, rules, layout))
+    split_trained = model.take_trained(split)
 
     def summed_loss(sinks: Tree, given: Given, batch: Batch) -> tuple[Array, LossSums]:
         outputs, terms = outputs_fn(given.params, batch, sinks)
@@ -70,7 +75,7 @@ def make_gradients(
     def of_rows(given: Given, batch: Batch) -> tuple[Tree, LossSums]:
         if layout.strategy.pp > 1:
             return in_stages(given.params, given.shares, batch)
-        sinks = jax.tree.map(make_sink, given.params)
+        sinks = jax.tree.map(make_sink, model.take_trained(given.params))
         if options.num_mbs == 1:
             (_, sums), grads = jax.value_and_grad(summed_loss, has_aux=True)(sinks, given, batch)
             return constrain.tree(grads, model.axes), sums
@@ -87,8 +92,8 @@ def make_gradients(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         return jax.lax.scan(add, (constrain.tree(sinks, model.axes), zeros), micro_batches)[0]
 
-    def gradients(master: Tree, batch: Batch) -> tuple[Tree, LossSums]:
-        params = compute_copy(master)
+    def gradients(master: Tree, batch: Batch, base: Tree | None = None) -> tuple[Tree, LossSums]:
+        params = compute_copy(master if base is None else join_trees(base, master))
         given = Given(params, _term_shares(coefs, term_weights(model, batch), loss, outputs_fn, params, batch))
         if layout.strategy.dp == 1:
             return of_rows(given, batch)
@@ -96,7 +101,7 @@ def make_gradients(
         resolve(("rows",), rows_of_part, rules, layout, "micro-batch")  # refuses devices without a row
         # Each device along `data` sums over its own rows, and the sums cross once; where parameters are split over it,
         # once a layer and micro-batch: a whole gradient on each device is what was to be avoided.
-        grads, sums = sum_over_data(of_rows, layout, Given(split, WHOLE), split)(given, batch)
+        grads, sums = sum_over_data(of_rows, layout, Given(split, WHOLE), split_trained)(given, batch)
         return constrain.tree(grads, model.axes), sums
 
     return gradients
@@ -131,11 +136,13 @@ def make_train_step(
 ) -> TrainStep:
     """Returns `step(state, batch) -> (state, metrics)`; an update that is not finite is skipped and counted, one that
     the loss's `skip_fn` refuses is skipped. Metrics are still sums, which merge with those of other updates.
+
+    Of a model with adapters it is `step(state, batch, base)`, see `make_gradients`.
     """
     gradients, max_norm = make_gradients(model, loss, layout, options), optimizer.config.gradient_clipping
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Metric]]:
-        grads, sums = gradients(state.params, batch)
+    def step(state: TrainState, batch: Batch, base: Tree | None = None) -> tuple[TrainState, Mapping[str, Metric]]:
+        grads, sums = gradients(state.params, batch, base)
         weight = jnp.maximum(sums.loss.weight, 1e-8)
         grads, grad_norm = clip_by_norm(jax.tree.map(lambda g: g / weight, grads), max_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, state.num_updates)

@@ -71,7 +71,7 @@ def _find_need(spec: RunSpec) -> Need:
 def _check_weights(role: RoleSpec) -> None:
     if not role.init_from_scratch:
         has_head = not role.config.is_critic or (not role.init_critic_from_actor and has_critic_head(role.path))
-        check_weights(role.path, role.config, has_new_head=not has_head)
+        check_weights(role.path, role.config.without_adapters(), has_new_head=not has_head)
     elif (num_params := count_params(role.config)) > MOST_PARAMS:
         raise ValueError(
             f"{name_option(role.name)}.path: '{role.path}' describes a model of {num_params} parameters, more than "
@@ -149,6 +149,11 @@ def _check_updates(spec: RunSpec) -> None:
 
 def _check_averages(spec: RunSpec) -> None:
     for average in spec.averages:
+        if spec.roles[average.source].config.lora is not None:
+            raise ValueError(
+                f"ref_ema_eta: {average.role} is to follow {average.source}, which has adapters, and is its weights "
+                "without them; leave ref_ema_eta null, or train all parameters (lora.rank=0)"
+            )
         configs = [replace(spec.roles[name].config, max_positions=1) for name in (average.role, average.source)]
         differing = [name for name in vars(configs[0]) if getattr(configs[0], name) != getattr(configs[1], name)]
         if differing:

@@ -18,15 +18,18 @@ from realjax.data.paired import load_paired
 from realjax.data.sequences import SequenceForm
 from realjax.dataflow.graph import Host, Inference, Train
 from realjax.dataflow.run import Evaluation, Frequency, RoleSpec, RunSpec
+from realjax.experiments.adapters import adapters_of_role, share_bases, with_lora
+from realjax.hf.adapters import has_head
 from realjax.hf.families import find_family
 from realjax.hf.files import resolve_model_path
-from realjax.hf.fingerprint import fingerprint_model
+from realjax.hf.fingerprint import fingerprint_adapter, fingerprint_model
 from realjax.hf.generation import load_end_tokens
 from realjax.hf.load import correct_config, has_critic_head, load_config
 from realjax.models.config import ModelConfig
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.config_dict import to_json
 from realjax.options.datasets import DataOptions, LabelledAnswerDatasetConfig, PairedComparisonDatasetConfig, name_sets
+from realjax.options.lora import MergedAdapter
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import allocation_options
 from realjax.options.paths import run_paths, token_cache
@@ -37,16 +40,22 @@ logger = logging.getLogger("realjax.experiments")
 Data = TypeVar("Data", bound=Dataset)
 
 
-def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -> RoleSpec:
-    """Returns the role that one model's options describe. Raises ValueError for a checkpoint that is not theirs."""
+def describe_role(
+    name: str, model: ModelTrainEvalConfig, *, is_trained: bool, merged: MergedAdapter | None = None
+) -> RoleSpec:
+    """Returns the role that one model's options describe, with adapters that are to be merged into its weights.
+
+    Raises ValueError for a checkpoint, or adapters, that are not theirs.
+    """
     option = name_option(name)
     otherwise = f", or {option}.init_from_scratch=True for random ones"
     path = resolve_model_path(model.path, need_weights=not model.init_from_scratch, or_else=otherwise)
     config = load_config(path)
     check_declared(model.type, config, path, option)
-    check_head(model, config, path, option, is_trained=is_trained)
+    adapters = adapters_of_role(model, option, merged)
+    check_head(model, config, path, option, is_trained=is_trained, has_head=any(map(has_head, adapters)))
     check_experts(model, config, path, option)
-    return RoleSpec(
+    role = RoleSpec(
         name=name,
         path=path,
         config=find_config(name, model, config, path),
@@ -60,6 +69,7 @@ def describe_role(name: str, model: ModelTrainEvalConfig, *, is_trained: bool) -
         offload=model.offload,
         undecided=model.undecided,
     )
+    return with_lora(role, model.lora, option, merged)
 
 
 def name_option(role: str) -> str:
@@ -93,10 +103,15 @@ def check_declared(declared: ModelFamily, config: ModelConfig, path: Path, optio
         )
 
 
-def check_head(model: ModelTrainEvalConfig, config: ModelConfig, path: Path, option: str, *, is_trained: bool) -> None:
-    """Raises ValueError for a checkpoint with a scalar head where a language model belongs, or the reverse."""
+def check_head(
+    model: ModelTrainEvalConfig, config: ModelConfig, path: Path, option: str, *, is_trained: bool, has_head: bool
+) -> None:
+    """Raises ValueError for a checkpoint with a scalar head where a language model belongs, or the reverse.
+
+    `has_head`: the adapters that belong to it have one.
+    """
     subject = f"{option}.path: '{path}'"
-    has_scalar_head = not model.init_from_scratch and has_critic_head(path)
+    has_scalar_head = not model.init_from_scratch and (has_head or has_critic_head(path))
     if not model.is_critic and (has_scalar_head or config.is_critic):
         raise ValueError(
             f"{subject} is a reward model or critic, it ends in a scalar head; give a language model here, such as "
@@ -245,7 +260,7 @@ def run_spec(
 
     `contents` are digests of what decides about the result beside the models and the training data.
     """
-    control = config.exp_ctrl
+    control, roles = config.exp_ctrl, share_bases(roles)
 
     def finished(role: RoleSpec) -> RoleSpec:
         is_saved = role.optimizer is not None or role.is_averaged
@@ -288,6 +303,8 @@ def make_identity(
         f"model of role {name}": fingerprint_model(role.path, has_weights=not role.init_from_scratch)
         for name, role in roles.items()
     }
+    for name, role in roles.items():
+        models |= {f"adapter of role {name}": fingerprint_adapter(one) for one in (role.adapter, role.merged) if one}
     return Identity(
         fixed={"experiment": experiment, **options.fixed},
         contents={**models, **contents},

@@ -14,9 +14,9 @@ from realjax.options.supervised import DPOConfig
 
 def build(config: DPOConfig) -> RunSpec:
     """Returns the run. Raises ValueError for data or models that cannot work."""
-    roles = {"actor": common.describe_role("actor", config.actor, is_trained=True)}
+    roles = {"actor": common.describe_role("actor", config.actor, is_trained=True, merged=config.sft_adapter)}
     if not config.reference_free:
-        roles["ref"] = common.describe_role("ref", config.ref, is_trained=False)
+        roles["ref"] = common.describe_role("ref", config.ref, is_trained=False, merged=config.sft_adapter)
     tokenizer = common.load_tokenizer(roles["actor"].path)
     loader, held_out = common.make_loaders(config, *common.load_pairs(config, tokenizer))
     draw = Draw(num_tokens=common.num_common_tokens(roles.values()))

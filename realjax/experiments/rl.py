@@ -33,6 +33,7 @@ from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_eos_ids
 from realjax.options.fields import find_instances
+from realjax.options.lora import MergedAdapter, RLAdapterOptions
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
@@ -113,8 +114,17 @@ class Setup:
         return ("token_age",) if self.config.staleness else ()
 
     def _role(self, name: str, model: ModelTrainEvalConfig) -> RoleSpec:
-        role = common.describe_role(name, model, is_trained=name in TRAINED)
+        merged = self._merged(name, model)
+        role = common.describe_role(name, model, is_trained=name in TRAINED, merged=merged)
         return replace(role, is_averaged=name == "ref" and self.options.ref_ema_eta is not None)
+
+    def _merged(self, name: str, model: ModelTrainEvalConfig) -> MergedAdapter | None:
+        """Returns the adapters that are merged into a role's weights."""
+        if not isinstance(config := self.config, RLAdapterOptions):
+            return None
+        if name in ("actor", "ref"):
+            return config.sft_adapter
+        return config.rew_adapter if model.path == config.rew.path else None
 
     def _load_prompts(self) -> tuple[Prompts, dict[str, PromptDataset]]:
         data = self.config.dataset

@@ -9,7 +9,7 @@ from realjax.options.supervised import RWConfig
 
 def build(config: RWConfig) -> RunSpec:
     """Returns the run. Raises ValueError for data or a model that cannot work."""
-    role = common.describe_role("default", config.model, is_trained=True)
+    role = common.describe_role("default", config.model, is_trained=True, merged=config.sft_adapter)
     tokenizer = common.load_tokenizer(role.path)
     loader, held_out = common.make_loaders(config, *common.load_pairs(config, tokenizer))
     call = Train(

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from realjax.core.identity import digest
-from realjax.hf.files import CONFIG, EXTRAS, CheckpointFiles
+from realjax.hf.adapters import open_adapter
+from realjax.hf.files import ADAPTER, CONFIG, EXTRAS, CheckpointFiles
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 
@@ -22,6 +23,12 @@ def fingerprint_model(directory: str | Path, *, has_weights: bool = True) -> str
         parts += [f"{name} {info.shape} {info.dtype}" for name, info in sorted(tensors.items())]
         parts += [_samples(path) for path in sorted({info.file for info in tensors.values()})]
     return digest(*parts)
+
+
+def fingerprint_adapter(directory: str | Path) -> str:
+    """Returns the digest of an adapter's configuration and tensors."""
+    files = {info.file for info in open_adapter(directory).tensors.values()}
+    return digest((Path(directory) / ADAPTER).read_bytes(), *(_samples(path) for path in sorted(files)))
 
 
 def _samples(path: Path) -> bytes:

@@ -92,7 +92,7 @@ def load_params(
     fresh: Mapping[str, FillFn] | None = None,
 ) -> Tree:
     """Returns the parameters of `model` as a copy of `dtype` (see `Model.copy_dtype`), placed by `shardings`, from the
-    directory `path`.
+    directory `path`; `shardings` may be of some of them alone.
 
     Leaf by leaf and device by device: host memory stays near one device's part of one leaf. Every process calls this.
     A critic's `head/kernel` comes from `fresh["head/kernel"]` where that is given, else from the checkpoint.
@@ -103,7 +103,7 @@ def load_params(
     pieces = _match(files, model.config, shapes, fresh or {})
     places = flatten_paths(shardings)
     leaves = {}
-    for name, shape in shapes.items():
+    for name, shape in ((name, shape) for name, shape in shapes.items() if name in places):
         fill = make_fill(files, pieces[name]) if name in pieces else _without_files((fresh or {})[name])
         leaves[name] = place_leaf(fill, shape, places[name], model.copy_dtype(name, dtype))
     return unflatten_paths(leaves)

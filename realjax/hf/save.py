@@ -185,13 +185,15 @@ def _fill_shards(tensors: list[OutTensor], max_shard_bytes: float) -> list[list[
     return shards
 
 
-def write_tensors(out_dir: Path, tensors: list[OutTensor], fetch_fn: FetchFn, max_shard_bytes: float) -> None:
+def write_tensors(
+    out_dir: Path, tensors: list[OutTensor], fetch_fn: FetchFn, max_shard_bytes: float, name: str = SINGLES[0]
+) -> None:
     """Writes files of at most that size and their index; one tensor at a time, and what makes it, is in host memory."""
-    stem, suffix = os.path.splitext(SINGLES[0])
+    whole, (stem, suffix) = name, os.path.splitext(name)
     shards = _fill_shards(tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        name = SINGLES[0] if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}{suffix}"
+        name = whole if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}{suffix}"
         weight_map |= {item.tensor.name: name for item in shard}
         with open(out_dir / name, "wb") as file:
             _write_header(file, shard)

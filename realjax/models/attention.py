@@ -74,10 +74,10 @@ class Attention(nnx.Module):
     def __init__(self, sizes: ModelConfig, config: AttentionConfig) -> None:
         D, H = {"embed": sizes.hidden_size}, {"head_dim": sizes.head_dim}
         queries, keys = {"q_heads": sizes.num_q_heads, **H}, {"kv_heads": sizes.num_kv_heads, **H}
-        self.q = Linear(D, queries, config.qkv_bias)
-        self.k = Linear(D, keys, config.qkv_bias)
-        self.v = Linear(D, keys, config.qkv_bias)
-        self.o = Linear(queries, D, config.o_bias)
+        self.q = Linear(D, queries, config.qkv_bias, sizes.find_adapter("q"))
+        self.k = Linear(D, keys, config.qkv_bias, sizes.find_adapter("k"))
+        self.v = Linear(D, keys, config.qkv_bias, sizes.find_adapter("v"))
+        self.o = Linear(queries, D, config.o_bias, sizes.find_adapter("o"))
         q_dims, k_dims = (queries, keys) if config.qk_norm_whole else (H, H)
         self.q_norm = make_norm(q_dims, config.qk_norm) if config.qk_norm else None
         self.k_norm = make_norm(k_dims, config.qk_norm) if config.qk_norm else None

@@ -1,5 +1,6 @@
 """From a config to a model: its recipe, the abstract tree of its parameters, and random values for them."""
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from realjax.core.trees import Tree, flatten_paths, map_paths, num_params
+from realjax.core.trees import Tree, flatten_paths, map_paths, num_params, select_paths
 from realjax.models.config import LayerKind, ModelConfig
+from realjax.models.lora import is_adapter
 from realjax.models.stacks import join_kinds
 from realjax.models.transformer import FEED_FORWARDS, Block, Transformer
 
@@ -45,6 +47,23 @@ class Model:
         of_experts = sum(leaf.size for path, leaf in flatten_paths(self.abstract).items() if "/mlp/experts/" in path)
         of_experts = of_experts * config.num_layers // config.num_stacked_layers
         return self.num_params - of_experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts
+
+    @property
+    def num_trained_params(self) -> int:
+        """Those of `num_params` that training changes."""
+        return self.num_params if self.config.lora is None else num_params(self.take_trained(self.abstract))
+
+    def is_trained(self, path: str) -> bool:
+        """Returns whether training changes the parameter at a path: with adapters these alone, and a critic's head."""
+        return self.config.lora is None or is_adapter(path) or (self.config.is_critic and path == "head/kernel")
+
+    def take_trained(self, tree: Tree) -> Tree:
+        """Returns what a tree has for the parameters that training changes."""
+        return tree if self.config.lora is None else select_paths(self.is_trained, tree)
+
+    def take_frozen(self, tree: Tree) -> Tree:
+        """Returns what a tree has for the parameters that training leaves as they are."""
+        return select_paths(lambda path: not self.is_trained(path), tree)
 
     def copy_dtype(self, path: str, dtype: DTypeLike) -> np.dtype:
         """Returns the type of the parameter at a path in a copy that programs compute with in `dtype`.
@@ -102,11 +121,16 @@ Index = tuple[slice, ...]
 def init_params(model: Model, shardings: Tree, seed: int, dtype: DTypeLike = np.float32) -> Tree:
     """Returns random parameters: norms 1, biases and offsets 0, the rest normal with deviation 0.02; empty layers 0.
 
-    They are a copy of `dtype`, see `Model.copy_dtype`. Values depend on (seed, path, layer) only, never on the layout,
-    and are drawn on the host a layer at a time: no compile.
+    Of an adapter, B is 0, and A uniform within 1 / sqrt(number of inputs), as PEFT has them.
+
+    `shardings` may be of some of them alone. They are a copy of `dtype`, see `Model.copy_dtype`. Values depend on
+    (seed, path, layer) only, never on the layout, and are drawn on the host a layer at a time: no compile.
     """
 
-    def one(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    shapes = flatten_paths(model.abstract)
+
+    def one(path: str, sharding: Sharding) -> jax.Array:
+        leaf = shapes[path]
         fill, own = make_fill(path, leaf.shape, seed), model.copy_dtype(path, dtype)
 
         def values(index: Index | None) -> np.ndarray:
@@ -117,7 +141,7 @@ def init_params(model: Model, shardings: Tree, seed: int, dtype: DTypeLike = np.
 
         return jax.make_array_from_callback(leaf.shape, sharding, values, dtype=own)
 
-    return map_paths(one, model.abstract, shardings)
+    return map_paths(one, shardings)
 
 
 def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[Index], np.ndarray]:
@@ -128,11 +152,15 @@ def make_fill(path: str, shape: tuple[int, ...], seed: int) -> Callable[[Index],
     @cache
     def whole(layer: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode()) << 16 | layer]))
-        return rng.standard_normal(shape[1:] if stacked else shape, np.float32) * np.float32(0.02)
+        own = shape[1:] if stacked else shape
+        if name == "lora_a":
+            bound = 1 / math.sqrt(math.prod(own[:-1]))
+            return rng.uniform(-bound, bound, own).astype(np.float32)
+        return rng.standard_normal(own, np.float32) * np.float32(0.02)
 
     def fill(index: Index) -> np.ndarray:
         dims = [len(range(*s.indices(n))) for s, n in zip(index, shape)]
-        if name in ("scale", "scale_less_one", "bias", "offset"):
+        if name in ("scale", "scale_less_one", "bias", "offset", "lora_b"):
             return np.full(dims, float(name == "scale"), np.float32)
         if not stacked:
             return whole(0)[index]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from realjax.core.lora_config import OF_FEED_FORWARD, LoRAConfig
 from realjax.core.routes import Routes
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -166,6 +167,8 @@ class ModelConfig:
     is_critic: bool = False  # a scalar head instead of the vocabulary's
     # Layers of zeros at the end of the stack, which make pipeline stages equal. Identities, no part of the model.
     num_empty_layers: int = 0
+    # Beside the weights, which are then not trained but for a critic's head. No part of a checkpoint's config.json.
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -192,6 +195,7 @@ class ModelConfig:
         if self.is_critic and self.tied:
             raise ValueError("model config: a critic has its own scalar head and cannot be tied to the embedding")
         self._check_pattern()
+        self._check_adapters()
         for rope in self.ropes:
             self._check_rope(rope)
 
@@ -225,6 +229,24 @@ class ModelConfig:
                 f"model config: num_empty_layers={self.num_empty_layers} with layers of several kinds "
                 f"({', '.join(self.kinds)}); it must be 0"
             )
+
+    def _check_adapters(self) -> None:
+        if self.lora is None:
+            return
+        if self.experts is not None and (found := OF_FEED_FORWARD & set(self.lora.targets)):
+            raise ValueError(
+                f"lora.targets: found {' '.join(sorted(found))} for a model with experts, which cannot have adapters; "
+                "use those of attention: q k v o"
+            )
+        is_plain = not any(isinstance(x := kind.feed_forward, MLPConfig) and x.gated for kind in self.pattern)
+        if "gate" in self.lora.targets and self.experts is None and is_plain:
+            raise ValueError(
+                "lora.targets: found gate for a model whose feed-forwards have none; leave it out: q k v o up down"
+            )
+
+    def find_adapter(self, target: str) -> LoRAConfig | None:
+        """Returns the adapter of the maps of that name, None where they have none."""
+        return self.lora if self.lora is not None and target in self.lora.targets else None
 
     @property
     def num_stacked_layers(self) -> int:
@@ -277,6 +299,10 @@ class ModelConfig:
     def as_critic(self) -> "ModelConfig":
         """Returns the same trunk with a scalar head."""
         return replace(self, is_critic=True, tied=False)
+
+    def without_adapters(self) -> "ModelConfig":
+        """Returns the same model without adapters, as its checkpoint is."""
+        return replace(self, lora=None)
 
 
 # Places of a window's ring come in a multiple of this: products over them then are whole tiles.

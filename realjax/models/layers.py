@@ -1,10 +1,13 @@
 """Linear maps and norms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from realjax.core.lora_config import LoRAConfig
 from realjax.models import sums
 from realjax.models.config import NormConfig
 from realjax.models.products import Products
@@ -16,20 +19,34 @@ def make_param(shape: tuple[int, ...], names: tuple[str, ...]) -> nnx.Param:
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias) over the last `num_in` dims of x; kernels keep heads as a dim of their own."""
+    """x @ kernel (+ bias) over the last `num_in` dims of x, and an adapter beside it where there is one; kernels keep
+    heads as a dim of their own.
+    """
 
-    def __init__(self, in_dims: dict[str, int], out_dims: dict[str, int], bias: bool = False) -> None:
+    def __init__(
+        self, in_dims: dict[str, int], out_dims: dict[str, int], bias: bool = False, lora: LoRAConfig | None = None
+    ) -> None:
         self.kernel = make_param((*in_dims.values(), *out_dims.values()), (*in_dims, *out_dims))
         # A bias over the model dim is a vector like a norm's scale: never split.
         names = tuple("norm" if name == "embed" else name for name in out_dims)
         self.bias = make_param(tuple(out_dims.values()), names) if bias else None
         self.num_in = len(in_dims)
+        if lora is not None:
+            self.lora_a = make_param((*in_dims.values(), lora.rank), (*in_dims, "rank"))
+            self.lora_b = make_param((lora.rank, *out_dims.values()), ("rank", *out_dims))
+        self.scale = None if lora is None else lora.scale
 
     def __call__(self, x: Array, products: Products, time: str = "time") -> Array:
         """Returns the map of x `[R, T, *I]`, whose second dim is named `time`: `[R, T, *O]`."""
-        kernel = self.kernel[...]
-        y = products.over_tokens(lambda x: products.matmul(x, kernel, self.num_in), x, time)
+        y = products.over_tokens(partial(self._multiply, products), x, time)
         return y if self.bias is None else sums.add_bias(y, self.bias[...])
+
+    def _multiply(self, products: Products, x: Array) -> Array:
+        y = products.matmul(x, self.kernel[...], self.num_in)
+        if self.scale is None:
+            return y
+        low = scale_by_number(products.matmul(x, self.lora_a[...], self.num_in), self.scale)
+        return y + products.matmul(low, self.lora_b[...])
 
 
 class RMSNorm(nnx.Module):

@@ -23,9 +23,9 @@ class MLP(nnx.Module):
 
     def __init__(self, sizes: ModelConfig, config: MLPConfig) -> None:
         D, F = {"embed": sizes.hidden_size}, {"ffn": sizes.ffn_size}
-        self.gate = Linear(D, F, config.bias) if config.gated else None
-        self.up = Linear(D, F, config.bias)
-        self.down = Linear(F, D, config.bias)
+        self.gate = Linear(D, F, config.bias, sizes.find_adapter("gate")) if config.gated else None
+        self.up = Linear(D, F, config.bias, sizes.find_adapter("up"))
+        self.down = Linear(F, D, config.bias, sizes.find_adapter("down"))
         self.activation = config.activation
 
     def __call__(self, x_RTD: Array, context: BlockContext) -> tuple[Array, Aux]:

@@ -29,7 +29,7 @@ class Layer:
     """A layer's arrays, or those of a stack of layers with a leading dim."""
 
     params: Tree
-    sinks: Tree | None = None  # float32 arrays of the same shapes, where gradients are summed, see `sums.collect`
+    sinks: Tree | None = None  # float32 arrays, where gradients of what is trained are summed, see `sums.collect`
     is_real: Array | None = None  # bool; None: no layer is empty
     number: Array | None = None  # int32, among the layers with experts; None: these are not
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from realjax.core.trees import Tree, flatten_paths, map_paths
+
 
 @jax.custom_vjp
 def collect(value: Array, sink: Array) -> Array:
@@ -28,6 +30,12 @@ def _collect_forward(value: Array, sink: Array) -> tuple[Array, Array]:
 
 
 collect.defvjp(_collect_forward, lambda of_dtype, grad: (None, grad.astype(of_dtype.dtype)))
+
+
+def collect_tree(params: Tree, sinks: Tree) -> Tree:
+    """Returns parameters of which those that have a sink, at their path, are collected; others have no gradient."""
+    found = flatten_paths(sinks)
+    return map_paths(lambda path, x: collect(x, found[path]) if path in found else x, params)
 
 
 # sum_fn(y [*B, *O], x [*B, *I], num_lead) -> the sum over the leading dims B of their products, float32 [*O, *I].

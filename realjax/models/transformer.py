@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -205,7 +204,8 @@ class Transformer(nnx.Module):
     def make_stacks(self, forward: Forward, sinks: Tree | None = None) -> tuple[Blocks, Stacks]:
         """Returns the blocks and the stacked layers by kind.
 
-        `sinks` are float32 arrays of the shapes of `layers`: where its gradients are summed, see `sums.collect`.
+        `sinks` are float32 arrays of the shapes of those of `layers` that are trained: where their gradients are
+        summed, see `sums.collect`.
         """
         config, is_real = self.config, None
         if config.num_empty_layers:
@@ -227,7 +227,7 @@ class Transformer(nnx.Module):
     def _make_block(self, kind: str, graphdef: nnx.GraphDef[Block], forward: Forward) -> BlockFn:
         def block_fn(layer: Layer, x: Array, per_row: PerRow) -> tuple[Array, Aux]:
             layer = forward.gather_fn(kind, layer)
-            params = layer.params if layer.sinks is None else jax.tree.map(sums.collect, layer.params, layer.sinks)
+            params = layer.params if layer.sinks is None else sums.collect_tree(layer.params, layer.sinks)
             context = BlockContext(
                 rotations=dict(zip(self.config.ropes, per_row.rotations)),
                 segment_ids=per_row.segment_ids,

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, get_args
 from realjax.core.compute import Compute
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.option import check_ranges, nested, option
+from realjax.options.lora import LoRAOptions
 
 # What `realjax.hf.families` says its families are published as.
 ModelClass = Literal[
@@ -101,7 +102,7 @@ class ModelTrainEvalConfig:
         "search allocation finds",
     )
     offload: bool | None = option(None, "keep parameters in host memory between calls; null decides by need")
-    lora: str | None = option(None, "only null: low-rank adapters are not available, all parameters are trained")
+    lora: LoRAOptions = nested(LoRAOptions)
     router_aux_loss_coef: float | None = option(
         None,
         "of the balance loss in training a model with experts; null is config.json's, 0 but where it sets "
@@ -121,8 +122,11 @@ class ModelTrainEvalConfig:
         check_ranges(self)
         if self.enable_bf16 and self.enable_fp16:
             raise ValueError("enable_bf16: found True together with enable_fp16=True; set one of them to False or null")
-        if self.lora is not None:
-            raise ValueError(f"lora: found {self.lora!r}; low-rank adapters are not available, leave it null")
+        if self.lora.is_on and self.init_from_scratch:
+            raise ValueError(
+                "lora.rank: there is an adapter with init_from_scratch=True, and it belongs beside weights that are "
+                "saved somewhere; leave one of them out"
+            )
 
     @property
     def dtype(self) -> Literal["auto", "bfloat16", "float32"]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from realjax.options.fields import find_default, list_options
 from realjax.options.foreign import translate
-from realjax.options.values import convert, type_label, wrong_type
+from realjax.options.values import NULL_TEXTS, convert, type_label, wrong_type
 
 logger = logging.getLogger("realjax.options")
 Config = TypeVar("Config")
@@ -96,11 +96,13 @@ def _convert_target(target: Target, key: str, value: object) -> list[tuple[str, 
     annotation = target.annotation
     if not dataclasses.is_dataclass(annotation):
         return [(target.path, key, convert(value, annotation, key))]
+    assert isinstance(annotation, type)
     from_text = getattr(annotation, "from_text", None)
     if from_text is None:
         names = ", ".join(field.name for field in dataclasses.fields(annotation))
         raise wrong_type(key, value, f"{key}.<name>=value, since it is a group of options: {names}")
-    short = from_text(convert(value, str, key), key)
+    is_null = getattr(annotation, "NULL_IS_DEFAULT", False) and (value is None or value in NULL_TEXTS)
+    short = annotation() if is_null else from_text(convert(value, str, key), key)
     paths = {name: f"{target.path}.{name}" for name in dataclasses.asdict(short)}
     return [(path, path, getattr(short, name)) for name, path in paths.items()]
 

@@ -16,6 +16,7 @@ from realjax.options.datasets import PromptOnlyDatasetConfig
 from realjax.options.environment import EnvironmentOptions
 from realjax.options.evaluation import EvaluationOptions, RolloutOptions
 from realjax.options.generation import GenerationOptions, check_samples_differ
+from realjax.options.lora import RLAdapterOptions
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rewards import RewardOptions
@@ -251,13 +252,9 @@ class RLConfig(CommonExperimentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(RLConfig):
+class PPOConfig(RLAdapterOptions, RLConfig):
     """PPO: an actor learns from rewards, with a critic's values as their baseline."""
 
-    is_sft_lora: bool = option(False, "only False: low-rank adapters are not available")
-    sft_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
-    is_rew_lora: bool = option(False, "only False: low-rank adapters are not available")
-    rew_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
     rew_head_path: str | None = option(None, "only null: the head of a reward model is part of its checkpoint")
     critic: ModelTrainEvalConfig = nested(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
     critic_inf: MFCConfig = nested(MFCConfig)
@@ -269,9 +266,12 @@ class PPOConfig(RLConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_role("critic", self.critic, is_critic=True, is_trained=True)
-        for name in ("is_sft_lora", "sft_lora_path", "is_rew_lora", "rew_lora_path", "rew_head_path"):
-            if value := getattr(self, name):
-                raise ValueError(f"{name}: found {value!r}; low-rank adapters are not available, leave it out")
+        self.check_adapters()
+        if self.rew_head_path:
+            raise ValueError(
+                f"rew_head_path: found {self.rew_head_path!r}; the head of a reward model is part of its checkpoint, "
+                "or of its adapters: leave it out"
+            )
 
     @property
     def algorithm(self) -> PPOHyperparameters:

@@ -8,7 +8,7 @@ from realjax.algorithms.dpo import DPOParameters
 from realjax.algorithms.kto import KTOParameters
 from realjax.algorithms.orpo import ORPOParameters
 from realjax.algorithms.simpo import SimPOParameters
-from realjax.core.option import DataclassInstance, nested, option
+from realjax.core.option import DataclassInstance, nested
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.datasets import (
     LabelledAnswerDatasetConfig,
@@ -16,6 +16,7 @@ from realjax.options.datasets import (
     PromptAnswerDatasetConfig,
 )
 from realjax.options.evaluation import SampleOptions
+from realjax.options.lora import SFTAdapterOptions
 from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 
@@ -50,11 +51,9 @@ class SFTConfig(AnsweringConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWConfig(CommonExperimentConfig):
+class RWConfig(SFTAdapterOptions, CommonExperimentConfig):
     """Reward modelling: a scalar head learns which of two answers to a prompt is better."""
 
-    is_sft_lora: bool = option(False, "only False: low-rank adapters are not available")
-    sft_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
     model: ModelTrainEvalConfig = nested(ModelTrainEvalConfig, type=ModelFamily(size=7, is_critic=True))
     allocation: MFCConfig = nested(MFCConfig)
     dataset: PairedComparisonDatasetConfig = nested(PairedComparisonDatasetConfig)
@@ -63,16 +62,14 @@ class RWConfig(CommonExperimentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_lora(self)
+        self.check_adapters()
         check_role("model", self.model, is_critic=True, is_trained=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(DPOParameters, AnsweringConfig):
+class DPOConfig(DPOParameters, SFTAdapterOptions, AnsweringConfig):
     """Direct preference optimisation of an actor against a frozen reference."""
 
-    is_sft_lora: bool = option(False, "only False: low-rank adapters are not available")
-    sft_lora_path: str | None = option(None, "only null: low-rank adapters are not available")
     actor: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
     ref: ModelTrainEvalConfig = nested(ModelTrainEvalConfig)
     actor_train: MFCConfig = nested(MFCConfig)
@@ -83,7 +80,7 @@ class DPOConfig(DPOParameters, AnsweringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_lora(self)
+        self.check_adapters()
         check_role("actor", self.actor, is_critic=False, is_trained=True)
         check_role("ref", self.ref, is_critic=False, is_trained=False)
 
@@ -169,9 +166,8 @@ def check_role(name: str, model: ModelTrainEvalConfig, *, is_critic: bool, is_tr
         raise ValueError(f"{name}.type.is_critic: found {model.type.is_critic}; this model needs {head}: {remedy}")
     if is_trained and model.optimizer.type == "empty":
         raise ValueError(f"{name}.optimizer.type: found empty; this model is trained, so it needs adam")
-
-
-def refuse_lora(config: RWConfig | DPOConfig) -> None:
-    """Raises ValueError for a low-rank adapter option, which older commands may carry."""
-    if config.is_sft_lora or config.sft_lora_path is not None:
-        raise ValueError("is_sft_lora: low-rank adapters are not available; leave it False and sft_lora_path null")
+    if not is_trained and model.lora.rank:
+        raise ValueError(
+            f"{name}.lora.rank: found {model.lora.rank}; this model is not trained, so a new adapter would do nothing: "
+            f"leave it out, or give a trained one as {name}.lora.path"
+        )

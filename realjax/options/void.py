@@ -22,6 +22,7 @@ from realjax.options.distill import DistillConfig
 from realjax.options.environment import EnvironmentOptions
 from realjax.options.evaluation import EvaluationOptions, RolloutOptions, SampleOptions
 from realjax.options.generation import GenConfig
+from realjax.options.lora import LoRAOptions
 from realjax.options.parallel import ParallelismConfig
 from realjax.options.rewards import RewardOptions
 from realjax.options.rl import GRPOHyperparameters, PPOConfig, RLConfig, StepOptions
@@ -48,6 +49,10 @@ def _without_training(role: str) -> Void:
 
 def _without_vocabulary(role: str) -> Void:
     return Void(options=(f"{role}.loss_chunk_tokens",), reason=f"{role} has a scalar head and makes no logits")
+
+
+def _without_answers(*roles: str) -> Void:
+    return Void(options=tuple(f"{role}.lora.merge" for role in roles), reason="no answers are drawn from it")
 
 
 def _of_heuristic(*roles: str) -> Void:
@@ -87,6 +92,7 @@ VOID: dict[type, tuple[Void, ...]] = {
             reason="only a run with recover_mode=auto is started again",
         ),
     ),
+    LoRAOptions: (Void(when={"is_on": False}, options=("alpha",), reason="without lora.rank there is no adapter"),),
     OptimizerConfig: (Void(when={"lr_scheduler_type": "constant"}, options=("min_lr_ratio",)),),
     ParallelismConfig: (Void(when={"model_parallel_size": 1}, options=("use_sequence_parallel",)),),
     GenerationConfig: (
@@ -150,30 +156,34 @@ VOID: dict[type, tuple[Void, ...]] = {
         _without_training("ref"),
         _without_training("rew"),
         _without_vocabulary("rew"),
+        _without_answers("ref", "rew"),
         _of_generation("actor_gen"),
         _without_evaluation("dataset.valid_path", "eval"),
     ),
     AnsweringConfig: (_without_evaluation("dataset.valid_path", held_out_use=None),),
     SampleOptions: (Void(when={"num_prompts": 0}, options=("max_new_tokens",)),),
     RolloutOptions: (Void(when={"log_freq_steps": None}, options=("num_logged",)),),
-    PPOConfig: (_without_vocabulary("critic"), _of_heuristic("critic")),
+    PPOConfig: (_without_vocabulary("critic"), _without_answers("critic"), _of_heuristic("critic")),
     SFTConfig: (
         _of_heuristic("model"),
         _without_evaluation("dataset.valid_bs_n_seqs"),
     ),
     RWConfig: (
         _of_heuristic("model"),
+        _without_answers("model"),
         _without_evaluation("dataset.valid_path", "dataset.valid_bs_n_seqs"),
         _without_vocabulary("model"),
     ),
     DPOConfig: (
         _of_heuristic("actor", "ref"),
+        _without_answers("ref"),
         Void(when={"reference_free": True}, options=("ref", "ref_inf")),
         _without_training("ref"),
         _without_evaluation("dataset.valid_bs_n_seqs"),
     ),
     KTOConfig: (
         _of_heuristic("actor", "ref"),
+        _without_answers("ref"),
         _without_training("ref"),
         _without_evaluation("dataset.valid_bs_n_seqs"),
     ),
@@ -183,6 +193,7 @@ VOID: dict[type, tuple[Void, ...]] = {
     ),
     DistillConfig: (
         _of_heuristic("actor", "teacher"),
+        _without_answers("teacher"),
         _without_training("teacher"),
         _of_generation("actor_gen"),
         _without_evaluation("dataset.valid_path"),

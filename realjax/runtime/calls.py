@@ -98,17 +98,18 @@ def train(executor: "Executor", mfc: Train, batch: Batch, step: int | None) -> D
     """Updates the role, once or for each minibatch."""
     layout, metrics = executor.plan.layouts[mfc.name], list[Metrics]()
     num_tokens = program_bytes = 0
+    base = executor.base_for(mfc.role)
     for number, part in enumerate(_minibatches(executor, mfc, batch, step), start=(step or 0) * mfc.num_updates):
         inputs = _place(executor, mfc, part)
         program = executor.programs.train_step(mfc, num_micro_batches(mfc, inputs, layout))
         # From the step, so that updates that fell away count too, and the schedule ends with the run.
         counter = place_array(np.asarray(number, np.int32), layout.replicated)
         state = cast(TrainState, executor.states[mfc.role]).replace(num_updates=counter)
-        executor.states[mfc.role], of_update = program(state, inputs)
+        executor.states[mfc.role], of_update = program(state, inputs, *base)
         metrics.append(of_update)
         num_tokens += part.num_tokens
         program_bytes = max(program_bytes, program.device_bytes)
-    peak_bytes = find_peak_bytes(executor, mfc, executor.states[mfc.role], program_bytes)
+    peak_bytes = find_peak_bytes(executor, mfc, (executor.states[mfc.role], base), program_bytes)
     return Done(batch=batch, metrics=metrics, results=metrics, num_tokens=num_tokens, peak_bytes=peak_bytes)
 
 
@@ -196,4 +197,4 @@ def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:
 def find_peak_bytes(executor: "Executor", mfc: ModelCall, given: object, program_bytes: int) -> int:
     """Returns what a device of the call holds while its program runs on `given`: the program's, and the rest."""
     devices: Iterable[jax.Device] = executor.plan.layouts[mfc.name].devices
-    return program_bytes + bytes_held_beside(given, executor.states, devices)
+    return program_bytes + bytes_held_beside(given, (executor.states, executor.bases.trees), devices)

@@ -14,13 +14,14 @@ from realjax.core.axes import inference_rules
 from realjax.core.batch import Batch
 from realjax.core.loss import LossSums
 from realjax.core.progress import Progress
-from realjax.core.trees import Tree, map_paths
+from realjax.core.trees import Tree, join_trees, map_paths
 from realjax.dataflow.graph import Call, Host, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.engine.compiled import CompileLog
 from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
+from realjax.runtime.bases import Bases
 from realjax.runtime.calls import RUN, Done, Metrics, put_batch
 from realjax.runtime.draws import FIRST, SAMPLING, GroupSampler
 from realjax.runtime.flight import Row
@@ -72,6 +73,7 @@ class Executor:
         self.sampler = None if spec.sampling is None else GroupSampler(spec.sampling, spec.graph, spec.loader)
         if self.sampler is not None:
             self.controls[SAMPLING] = dict((controls or {}).get(SAMPLING, FIRST))
+        self.bases = Bases(roles)
         self.programs, self.timeline = Programs(plan, roles, spec.seed), Timeline()
         self.progress = self.programs.log.progress = progress or Progress()
         self.progress.pending_fn = self.timeline.list_pending
@@ -125,6 +127,11 @@ class Executor:
 
     def params(self, role: str) -> Tree:
         """Returns the role's parameters as they stand now."""
+        own = self.own_params(role)
+        return own if self.roles[role].spec.base is None else join_trees(self.bases.at_home(self.roles[role]), own)
+
+    def own_params(self, role: str) -> Tree:
+        """Returns those of the role's parameters that it shares with no other: with adapters these alone."""
         state = self.states[role]
         return state.params if isinstance(state, TrainState) else state
 
@@ -133,7 +140,9 @@ class Executor:
 
         `leaf_fn(path, array)` makes what stands for each of them, as they arrive.
         """
-        role, params = self.roles[mfc.role], self.params(mfc.role)
+        role, params = self.roles[mfc.role], self.own_params(mfc.role)
+        if role.spec.base is not None:
+            return self._bring(mfc, params, leaf_fn)
         if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
             return params if leaf_fn is None else map_paths(leaf_fn, params), 0
         is_first = mfc.name not in self._moved
@@ -150,11 +159,26 @@ class Executor:
     def abstract_params_for(self, mfc: ModelCall) -> Tree:
         """Returns what `params_for` does, as shapes with shardings where a copy would be made."""
         role, params = self.roles[mfc.role], self.params(mfc.role)
-        if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
+        layout = self.plan.layouts[mfc.name]
+        shardings = role.copy_shardings(layout)
+        if shardings is None or (role.spec.base is not None and layout == role.home):
             return params
         dtypes = role.model.copy_dtypes(role.compute.array_dtype)
         copy = lambda x, place, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
         return jax.tree.map(copy, params, shardings, dtypes)
+
+    def base_for(self, role: str) -> tuple[Tree, ...]:
+        """Returns what a role's training is given beside its state and the batch: what its adapters lie beside."""
+        return () if self.roles[role].spec.base is None else (self.bases.at_home(self.roles[role]),)
+
+    def _bring(self, mfc: ModelCall, own: Tree, leaf_fn: Callable[[str, Array], Any] | None) -> tuple[Tree, int]:
+        """As `params_for`, of a role with a base."""
+        role, layout = self.roles[mfc.role], self.plan.layouts[mfc.name]
+        if leaf_fn is None:
+            return self.bases.bring(role, own, layout)
+        if role.spec.merges_adapters:
+            return self.bases.merge(role, own, layout, leaf_fn)
+        return self.bases.prepare(role, own, layout, mfc.name, leaf_fn)
 
     @property
     def compile_log(self) -> CompileLog:
@@ -163,8 +187,11 @@ class Executor:
 
     def watch(self, mfc: ModelCall, done: Done, start: float, step: int) -> None:
         """Has the timeline record a call that began at `start`, when its results are there."""
-        # Forward 2 and backward 4 operations a parameter and token; attention's own share is left out.
-        per_token = (6 if isinstance(mfc, Train) else 2) * self.roles[mfc.role].model.num_active_params
+        # Forward 2 and backward 4 operations a parameter and token, 2 for one that is not trained; attention's own
+        # share is left out.
+        model = self.roles[mfc.role].model
+        backward = 2 * model.num_active_params + 2 * min(model.num_trained_params, model.num_active_params)
+        per_token = 2 * model.num_active_params + (backward if isinstance(mfc, Train) else 0)
         self.timeline.watch(
             done.results,
             start=start,

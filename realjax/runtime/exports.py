@@ -13,6 +13,7 @@ from realjax.core.processes import is_first
 from realjax.core.trees import Tree
 from realjax.data.loader import Position
 from realjax.dataflow.run import RunSpec
+from realjax.hf.adapters import begin_save_adapters
 from realjax.hf.save import Target, begin_save, find_writer
 from realjax.runtime.background import BackgroundWrites
 from realjax.runtime.roles import Role
@@ -47,12 +48,19 @@ class Exports:
         self.writes.close()
 
     def write(self, name: str, params: Tree, directory: str) -> None:
-        """Has a role's parameters written, also over those of a step that is taken again after a restart.
+        """Has a role's parameters written, with adapters these alone, also over those of a step that is taken again
+        after a restart.
 
         When it returns they are off the devices. Where the host has no memory for them, they are on the disk.
         """
         out_dir, role = self.root / name / directory, self.roles[name]
         out_dir.parent.mkdir(parents=True, exist_ok=True)
+        writer = find_writer(params)
+        if role.model.config.lora is not None:
+            trained = role.model.take_trained(params)
+            write_adapters_fn = begin_save_adapters(trained, role.model.config, out_dir, base=role.spec.path)
+            self.writes.begin(lambda: _finish(write_adapters_fn, f"the adapters of {name}", out_dir), writer)
+            return
         target = Target(
             config=role.model.config,
             source_dir=role.spec.path,
@@ -62,7 +70,7 @@ class Exports:
             ends=role.spec.ends,
         )
         write_fn = begin_save(params, target, out_dir, most_bytes=COPIES_SHARE * available_bytes())
-        self.writes.begin(lambda: _finish(write_fn, name, out_dir), find_writer(params))
+        self.writes.begin(lambda: _finish(write_fn, name, out_dir), writer)
 
     def keep_best(self, params: Tree, value: float, step: int) -> None:
         """Has the parameters after `step` written when their value is better than the best before."""

@@ -74,7 +74,7 @@ class Programs:
         )
         sampler = Sampler(config=mfc.config, eos_ids=mfc.eos_ids, seed=self.seed, num_tokens=mfc.num_tokens)
         records = {"records_routes": mfc.records_routes}
-        return SlotPrograms(role.model, layout, sampler, num_slots, role.compute, self.log, **records)
+        return SlotPrograms(role.generator, layout, sampler, num_slots, role.compute, self.log, **records)
 
     def _make_evaluation(self, evaluation: Evaluation, num_mbs: int) -> Compiled:
         role = self.roles[evaluation.role]

@@ -34,7 +34,9 @@ def _compile_calls(executor: Executor, batch: Batch) -> None:
             abstract_batch(inputs, train_rules(layout.strategy), layout),
         )
         if isinstance(call, Train):
-            executor.programs.train_step(call, num_mbs).prepare(executor.states[call.role], placed)
+            executor.programs.train_step(call, num_mbs).prepare(
+                executor.states[call.role], placed, *executor.base_for(call.role)
+            )
         else:
             executor.programs.inference(call, num_mbs).prepare(executor.abstract_params_for(call), placed)
             batch = batch.with_arrays(**{key: np.zeros(batch["tokens"].shape, np.float32) for key in call.outputs})

@@ -10,11 +10,13 @@ import pytest
 from realjax.allocation import memory
 from realjax.allocation.choice import Choice
 from realjax.allocation.memory import MicroBatch, call_memory, find_smallest_change, home_memory, smallest_change
+from realjax.allocation.params import count_params, count_trained
 from realjax.allocation.workload import Lengths, ModelShape
 from realjax.aot.targets import find_target
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout
+from realjax.core.lora_config import LoRAConfig
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import map_paths
 from realjax.engine import admission, batching
@@ -79,6 +81,30 @@ def test_homes_hold_what_a_run_puts_there(layout, model, head):
     averaged = dataclasses.replace(frozen, is_averaged=True)
     assert home_memory(averaged, case.work, case.choice).bytes == pytest.approx(2 * held, rel=1e-6)
     assert home_memory(dataclasses.replace(frozen, offload=True), case.work, case.choice).bytes == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("is_critic", [False, True])
+def test_homes_of_roles_with_adapters_hold_these_and_what_they_lie_beside(layout, is_critic):
+    case = Case(kind="train", model="7B", head="values" if is_critic else "nll", rows=64, row_len=128, **layout)
+    config = dataclasses.replace(case.config, lora=LoRAConfig(rank=16, alpha=16))
+    built, place = build_model(config), Layout.of(case.strategy)
+    assert count_trained(config) == built.num_trained_params
+    share = count_trained(config) / count_params(case.config)
+    role = dataclasses.replace(case.role, trained_share=share)
+    found = home_memory(role, case.work, case.choice).terms
+    shardings = tree_shardings(built.axes, built.abstract, inference_rules(case.strategy), place)
+    params = map_paths(lambda _, x, s: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=s), built.abstract, shardings)
+    base = device_bytes(jax.tree.leaves(built.take_frozen(params)), place.devices[0])
+    assert found["parameters"] == pytest.approx(base, rel=1e-3)
+    state = abstract_train_state(built, Optimizer(config=OptimizerConfig(), total_updates=1), place)
+    own = device_bytes(jax.tree.leaves(state), place.devices[0])
+    # Sides of adapters that no axis splits are counted as if it did: some tens of MiB beside GiB.
+    assert abs(found["masters"] + found["moments"] - own) < 0.05 * base
+    assert home_memory(dataclasses.replace(role, is_beside=True, is_trained=False), case.work, case.choice).bytes == 0
+    assert call_memory(case.work, role, case.choice, at_home=True).bytes < (
+        call_memory(case.work, case.role, case.choice, at_home=True).bytes
+    )
 
 
 @pytest.mark.aot

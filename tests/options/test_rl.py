@@ -287,7 +287,12 @@ def test_lengths_follow_the_generation():
         (PPOConfig, ["rew.type.is_critic=False"], "rew.type.is_critic: found False"),
         (PPOConfig, ["actor.type.is_critic=True"], "actor.type.is_critic: found True"),
         (PPOConfig, ["critic.optimizer.type=empty"], "critic.optimizer.type: found empty"),
-        (PPOConfig, ["is_rew_lora=True"], "is_rew_lora: found True; low-rank adapters are not available"),
+        (PPOConfig, ["is_rew_lora=True"], "rew_lora_path: found null with is_rew_lora=True; give the directory"),
+        (
+            PPOConfig,
+            ["rew_head_path=x"],
+            "rew_head_path: found 'x'; the head of a reward model is part",
+        ),
         (PPOConfig, ["ppo.topp=1"], "^unknown option ppo.topp: .*ppo.gen.top_p"),
         (GRPOConfig, ["group_size=1"], "^group_size: found 1; it must be at least 2"),
         (GRPOConfig, ["ppo.greedy=True"], "^group_size: found 4 with greedy=True"),

@@ -126,8 +126,20 @@ def test_older_spellings_are_accepted():
     [
         (RWConfig, ["model.type.is_critic=False"], "model.type.is_critic: found False; this model needs a scalar head"),
         (RWConfig, ["model.optimizer.type=empty"], "model.optimizer.type: found empty; this model is trained"),
-        (RWConfig, ["is_sft_lora=True"], "is_sft_lora: low-rank adapters are not available"),
-        (DPOConfig, ["sft_lora_path=x"], "is_sft_lora: low-rank adapters are not available"),
+        (RWConfig, ["is_sft_lora=True"], "sft_lora_path: found null with is_sft_lora=True; give the directory"),
+        (DPOConfig, ["sft_lora_path=x"], "is_sft_lora: found False with sft_lora_path='x'; set it to True"),
+        (DPOConfig, ["ref.lora.rank=4"], "ref.lora.rank: found 4; this model is not trained"),
+        (
+            SFTConfig,
+            ["model.lora.merge=True"],
+            "model.lora.rank: found 0, so there is no adapter for",
+        ),
+        (SFTConfig, ["model.lora.path=x", "model.lora.rank=4"], "model.lora.rank: found 4 with path='x'"),
+        (
+            SFTConfig,
+            ["model.lora=4", "model.init_from_scratch=True"],
+            "model.lora.rank: there is an adapter with",
+        ),
         (DPOConfig, ["actor.type.is_critic=True"], "actor.type.is_critic: found True; this model needs a language"),
         (DPOConfig, ["ref.init_critic_from_actor=True"], "ref.type.is_critic: found False; .* a language model's head"),
         (DPOConfig, ["beta=0"], "beta: found 0.0; it must be above 0"),

@@ -17,7 +17,7 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
     """Returns a cast to the compute dtype where parameters are float32 masters, then the busiest device's traffic over
     each kind of link, as `reshard/plan.py` moves: what a device holds stays, the rest comes from its own node first."""
     width, kept_as = BYTES[role.dtype], 4 if role.is_trained or role.is_averaged else BYTES[role.dtype]
-    size = role.model.num_params
+    size = role.model.num_params * _moved_share(role)
     terms = {}
     if kept_as > width:
         terms["cast"] = (kept_as + width) * size * _part(role, source.strategy) / cluster.memory_bandwidth
@@ -44,13 +44,19 @@ def fetch_terms(role: RoleWork, destination: Choice, cluster: Cluster) -> dict[s
 
 def moved_bytes(role: RoleWork, source: Choice, destination: Choice, cluster: Cluster) -> float:
     """Returns the bytes of a role's parameters that go from one device to another for a copy in another layout."""
-    return _traffic_of_all(role, source, destination, cluster)[2] * role.model.num_params * BYTES[role.dtype]
+    moved = _traffic_of_all(role, source, destination, cluster)[2] * _moved_share(role)
+    return moved * role.model.num_params * BYTES[role.dtype]
 
 
 def fetched_bytes(role: RoleWork, destination: Choice) -> float:
     """Returns the bytes of a role's parameters that go from host memory to all devices of a call."""
     s = destination.strategy
     return role.model.num_params * BYTES[role.dtype] * s.size * _part(role, s)
+
+
+def _moved_share(role: RoleWork) -> float:
+    """Returns which share of the parameters goes to another layout in each step: what lies beside adapters is there."""
+    return 0.0 if role.is_beside else role.trained_share
 
 
 def _part(role: RoleWork, s: ParallelStrategy) -> float:
