@@ -53,15 +53,15 @@ def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory
 
     `choice` is of the call it lives with, `work`. Of a trained role (Adam, arXiv:1412.6980) float32 masters and two
     moments, 12 bytes a parameter, split over `data` from ZeRO stage 1 on (arXiv:1910.02054), with adapters of these
-    alone; of another its parameters in its dtype, float32 where they follow a trained role; nothing where `role.offload`
-    is True, not where it is open.
+    alone; of another its parameters in its dtype, float32 where they follow a trained role; nothing where
+    `role.offload` is True, not where it is open.
     """
     split = split_model(role.model, choice)
     if role.is_beside:
         return _memory()
     if role.trained_share < 1:
         base = split.params(is_sharded=choice.strategy.zero_stage == 3) * item_bytes(role.dtype)
-        masters = split.params() * role.trained_share * FLOAT32 if role.is_trained else 0
+        masters = _adapters(role, choice, is_sharded=choice.strategy.zero_stage > 0) * FLOAT32 * role.is_trained
         return _memory(parameters=base, masters=masters, moments=2 * masters)
     if role.is_trained:
         masters = split.params(is_sharded=choice.strategy.zero_stage > 0) * FLOAT32
@@ -70,6 +70,14 @@ def home_memory(role: RoleWork, work: CallWork | None, choice: Choice) -> Memory
         return _memory()
     size = FLOAT32 if role.is_averaged else item_bytes(role.dtype)
     return _memory(parameters=split.params(is_sharded=choice.strategy.zero_stage == 3) * size)
+
+
+def _adapters(role: RoleWork, choice: Choice, *, is_sharded: bool = False) -> float:
+    """Returns the numbers of a role's adapters on a device, about: of their two sides one has the model's width, which
+    ZeRO splits, and one that of heads or the feed-forward, which `tensor` splits.
+    """
+    s = choice.strategy
+    return role.trained_share * role.model.num_params / s.pp * (1 / (s.dp if is_sharded else 1) + 1 / s.tp) / 2
 
 
 def call_memory(work: CallWork, role: RoleWork, choice: Choice, *, at_home: bool) -> Memory:
@@ -84,6 +92,7 @@ def call_memory(work: CallWork, role: RoleWork, choice: Choice, *, at_home: bool
 def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool) -> Memory:
     split, s, size = split_model(work.model, choice), choice.strategy, item_bytes(work.dtype)
     params, rows = split.params(is_sharded=s.zero_stage == 3), MicroBatch.of(work, choice)
+    trained = params if role.trained_share == 1 else _adapters(role, choice)
     # Float32 masters that lie as the layers use them are read themselves.
     is_copied = size != FLOAT32 or s.zero_stage in (1, 2)
     layer = LayerBytes(
@@ -95,8 +104,8 @@ def _train_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bool)
         is_stage=s.pp > 1,
     )
     return _memory(
-        compute_copy=params * role.trained_share * size if is_copied else 0,
-        gradients=params * role.trained_share * FLOAT32,
+        compute_copy=trained * size if is_copied else 0,
+        gradients=trained * FLOAT32,
         kept=_num_kept(choice) * split.num_layers * (layer.kept_remat if choice.remat else layer.kept_whole),
         layer=max(layer.backward, _head_bytes(work, split, rows)),
         tied_head=size * split.outer if work.model.is_tied and work.scores_vocab else 0,

@@ -124,7 +124,7 @@ def save_adapters(trained: Tree, config: ModelConfig, out_dir: str | Path, *, ba
 
 
 def begin_save_adapters(trained: Tree, config: ModelConfig, out_dir: Path, *, base: str | Path) -> Callable[[], None]:
-    """Copies what is trained off the devices and returns what then writes it, as `save_adapters` does, in any thread."""
+    """Copies what is trained off the devices; returns what then writes it in any thread, as `save_adapters` does."""
     leaves = flatten_paths(trained)
     tensors = list_tensors(list_adapter_pieces(config, {path: leaf.shape for path, leaf in leaves.items()}))
     fetch = make_fetch(leaves)

@@ -166,9 +166,13 @@ def _load_own(role: Role, shardings: Tree, seed: int, dtype: np.dtype | type) ->
 def _read(role: Role, shardings: Tree, dtype: np.dtype | type, fresh: dict | None) -> Tree:
     """Returns those parameters of a role's checkpoint that have shardings; adapters that it is to have are merged."""
     plain = build_model(role.model.config.without_adapters())
-    params = load_params(role.spec.path, plain, shardings, dtype=dtype, fresh=fresh)
-    if role.spec.merged is not None:
-        params = _merge(role, params)
+    if role.spec.merged is None:
+        params = load_params(role.spec.path, plain, shardings, dtype=dtype, fresh=fresh)
+    else:
+        # Programs do not read host memory as it is.
+        here = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), shardings)
+        params = _merge(role, load_params(role.spec.path, plain, here, dtype=dtype, fresh=fresh))
+        params = jax.tree.map(jax.device_put, params, shardings)
     _refuse_nonfinite(params, role, dtype)
     return params
 

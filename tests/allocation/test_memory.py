@@ -99,7 +99,7 @@ def test_homes_of_roles_with_adapters_hold_these_and_what_they_lie_beside(layout
     assert found["parameters"] == pytest.approx(base, rel=1e-3)
     state = abstract_train_state(built, Optimizer(config=OptimizerConfig(), total_updates=1), place)
     own = device_bytes(jax.tree.leaves(state), place.devices[0])
-    # Sides of adapters that no axis splits are counted as if it did: some tens of MiB beside GiB.
+    # Which of their sides an axis splits is counted as half of them: some tens of MiB beside GiB.
     assert abs(found["masters"] + found["moments"] - own) < 0.05 * base
     assert home_memory(dataclasses.replace(role, is_beside=True, is_trained=False), case.work, case.choice).bytes == 0
     assert call_memory(case.work, role, case.choice, at_home=True).bytes < (

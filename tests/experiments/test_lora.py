@@ -1,4 +1,4 @@
-"""Adapters in runs that options describe: every kind of experiment trains them, and what one run saves the next reads."""
+"""Adapters in runs that options describe: all experiments train them, and what one run saves the next reads."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from realjax.core.trees import flatten_paths
-from realjax.hf.adapters import load_adapters, merge_adapters, with_adapters
+from realjax.hf.adapters import has_head, load_adapters, merge_adapters, with_adapters
 from realjax.hf.load import load_config, load_params
-from realjax.models.build import build_model
+from realjax.models.build import build_model, make_fill
 from realjax.runtime.executor import Executor
 from tests.given.compare import assert_bitwise_equal
 from tests.given.models import on_one_device
@@ -44,12 +44,14 @@ def adapters(given, quick, tmp_path_factory) -> dict[str, Path]:
 
 def merged(base: Path, adapter: Path) -> dict:
     """Returns the dense parameters by path."""
-    config = load_config(base)
+    config, fresh = load_config(base), None
+    if has_head(adapter):
+        config, fresh = config.as_critic(), {"head/kernel": make_fill("head/kernel", (config.hidden_size, 1), 0)}
     plain, model = build_model(config), build_model(with_adapters(config, adapter))
     lora = model.config.lora
     assert lora is not None
     found = load_adapters(adapter, model, on_one_device(model))
-    return flatten_paths(merge_adapters(load_params(base, plain, on_one_device(plain)), found, lora))
+    return flatten_paths(merge_adapters(load_params(base, plain, on_one_device(plain), fresh=fresh), found, lora))
 
 
 def take_step(executor: Executor) -> None:

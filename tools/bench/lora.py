@@ -3,7 +3,7 @@
     python -m tools.bench.lora [--sizes 7b 70b] [--rank 16]
 
 The step is of supervised fine-tuning in bfloat16, rows of 2,048 tokens, one a device and micro-batch, layers computed
-again in the backward pass. The move is from the layout that trains to eight copies, or to `tensor` 8, that draw answers.
+again in the backward pass. The move is from the layout that trains to that in which answers are drawn.
 Needs the extra `aot`; no GPU.
 """
 
@@ -99,7 +99,8 @@ def list_rows(size: str, rank: int) -> Iterator[str]:
         layout = lay_out(strategy)
         moved = count_moved(model, layout, lay_out(DRAW[size])) if strategy == TRAIN[size] else None
         sent = "" if moved is None else f"{moved / GIB:.3f}"
-        yield f"| {size} | {name} | {model.num_trained_params:,} | {layout} | {measure_step(model, layout) / GIB:.1f} | {sent} |"
+        peak = measure_step(model, layout) / GIB
+        yield f"| {size} | {name} | {model.num_trained_params:,} | {layout} | {peak:.1f} | {sent} |"
 
 
 def main() -> None:
