@@ -10,6 +10,7 @@ Needs the extra `aot`; no GPU.
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ from realjax.models.config import ModelConfig
 from realjax.reshard.plan import plan_reshard
 
 ROW_LEN, GIB = 2048, 2**30
-COMMON = {"family": "llama", "head_dim": 128, "max_positions": 4096}
-MODELS = {
+COMMON: dict[str, Any] = {"family": "llama", "head_dim": 128, "max_positions": 4096}
+MODELS: dict[str, dict[str, Any]] = {
     "7b": {"vocab_size": 32000, "hidden_size": 4096, "num_layers": 32, "num_q_heads": 32, "ffn_size": 11008}
     | {"num_kv_heads": 32},
     "70b": {"vocab_size": 128256, "hidden_size": 8192, "num_layers": 80, "num_q_heads": 64, "ffn_size": 28672}
@@ -61,9 +62,10 @@ def make_batch(layout: Layout) -> Batch:
     rules, shape = train_rules(layout.strategy), (layout.strategy.dp, ROW_LEN)
     keys = {"loss_mask": jnp.bool_, **dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)}
     sharding = lambda key: resolve_sharding(find_dims(key), shape, rules, layout, key)
-    return Batch(
-        arrays={key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(key)) for key, dtype in keys.items()}
-    )
+    shapes: dict[str, Any] = {
+        key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(key)) for key, dtype in keys.items()
+    }
+    return Batch(arrays=shapes)
 
 
 def measure_step(model: Model, layout: Layout) -> int:
@@ -80,7 +82,8 @@ def measure_step(model: Model, layout: Layout) -> int:
 
 def count_moved(model: Model, source: Layout, to: Layout) -> int:
     """Returns the bytes of what is trained that go from device to device for a copy in another layout."""
-    held, wanted = (model.take_trained(place(model, one, is_stored=stored)) for one, stored in ((source, 1), (to, 0)))
+    held = model.take_trained(place(model, source, is_stored=True))
+    wanted = model.take_trained(place(model, to, is_stored=False))
     shardings = [jax.tree.map(lambda x: x.sharding, tree) for tree in (held, wanted)]
     return plan_reshard(held, *shardings, dtype=jnp.bfloat16).bytes_moved
 
