@@ -14,6 +14,7 @@ from realjax.engine.batching import Batcher, generate
 from realjax.runtime.ahead import Ahead
 from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.rollouts import make_requests, pack_rollout
+from realjax.runtime.sizes import Sizes
 from realjax.runtime.session import Session
 from tests.given.commands import Trial
 from tests.given.compare import as_numbers, find_differing, without_clocks
@@ -55,9 +56,11 @@ def test_a_batch_is_drawn_by_the_parameters_of_the_step_before(given, tmp_path):
         assert {row.step for row in executor.rows} == ({len(results)} if len(results) < STEPS else set())
     (mfc,) = [call for call in executor.graph.mfcs if call.name == "actor_gen"]
     loader, slots, shape = executor.plan.loader, executor.programs.slots(mfc), executor.plan.rollouts[mfc.name]
+    sizes = Sizes().of(mfc.name)
     for step, result in enumerate(results):
         requests = make_requests(loader.batch(step), mfc, step)
-        expected = pack_rollout(requests, generate(slots, versions[max(0, step - 1)], requests), mfc, shape)
+        answers = generate(slots, versions[max(0, step - 1)], requests)
+        expected = pack_rollout(requests, answers, mfc, shape, sizes=sizes)
         for key in ("tokens", "logprobs", "has_eos"):
             np.testing.assert_array_equal(result.batch[key], expected[key])
     heads = [np.asarray(version["head"]["kernel"]) for version in versions]
