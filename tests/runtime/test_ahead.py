@@ -14,8 +14,8 @@ from realjax.engine.batching import Batcher, generate
 from realjax.runtime.ahead import Ahead
 from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.rollouts import make_requests, pack_rollout
-from realjax.runtime.sizes import Sizes
 from realjax.runtime.session import Session
+from realjax.runtime.sizes import Sizes
 from tests.given.commands import Trial
 from tests.given.compare import as_numbers, find_differing, without_clocks
 from tests.given.runs import GROUPS, LAYOUTS, Given, build_rl_spec, load_executor
