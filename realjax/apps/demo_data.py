@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from realjax.core.json_text import JsonObject
 from realjax.hf.families import config_to_hf
 from realjax.models.config import ModelConfig
-from realjax.rewards.text import Row
+from realjax.rewards.functions import Row
 
 PAD, EOS = "<pad>", "<eos>"
 NUM_ANSWERS = 2  # of each sentiment, for one prompt

@@ -63,6 +63,7 @@ def train_rules(strategy: ParallelStrategy) -> Rules:
         "choices": None,
         "routes": None,
         "terms": None,
+        "texts": None,
         "residual_time": "tensor" if strategy.sequence_parallel else None,
         "act_embed": None,
         "act_vocab": IfDivides(("tensor", "pipe"), otherwise="tensor"),

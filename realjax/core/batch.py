@@ -48,6 +48,7 @@ BATCH_DIMS: Mapping[str, Names] = {
     "scores": PER_TOKEN,
     "values": PER_TOKEN,
     # host calls
+    "text_rewards": (*PER_SEGMENT, "texts"),  # of each source that reads texts
     "rewards": PER_SEGMENT,
     "is_failed": PER_SEGMENT,  # answers without a reward: nothing is learned from them, and no measure counts them
     "reward_terms": (*PER_SEGMENT, "terms"),  # what `rewards` is the weighted sum of

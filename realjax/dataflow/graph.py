@@ -123,6 +123,8 @@ class Host:
     delays: Mapping[str, int] = field(default_factory=dict)
     state: Mapping[str, float] = field(default_factory=dict)  # before the first step
     metrics: tuple[str, ...] = ()  # that it reports in an evaluation
+    # Runs in a thread while calls that do not need its keys go on, in the first process, whose result the others get.
+    is_beside: bool = False
     # fn(arrays of each batch) -> their results: of an evaluation, where what it finds is of the whole set.
     pool_fn: Callable[[Sequence[Arrays]], Sequence[HostResult]] | None = None
 
@@ -202,9 +204,15 @@ class DataflowGraph:
         """The calls in an order in which every input exists; ties as they were listed.
 
         Those that work for the next step come last, of them the host's after the models': when the host gets to wait
-        for these, all devices have their work.
+        for these, all devices have their work. So do those that wait for one that runs beside others.
         """
-        is_last = lambda call: (call.name in self.ahead, call.name in self.ahead and isinstance(call, Host))
+        beside = [call.name for call in self.calls if isinstance(call, Host) and call.is_beside]
+        late = {name for first in beside for name in nx.descendants(self.edges, first)}
+        is_last = lambda call: (
+            call.name in self.ahead,
+            call.name in self.ahead and isinstance(call, Host) and call.name not in beside,
+            call.name in late,
+        )
         rank = {call.name: (*is_last(call), i) for i, call in enumerate(self.calls)}
         by_name = {call.name: call for call in self.calls}
         return tuple(by_name[name] for name in nx.lexicographical_topological_sort(self.edges, key=rank.__getitem__))

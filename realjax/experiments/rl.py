@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from realjax.algorithms.responses import Responses
 from realjax.algorithms.returns import rollout_metrics
 from realjax.core.draw import Draw
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
-from realjax.core.json_text import JsonObject
 from realjax.core.loss import Loss
 from realjax.core.segments import segment_mask
 from realjax.core.texts import decode_answers
@@ -28,7 +27,8 @@ from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, Run
 from realjax.dataflow.turns import TURN_KEYS
 from realjax.experiments import common
 from realjax.experiments.answers import record_rollouts
-from realjax.experiments.environment import make_turns, measure_turns, reward_source
+from realjax.experiments.environment import make_turns, measure_turns
+from realjax.experiments.rewards import TEXT_REWARDS, Judges
 from realjax.hf.files import resolve_model_path
 from realjax.hf.fingerprint import fingerprint_model
 from realjax.hf.generation import load_eos_ids
@@ -37,27 +37,9 @@ from realjax.options.lora import MergedAdapter, RLAdapterOptions
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rl import RLConfig
-from realjax.rewards.classifier import load_classifier
-from realjax.rewards.failures import Failures
-from realjax.rewards.mix import (
-    FAILED,
-    MODEL_REWARD_INPUTS,
-    REWARD_OUTPUTS,
-    RewardSource,
-    make_model_reward,
-    mix_rewards,
-    mixed_inputs,
-    mixed_outputs,
-)
-from realjax.rewards.text import (
-    TEXT_REWARD_INPUTS,
-    TextFn,
-    call_votes,
-    check_row,
-    load_function,
-    make_text_reward,
-    read_rollout,
-)
+from realjax.rewards.functions import load_function
+from realjax.rewards.mix import FAILED, REWARD_OUTPUTS
+from realjax.rewards.text import call_votes, read_rollout
 
 logger = logging.getLogger("realjax.rl")
 ROLLOUT_KEYS = ("tokens", "loss_mask", "logprobs", "has_eos", "prompt_id", "group", "sample_id")
@@ -75,6 +57,7 @@ class Setup:
         models = find_instances(config, ModelTrainEvalConfig)
         self.roles = {name: self._role(name, model) for name, model in models.items() if name not in config.unused}
         self.tokenizer = common.load_tokenizer(self.roles["actor"].path)
+        self.judges = Judges(config, self.tokenizer)
         self.prompts, self.held_out = self._load_prompts()
         longest = max(one.longest for one in (self.prompts, *self.held_out.values()))
         self.longest = config.env.max_seqlen if config.env.path else longest + self.options.gen.max_new_tokens
@@ -130,18 +113,13 @@ class Setup:
         data = self.config.dataset
         form = PromptForm(max_len=data.max_prompt_len, use_chat_template=data.use_chat_template, truncate=data.truncate)
         padded = replace(form, pad_to_max_length=data.pad_to_max_length)
-        check_fn = self._check_row if self._text_functions else None
+        check_fn = self.judges.check_row if self.judges else None
         load = partial(load_prompts, tokenizer=self.tokenizer, check_fn=check_fn)
         train = common.load_data(self.config, data, "path", partial(load, form=padded))
         most = self.config.eval.num_prompts
         return train, common.load_held_out(
             self.config, data, lambda source: load(replace(source, max_rows=most), form=form)
         )
-
-    def _check_row(self, row: JsonObject, place: str) -> None:
-        """Raises ValueError for a row that a reward says it cannot score."""
-        for name, fn in self._text_functions.items():
-            check_row(fn, row, place, name=f"reward.{name} {getattr(self.config.reward, name)}")
 
     def loader(self) -> Loader:
         """Returns the loader of prompts."""
@@ -208,39 +186,14 @@ class Setup:
 
     def rewards(self, prompts: Prompts | None = None) -> tuple[Inference | Host, ...]:
         """Returns the calls that give every answer a reward; `prompts` are other ones than those of training."""
-        config, options, failures = self.config.reward, self.options, Failures()
-        rows = (prompts or self.prompts).rows
-        text = partial(make_text_reward, tokenizer=self.tokenizer, rows=rows, failures=failures)
-        sources: list[RewardSource] = []
-        if "rew" in self.roles:
-            fn = make_model_reward(scaling=options.reward_output_scaling, bias=options.reward_output_bias)
-            parts = {"inputs": MODEL_REWARD_INPUTS, "weight": config.model_weight, "title": self.roles["rew"].title}
-            sources.append(RewardSource(name="model", fn=fn, **parts))
-        for name, fn in self._text_functions.items():
-            title = f"reward.{name} {getattr(config, name)}"
-            parts = {"inputs": TEXT_REWARD_INPUTS, "weight": getattr(config, f"{name}_weight"), "title": title}
-            sources.append(RewardSource(name=name, fn=text(fn, name=title), can_fail=True, **parts))
-        if self.config.env.path:
-            sources.append(reward_source())
-        scores = (self.infer("rew_inf", "rew", "scores", "values"),) if "rew" in self.roles else ()
-        inputs, outputs = mixed_inputs(sources), mixed_outputs(sources)
-        metrics = (*(f"reward/{source.name}" for source in sources), FAILED)
-        # Held-out prompts may be few: what fails of them is counted, and does not end the run.
-        share = config.max_failed_share if prompts is None else 1.0
-        fn = mix_rewards(sources, max_failed_share=share, failures=failures)
-        mixed = Host(name="rewards", fn=fn, inputs=inputs, outputs=outputs, metrics=metrics)
-        return (*scores, mixed)
-
-    @cached_property
-    def _text_functions(self) -> dict[str, TextFn]:
-        """The rewards that read texts, by the option that names them."""
-        config, functions = self.config.reward, {}
-        if config.fn:
-            functions["fn"] = load_function(config.fn)
-        if config.classifier:
-            options = {"label": config.classifier_label, "with_eos": config.classifier_eos}
-            functions["classifier"] = load_classifier(config.classifier, **options)
-        return functions
+        has_model = "rew" in self.roles
+        return self.judges.calls(
+            (prompts or self.prompts).rows,
+            self.infer("rew_inf", "rew", "scores", "values") if has_model else None,
+            self.roles["rew"].title if has_model else "",
+            # Held-out prompts may be few: what fails of them is counted, and does not end the run.
+            max_failed_share=self.config.reward.max_failed_share if prompts is None else 1.0,
+        )
 
     def advantages(self, fn: HostFn) -> Host:
         """Returns the host call that turns rewards into advantages."""
@@ -282,7 +235,7 @@ class Setup:
         if self.config.staleness:
             frozen = {"ref_inf"} if self.options.ref_ema_eta is None else set()
             measure = Host(name="ages", fn=measure_ages, inputs=AGE_INPUTS, outputs=(), metrics=())
-            ahead = {"actor_gen", "rew_inf", "rewards", *frozen}
+            ahead = {"actor_gen", TEXT_REWARDS, "rew_inf", "rewards", *frozen}
             calls = put_ahead((*calls, measure), ahead, self.config.staleness)
         calls = (*calls, *self._conversations())
         eta, evaluations = self.options.ref_ema_eta, self._evaluations()

@@ -18,9 +18,9 @@ from types import FrameType
 from typing import Protocol
 
 from realjax.core.exit_codes import CONSEQUENCES, STOPPED
+from realjax.core.lifetime import make_bond
 from realjax.launch.accelerators import count_accelerators
 from realjax.launch.environment import COORDINATOR, LIFELINE, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
-from realjax.launch.lifetime import make_bond
 from realjax.launch.native_lines import NativeLines
 from realjax.launch.output import MergedOutput
 from realjax.launch.restarts import count_retries, find_word, is_retried, pause_seconds

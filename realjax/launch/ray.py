@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from realjax.core.lifetime import make_bond
 from realjax.launch.environment import COORDINATOR, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
-from realjax.launch.lifetime import make_bond
 from realjax.launch.local import Filter, Running, free_port, run_again, wait_for_all
 from realjax.launch.output import MergedOutput
 

@@ -21,7 +21,7 @@ from realjax.options.model import ModelFamily, ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.rewards import RewardOptions
 from realjax.options.supervised import check_role
-from realjax.rewards.text import load_function
+from realjax.rewards.functions import load_function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +214,9 @@ class RLConfig(CommonExperimentConfig):
                 "reward.fn, a classifier as reward.classifier, or an environment as env.path"
             )
         self._check_environment()
-        for name, fn in (("reward.fn", self.reward.fn), ("eval.vote_fn", self.eval.vote_fn)):
-            if fn:
-                load_function(fn, name)
+        self.reward.check()
+        if self.eval.vote_fn:
+            load_function(self.eval.vote_fn, "eval.vote_fn")
 
     def _check_environment(self) -> None:
         own = self.algorithm

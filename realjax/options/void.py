@@ -27,6 +27,7 @@ from realjax.options.parallel import ParallelismConfig
 from realjax.options.rewards import RewardOptions
 from realjax.options.rl import GRPOHyperparameters, PPOConfig, RLConfig, StepOptions
 from realjax.options.supervised import AnsweringConfig, DPOConfig, KTOConfig, PairsConfig, RWConfig, SFTConfig
+from realjax.rewards.scoring import ScoringParameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ VOID: dict[type, tuple[Void, ...]] = {
     ReinforcePPParameters: (_LENGTH,),
     StepOptions: (Void(when={"ppo_n_minibatches": 1}, options=("shuffle_minibatches",)),),
     RewardOptions: (
-        Void(when={"fn": None}, options=("fn_weight",)),
+        Void(when={"fn": None}, options=("fn_weight", *(one.name for one in dataclasses.fields(ScoringParameters)))),
         Void(when={"classifier": None}, options=("classifier_weight", "classifier_label")),
     ),
     EnvironmentOptions: (

@@ -19,6 +19,7 @@ from realjax.core.processes import from_first, gather
 MOST_STEPS_DRAWN = 4
 # Steps that a timeline keeps of a long run: how it began, what took longest, and how it goes now.
 NUM_FIRST, NUM_SLOWEST, NUM_LAST = 50, 50, 200
+HOST = "host"  # instead of devices: a call that runs on none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,10 @@ def measure_calls(records: Iterable[CallRecord]) -> dict[str, float]:
     values = {}
     for name, runs in by_name.items():
         seconds = max(sum(run.end - run.start for run in runs), 1e-9)
+        values[f"time/{name}"] = seconds
+        if runs[0].devices == HOST:
+            continue
         values |= {
-            f"time/{name}": seconds,
             f"tokens_per_second/{name}": sum(run.num_tokens for run in runs) / seconds,
             f"tflops/{name}": sum(run.num_flops for run in runs) / seconds / 1e12,
             f"memory_mib/{name}": max(run.peak_bytes for run in runs) / 2**20,
@@ -125,6 +128,11 @@ class Timeline:
         thread.start()
         self._threads.append(thread)
 
+    def add_host_call(self, name: str, step: int, start: float, end: float) -> None:
+        """Records a call of the host, whose times are the same in every process."""
+        none = {"num_tokens": 0, "num_flops": 0.0, "bytes_moved": 0}
+        self.records.append(CallRecord(step=step, name=name, devices=HOST, start=start, end=end, **none))
+
     def list_pending(self) -> tuple[str, ...]:
         """Returns the names of the calls whose results are not there yet."""
         return tuple(thread.name for thread in tuple(self._threads) if thread.is_alive())
@@ -185,7 +193,8 @@ class Timeline:
         records = self.list_records()
         last = max((record.step for record in records), default=0)
         shown = [record for record in records if record.step > last - MOST_STEPS_DRAWN]
-        bars = [Bar(record.name, f"devices {record.devices}", record.start, record.end) for record in shown]
+        title = lambda devices: devices if devices == HOST else f"devices {devices}"
+        bars = [Bar(record.name, title(record.devices), record.start, record.end) for record in shown]
         draw_bars(path, bars, label="seconds since the start of the run")
 
 

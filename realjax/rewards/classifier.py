@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from realjax.core.end_tokens import SCORED_END
-from realjax.rewards.text import Row, TextFn
+from realjax.rewards.functions import Row, TextFn
 
 _log = logging.getLogger("realjax.rewards")
 

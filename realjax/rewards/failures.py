@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from realjax.rewards.functions import shorten
+
 logger = logging.getLogger("realjax.rewards")
 
 
@@ -33,9 +35,3 @@ class Failures:
     def __str__(self) -> str:
         """The first failure of each source; nothing where the sources are another process's."""
         return "; ".join(self._first.values())
-
-
-def shorten(value: object, most: int = 80) -> str:
-    """Returns what a value looks like, cut off where it is long."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-from realjax.rewards.text import Row, checks_rows
+from realjax.rewards.functions import Row, checks_rows
 
 Number = Decimal | Fraction
 MARK = "####"

@@ -93,17 +93,16 @@ class GroupSampler:
         while drawn.num_draws < self.sampling.max_draws and len(drawn.groups) < wanted:
             count = wanted - len(drawn.groups)
             batch = self.loader.take(int(state["prompts"]), count)
-            for call in self.calls:
-                # Numbered by the draw: no other one has its randomness.
-                done = executor.run_call(call, batch, step, draw=int(state["draws"]))
-                batch = done.batch
-                metrics.setdefault(call.name, []).extend(done.metrics)
+            # Numbered by the draw: no other one has its randomness.
+            result = executor.step(batch, step, self.calls, draw=int(state["draws"]))
+            for name, of_call in result.metrics.items():
+                metrics.setdefault(name, []).extend(of_call)
             state |= {"prompts": state["prompts"] + count, "draws": state["draws"] + 1}
-            drawn.add(batch)
+            drawn.add(result.batch)
         self._tell(drawn, step)
         epochs = {"data_epochs": Last(state["prompts"] / self.loader.epoch_len)}
         metrics[SAMPLING] = [drawn.metrics(wanted) | epochs]
-        return self._join(executor, drawn), {name: of_call for name, of_call in metrics.items() if of_call}
+        return self._join(executor, drawn), {**metrics}
 
     def _tell(self, drawn: Drawn, step: int) -> None:
         """Says where a step could not be filled. Raises RuntimeError where nothing is there and the run is to stop."""

@@ -22,7 +22,8 @@ from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
 from realjax.runtime.bases import Bases
-from realjax.runtime.calls import RUN, Done, Metrics, put_batch
+from realjax.runtime.beside import Beside
+from realjax.runtime.calls import RUN, Done, Metrics, put_batch, read_arrays
 from realjax.runtime.draws import FIRST, SAMPLING, GroupSampler
 from realjax.runtime.flight import Row
 from realjax.runtime.programs import Programs, num_micro_batches
@@ -77,11 +78,14 @@ class Executor:
         self.programs, self.timeline = Programs(plan, roles, spec.seed), Timeline()
         self.progress = self.programs.log.progress = progress or Progress()
         self.progress.pending_fn = self.timeline.list_pending
+        self.beside = Beside(self.timeline.now)
         self.rows: list[Row] = []  # drawn or begun for steps to come, see `runtime/ahead.py`
         self.sizes = Sizes()
         self._moved: set[str] = set()  # calls whose first move of parameters has been logged
 
-    def step(self, batch: Batch, step: int | None, calls: Sequence[Call] | None = None) -> StepResult:
+    def step(
+        self, batch: Batch, step: int | None, calls: Sequence[Call] | None = None, draw: int | None = None
+    ) -> StepResult:
         """Runs every call of the graph, or `calls`, once; the metrics of training calls are still on the devices.
 
         `step` None is an evaluation, which leaves no trace: not in the timeline, and not in what host calls carry from
@@ -93,14 +97,39 @@ class Executor:
         if calls is None and step is not None and self.sampler is not None:
             batch, metrics = self.sampler.draw(self, step)
             left = [call for call in left if call.name not in self.sampler.names]
-        for call in left:
-            done = self.run_call(call, batch, step)
-            batch = done.batch
-            if done.metrics:
-                metrics[call.name] = done.metrics
+        begun: list[Host] = []
+        for call in (*left, None):
+            due = [one for one in begun if call is None or set(one.outputs) & set(call.inputs)]
+            begun = [one for one in begun if one not in due]
+            if isinstance(call, Host) and call.is_beside:
+                batch = self._begin(call, batch, step)
+                begun.append(call)
+                continue
+            for one in (*due, *([] if call is None else [call])):
+                done = self._finish(one, batch, step) if one in due else self.run_call(one, batch, step, draw)
+                batch = done.batch
+                if done.metrics:
+                    metrics[one.name] = done.metrics
         if calls is None and step is not None:
             self.update_averages()
         return StepResult(batch, metrics)
+
+    def _begin(self, call: Host, batch: Batch, step: int | None) -> Batch:
+        """Starts a call that runs beside others; returns the batch, whose arrays that it reads are on the host."""
+        self.progress.begin(call.name, step)
+        arrays = read_arrays(batch, call)
+        self.beside.begin(call, arrays, self.controls.get(call.name, call.state))
+        return batch.replace_arrays(**arrays)
+
+    def _finish(self, call: Host, batch: Batch, step: int | None) -> Done:
+        """Waits for a call that was started, and adds its keys."""
+        self.progress.begin(call.name, step)
+        finished = self.beside.finish(call.name)
+        if step is not None:
+            self.timeline.add_host_call(call.name, step, finished.start, finished.end)
+            if call.name in self.controls:
+                self.controls[call.name] = dict(finished.result.state)
+        return Done(batch=batch.with_arrays(**finished.result.arrays), metrics=[finished.result.metrics])
 
     def run_call(self, call: Call, batch: Batch, step: int | None, draw: int | None = None) -> Done:
         """Runs one call; `draw` stands for the step where a call of the same step is run several times."""

@@ -90,6 +90,10 @@ NOT_OF_TIME = {
         "sample_id",
         "env_failed",
         "is_failed",
+        "text_rewards",
+        "num_turns",
+        "num_retries",
+        "reward_terms",
     },
     "pairs": {"pair_weight", "desirable", "is_other", "kl_baseline"},
     "targets": {"targets"},
@@ -116,6 +120,11 @@ def full(rollout: Rollout, number: int) -> Rollout:
         "token_age": np.zeros(len(rollout["tokens"]), np.int32),
         "env_failed": np.array(False),
         "is_failed": np.array(False),
+        "turn_rewards": rollout["values"],
+        "num_turns": np.int32(1),
+        "num_retries": np.int32(0),
+        "text_rewards": np.full(1, rollout["rewards"]),
+        "reward_terms": np.full(2, rollout["rewards"]),
     }
 
 

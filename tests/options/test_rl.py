@@ -243,6 +243,14 @@ def test_a_reward_function_that_is_not_there_is_found_out_at_once(sources):
         validate(parse([*sources, "reward.fn=no_such_module:f"]))
 
 
+def test_a_time_limit_needs_something_that_can_stop_a_function(sources):
+    limited = [*sources, "reward.timeout_s=2"]
+    with pytest.raises(ValueError, match=r"^reward.timeout_s: found 2 with reward.workers=0, where nothing can stop "):
+        validate(parse([*limited, "reward.fn=tests.given.rewards:shortness"]))
+    validate(parse([*limited, "reward.fn=tests.given.rewards:shortness", "reward.workers=1"]))
+    validate(parse([*limited, "reward.fn=tests.given.rewards:troubled_async"]))
+
+
 def test_evaluations_need_held_out_prompts(sources):
     path = next(word for word in sources if word.startswith("dataset.path")).partition("=")[2]
     with pytest.raises(ValueError, match=r"^dataset.valid_path: nothing given, but eval_freq_\*"):

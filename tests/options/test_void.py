@@ -96,6 +96,7 @@ SAID = [
     ("ppo", "ppo.loss_aggregation=sequence", "ppo.max_response_len=9"),
     ("ppo", "ppo.ppo_n_minibatches=1", "ppo.shuffle_minibatches=False"),
     ("ppo", "reward.fn=null", "reward.fn_weight=2"),
+    ("ppo", "reward.fn=null", "reward.retries=2"),
     ("ppo", "rew.path=", "ppo.reward_output_scaling=10"),
     ("ppo", "seed=1", "eval.best_metric=greedy/task_reward"),
     ("ppo", "seed=1", "actor_gen.n_mbs=2"),

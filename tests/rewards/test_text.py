@@ -1,5 +1,6 @@
 """What a function is told of a rollout, where its numbers go, and what is said when it goes wrong."""
 
+import re
 import sys
 from decimal import Decimal
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from realjax.rewards.failures import Failures
-from realjax.rewards.text import check_row, checks_rows, load_function, make_text_reward
+from realjax.rewards.functions import check_row, checks_rows, load_function
+from realjax.rewards.text import make_text_reward
 from tests.given.texts import make_words_tokenizer
 from tests.rewards.text_rollouts import SAMPLES, TOKENIZER, pack_samples, places
 
@@ -65,8 +67,11 @@ def test_a_function_reads_the_answer_where_it_stands():
     ],
 )
 def test_a_wrong_return_value_is_told(returned, message):
-    with pytest.raises(ValueError, match=f"^reward.fn=mine:score: {message}"):
-        rewards_of(lambda *_: returned, pack_samples(), "reward.fn=mine:score")
+    failures, arrays = Failures(), pack_samples()
+    fn = make_text_reward(lambda *_: returned, TOKENIZER, ROWS, name="reward.fn=mine:score", failures=failures)
+    rewards = fn(arrays, {}).arrays["rewards"]
+    assert all(np.isnan(rewards[place]) for place in places(arrays["segment_ids"]))
+    assert re.match(f"reward.fn=mine:score: {message}", str(failures))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), None, -float("inf"), 1e300])
@@ -105,18 +110,12 @@ def test_what_a_function_does_to_its_arguments_is_undone():
     assert rows == [{"id": f"row{i}", "tags": ["kept"]} for i in range(3)]
 
 
-def test_a_function_that_exits_is_an_error():
-    with pytest.raises(RuntimeError, match="^mine:score: it raised SystemExit: 0"):
-        rewards_of(lambda *_: sys.exit(0), pack_samples(), "mine:score")
-
-
-def test_an_exception_keeps_its_cause():
-    def score(prompts, answers, rows):
-        return [row["no such key"] for row in rows]
-
-    with pytest.raises(RuntimeError, match="^mine:score: it raised KeyError: 'no such key'") as caught:
-        rewards_of(score, pack_samples(), "mine:score")
-    assert isinstance(caught.value.__cause__, KeyError)
+def test_answers_of_an_environment_that_failed_are_not_asked_about():
+    arrays, seen = pack_samples(), []
+    arrays["env_failed"] = np.zeros(arrays["prompt_id"].shape, bool)
+    arrays["env_failed"][places(arrays["segment_ids"])[1]] = True
+    rewards_of(lambda prompts, answers, rows: seen.extend(answers) or [1.0] * len(answers), arrays)
+    assert seen == [answer for i, (_, _, answer, _) in enumerate(SAMPLES) if i != 1]
 
 
 def test_load_function_finds_a_module_on_the_path(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from realjax.rewards.text import load_function
+from realjax.rewards.functions import load_function
 from realjax.rewards.verifiable import final_number, number_reward
 
 

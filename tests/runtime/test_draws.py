@@ -17,8 +17,8 @@ from realjax.data.prompts import PromptDataset
 from realjax.dataflow.graph import DataflowGraph, Generate, Host
 from realjax.dataflow.run import DynamicSampling
 from realjax.engine.batching import Generation
-from realjax.runtime.calls import Done
 from realjax.runtime.draws import FIRST, SAMPLING, GroupSampler
+from realjax.runtime.executor import StepResult
 from realjax.runtime.rollouts import make_requests, pack_rollout
 from realjax.runtime.sizes import Sizes
 
@@ -66,17 +66,22 @@ class Scripted:
         """All prompts, in order."""
         return [prompt for take in self.takes for prompt in take]
 
-    def run_call(self, call: Any, batch: Batch, step: int, draw: int) -> Done:
+    def step(self, batch: Batch, step: int, calls: Any, draw: int) -> StepResult:
+        for call in calls:
+            batch = self._run(call, batch, draw)
+        return StepResult(batch, {})
+
+    def _run(self, call: Any, batch: Batch, draw: int) -> Batch:
         if isinstance(call, Generate):
             requests = make_requests(batch, call, draw)
             self.takes.append([request.row_id for request in requests[::SAMPLES]])
             self.randomness += [(request.row_id, request.sample_id) for request in requests]
             one = Generation(tokens=np.array([9]), logprobs=np.array([-1.0]), ended=True, kept=None)
-            return Done(batch=pack_rollout(requests, [one] * len(requests), call, self.plan.rollouts["gen"]))
+            return pack_rollout(requests, [one] * len(requests), call, self.plan.rollouts["gen"])
         differ = np.vectorize(self.differs, otypes=[float])(batch["prompt_id"])
         exists = segment_mask(batch["segment_ids"], batch["prompt_id"].shape[1])
         rewards = np.where(exists, 1 + differ * batch["sample_id"], 0).astype(np.float32)
-        return Done(batch=batch.with_arrays(rewards=rewards, is_failed=np.isnan(rewards)), metrics=[{}])
+        return batch.with_arrays(rewards=rewards, is_failed=np.isnan(rewards))
 
 
 def draw(
