@@ -4,12 +4,12 @@
     realjax sft experiment_name=calculator trial_name=sft mode=local model.path=DIR/calculator/model \
         model.init_from_scratch=True model.optimizer.lr=0.003 model.gradient_checkpointing=False \
         dataset.train_path=DIR/calculator/sft.jsonl dataset.max_seqlen=160 dataset.train_bs_n_seqs=64 \
-        total_train_epochs=3
+        total_train_epochs=6
     python -m launch.main --config=configs/calculator.py --config.actor.path=SFT \
         --config.dataset.path=DIR/calculator/train.jsonl --config.dataset.valid_path=DIR/calculator/valid.jsonl
 
 SFT is the checkpoint that the first command saves. The conversations that it learns from call the calculator with the
-question's own expression in one of four; in the others they ask for something else, or guess. Reinforcement learning
+question's own expression in one of four; in the others they take another sign, or guess. Reinforcement learning
 then finds out what pays: expect `sampled/task_reward`, the share of questions answered rightly, to grow towards 1.
 """
 

@@ -56,17 +56,23 @@ def ask(rng: random.Random) -> str:
 
 
 def answer_question(expression: str, rng: random.Random) -> list[dict[str, str]]:
-    """Returns a conversation: one in four lets the calculator compute it, one in four something else, two guess."""
-    right, kind = format_number(compute(expression)), rng.random()
-    talk = [say("user", f"What is {expression}?")]
-    if kind < 0.5:
-        asked = expression if kind < 0.25 else ask(rng)
-        right = format_number(compute(asked))
+    """Returns a conversation: one in four lets the calculator compute it, one in two with another sign or the numbers
+    exchanged, one in four guesses.
+    """
+    first, sign, second = expression.split()
+    talk, kind = [say("user", f"What is {expression}?")], rng.random()
+    if kind < 0.75:
+        asked = expression
+        if kind < 0.25:
+            asked = f"{first} {rng.choice([one for one in '+-*' if one != sign])} {second}"
+        elif kind < 0.5:
+            asked = f"{second} {sign} {first}" if sign == "-" else f"{first} - {second}"
+        result = format_number(compute(asked))
         call = HERMES.write(ToolCall(name=NAME, arguments={"expression": asked}))
-        talk += [say("assistant", call), HERMES.reply(NAME, right)]
+        talk += [say("assistant", call), HERMES.reply(NAME, result)]
     else:
-        right = str(rng.randint(-89, 9801))
-    return [*talk, say("assistant", f"The answer is {right}.")]
+        result = str(rng.randint(-89, 9801))
+    return [*talk, say("assistant", f"The answer is {result}.")]
 
 
 def play(secret: int, rng: random.Random) -> list[dict[str, str]]:

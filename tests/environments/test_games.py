@@ -1,0 +1,61 @@
+"""What the recipes of the two games learn from: good games among others, written as fine-tuning reads them."""
+
+import random
+from collections.abc import Mapping
+
+import pytest
+from transformers import AutoTokenizer
+
+from realjax.data.tokens import encode
+from realjax.data.turns import TurnTemplate
+from realjax.environments.calculator import Calculator, compute, format_number
+from realjax.environments.environment import Environment
+from realjax.environments.guessing import GuessingGame
+from realjax.environments.tools import find_format
+from tools.environment_data import LOW, answer_question, ask, play, write_model
+
+
+def list_games(seed: int = 0, count: int = 60):
+    rng = random.Random(seed)
+    for _ in range(count):
+        asked, secret = ask(rng), rng.randint(LOW, 15)
+        yield Calculator(), {"answer": format_number(compute(asked))}, answer_question(asked, rng)
+        yield GuessingGame(), {"secret": secret}, play(secret, rng)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> TurnTemplate:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, [talk for _, _, talk in list_games()])
+    return TurnTemplate(tokenizer=AutoTokenizer.from_pretrained(folder))
+
+
+def replay(environment: Environment, row: Mapping, talk: list, template: TurnTemplate) -> tuple[list[int], float]:
+    """Returns the tokens of a conversation with the answers of another, and what it was worth."""
+    environment.tool_format = find_format(template.render)
+    rounds, end, total = (
+        [environment.reset({"prompt": talk[0]["content"], **row})],
+        template.tokenizer.eos_token_id,
+        0.0,
+    )
+    tokens = template.open(rounds[0], 0)
+    for message in talk[1::2]:
+        tokens += [*encode([message["content"]], template.tokenizer, is_rendered=True)[0], end]
+        messages, reward, done = environment.step(message["content"])
+        total += reward
+        if done:
+            break
+        rounds.append(messages)
+        tokens += template.follow(rounds, end, 0)
+    return tokens, total
+
+
+def test_turns_are_written_as_fine_tuning_reads_them(template):
+    worth: dict[type, list[float]] = {Calculator: [], GuessingGame: []}
+    for environment, row, talk in list_games():
+        tokens, total = replay(environment, row, talk, template)
+        whole = encode([template.render(talk, False)], template.tokenizer, is_rendered=True)[0]
+        assert tokens == whole[: len(tokens)] and len(whole) - len(tokens) < 12
+        worth[type(environment)].append(total)
+    # Some are won, most are not: there is something to find, and something to learn.
+    assert all(0.1 < sum(found) / len(found) < 0.7 for found in worth.values())
