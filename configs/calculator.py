@@ -10,7 +10,8 @@
 
 SFT is the checkpoint that the first command saves. The conversations that it learns from call the calculator with the
 question's own expression in one of four; in the others they take another sign, or guess. Reinforcement learning
-then finds out what pays: expect `sampled/task_reward`, the share of questions answered rightly, to grow towards 1.
+is to find out what pays: `sampled/task_reward` is the share of questions answered rightly. The whole way has not been
+measured yet.
 """
 
 from typing import Any

@@ -8,8 +8,8 @@
         --config.dataset.path=DIR/guessing/train.jsonl --config.dataset.valid_path=DIR/guessing/valid.jsonl
 
 SFT is the checkpoint that the first command saves: a player of whose guesses one in two minds the hints. Whoever halves
-what is left finds each of the 15 numbers in four guesses: expect `sampled/task_reward`, the share of games won, to grow
-towards 1.
+what is left finds each of the 15 numbers in four guesses: `sampled/task_reward`, the share of games won, can
+grow to 1. Measured are the first 40 steps, in which it grows slowly (docs/environments.md).
 """
 
 from typing import Any
