@@ -142,6 +142,8 @@ COMMANDS = {
     "doctor": Command(module="realjax.apps.doctor", summary="looks for what would keep a run from working"),
     "launch": Command(module="realjax.apps.launcher", summary="starts a run elsewhere, such as in a Slurm job"),
     "chat": Command(module="realjax.apps.chat", summary="talks to a checkpoint in the terminal"),
+    "report": Command(module="realjax.apps.report", summary="makes the report of a run again"),
+    "compare": Command(module="realjax.apps.compare", summary="shows runs side by side"),
     "sample": Command(module="realjax.apps.sample", summary="shows answers of checkpoints side by side"),
 }
 

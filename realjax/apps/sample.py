@@ -12,6 +12,7 @@ from realjax.apps.speaker import Speaker
 from realjax.apps.talk import read_words, take_devices
 from realjax.core.faults import naming
 from realjax.core.json_text import JsonObject
+from realjax.core.path_names import shorten_paths
 from realjax.data.chat import check_messages, read_messages
 from realjax.data.jsonl import load_rows
 from realjax.options.talk import SampleConfig
@@ -32,7 +33,7 @@ def main(words: list[str]) -> int:
     answers = [
         Speaker(model, config, devices, config.num_slots).answer(list(map(read_messages, rows))) for model in models
     ]
-    names = shorten_names(models)
+    names = shorten_paths([Path(model) for model in models])
     print(describe(names, rows, answers))
     if config.output is not None:
         path = Path(config.output).expanduser()
@@ -40,15 +41,6 @@ def main(words: list[str]) -> int:
             replace_text(path, compare_answers(names, rows, answers))
         print(f"written to {path}")
     return 0
-
-
-def shorten_names(models: Sequence[str]) -> list[str]:
-    """Returns the models' paths without what all of them begin with, a directory at a time."""
-    parts = [Path(model).parts for model in models]
-    shared = 0
-    while all(len(each) > shared + 1 for each in parts) and len({each[shared] for each in parts}) == 1:
-        shared += 1
-    return [str(Path(*each[shared:])) for each in parts]
 
 
 def show_prompt(row: JsonObject) -> str:

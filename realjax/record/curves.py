@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def _are_equal(one: Series, other: Series) -> bool:
     )
 
 
-def draw_curve(path: Path, name: str, series: Series) -> None:
+def draw_curve(path: Path | BinaryIO, name: str, series: Series) -> None:
     """Writes one PNG: a line per label, and for many points a smoothed line over the light raw one."""
     # Imported here: it takes a second, which nobody should wait for before the first step.
     from matplotlib.figure import Figure

@@ -21,8 +21,12 @@ def table_html(columns: Sequence[str], rows: Iterable[Iterable[object]], *, nume
 
 def image_html(path: Path, label: str) -> str:
     """The image file itself, as a data URL."""
-    mime = mimetypes.guess_type(path.name)[0] or "image/png"
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return picture_html(path.read_bytes(), label, mimetypes.guess_type(path.name)[0] or "image/png")
+
+
+def picture_html(picture: bytes, label: str, mime: str = "image/png") -> str:
+    """A picture as a data URL."""
+    data = base64.b64encode(picture).decode("ascii")
     return f'<img src="data:{mime};base64,{data}" alt="{html.escape(label)}">'
 
 

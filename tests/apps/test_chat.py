@@ -2,14 +2,15 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
 from realjax.apps import quickstart
 from realjax.apps.chat import talk
-from realjax.apps.sample import shorten_names
 from realjax.apps.speaker import Speaker
 from realjax.core.generation_config import GenerationConfig
+from realjax.core.path_names import shorten_paths
 from realjax.options.talk import ChatConfig
 from tests.given.commands import kept_log_settings
 
@@ -111,8 +112,9 @@ def test_models_stand_side_by_side(given, tmp_path, capsys):
 
 
 def test_names_leave_out_what_all_share():
-    assert shorten_names(["runs/a/epoch1", "runs/b/epoch1"]) == ["a/epoch1", "b/epoch1"]
-    assert shorten_names(["runs/a", "runs/a"]) == ["a", "a"] and shorten_names(["org/name"]) == ["name"]
+    shorten = lambda *names: shorten_paths([Path(name) for name in names])
+    assert shorten("runs/a/epoch1", "runs/b/epoch1") == ["a/epoch1", "b/epoch1"]
+    assert shorten("runs/a", "runs/a") == ["a", "a"] and shorten("org/name") == ["name"]
 
 
 @pytest.mark.parametrize(
