@@ -68,8 +68,8 @@ def _last_values(charts: Mapping[str, Mapping[str, Series]]) -> list[str]:
     for _, name, label in sorted(labels):
         cells = []
         for of_run in charts.values():
-            steps, values = of_run.get(name, {}).get(label, ((), ()))
-            cells.append(f"{format_value(name, float(values[-1]))} (step {steps[-1]})" if len(values) else "")
+            points = of_run.get(name, {}).get(label)
+            cells.append("" if points is None else f"{format_value(name, float(points[1][-1]))} (step {points[0][-1]})")
         rows.append((f"{name}, {label}", *cells))
     return [table_html(("last", *charts), rows, numeric=True)] if rows else []
 
