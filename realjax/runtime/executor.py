@@ -101,15 +101,15 @@ class Executor:
         for call in (*left, None):
             due = [one for one in begun if call is None or set(one.outputs) & set(call.inputs)]
             begun = [one for one in begun if one not in due]
-            if isinstance(call, Host) and call.is_beside:
-                batch = self._begin(call, batch, step)
-                begun.append(call)
-                continue
-            for one in (*due, *([] if call is None else [call])):
+            is_beside = isinstance(call, Host) and call.is_beside
+            for one in (*due, *([] if call is None or is_beside else [call])):
                 done = self._finish(one, batch, step) if one in due else self.run_call(one, batch, step, draw)
                 batch = done.batch
                 if done.metrics:
                     metrics[one.name] = done.metrics
+            if isinstance(call, Host) and is_beside:
+                batch = self._begin(call, batch, step)
+                begun.append(call)
         if calls is None and step is not None:
             self.update_averages()
         return StepResult(batch, metrics)

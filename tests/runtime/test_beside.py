@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,16 @@ def test_others_go_on_and_who_needs_its_keys_waits():
     executor.step(BATCH, None)  # an evaluation leaves no trace
     assert seen == [1.0, 2.0, 3.0] and executor.controls["slow"] == {"calls": 2.0}
     assert not executor.timeline.of_step(2)
+
+
+def test_one_may_wait_for_another():
+    read = lambda arrays, state: HostResult(arrays={"scores": np.full((2, 10), arrays["rewards"][0, 0])})
+    write = lambda arrays, state: HostResult(arrays={"rewards": np.full((2, 1), 3.0)})
+    nothing = lambda arrays, state: HostResult(arrays={"values": np.zeros((2, 10))})
+    executor = make(slow=write, other=nothing, late=read)
+    calls = [replace(call, is_beside=True) if isinstance(call, Host) else call for call in executor.graph.order]
+    batch = executor.step(BATCH, 0, calls).batch
+    assert (batch["scores"] == 3).all() and "values" in batch
 
 
 @pytest.mark.parametrize("error", [ValueError("reward.fn: no"), SystemExit(0)], ids=["error", "exit"])
