@@ -7,6 +7,10 @@ again in the backward pass. The move is from the layout that trains to that in w
 Needs the extra `aot`; no GPU.
 """
 
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on a GPU, here or not
+
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
