@@ -51,5 +51,6 @@ clean:  ## remove the environments and the demo's files
 
 .venv-aot/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install $(TORCH)
 	.venv-aot/bin/python -m pip install -e ".[dev,aot]"
 	touch $@
