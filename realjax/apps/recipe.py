@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from absl import flags
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from realjax.apps.errors import report_errors
 from realjax.apps.quickstart import PLAN_FLAG, configure_logging, find_experiment, run_experiment
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
-from realjax.options.parsing import locate
+from realjax.options.parsing import convert_target, locate
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -44,12 +45,21 @@ def read_config(argv: Sequence[str]) -> ConfigDict:
         )
     # Checked here, since absl does not know which options are near the one that was meant.
     config_cls = find_experiment(str(recipe[EXPERIMENT_KEY])).config_cls
-    for override in filter(None, map(OVERRIDE.match, argv)):
-        locate(config_cls, override[1])
-    config, unused = _parse_flags(argv)
+    config, unused = _parse_flags([flag for word in argv for flag in _write_out(config_cls, word)])
     if unused:
         raise ValueError(f"command line: {unused[0]!r} is no flag; options are written --config.<name>=value")
     return config
+
+
+def _write_out(config_cls: type, word: str) -> list[str]:
+    """Returns a word of the command line, as a flag for each option where it gives a group of them in short."""
+    override = OVERRIDE.match(word)
+    target = None if override is None else locate(config_cls, override[1])
+    if override is None or target is None or not is_dataclass(target.annotation):
+        return [word]
+    text = word[override.end() :].removeprefix("=")
+    found = convert_target(target, override[1], text)
+    return [f"--config.{path}={'null' if value is None else value}" for path, _, value in found]
 
 
 def _parse_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:

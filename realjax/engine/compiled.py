@@ -46,35 +46,38 @@ class Compiled:
         self.device_bytes = 0
 
     def __call__(self, *args: object) -> Any:
-        key = self.prepare(*args)
+        key = _key(args)
+        if key not in self.programs:
+            self._compile(key, args)
         self.device_bytes = self._bytes[key]
         return self.programs[key](*args)
 
-    def prepare(self, *args: object) -> tuple[object, ...]:
-        """Compiles for arguments like these, or shapes with shardings, unless that is done; returns the program's key
-        in `programs`.
-        """
-        leaves, structure = jax.tree.flatten(args)
-        key = (structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
+    def prepare(self, *args: object) -> None:
+        """Compiles for arguments like these, or shapes with shardings, unless that is done."""
+        key = _key(args)
         if key not in self.programs:
-            self.programs[key] = self._compile(args)
-            self._bytes[key] = program_bytes(self.programs[key])
-        return key
+            self._compile(key, args)
 
     def lower(self, *args: object) -> jax.stages.Lowered:
         """Returns the program for arguments like these, not compiled yet. They may be shapes with shardings."""
         return self.jitted.lower(*args)
 
-    def _compile(self, args: tuple[object, ...]) -> jax.stages.Compiled:
+    def _compile(self, key: tuple[object, ...], args: tuple[object, ...]) -> None:
         start = time.perf_counter()
         with self.log.progress.compile(self.name):
             program = self.jitted.lower(*args).compile()
         seconds = time.perf_counter() - start
+        self.programs[key], self._bytes[key] = program, program_bytes(program)
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
         self.log.entries.append((self.name, shapes, seconds))
         what = f"{self.name} for rows {shapes}" if shapes else self.name
         logger.info("compiled %s in %.1f s (program %d of this run)", what, seconds, len(self.log.entries))
-        return program
+
+
+def _key(args: tuple[object, ...]) -> tuple[object, ...]:
+    """Returns what arguments of one program have in common."""
+    leaves, structure = jax.tree.flatten(args)
+    return structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
 
 
 def program_bytes(program: jax.stages.Compiled) -> int:

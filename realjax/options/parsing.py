@@ -80,7 +80,7 @@ def _assemble(cls: type[Config], pairs: Iterable[tuple[str, object]]) -> Config:
             if value is not None:
                 logger.info("%s has no effect here: %s", key, target.no_effect)
             continue
-        for path, spelling, converted in _convert_target(target, key, value):
+        for path, spelling, converted in convert_target(target, key, value):
             earlier, earlier_value = given.get(path, (spelling, converted))
             if earlier != spelling and earlier_value != converted:
                 raise ValueError(
@@ -91,8 +91,11 @@ def _assemble(cls: type[Config], pairs: Iterable[tuple[str, object]]) -> Config:
     return _construct(cls, _nest({path: value for path, (_, value) in given.items()}), None, "")
 
 
-def _convert_target(target: Target, key: str, value: object) -> list[tuple[str, str, object]]:
-    """Returns (path, spelling, value) of each option that `key=value` sets: one, or all of a group given in short."""
+def convert_target(target: Target, key: str, value: object) -> list[tuple[str, str, object]]:
+    """Returns (path, spelling, value) of each option that `key=value` sets: one, or all of a group given in short.
+
+    ValueError for a value of another type, and for a group that has no short form.
+    """
     annotation = target.annotation
     if not dataclasses.is_dataclass(annotation):
         return [(target.path, key, convert(value, annotation, key))]

@@ -77,9 +77,16 @@ def test_recipes_take_other_spellings():
     assert read(*(f"--config.{text}" for text in texts)) == expected
 
 
+def test_recipes_take_groups_in_short():
+    texts = ["model.lora=4", "model.type=qwen2-7"]
+    found, expected = read(*(f"--config.{text}" for text in texts)).model, parse_overrides(SFTConfig, texts).model
+    assert (found.lora, found.type) == (expected.lora, expected.type)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--config.model.lora=many"], "^model.lora: found 'many'; it needs a rank"),
         (["--config.model.optimzer.lr=1"], "^unknown option model.optimzer.lr: .*did you mean model.optimizer.lr"),
         (["--config.model.optimizer.lr=abc"], "^command line: .*--config.model.optimizer.lr=abc"),
         (["--config.allocation.n_mbs=1.5"], "^allocation.n_mbs: found 1.5; it needs int"),
