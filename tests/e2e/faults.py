@@ -143,7 +143,9 @@ class Faults:
 
     def suffer(self, kind: str, launcher: subprocess.Popen) -> None:
         """Has the fault happen, and waits until it is noticed and, where its launcher lives, the run has gone on."""
-        process, step, saved = self.draw.randrange(2), self.num_steps(), self.last_save()
+        # Rewards are computed in the first process alone.
+        process = 0 if kind == "a reward hangs" else self.draw.randrange(2)
+        step, saved = self.num_steps(), self.last_save()
         start, length = time.monotonic(), len(self.text())
         new_text = lambda: self.text()[length:]
         if kind == "kill the launcher":
