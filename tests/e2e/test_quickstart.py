@@ -74,7 +74,7 @@ def test_the_files_are_where_they_belong(run):
     assert list((logs / "tensorboard").glob("events.*"))
     (saved,) = (checkpoints / "default").iterdir()
     assert re.fullmatch(rf"epoch8epochstep\dglobalstep{STEPS}", saved.name)
-    kept = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    kept = {"config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in saved.iterdir()} == kept
     assert [path.name for path in run.folder("recover").iterdir()] == [str(STEPS)]
 
