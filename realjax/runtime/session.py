@@ -109,6 +109,7 @@ class Session:
     def prepare_step(self, step: int) -> None:
         """Makes the batch of the step that follows, if any, while the devices are at work."""
         if step < self.last_step:
+            self.executor.progress.begin("batch", step)
             self._next_batch = self.plan.loader.batch(step)
 
     def finish_step(self, step: int, result: StepResult, stop: StopSignal) -> int | None:

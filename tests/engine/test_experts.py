@@ -78,7 +78,8 @@ def test_what_crosses_is_tokens_there_and_back():
     along = partial(bytes_along, found, layout, "expert")
     assert along(kind="all-gather") == layers * (2 * states + 2 * chosen)
     assert along(kind="all-to-all") == layers * (2 * states + chosen)
-    assert {one.axes(layout) for one in found} == {("expert",)}
+    # A sum over one device alone, which only an unoptimised program has, crosses nothing.
+    assert {one.axes(layout) for one in found} - {()} == {("expert",)}
     whole = sum(x.nbytes for path, x in flatten_paths(PARAMS).items() if "/experts/" not in path or "down/bias" in path)
     assert whole <= along(kind="all-reduce") < 1.05 * whole
 

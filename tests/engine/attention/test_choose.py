@@ -34,7 +34,7 @@ def test_auto_has_a_kernel_for_every_case():
 @pytest.mark.parametrize(
     ("use", "case", "kernel"),
     [
-        ("rows", CASE, "blocked"),
+        ("rows", CASE, "skipping"),
         ("prefill", CASE, "blocked"),
         ("decoding", CASE, "dense"),
         ("rows", H100, "cudnn"),
@@ -89,7 +89,7 @@ def test_the_choice_is_said_with_its_reason(caplog):
         make_attention("auto", CASE)
         make_decoding("blocked", replace(CASE, use="decoding"))
     assert [record.getMessage() for record in caplog.records] == [
-        "attention of rows: blocked (a fraction of the work and of the memory of dense), on cpu in float32",
+        "attention of rows: skipping (no work before a block's first segment), on cpu in float32",
         "attention of decoding: dense ('blocked' has no form for one query a row), on cpu in float32",
     ]
 
@@ -126,7 +126,7 @@ def test_auto_does_not_take_a_kernel_that_disagrees_with_the_definition(wrong, u
     assert re.match(
         f"attention of {use}: not wrong: its values differ from the definition by .* on packed rows", warning
     )
-    assert choice.startswith(f"attention of {use}: blocked")
+    assert choice.startswith(f"attention of {use}: {choose('auto', replace(CASE, use=use), ['wrong']).kernel}")
 
 
 def test_a_kernel_that_is_asked_for_and_disagrees_is_refused(wrong):
