@@ -48,7 +48,7 @@ class Compiled:
     def __call__(self, *args: object) -> Any:
         key = _key(args)
         if key not in self.programs:
-            self._compile(key, args)
+            self._keep(key, self._compile(args))
         self.device_bytes = self._bytes[key]
         return self.programs[key](*args)
 
@@ -56,22 +56,25 @@ class Compiled:
         """Compiles for arguments like these, or shapes with shardings, unless that is done."""
         key = _key(args)
         if key not in self.programs:
-            self._compile(key, args)
+            self._keep(key, self._compile(args))
 
     def lower(self, *args: object) -> jax.stages.Lowered:
         """Returns the program for arguments like these, not compiled yet. They may be shapes with shardings."""
         return self.jitted.lower(*args)
 
-    def _compile(self, key: tuple[object, ...], args: tuple[object, ...]) -> None:
+    def _compile(self, args: tuple[object, ...]) -> jax.stages.Compiled:
         start = time.perf_counter()
         with self.log.progress.compile(self.name):
             program = self.jitted.lower(*args).compile()
         seconds = time.perf_counter() - start
-        self.programs[key], self._bytes[key] = program, program_bytes(program)
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
         self.log.entries.append((self.name, shapes, seconds))
         what = f"{self.name} for rows {shapes}" if shapes else self.name
         logger.info("compiled %s in %.1f s (program %d of this run)", what, seconds, len(self.log.entries))
+        return program
+
+    def _keep(self, key: tuple[object, ...], program: jax.stages.Compiled) -> None:
+        self.programs[key], self._bytes[key] = program, program_bytes(program)
 
 
 def _key(args: tuple[object, ...]) -> tuple[object, ...]:
