@@ -9,17 +9,16 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
 
+from realjax.apps.demo_data import MODEL, write_model
 from realjax.core.json_text import JsonObject
 from realjax.environments.calculator import NAME, compute, format_number
 from realjax.environments.guessing import GUESSES
 from realjax.environments.tools import HERMES, ToolCall
-from realjax.hf.families import config_to_hf
-from realjax.models.config import ModelConfig
 
 # As Qwen's: a tool's result is a message of the user's, in tags.
 TEMPLATE = (
@@ -27,18 +26,6 @@ TEMPLATE = (
     "</tool_response>{% else %}{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
     "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}\n</tool_call>{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PAD, END, START = "<pad>", "<|im_end|>", "<|im_start|>"
-MODEL = ModelConfig(
-    family="llama",
-    vocab_size=512,
-    hidden_size=128,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    ffn_size=384,
-    max_positions=512,
 )
 LOW, HIGH = 1, 15  # of the guessing game: four good guesses find any of them
 RULES = f"I think of a number from {LOW} to {HIGH}. Guess it."
@@ -93,31 +80,18 @@ def write_rows(path: Path, rows: Sequence[JsonObject]) -> None:
     path.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)), encoding="utf-8")
 
 
-def write_model(directory: Path, talks: Sequence[list[dict[str, str]]]) -> None:
-    """Writes config.json and a byte-level BPE tokenizer of the conversations, in which every digit is a token."""
+def write_talker(directory: Path, talks: Sequence[list[dict[str, str]]]) -> None:
+    """Writes config.json and a tokenizer of the conversations, in which every digit is a token."""
     directory.mkdir(parents=True, exist_ok=True)
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=MODEL.vocab_size,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([f"{one['role']}\n{one['content']}" for talk in talks for one in talk], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=[START],
+    write_model(
+        directory,
+        [f"{one['role']}\n{one['content']}" for talk in talks for one in talk],
+        model=replace(MODEL, vocab_size=512),
+        eos="<|im_end|>",
+        before=[pre_tokenizers.Digits(individual_digits=True)],
+        more_tokens=["<|im_start|>"],
         chat_template=TEMPLATE,
     )
-    tokenizer.save_pretrained(directory)
-    ids = {"pad_token_id": core.token_to_id(PAD), "eos_token_id": core.token_to_id(END)}
-    (directory / "config.json").write_text(json.dumps({**config_to_hf(MODEL), **ids}, indent=2), encoding="utf-8")
 
 
 def write_calculator(out: Path, rng: random.Random) -> None:
@@ -130,7 +104,7 @@ def write_calculator(out: Path, rng: random.Random) -> None:
     write_rows(out / "valid.jsonl", rows[NUM_TRAIN : NUM_TRAIN + NUM_VALID])
     talks = [answer_question(ask(rng), rng) for _ in range(NUM_SFT)]
     write_rows(out / "sft.jsonl", [{"messages": talk} for talk in talks])
-    write_model(out / "model", talks)
+    write_talker(out / "model", talks)
 
 
 def write_guessing(out: Path, rng: random.Random) -> None:
@@ -141,7 +115,7 @@ def write_guessing(out: Path, rng: random.Random) -> None:
     write_rows(out / "valid.jsonl", [rows[i % len(rows)] for i in range(6 * len(rows))])
     talks = [play(rng.randint(LOW, HIGH), rng) for _ in range(NUM_SFT)]
     write_rows(out / "sft.jsonl", [{"messages": talk} for talk in talks])
-    write_model(out / "model", talks)
+    write_talker(out / "model", talks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -93,7 +93,7 @@ class Reader:
         gen, num_parts = self.generate, num_updates // passes
         is_generate = isinstance(call, Generate)
         lengths = self.examples if is_generate or self.answers is None else self.examples + self.answers
-        head = call.loss.head if isinstance(call, Train) else call.head if isinstance(call, Inference) else "logprobs"
+        head = "logprobs" if isinstance(call, Generate) else call.head
         return CallWork(
             name=call.name,
             role=call.role,

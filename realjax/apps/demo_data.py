@@ -6,7 +6,7 @@ Reviews that praise are the better ones. A reward model learns that from pairs; 
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -177,19 +177,34 @@ def praise_reward(prompts: Sequence[str], answers: Sequence[str], rows: Sequence
     return [float(has_words(answer, PRAISING) and not has_words(answer, BLAMING)) for answer in answers]
 
 
-def write_model(directory: Path, texts: Sequence[str]) -> None:
-    """Writes config.json and a byte-level BPE tokenizer trained on `texts`, with end-of-text and padding of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def write_model(
+    directory: Path,
+    texts: Iterable[str],
+    *,
+    model: ModelConfig = MODEL,
+    eos: str = EOS,
+    before: Sequence[pre_tokenizers.PreTokenizer] = (),
+    more_tokens: Sequence[str] = (),
+    **options: object,
+) -> None:
+    """Writes config.json and a byte-level BPE tokenizer trained on `texts`, with end-of-text and padding of its own.
+
+    `before` cuts texts before bytes do, `more_tokens` are special ones, and `options` are transformers'.
+    """
+    core = Tokenizer(models.BPE())
+    of_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([*before, of_bytes]) if before else of_bytes
+    core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=MODEL.vocab_size,
-        special_tokens=[PAD, EOS],
+        vocab_size=model.vocab_size,
+        special_tokens=[PAD, *more_tokens, eos],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS).save_pretrained(directory)
-    ids = {"pad_token_id": tokenizer.token_to_id(PAD), "eos_token_id": tokenizer.token_to_id(EOS)}
-    text = json.dumps({**config_to_hf(MODEL), **ids}, indent=2)
+    core.train_from_iterator(texts, trainer)
+    if more_tokens:
+        options["additional_special_tokens"] = list(more_tokens)
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=eos, **options).save_pretrained(directory)
+    ids = {"pad_token_id": core.token_to_id(PAD), "eos_token_id": core.token_to_id(eos)}
+    text = json.dumps({**config_to_hf(model), **ids}, indent=2)
     (directory / "config.json").write_text(text, encoding="utf-8")

@@ -54,8 +54,10 @@ def read_config(argv: Sequence[str]) -> ConfigDict:
 def _write_out(config_cls: type, word: str) -> list[str]:
     """Returns a word of the command line, as a flag for each option where it gives a group of them in short."""
     override = OVERRIDE.match(word)
-    target = None if override is None else locate(config_cls, override[1])
-    if override is None or target is None or not is_dataclass(target.annotation):
+    if override is None:
+        return [word]
+    target = locate(config_cls, override[1])
+    if not is_dataclass(target.annotation):
         return [word]
     text = word[override.end() :].removeprefix("=")
     found = convert_target(target, override[1], text)

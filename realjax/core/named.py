@@ -1,4 +1,4 @@
-"""What an option names as `<module>:<name>`: a function or a class of the user's."""
+"""What an option names as `<module>:<name>`: a user's function or class; and how an error shows what that gave."""
 
 import importlib
 from typing import Any
@@ -21,3 +21,9 @@ def load_named(path: str, option: str, example: str) -> Any:
         found = f"{type(error).__name__}: {error}"
         raise ValueError(f"{option}: the module of {path!r} cannot be imported ({found}); mend it") from error
     return getattr(module, name, None)
+
+
+def shorten(value: object, most: int = 80) -> str:
+    """Returns what a value looks like, cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

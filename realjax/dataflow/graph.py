@@ -107,6 +107,11 @@ class Train(ModelCall):
     micro_batches: MicroBatches = MicroBatches()
 
     @property
+    def head(self) -> str:
+        """What the loss reads of the model, as for `Inference`."""
+        return self.loss.head
+
+    @property
     def num_updates(self) -> int:
         """Updates that a step makes."""
         return self.minibatches.count * self.minibatches.passes if self.minibatches else 1

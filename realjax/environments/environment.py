@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 from realjax.core.json_text import JsonObject
-from realjax.core.named import load_named
+from realjax.core.named import load_named, shorten
 from realjax.environments.tools import HERMES, ToolFormat
 
 # Each has `role` and `content`; a tool's result may have more.
@@ -64,11 +64,11 @@ def read_messages(found: object, subject: str) -> Messages:
     """Returns messages; ValueError, which says whose they are, for anything else."""
     needed = "it needs to be a list of messages, at least one, with the texts role and content"
     if not isinstance(found, list | tuple) or not found:
-        raise ValueError(f"{subject} is {_shorten(found)}; {needed}")
+        raise ValueError(f"{subject} is {shorten(found)}; {needed}")
     for message in found:
         texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not texts:
-            raise ValueError(f"{subject} holds {_shorten(message)}; {needed}")
+            raise ValueError(f"{subject} holds {shorten(message)}; {needed}")
     return list(found)
 
 
@@ -76,17 +76,12 @@ def read_step(found: object, subject: str) -> Step:
     """Returns what `step` gave; ValueError, which says whose it is, for anything else, such as a reward of nan."""
     needed = "it needs to be (messages, reward, done)"
     if not isinstance(found, tuple | list) or len(found) != 3:
-        raise ValueError(f"{subject} is {_shorten(found)}; {needed}")
+        raise ValueError(f"{subject} is {shorten(found)}; {needed}")
     messages, reward, done = found
     try:
         number = float(reward)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{subject} has the reward {_shorten(reward)}; {needed}, the reward a number") from error
+        raise ValueError(f"{subject} has the reward {shorten(reward)}; {needed}, the reward a number") from error
     if not abs(number) < 3e38:
         raise ValueError(f"{subject} has the reward {number}; it must be finite in float32")
     return ([] if done else read_messages(messages, subject)), number, bool(done)
-
-
-def _shorten(value: object, most: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."

@@ -34,7 +34,7 @@ from realjax.hf.pieces import (
     number_layers,
 )
 from realjax.hf.rules import HEAD, Rule
-from realjax.hf.save import OutTensor, find_writer, make_fetch, replace_directory, write_tensors
+from realjax.hf.save import OutTensor, find_writer, hold_pieces, make_fetch, replace_directory, write_tensors
 from realjax.models.build import Model, build_model
 from realjax.models.config import ModelConfig
 from realjax.models.lora import is_adapter, merge_stack
@@ -127,8 +127,7 @@ def begin_save_adapters(trained: Tree, config: ModelConfig, out_dir: Path, *, ba
     """Copies what is trained off the devices; returns what then writes it in any thread, as `save_adapters` does."""
     leaves = flatten_paths(trained)
     tensors = list_tensors(list_adapter_pieces(config, {path: leaf.shape for path, leaf in leaves.items()}))
-    fetch = make_fetch(leaves)
-    held = {(piece.path, piece.index): fetch(piece) for tensor in tensors for piece in tensor.pieces}
+    held_fn = hold_pieces((piece for tensor in tensors for piece in tensor.pieces), make_fetch(leaves))
     settings, is_writer = describe_adapters(config, base), jax.process_index() == find_writer(trained)
 
     def write() -> None:
@@ -137,7 +136,7 @@ def begin_save_adapters(trained: Tree, config: ModelConfig, out_dir: Path, *, ba
         with naming(out_dir), replace_directory(out_dir) as temp:
             (temp / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             out = [OutTensor(tensor=tensor, dtype=np.dtype(np.float32)) for tensor in tensors]
-            write_tensors(temp, out, lambda piece: held[piece.path, piece.index], float("inf"), name=WEIGHTS[0])
+            write_tensors(temp, out, held_fn, float("inf"), name=WEIGHTS[0])
             write_manifest(temp)
 
     return write

@@ -5,10 +5,10 @@ all is made there first, which is written beside what the devices do next.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -112,9 +112,14 @@ def begin_save(params: Tree, target: Target, out_dir: Path, *, most_bytes: float
     elif sum(leaf.nbytes for leaf in leaves.values()) > most_bytes:
         write(fetch)
     else:
-        held = {(piece.path, piece.index): fetch(piece) for piece in pieces}
-        return lambda: write(lambda piece: held[piece.path, piece.index])
+        return partial(write, hold_pieces(pieces, fetch))
     return _nothing
+
+
+def hold_pieces(pieces: Iterable[Piece], fetch_fn: FetchFn) -> FetchFn:
+    """Returns what gives the pieces from this process's memory, into which they are fetched now."""
+    held = {(piece.path, piece.index): fetch_fn(piece) for piece in pieces}
+    return lambda piece: held[piece.path, piece.index]
 
 
 def _nothing() -> None:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from realjax.rewards.functions import shorten
+from realjax.core.named import shorten
 
 logger = logging.getLogger("realjax.rewards")
 

@@ -2,6 +2,7 @@
 processes that only score answers read this.
 """
 
+import asyncio
 import copy
 import inspect
 import traceback
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from realjax.core.json_text import JsonObject
-from realjax.core.named import load_named
+from realjax.core.named import load_named, shorten
 
 Row = JsonObject
 # fn(prompts, answers, rows) -> one number for each answer, or fn(prompt, answer, row) -> one number. `rows` are the
@@ -82,6 +83,16 @@ async def await_reply(fn: TextFn, found: Awaitable[Any], num_answers: int) -> Re
         return Fault(describe_error(error))
 
 
+def find_reply(fn: TextFn, question: Question) -> Reply:
+    """Returns a function's reply to a question, of one that is async when it is there."""
+    num_answers = len(question.answers)
+    try:
+        found = ask(fn, question)
+    except (Exception, SystemExit) as error:
+        return Fault(describe_error(error))
+    return asyncio.run(await_reply(fn, found, num_answers)) if is_async(fn) else read_reply(fn, found, num_answers)
+
+
 def read_reply(fn: TextFn, found: Any, num_answers: int) -> Reply:
     """Returns what a function has returned as numbers, or why it is none."""
     one = takes_one(fn)
@@ -104,12 +115,6 @@ def describe_error(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f", in line {frames[-1].lineno} of {frames[-1].name}" if frames else ""
     return f"it raised {type(error).__name__}: {error}{place}"
-
-
-def shorten(value: object, most: int = 80) -> str:
-    """Returns what a value looks like, cut off where it is long."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def load_function(path: str, name: str = "reward.fn") -> TextFn:

@@ -17,8 +17,8 @@ from realjax.rewards.functions import (
     ask,
     await_reply,
     describe_error,
+    find_reply,
     is_async,
-    read_reply,
     takes_one,
 )
 from realjax.rewards.workers import Workers
@@ -97,15 +97,7 @@ def make_scorer(fn: TextFn, parameters: ScoringParameters, *, path: str, name: s
 
 def run_here(fn: TextFn, questions: Sequence[Question]) -> list[Reply]:
     """Returns a function's reply to each question, asked in this thread one after the other."""
-    return [_reply(fn, question) for question in questions]
-
-
-def _reply(fn: TextFn, question: Question) -> Reply:
-    try:
-        found = ask(fn, question)
-    except (Exception, SystemExit) as error:
-        return Fault(describe_error(error))
-    return read_reply(fn, found, len(question.answers))
+    return [find_reply(fn, question) for question in questions]
 
 
 class Awaiting:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from realjax.core.host_call import Arrays, HostFn, HostResult, State
+from realjax.core.named import shorten
 from realjax.core.segments import segment_slices
 from realjax.core.texts import decode_answers, split_answer
 from realjax.rewards.failures import Failure, Failures
-from realjax.rewards.functions import Question, Row, TextFn, describe_error, shorten
+from realjax.rewards.functions import Question, Row, TextFn, describe_error
 from realjax.rewards.scoring import Scorer, run_here
 
 if TYPE_CHECKING:

@@ -3,23 +3,11 @@
 It says None when its function is there, or why it is not; then it gives a reply to each question. It imports no JAX.
 """
 
-import asyncio
 import sys
 from multiprocessing.connection import Connection
 
 from realjax.core.lifetime import make_bond
-from realjax.rewards.functions import (
-    Fault,
-    Question,
-    Reply,
-    TextFn,
-    ask,
-    await_reply,
-    describe_error,
-    is_async,
-    load_function,
-    read_reply,
-)
+from realjax.rewards.functions import find_reply, load_function
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -36,20 +24,9 @@ def main(descriptor: int, parent: int) -> None:
             return
         connection.send(None)
         while True:
-            connection.send(_reply(fn, connection.recv()))
+            connection.send(find_reply(fn, connection.recv()))
     except (EOFError, BrokenPipeError):
         return  # nobody asks any more
-
-
-def _reply(fn: TextFn, question: Question) -> Reply:
-    num_answers = len(question.answers)
-    try:
-        found = ask(fn, question)
-    except (Exception, SystemExit) as error:
-        return Fault(describe_error(error))
-    if is_async(fn):
-        return asyncio.run(await_reply(fn, found, num_answers))
-    return read_reply(fn, found, num_answers)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def select_inputs(mfc: Inference | Train, batch: Batch, sizes: LeastSizes = LEAS
     """Returns what a call reads of a batch. Raises ValueError for a sequence longer than the call was told."""
     refuse_longer(batch, mfc.max_seqlen, mfc.name)
     inputs = batch.select({*PACKING_KEYS, *mfc.inputs})
-    if "targets" in batch and (mfc.head if isinstance(mfc, Inference) else mfc.loss.head) != "values":
+    if "targets" in batch and mfc.head != "values":
         return inputs.with_arrays(targets=batch["targets"])
     if mfc.mask and (targets := list_targets(batch[mfc.mask], batch["positions"], sizes)) is not None:
         inputs = inputs.with_arrays(targets=targets)

@@ -97,19 +97,24 @@ class Executor:
         if calls is None and step is not None and self.sampler is not None:
             batch, metrics = self.sampler.draw(self, step)
             left = [call for call in left if call.name not in self.sampler.names]
-        begun: list[Host] = []
-        for call in (*left, None):
-            due = [one for one in begun if call is None or set(one.outputs) & set(call.inputs)]
-            begun = [one for one in begun if one not in due]
-            is_beside = isinstance(call, Host) and call.is_beside
-            for one in (*due, *([] if call is None or is_beside else [call])):
-                done = self._finish(one, batch, step) if one in due else self.run_call(one, batch, step, draw)
-                batch = done.batch
-                if done.metrics:
-                    metrics[one.name] = done.metrics
-            if isinstance(call, Host) and is_beside:
+
+        def keep(call: Call, done: Done) -> Batch:
+            if done.metrics:
+                metrics[call.name] = done.metrics
+            return done.batch
+
+        begun: list[Host] = []  # beside others, in this order
+        for call in left:
+            for one in [one for one in begun if set(one.outputs) & set(call.inputs)]:
+                batch = keep(one, self._finish(one, batch, step))
+                begun.remove(one)
+            if isinstance(call, Host) and call.is_beside:
                 batch = self._begin(call, batch, step)
                 begun.append(call)
+            else:
+                batch = keep(call, self.run_call(call, batch, step, draw))
+        for one in begun:
+            batch = keep(one, self._finish(one, batch, step))
         if calls is None and step is not None:
             self.update_averages()
         return StepResult(batch, metrics)

@@ -1,14 +1,13 @@
 """The run: restore or load, then step after step."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
 from realjax.allocation.choice import PLAN_FILE, dump_choices
 from realjax.allocation.plan import AllocationPlan
-from realjax.core.batch import Batch
 from realjax.core.faults import explain_faults
 from realjax.core.processes import is_first
 from realjax.dataflow.picture import describe_graph
@@ -19,7 +18,7 @@ from realjax.record.report import REPORT_FILE
 from realjax.record.rundir import write_log
 from realjax.runtime.ahead import Ahead
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
-from realjax.runtime.executor import Executor, StepResult
+from realjax.runtime.executor import Executor
 from realjax.runtime.exports import Exports
 from realjax.runtime.flight import join_rows
 from realjax.runtime.lock import lock_run
@@ -70,24 +69,20 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> 
                 checkpointer=checkpointer, exports=exports, metrics=metrics, answers=answers, console=console
             )
             session = Session(spec, plan, executor, state, outputs)
-            step_fn = _make_step(executor, plan, session.last_step)
+            ahead = Ahead(executor, plan.loader, session.last_step) if executor.graph.ahead else None
             session.begin()
             stop.defer()
             with session.display:
                 for step in range(session.first_step, session.last_step):
-                    result = step_fn(session.begin_step(step), step)
-                    session.prepare_step(step + 1)
+                    session.begin_step(step)
+                    if ahead is None:
+                        result = executor.step(session.take_batch(step), step)
+                        session.prepare_batch(step + 1)
+                    else:
+                        result = ahead.step(step)
                     if (code := session.finish_step(step, result, stop)) is not None:
                         return code
             return session.finish()
-
-
-def _make_step(executor: Executor, plan: AllocationPlan, last_step: int) -> Callable[[Batch, int], StepResult]:
-    """Returns what takes a step with its batch from the loader."""
-    if not executor.graph.ahead:
-        return executor.step
-    ahead = Ahead(executor, plan.loader, last_step)
-    return lambda _, step: ahead.step(step)
 
 
 def _answer_finished(spec: RunSpec, save: RunState) -> int:

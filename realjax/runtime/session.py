@@ -97,16 +97,19 @@ class Session:
             self.evaluate(0, self._due_evaluations(is_due=self.spec.evaluate.is_set, is_end=True))
         self.report.update()
 
-    def begin_step(self, step: int) -> Batch:
-        """Starts the step's clock and returns its batch."""
+    def begin_step(self, step: int) -> None:
+        """Starts the step's clock, and compiles what is known to come."""
         self.executor.progress.begin("batch", step)
         self.step_start, self.num_compiled = time.perf_counter(), len(self.executor.compile_log.entries)
         if step == self.first_step + 1:
             compile_shapes(self.executor, self.plan.loader, range(step, self.last_step))
+
+    def take_batch(self, step: int) -> Batch:
+        """Returns the step's batch, which `prepare_batch` may have made."""
         batch, self._next_batch = self._next_batch, None
         return self.plan.loader.batch(step) if batch is None else batch
 
-    def prepare_step(self, step: int) -> None:
+    def prepare_batch(self, step: int) -> None:
         """Makes the batch of the step that follows, if any, while the devices are at work."""
         if step < self.last_step:
             self.executor.progress.begin("batch", step)

@@ -29,14 +29,11 @@ def compile_shapes(executor: Executor, loader: Loader, steps: range) -> None:
 def _compile_calls(executor: Executor, batch: Batch) -> None:
     for call in _list_calls(executor):
         inputs, layout = select_inputs(call, batch), executor.plan.layouts[call.name]
-        num_mbs, placed = (
-            num_micro_batches(call, inputs, layout),
-            abstract_batch(inputs, train_rules(layout.strategy), layout),
-        )
+        num_mbs = num_micro_batches(call, inputs, layout)
+        placed = abstract_batch(inputs, train_rules(layout.strategy), layout)
         if isinstance(call, Train):
-            executor.programs.train_step(call, num_mbs).prepare(
-                executor.states[call.role], placed, *executor.base_for(call.role)
-            )
+            program = executor.programs.train_step(call, num_mbs)
+            program.prepare(executor.states[call.role], placed, *executor.base_for(call.role))
         else:
             executor.programs.inference(call, num_mbs).prepare(executor.abstract_params_for(call), placed)
             batch = batch.with_arrays(**{key: np.zeros(batch["tokens"].shape, np.float32) for key in call.outputs})

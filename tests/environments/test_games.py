@@ -12,7 +12,7 @@ from realjax.environments.calculator import Calculator, compute, format_number
 from realjax.environments.environment import Environment
 from realjax.environments.guessing import GuessingGame
 from realjax.environments.tools import find_format
-from tools.environment_data import LOW, answer_question, ask, play, write_model
+from tools.environment_data import LOW, answer_question, ask, play, write_talker
 
 
 def list_games(seed: int = 0, count: int = 60):
@@ -26,7 +26,7 @@ def list_games(seed: int = 0, count: int = 60):
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> TurnTemplate:
     folder = tmp_path_factory.mktemp("model")
-    write_model(folder, [talk for _, _, talk in list_games()])
+    write_talker(folder, [talk for _, _, talk in list_games()])
     return TurnTemplate(tokenizer=AutoTokenizer.from_pretrained(folder))
 
 
