@@ -138,6 +138,7 @@ class Command:
 COMMANDS = {
     "plan": Command(module="realjax.apps.plan", summary="predicts where calls would run best, on any cluster"),
     "data check": Command(module="realjax.apps.data_check", summary="shows rows of a file as the model will see them"),
+    "data example": Command(module="realjax.apps.data_example", summary="writes small files of data to begin with"),
     "profile": Command(module="realjax.apps.profile", summary="measures this machine for the planner"),
     "doctor": Command(module="realjax.apps.doctor", summary="looks for what would keep a run from working"),
     "launch": Command(module="realjax.apps.launcher", summary="starts a run elsewhere, such as in a Slurm job"),

@@ -41,6 +41,7 @@ EXTRAS = (
     "additional_chat_templates/*",
     "generation_config.json",
 )
+CHECKPOINT_NAME = re.compile(r"epoch\d+epochstep\d+globalstep(\d+)")  # of a run, in its role's directory
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -211,12 +212,14 @@ def read_json(path: Path, subject: str) -> JsonObject:
 def resolve_model_path(path: str | Path, *, need_weights: bool = True, or_else: str = "") -> Path:
     """Returns the local directory of a model, of which `path` is that directory or a hub identifier.
 
-    Of a hub identifier it is the cached snapshot, else one that is downloaded. Raises ValueError when there is none,
+    Of a directory of a run's checkpoints it is the last one. Of a hub identifier it is the cached snapshot, else one that
+    is downloaded. Raises ValueError when there is none,
     when it has no config.json, and with `need_weights` when the architecture is not supported or it has no weights. The
     message about weights ends in `or_else`: what the user can do instead.
     """
     local = Path(path).expanduser()
     if local.is_dir():
+        local = _last_checkpoint(local)
         _check_directory(local, need_weights, or_else)
         return local
     if local.exists():
@@ -268,6 +271,15 @@ def _list_shards(directory: Path, index: str) -> list[Path]:
     if other := [file.name for file in files if file.suffix != suffix]:
         raise ValueError(f"checkpoint '{directory}': {index} names {', '.join(other)}; its files end in {suffix}")
     return files
+
+
+def _last_checkpoint(directory: Path) -> Path:
+    """Returns the newest of the checkpoints that a run left in a directory, or the directory where there are none."""
+    if (directory / CONFIG).is_file():
+        return directory
+    steps = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in directory.iterdir() if (path / CONFIG).is_file()}
+    found = {path: int(match[1]) for path, match in steps.items() if match}
+    return max(found, key=lambda path: found[path]) if found else directory
 
 
 def _check_directory(directory: Path, need_weights: bool, or_else: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The README's commands: each is understood, and names only what is there or an earlier one wrote."""
+"""The README's commands name only what is there or an earlier one wrote; that they work: tests/apps/test_pages.py."""
 
 import re
 import subprocess
@@ -8,8 +8,6 @@ import pytest
 
 from realjax.apps.demo import STAGES
 from realjax.apps.demo_data import write_demo_files
-from realjax.apps.quickstart import find_experiment
-from realjax.options.parsing import parse_overrides
 from tests.given.processes import ROOT
 
 BLOCK = re.compile(r"```sh\n(.*?)```", re.S)
@@ -29,17 +27,6 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str
     script = RECORD + "\n".join(blocks)
     output = subprocess.run(["bash", "-euc", script], cwd=folder, capture_output=True, text=True, check=True).stdout
     return folder, [call.split("\n") for call in output.removesuffix("\n\n").split("\n\n")]
-
-
-def test_there_is_a_line_for_what_the_readme_shows(calls):
-    found = [words[1] for words in calls[1] if words[0] == "realjax"]
-    assert found == ["sft", "dpo", "ppo"]
-
-
-def test_every_option_of_a_line_is_one(calls):
-    for words in calls[1]:
-        if words[0] == "realjax":
-            parse_overrides(find_experiment(words[1]).config_cls, words[2:])
 
 
 def test_every_path_is_there_or_was_written_by_an_earlier_line(calls):

@@ -41,6 +41,13 @@ def test_a_directory_resolves_to_itself(single):
     assert resolve_model_path(str(single)) == single
 
 
+def test_of_a_runs_checkpoints_the_last_is_taken(single, tmp_path):
+    for step in (2, 10):
+        shutil.copytree(single, tmp_path / f"epoch1epochstep{step}globalstep{step}")
+    (tmp_path / "epoch1epochstep11globalstep11").mkdir()  # of a save that was broken off by hand
+    assert resolve_model_path(tmp_path) == tmp_path / "epoch1epochstep10globalstep10"
+
+
 def test_what_is_not_a_model_directory_is_refused(single, tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
         resolve_model_path(tmp_path)
