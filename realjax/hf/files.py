@@ -212,10 +212,10 @@ def read_json(path: Path, subject: str) -> JsonObject:
 def resolve_model_path(path: str | Path, *, need_weights: bool = True, or_else: str = "") -> Path:
     """Returns the local directory of a model, of which `path` is that directory or a hub identifier.
 
-    Of a directory of a run's checkpoints it is the last one. Of a hub identifier it is the cached snapshot, else one that
-    is downloaded. Raises ValueError when there is none,
-    when it has no config.json, and with `need_weights` when the architecture is not supported or it has no weights. The
-    message about weights ends in `or_else`: what the user can do instead.
+    Of a directory of a run's checkpoints it is the last one, of a hub identifier the cached snapshot, else one that is
+    downloaded. Raises ValueError when there is none, when it has no config.json, and with `need_weights` when the
+    architecture is not supported or it has no weights. The message about weights ends in `or_else`: what the user can
+    do instead.
     """
     local = Path(path).expanduser()
     if local.is_dir():

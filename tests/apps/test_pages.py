@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from realjax.apps import data_example, quickstart, recipe
+from realjax.options.config_dict import EXPERIMENT_KEY
 from realjax.options.parsing import parse_overrides
 from realjax.options.profile import ProfileConfig
 from tests.given.checkpoints import write_family, write_llama, write_reward_model
@@ -108,8 +109,7 @@ def plan(place: Place, words: list[str]) -> None:
     experiment, *rest = words
     if experiment.startswith("--config"):
         words = [word.replace("configs/", f"{ROOT}/configs/") for word in words]
-        experiment = re.search(r"configs/(\w+)\.py", " ".join(words))[1]
-        experiment = {"calculator": "grpo"}.get(experiment, experiment)
+        experiment = str(recipe.read_config(["launch", words[0]])[EXPERIMENT_KEY])
         filled = [
             f"--config.{word}" if not word.startswith("--") else word for word in place.replace(experiment, words)
         ]
