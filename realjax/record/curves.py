@@ -93,37 +93,46 @@ def _are_equal(one: Series, other: Series) -> bool:
     )
 
 
-def draw_curve(path: Path | BinaryIO, name: str, series: Series) -> None:
-    """Writes one PNG: a line per label, and for many points a smoothed line over the light raw one."""
-    # Imported here: it takes a second, which nobody should wait for before the first step.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+class Sheet:
+    """Draws one chart after another on the same axes: axes of its own for each would take three times as long."""
 
-    # Margins that are wide enough for every label: to measure them takes as long as to draw, and a run has many curves.
-    margins = {"left": 0.17, "right": 0.98, "bottom": 0.14, "top": 0.9}
-    figure = Figure(figsize=(6.4, 3.4), dpi=120)
-    axes = figure.subplots(gridspec_kw=margins)
-    other_colors = iter(OTHER_COLORS * len(series))
-    for label, (steps, values) in sorted(series.items(), key=lambda item: item[0] != TRAIN):
-        color = COLORS.get(label) or next(other_colors)
-        marker = "o" if len(steps) <= MOST_MARKED else None
-        if len(steps) > MIN_POINTS_TO_SMOOTH:
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-            values = smooth(values, window=max(5, len(values) // 25))
-        # A label is data, as a metric's name is: a `$` in it must not start a formula.
-        shown = label.replace("$", "\\$")
-        axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=shown)
-    axes.set_title(name, fontsize="medium", parse_math=False)
-    axes.set_xlabel("global step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # Ticks show whole values: "+1.2e4" in a corner of the plot is easily missed.
-    axes.ticklabel_format(axis="y", useOffset=False)
-    axes.grid(color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(series) > 1:
-        axes.legend(frameon=False)
-    figure.savefig(path)
+    def __init__(self) -> None:
+        # Imported here: it takes a second, which nobody should wait for before the first step.
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        # Margins that are wide enough for every label, which stand in known places: to measure them takes as long as to
+        # draw, and a run has many curves.
+        margins = {"left": 0.17, "right": 0.98, "bottom": 0.14, "top": 0.9}
+        self.figure = Figure(figsize=(6.4, 3.4), dpi=120)
+        self.axes = axes = self.figure.subplots(gridspec_kw=margins)
+        axes.set_xlabel("global step")
+        axes.xaxis.set_label_coords(0.5, -0.105)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        # Ticks show whole values: "+1.2e4" in a corner of the plot is easily missed.
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.grid(color="#e5e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    def draw(self, path: Path | BinaryIO, name: str, series: Series) -> None:
+        """Writes one PNG: a line per label, and for many points a smoothed line over the light raw one."""
+        axes, other_colors = self.axes, iter(OTHER_COLORS * len(series))
+        for label, (steps, values) in sorted(series.items(), key=lambda item: item[0] != TRAIN):
+            color = COLORS.get(label) or next(other_colors)
+            marker = "o" if len(steps) <= MOST_MARKED else None
+            if len(steps) > MIN_POINTS_TO_SMOOTH:
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+                values = smooth(values, window=max(5, len(values) // 25))
+            # A label is data, as a metric's name is: a `$` in it must not start a formula.
+            shown = label.replace("$", "\\$")
+            axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=shown)
+        axes.set_title(name, fontsize="medium", parse_math=False, y=1.01)
+        legend = axes.legend(frameon=False) if len(series) > 1 else None
+        self.figure.savefig(path)
+        for artist in (*axes.lines, *filter(None, [legend])):
+            artist.remove()
+        axes.relim()
 
 
 def smooth(values: np.ndarray, *, window: int) -> np.ndarray:

@@ -13,9 +13,9 @@ from realjax.record.curves import (
     MAIN_METRICS,
     TRAIN,
     Series,
+    Sheet,
     collect_series,
     curve_paths,
-    draw_curve,
     join_equal,
     metric_rank,
 )
@@ -162,12 +162,12 @@ def curve_parts(
     folder = run_dir / "curves"
     folder.mkdir(exist_ok=True)
     drawn, paths = join_equal(charts), curve_paths(charts, folder)
-    main, others = [], []
+    main, others, sheet = [], [], Sheet()
     for name, same in drawn.items():
         is_main = metric_rank(name) < len(MAIN_METRICS)
         if not (is_main or with_others):
             continue
-        draw_curve(paths[name], name, charts[name])
+        sheet.draw(paths[name], name, charts[name])
         missing = sum(name in record.get("nonfinite", ()) for record in records)
         notes = [f"Also {', '.join(same)}."] if same else []
         notes += [f"{missing} non-finite value(s) left out."] if missing else []

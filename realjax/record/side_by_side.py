@@ -9,7 +9,7 @@ from realjax.core.json_text import JsonObject, parse_json
 from realjax.core.path_names import shorten_paths
 from realjax.dataflow.run import METRICS_FILE
 from realjax.record.console import format_value
-from realjax.record.curves import MAIN_METRICS, Series, collect_series, draw_curve, join_equal, metric_rank
+from realjax.record.curves import MAIN_METRICS, Series, Sheet, collect_series, join_equal, metric_rank
 from realjax.record.metrics import read_spread, replace_text
 from realjax.record.page import details_html, make_page, picture_html, table_html
 
@@ -43,10 +43,10 @@ def merge_charts(charts: Mapping[str, Mapping[str, Series]]) -> dict[str, Series
 
 
 def _curves(charts: Mapping[str, Series]) -> list[str]:
-    main, others = [], []
+    main, others, sheet = [], [], Sheet()
     for name in join_equal(charts):
         picture = io.BytesIO()
-        draw_curve(picture, name, charts[name])
+        sheet.draw(picture, name, charts[name])
         caption = f"<figcaption>{html.escape(name)}</figcaption>"
         figure = f"<figure>{caption}{picture_html(picture.getvalue(), name)}</figure>"
         (main if metric_rank(name) < len(MAIN_METRICS) else others).append(figure)

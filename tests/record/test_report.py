@@ -1,11 +1,12 @@
 import base64
+import io
 import math
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from realjax.record.curves import collect_series, curve_paths, join_equal, smooth
+from realjax.record.curves import Sheet, collect_series, curve_paths, join_equal, smooth
 from realjax.record.metrics import MetricsWriter
 from realjax.record.report import ReportParts, Section, is_finished, read_parts, write_report
 
@@ -137,6 +138,21 @@ def test_smoothing_keeps_lines_and_calms_noise(window):
     noise = np.random.default_rng(0).normal(size=2000)
     middle = smooth(noise, window=window)[window:-window]
     assert middle.std() < 1.5 / math.sqrt(window)
+
+
+def test_a_chart_shows_nothing_of_the_one_before_on_its_sheet():
+    steps = np.arange(1, 61)
+    few, many = (
+        {"train": (steps[:3], np.array([3.0, 1.0, 2.0]))},
+        {"train": (steps, 1e4 / steps), "eval": (steps, -steps)},
+    )
+    used, pictures = Sheet(), {}
+    for name, series in (("few", few), ("many", many), ("few", few), ("many", many)):
+        used.draw(found := io.BytesIO(), name, series)
+        Sheet().draw(alone := io.BytesIO(), name, series)
+        assert found.getvalue() == alone.getvalue()
+        pictures[name] = found.getvalue()
+    assert pictures["few"] != pictures["many"]
 
 
 def test_sections_are_checked_when_made(tmp_path):
