@@ -32,14 +32,28 @@ def place(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDe
     return f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
-def tracked_files() -> list[Path]:
-    """Returns what git tracks or would add; skips where the sources came without git."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+def ask_git(*words: str) -> list[str]:
+    """Returns the lines that git answers; skips where the sources came without git."""
     try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
-    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+def tracked_files() -> list[Path]:
+    """Returns what git tracks or would add."""
+    names = ask_git("ls-files", "--cached", "--others", "--exclude-standard")
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def test_no_environment_is_tracked():
+    """Nor a link to one, which git has as a file of the link's name, nor what installing or running leaves."""
+    is_made = re.compile(
+        r"(^|/)(\.?v?env(-\w+)?|site-packages|node_modules|__pycache__|[\w.]+\.egg-info|pyvenv\.cfg)(/|$)"
+    )
+    assert is_made.search(".venv") and is_made.search("a/venv/bin/x") and not is_made.search("tests/environments/x.py")
+    tracked = [line.split(maxsplit=3) for line in ask_git("ls-files", "--stage")]
+    assert not [name for mode, _, _, name in tracked if mode == "120000" or is_made.search(name)]
 
 
 def test_files_are_short():
