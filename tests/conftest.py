@@ -1,9 +1,10 @@
 """Eight virtual CPU devices stand in for a node; compiled programs are kept between test processes."""
 
+import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Before jax starts: the backend reads these once.
@@ -25,6 +26,27 @@ from tests.given.commands import kept_log_settings  # noqa: E402
 from tests.given.gpus import skip_without_gpu_compiler  # noqa: E402
 from tests.given.models import quick_compiles  # noqa: E402
 from tests.given.runs import Given, write_given  # noqa: E402
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collects without collecting garbage: what is imported stays, and is not looked through again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files with long tests first in each half, with which two workers begin: short ones are left to share."""
+    is_long = lambda item: any(map(item.get_closest_marker, ("slow", "e2e")))
+    files = list(dict.fromkeys(item.path for item in items if is_long(item)))
+    quick = [item for item in items if item.path not in files]
+    halves = [[item for item in items if item.path in files[start::2]] for start in range(2)]
+    num = max(0, len(items) // 2 - len(halves[0]))
+    items[:] = [*halves[0], *quick[:num], *halves[1], *quick[num:]]
 
 
 @pytest.hookimpl(tryfirst=True)
