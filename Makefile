@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick aot lint format clean
+.PHONY: help demo test quick aot newest wheel lint format clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,20 @@ quick: .venv/.dev  ## the tests that take seconds
 aot: .venv-aot/.installed  ## compile the real programs for GPUs, without one, and compare with their budgets
 	.venv-aot/bin/python -m pytest -n 2 tests/aot tests/allocation -m aot
 
+# Anew each time: what the ranges of pyproject.toml allow today, which .ci/newest asks for once a week.
+newest:  ## the quick tests with the newest versions of everything that realjax builds on
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install $(TORCH)
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager -e ".[dev]"
+	.venv-newest/bin/python -m pip list --outdated
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not e2e"
+
+wheel: .venv/.dev  ## dist/: what pip installs from, checked as PyPI does it
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 lint: .venv/.dev  ## ruff and pyright, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +50,7 @@ format: .venv/.dev  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments and the demo's files
-	rm -rf .venv .venv-aot demo_run
+	rm -rf .venv .venv-aot .venv-newest dist demo_run
 
 # The stamps make a second call quick; a changed pyproject.toml installs again.
 .venv/.installed: pyproject.toml

@@ -29,7 +29,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.prog = "python -m tools.plan"
     parser.add_argument("--verify", choices=list_targets(), nargs="?", const="h100", help="compile it for these")
     with report_errors(parser.prog) as end:
-        args = parser.parse_intermixed_args(words)
+        args = plan.parse_words(parser, words)
         comparison = plan.run(args)
         if comparison is None:
             end.code = 2

@@ -62,5 +62,4 @@ class AllocationPlan:
         role, home = self.roles[call], self.homes[self.roles[call]]
         if role in self.offloaded:
             return f"{role} from host memory"
-        zero = f", zero stage {home.strategy.zero_stage}" if home.strategy.zero_stage else ""
-        return f"{role} at home{zero}" if home == self.layouts[call] else f"{role} from its home {home}"
+        return f"{role} at home" if home == self.layouts[call] else f"{role} from its home {home}"

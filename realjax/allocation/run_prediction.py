@@ -34,7 +34,7 @@ class RunPrediction:
 
     def describe(self, call: str) -> str:
         """Returns what is predicted of a call, in words."""
-        return f"predicted {self.seconds[call]:.3g} s, {self.peak_bytes[call] / MIB:,.0f} MiB"
+        return f"predicted {self.seconds[call]:.3g} s, {self.peak_bytes[call] / MIB:,.0f} MiB a device"
 
     def refine(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Returns the cluster's factors with those that make this prediction what was measured.

@@ -17,7 +17,7 @@ from realjax.apps.quickstart import (
     prepare_devices,
     prepare_environment,
 )
-from realjax.apps.words import HELP_FLAGS, take_config_file
+from realjax.apps.words import HELP_FLAGS, take_option_files
 from realjax.core.processes import is_first
 from realjax.launch.environment import end_with_launcher, find_process_group
 from realjax.options.checks import resolve_names
@@ -37,8 +37,9 @@ def main(words: Sequence[str]) -> int:
     configure_logging()
     run: CommonExperimentConfig | None = None
     if words and words[0] in EXPERIMENTS:
-        overrides, of_file = take_config_file(words[1:])
-        run = resolve_names(parse_overrides(find_experiment(words[0]).config_cls, overrides, of_file), words[0])
+        config_cls = find_experiment(words[0]).config_cls
+        overrides, layers = take_option_files(words[1:], config_cls, words[0])
+        run = resolve_names(parse_overrides(config_cls, overrides, *layers), words[0])
     group = find_process_group(os.environ)
     run = run and resolve_machine(run, count_present(group), os.environ)
     config = run or parse_overrides(DoctorConfig, list(words))

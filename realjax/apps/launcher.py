@@ -9,11 +9,11 @@ an experiment a recipe can be given, `--config=configs/sft.py --config.<option>=
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from realjax.allocation.modes import check_options
-from realjax.apps.words import names_recipe, take_config_file
+from realjax.apps.words import names_recipe, take_option_files
 from realjax.launch import kubernetes, local, ray, slurm
 from realjax.launch.kubernetes import KubernetesJob
 from realjax.launch.ray import RayJob
@@ -82,9 +82,10 @@ def read_run(words: Sequence[str], elsewhere: str | None = None) -> RunCommand:
         experiment = str(found[EXPERIMENT_KEY])
         config = from_config_dict(quickstart.find_experiment(experiment).config_cls, found)
     else:
-        given, of_file = take_config_file(words)
-        experiment, *overrides = given or [""]
-        config = parse_overrides(quickstart.find_experiment(experiment).config_cls, overrides, of_file)
+        experiment, config_cls = words[0], quickstart.find_experiment(words[0]).config_cls
+        overrides, layers = take_option_files(words[1:], config_cls, experiment)
+        config = parse_overrides(config_cls, overrides, *layers)
+        of_file = join_layers(layers)
     spell: Callable[[str], str] = (lambda name: f"--config.{name}") if is_recipe else str
     if find_word(words, spell("recover_mode")) is None and "recover_mode" not in of_file:
         config = dataclasses.replace(config, recover_mode="auto")
@@ -241,9 +242,20 @@ def launch_ray(words: Sequence[str]) -> int:
     return job.run(args.address)
 
 
+def join_layers(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
+    """Returns the options of a recipe and of a file as one mapping, the later one's values."""
+    return {name: value for layer in layers for name, value in layer.items()}
+
+
 def launch_local(words: Sequence[str]) -> int:
     """Starts a run in several processes of this machine."""
-    _, of_file = take_config_file(words)
+    from realjax.apps import quickstart
+
+    of_file: Mapping[str, object] = {}
+    experiment = next((word for word in words if word in quickstart.EXPERIMENTS), None)
+    if experiment is not None:
+        _, layers = take_option_files(words, quickstart.find_experiment(experiment).config_cls, experiment)
+        of_file = join_layers(layers)
     # The launcher itself reads nothing but words.
     named = {name: of_file.get(name) for name in READ_BY_LOCAL if find_word(words, name) is None}
     return local.main([*words, *(f"{name}={value}" for name, value in named.items() if value is not None)])

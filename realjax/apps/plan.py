@@ -24,6 +24,7 @@ from realjax.allocation.prediction import GIB, HEAD, CallPrediction, Prediction
 from realjax.apps import quickstart
 from realjax.apps.errors import report_errors
 from realjax.apps.weightless import without_weights
+from realjax.apps.words import split_option_files
 from realjax.core.layout import number_ranges
 from realjax.dataflow.run import RunSpec
 from realjax.options.checks import resolve_names, validate
@@ -37,7 +38,7 @@ WIDTH = 160  # of a table that is not on a terminal
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the plan that a search finds, and what other plans would take; returns the exit code."""
     with report_errors("realjax plan") as end:
-        args = make_parser().parse_intermixed_args(words)
+        args = parse_words(make_parser(), words)
         if args.points:
             print(describe_points(predict_points(args.points)))
         elif run(args) is None:
@@ -166,6 +167,14 @@ def make_table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def parse_words(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Returns what the words say; `--config FILE` and `--recipe NAME` are the command's that is planned."""
+    rest, flags = split_option_files(sys.argv[1:] if words is None else words)
+    args = parser.parse_intermixed_args(rest)
+    args.words += flags
+    return args
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ from rich.console import Console
 from realjax.allocation import modes
 from realjax.allocation.modes import check_options
 from realjax.apps.errors import report_errors
+from realjax.apps.named_recipes import asks_for_list, list_recipes
 from realjax.apps.present import Machine, count_devices, count_present
 from realjax.apps.words import (
     HELP_FLAGS,
@@ -34,7 +35,7 @@ from realjax.apps.words import (
     print_config,
     say,
     say_version,
-    take_config_file,
+    take_option_files,
 )
 from realjax.core.malloc import keep_freed_memory
 from realjax.core.processes import is_first, text_from_first
@@ -178,9 +179,12 @@ def read_command(args: list[str]) -> tuple[str, CommonExperimentConfig] | None:
     if (topic := help_topic(words)) is not None:
         say(describe(experiment.config_cls, name, topic))
         return None
+    if asks_for_list(words):
+        say(list_recipes(name))
+        return None
     configure_logging()
-    words, mapping = take_config_file(words)
-    config = parse_overrides(experiment.config_cls, [w for w in words if w not in (PLAN_FLAG, PRINT_FLAG)], mapping)
+    words, layers = take_option_files(words, experiment.config_cls, name)
+    config = parse_overrides(experiment.config_cls, [w for w in words if w not in (PLAN_FLAG, PRINT_FLAG)], *layers)
     if PRINT_FLAG in words:
         print_config(config)
         return None
@@ -191,7 +195,7 @@ def find_experiment(name: str) -> Experiment:
     """Returns the experiment called `name`; ValueError with the nearest name if there is none."""
     if name not in EXPERIMENTS:
         near = nearest_names(name, [*EXPERIMENTS, *COMMANDS], count=1)
-        hint = f"did you mean {near[0]}?" if near else "see realjax --help"
+        hint = f"did you mean {near[0]}?" if near else "the first word names one, see realjax --help"
         raise ValueError(f"unknown experiment '{name}': the experiments are {', '.join(EXPERIMENTS)}; {hint}")
     return EXPERIMENTS[name]
 
@@ -376,8 +380,9 @@ def _usage() -> str:
             *lines,
             "",
             "realjax <experiment> --help shows the options that matter, --help all every one, --help WORD those with a",
-            "word. --config FILE.yaml reads options from a file. --plan prints where calls would run, and stops.",
-            "--version says what is installed. REALJAX_TRACEBACK=1 shows the traceback of an error.",
+            "word. --recipe lists recipes, --recipe NAME takes the options of one, --config FILE.yaml those of a file.",
+            "--plan prints where calls would run, and stops. --version says what is installed.",
+            "REALJAX_TRACEBACK=1 shows the traceback of an error.",
         ]
     )
 

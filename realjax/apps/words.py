@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from realjax.apps import named_recipes
+from realjax.apps.named_recipes import read_recipe
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.describe import describe_options
 from realjax.options.short_help import describe_common, search_options
@@ -50,25 +52,37 @@ def describe(cls: type[CommonExperimentConfig], experiment: str, topic: str) -> 
 
 def names_recipe(words: Sequence[str]) -> bool:
     """Returns whether words are a recipe's, `--config=configs/sft.py --config.<option>=value`, and no experiment's."""
-    values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == CONFIG_FLAG]
+    values = [after for word, after in zip(words, [*words, ""][1:], strict=True) if word == CONFIG_FLAG]
     values += [word.partition("=")[2] for word in words if word.startswith(f"{CONFIG_FLAG}=")]
     has_override = any(word.startswith(f"{CONFIG_FLAG}.") for word in words)
     return has_override or any(Path(value).suffix not in OPTION_FILES for value in values)
 
 
-def take_config_file(words: Sequence[str]) -> tuple[list[str], Mapping[str, object]]:
-    """Returns the words without `--config FILE`, and the options in that file. ValueError where it holds none."""
-    rest, files = [], []
-    words = list(words)
+def take_option_files(
+    words: Sequence[str], cls: type[CommonExperimentConfig], experiment: str
+) -> tuple[list[str], tuple[Mapping[str, object], ...]]:
+    """Returns the words without `--recipe NAME` and `--config FILE`, and the options of these, for `parse_overrides`.
+
+    ValueError for a recipe that there is not, or a file without options.
+    """
+    rest, flags = split_option_files(words)
+    read = {CONFIG_FLAG: read_config_file, named_recipes.FLAG: lambda name: read_recipe(name, cls, experiment)}
+    return rest, tuple(read[flag](value) for flag, _, value in (word.partition("=") for word in flags))
+
+
+def split_option_files(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words without `--recipe NAME` and `--config FILE`, and those, written with `=`, recipes first."""
+    rest, flags, words = [], [], list(words)
     while words:
         word = words.pop(0)
-        if word == CONFIG_FLAG and words:
-            files.append(words.pop(0))
-        elif word.startswith(f"{CONFIG_FLAG}="):
-            files.append(word.partition("=")[2])
-        else:
+        name, equals, _ = word.partition("=")
+        if name not in (CONFIG_FLAG, named_recipes.FLAG):
             rest.append(word)
-    return rest, read_config_file(files[-1]) if files else {}
+        elif equals or words:
+            flags.append(word if equals else f"{word}={words.pop(0)}")
+        else:
+            raise ValueError(f"{word}: nothing follows it; write {word} and a YAML file of options")
+    return rest, sorted(flags, key=lambda flag: flag.startswith(CONFIG_FLAG))
 
 
 def read_config_file(path: str) -> Mapping[str, object]:

@@ -56,7 +56,7 @@ class ParallelStrategy:
     def __str__(self) -> str:
         flags = ("+sp" if self.sequence_parallel else "") + (f"+zero{self.zero_stage}" if self.zero_stage else "")
         experts = f"e{self.ep}" if self.ep > 1 else ""
-        return f"d{self.dp}{experts}p{self.pp}t{self.tp}{flags}"
+        return f"d{self.dp}{experts}p{self.pp}m{self.tp}{flags}"
 
 
 @dataclass(frozen=True)

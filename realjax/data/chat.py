@@ -39,7 +39,8 @@ def prompt_kinds(tokenizer: "PreTrainedTokenizerBase", use_chat_template: bool) 
     if use_chat_template and not tokenizer.chat_template:
         raise ValueError(
             f"dataset.use_chat_template: the tokenizer {tokenizer.name_or_path!r} has no chat template; set it to "
-            "False, or use the checkpoint of a chat model"
+            "False for rows of plain prompts and answers, take the checkpoint of a chat model, or copy its "
+            "chat_template.jinja beside the tokenizer"
         )
     return (str, list) if use_chat_template else str
 

@@ -14,7 +14,10 @@ def describe_graph(graph: DataflowGraph) -> str:
     """Returns a line per call: its role, what it reads and what it writes."""
     lines = []
     for call in graph.order:
-        reads = ", ".join(f"{key} from {_source(graph, call, key)}" for key in call.inputs)
+        sources: dict[str, list[str]] = {}
+        for key in call.inputs:
+            sources.setdefault(_source(graph, call, key), []).append(key)
+        reads = "; ".join(f"{', '.join(keys)} from {source}" for source, keys in sources.items())
         writes = ", ".join(call.outputs) or "metrics"
         lines.append(f"{call.name} ({KINDS[type(call)]} on {_place(call)}): {reads} -> {writes}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ from realjax.core.progress import Progress
 
 logger = logging.getLogger("realjax.engine")
 
+Leaf = tuple[tuple[int, ...], np.dtype, Any]  # an argument's shape, type and sharding
+Key = tuple[Any, tuple[Leaf, ...]]  # the tree of the arguments, and its leaves
+
 
 @dataclass
 class CompileLog:
@@ -24,6 +27,11 @@ class CompileLog:
 
     entries: list[tuple[str, str, float]] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)  # told when a program is being compiled
+    call: str = "generate"  # whose programs have no name of their own
+
+    def of(self, call: str) -> "CompileLog":
+        """Returns the same log, to which a call's programs are added in its name."""
+        return replace(self, call=call)
 
     @property
     def seconds(self) -> float:
@@ -40,8 +48,8 @@ class Compiled:
     def __init__(self, name: str, fn: Callable[..., object], log: CompileLog, **jit_options: Any) -> None:
         self.name, self.log = name, log
         self.jitted = jax.jit(fn, **jit_options)
-        self.programs: dict[tuple[object, ...], jax.stages.Compiled] = {}
-        self._bytes: dict[tuple[object, ...], int] = {}
+        self.programs: dict[Key, jax.stages.Compiled] = {}
+        self._bytes: dict[Key, int] = {}
         # What the program that ran last takes of a device: its arguments, results and scratch. 0 before the first.
         self.device_bytes = 0
 
@@ -68,19 +76,41 @@ class Compiled:
             program = self.jitted.lower(*args).compile()
         seconds = time.perf_counter() - start
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
+        why = self._say_why_again(args, shapes)
         self.log.entries.append((self.name, shapes, seconds))
         what = f"{self.name} for rows {shapes}" if shapes else self.name
-        logger.info("compiled %s in %.1f s (program %d of this run)", what, seconds, len(self.log.entries))
+        logger.info("compiled %s in %.1f s%s (program %d of this run)", what, seconds, why, len(self.log.entries))
         return program
 
-    def _keep(self, key: tuple[object, ...], program: jax.stages.Compiled) -> None:
+    def _say_why_again(self, args: tuple[object, ...], shapes: str) -> str:
+        """Returns what is new for a name that was compiled before; empty for the first."""
+        if not (earlier := [found for name, found, _ in self.log.entries if name == self.name]):
+            return ""
+        if shapes not in earlier:
+            return f", again: rows {' and '.join(dict.fromkeys(earlier))} so far"
+        if not self.programs:
+            return ", again: in other micro-batches, or for sequences of another length"
+        (structure, before), (own, now) = list(self.programs)[-1], _key(args)
+        if structure != own:
+            return ", again: its arguments have other parts"
+        old, new = next((a, b) for a, b in zip(before, now, strict=True) if a != b)
+        if old[:2] == new[:2]:
+            return ", again: an argument lies on the devices in another way"
+        return f", again: an argument of {_describe_leaf(new)}, {_describe_leaf(old)} so far"
+
+    def _keep(self, key: Key, program: jax.stages.Compiled) -> None:
         self.programs[key], self._bytes[key] = program, program_bytes(program)
 
 
-def _key(args: tuple[object, ...]) -> tuple[object, ...]:
+def _key(args: tuple[object, ...]) -> Key:
     """Returns what arguments of one program have in common."""
     leaves, structure = jax.tree.flatten(args)
     return structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+
+
+def _describe_leaf(leaf: Leaf) -> str:
+    shape, dtype, _ = leaf
+    return f"{dtype}{list(shape)}"
 
 
 def program_bytes(program: jax.stages.Compiled) -> int:

@@ -133,8 +133,8 @@ class SlotPrograms:
         self._prepare = jax.jit(self._make_leaf, static_argnums=(1, 2))
         self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
         out = {"out_shardings": (slots, whole), "donate_argnums": 1}
-        self._admit = Compiled("generate: admit", self._admit_prompts, log, **out)
-        self._decode = Compiled("generate: decode", self._decode_slots, log, **out)
+        self._admit = Compiled(f"{log.call}: admit", self._admit_prompts, log, **out)
+        self._decode = Compiled(f"{log.call}: decode", self._decode_slots, log, **out)
         self._pad = jax.jit(pad_dim, static_argnums=(1, 2), out_shardings=self.cached.cache_sharding)
         self._stop = jax.jit(self._stop_rows, donate_argnums=0, out_shardings=slots)
 

@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from typing import Any, TypeVar, get_type_hints
 
 from realjax.options.fields import find_default, list_options
-from realjax.options.foreign import translate
+from realjax.options.foreign import explain, translate
 from realjax.options.values import NULL_TEXTS, convert, type_label, wrong_type
 
 logger = logging.getLogger("realjax.options")
@@ -18,25 +18,25 @@ LEAST_SIMILARITY = 0.6
 SIMILARITY_SPREAD = 0.15
 
 
-def parse_overrides(cls: type[Config], overrides: Sequence[str], mapping: Mapping[str, object] | None = None) -> Config:
-    """Returns `cls` with a nested mapping and then `a.b=c` arguments applied, the last of each key winning.
+def parse_overrides(cls: type[Config], overrides: Sequence[str], *layers: Mapping[str, object]) -> Config:
+    """Returns `cls` with nested mappings, one over the other, and then `a.b=c` arguments applied: the last one wins.
 
     Hydra's spellings are read too: a leading `+`, quotes, backslash escapes, `null`. ValueError for an unknown key, a
     value of another type, two spellings of one option with different values, or a required option left out.
     """
-    pairs: list[tuple[str, object]] = list(_flatten(mapping or {}, ""))
-    for override in overrides:
+    pairs: list[tuple[str, object]] = []
+    for override, following in zip(overrides, [*overrides, ""][1:], strict=True):
         key, equals, text = override.partition("=")
         key = key.strip().lstrip("+")
         if not equals or not key or key.startswith("-"):
-            raise ValueError(f"argument {override!r}: expected key=value, such as total_train_epochs=2 (or --help)")
+            raise _no_option(cls, override, following)
         pairs.append((key, text.strip()))
-    return _assemble(cls, pairs)
+    return _assemble(cls, [*(list(_flatten(layer, "")) for layer in layers), pairs])
 
 
 def build(cls: type[Config], mapping: Mapping[str, object]) -> Config:
     """Returns `cls` with the values of a nested mapping, checked as `parse_overrides` checks them."""
-    return _assemble(cls, list(_flatten(mapping, "")))
+    return _assemble(cls, [list(_flatten(mapping, ""))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,15 @@ def locate(cls: type, key: str) -> Target:
     return Target(path=".".join(path), annotation=annotation)
 
 
-def _assemble(cls: type[Config], pairs: Iterable[tuple[str, object]]) -> Config:
+def _assemble(cls: type[Config], layers: Iterable[Iterable[tuple[str, object]]]) -> Config:
+    """Options are given twice, in two spellings, within a layer; what another layer says of them is replaced."""
+    tree: dict[str, object] = {}
+    for layer in layers:
+        tree |= _read_layer(cls, layer)
+    return _construct(cls, _nest(tree), None, "")
+
+
+def _read_layer(cls: type, pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
     given: dict[str, tuple[str, object]] = {}
     for key, value in pairs:
         target = locate(cls, key)
@@ -88,7 +96,7 @@ def _assemble(cls: type[Config], pairs: Iterable[tuple[str, object]]) -> Config:
                     "different values; keep one"
                 )
             given[path] = (spelling, converted)
-    return _construct(cls, _nest({path: value for path, (_, value) in given.items()}), None, "")
+    return {path: value for path, (_, value) in given.items()}
 
 
 def convert_target(target: Target, key: str, value: object) -> list[tuple[str, str, object]]:
@@ -102,8 +110,9 @@ def convert_target(target: Target, key: str, value: object) -> list[tuple[str, s
     assert isinstance(annotation, type)
     from_text = getattr(annotation, "from_text", None)
     if from_text is None:
-        names = ", ".join(field.name for field in dataclasses.fields(annotation))
-        raise wrong_type(key, value, f"{key}.<name>=value, since it is a group of options: {names}")
+        names = [field.name for field in dataclasses.fields(annotation)]
+        meant = next((f"; did you mean {key}.{name}={value}?" for name in ("train_path", "path") if name in names), "")
+        raise wrong_type(key, value, f"{key}.<name>=value, since it is a group of options: {', '.join(names)}{meant}")
     is_null = getattr(annotation, "NULL_IS_DEFAULT", False) and (value is None or value in NULL_TEXTS)
     short = annotation() if is_null else from_text(convert(value, str, key), key)
     paths = {name: f"{target.path}.{name}" for name in dataclasses.asdict(short)}
@@ -158,11 +167,29 @@ def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
     return tree
 
 
+def _no_option(cls: type, word: str, following: str) -> ValueError:
+    """The error of a word that is no `key=value`, with what is meant where it is spelled as other programs do."""
+    remedy = "such as total_train_epochs=2 (or --help)"
+    name, equals, value = word.lstrip("-").partition("=")
+    if word.startswith("-") and name:
+        if not equals and following and "=" not in following and not following.startswith("--"):
+            value = following
+        names = [option.path for option in list_options(cls)] + list(getattr(cls, "ALIASES", {}))
+        known = name if name in names else translate(name, names)
+        remedy = f"without dashes: {known or name}={value or 'value'} (or --help)"
+    elif word.endswith((".yaml", ".yml", ".json")):
+        remedy = f"or --config {name or word} for a file of options"
+    return ValueError(f"argument {word!r}: expected key=value, {remedy}")
+
+
 def _unknown_key(cls: type, key: str, where: str, name: str) -> ValueError:
     names = [option.path for option in list_options(cls)] + list(getattr(cls, "ALIASES", {}))
     meant = translate(key, names)
-    near = nearest_names(key, names) if meant is None else [meant]
+    note = explain(key)
+    near = [meant] if meant is not None else nearest_names(key, names) if note is None else []
     hint = f"did you mean {' or '.join(near)}?" if near else "run with --help all to list all options"
+    if note is not None:
+        hint = f"{hint} ({note})" if near else note
     place = f"'{where}' has no option '{name}'" if where else f"there is no option '{name}' at the top level"
     return ValueError(f"unknown option {key}: {place}; {hint}")
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from realjax.core.once import OnceFilter
+
 logger = logging.getLogger("realjax.loop")
 LOG_FORMAT = "%(asctime)s.%(msecs)03d %(name)s %(levelname)s: %(message)s"
 LOG_TIME_FORMAT = "%Y%m%d-%H:%M:%S"
@@ -19,6 +22,8 @@ LOG_TIME_FORMAT = "%Y%m%d-%H:%M:%S"
 LIBRARIES = ("asyncio", "absl")
 # The first steps compile and warm caches, so they say nothing about the steps to come.
 NUM_UNTIMED_STEPS = 2
+TERMINAL_TIME_FORMAT = "%H:%M:%S"
+MOST_COLUMNS = 100  # of a line on a terminal, where a path is not longer than that
 VALUE_FORMATS = {
     "loss": ".4f",
     "ppl": ",.2f",
@@ -26,8 +31,18 @@ VALUE_FORMATS = {
     "grad_norm": ".3f",
     "seconds": ",.2f",
     "tokens_per_second": ",.0f",
+    "n_tokens": ",.0f",
+    "n_seqs": ",.0f",
+    "avg_response_len": ",.1f",
 }
-VALUE_UNITS = {"seconds": "s", "tokens_per_second": "tokens/s"}
+# What a number counts, where its name does not say it. All tokens are those of prompts and answers, without padding.
+PHRASES = {
+    "seconds": "{} s",
+    "tokens_per_second": "{} tokens/s (all)",
+    "n_tokens": "{} tokens in the loss",
+    "n_seqs": "{} sequences",
+    "avg_response_len": "{} tokens an answer",
+}
 
 
 @contextmanager
@@ -70,13 +85,11 @@ class StepLine:
 
     def text(self, eta_seconds: float | None = None) -> str:
         """`Epoch 1/8 step 3/16 (global step 3): loss 2.3456, ..., 0.83 s, ETA 0:01:40`."""
-        parts = [label_value(name, value) for name, value in self.metrics.items()]
-        parts.append(label_value("seconds", self.seconds))
-        if eta_seconds is not None:
-            parts.append(f"ETA {format_seconds(eta_seconds)}")
+        text = label_values({**self.metrics, "seconds": self.seconds})
+        rest = "" if eta_seconds is None else f", ETA {format_seconds(eta_seconds)}"
         return (
             f"Epoch {self.epoch}/{self.num_epochs} step {self.epoch_step}/{self.steps_per_epoch} "
-            f"(global step {self.global_step}): {', '.join(parts)}"
+            f"(global step {self.global_step}): {text}{rest}"
         )
 
 
@@ -90,6 +103,7 @@ class LogConsole(Console):
 class ConsoleHandler(logging.Handler):
     """Prints log records on a rich console; on the console of a `ProgressDisplay` they appear above its bar.
 
+    A terminal gets the time of day and the text, folded at words; what is no terminal gets each record as one line.
     A console that is gone, such as a pipe that nobody reads, ends no run: it is given up with a warning.
     """
 
@@ -99,13 +113,15 @@ class ConsoleHandler(logging.Handler):
         super().__init__()
         self.console = console
         self.setFormatter(logging.Formatter(LOG_FORMAT, LOG_TIME_FORMAT))
+        self.addFilter(OnceFilter())
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.is_given_up:
             return
         try:
-            # Log text is data, not rich markup, and a line of the log stays one line however narrow the terminal.
-            self.console.print(self.format(record), markup=False, highlight=False, emoji=False, soft_wrap=True)
+            text = fold_record(record, self.console.width) if self.console.is_terminal else self.format(record)
+            # Log text is data, not rich markup; what is longer than the line, such as a path, stays in one piece.
+            self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         except OSError as error:
             self.is_given_up = True
             logger.warning("the console cannot be written (%s); the log goes on in the run's directory", error)
@@ -166,10 +182,36 @@ def make_console(file: TextIO | None = None) -> Console:
     return LogConsole(file=stream, force_terminal=stream.isatty())
 
 
+def fold_record(record: logging.LogRecord, width: int) -> str:
+    """Returns a record as a person reads it on a terminal: the time of day, and lines of at most `MOST_COLUMNS`."""
+    time = logging.Formatter(datefmt=TERMINAL_TIME_FORMAT).formatTime(record, TERMINAL_TIME_FORMAT)
+    level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+    indent, columns = " " * (len(time) + 1), min(width, MOST_COLUMNS)
+    folded = []
+    for line in (level + record.getMessage()).splitlines():
+        own = " " * (len(line) - len(line.lstrip()))  # a table's, or a list's
+        folded += textwrap.wrap(
+            line, columns, initial_indent=indent, subsequent_indent=f"{indent}{own}  ",
+            break_long_words=False, break_on_hyphens=False,
+        ) or [""]  # fmt: skip
+    if record.exc_info:
+        folded.append(logging.Formatter().formatException(record.exc_info))
+    return time + "\n".join(folded)[len(time) :]
+
+
 def label_value(name: str, value: float | int | str) -> str:
-    """`loss 2.3456`, or `12,345 tokens/s` for a metric that its unit names."""
+    """`loss 2.3456`, or `12,345 tokens/s (all)` for a number that its name does not explain."""
     text = format_value(name, value)
-    return f"{text} {VALUE_UNITS[name]}" if name in VALUE_UNITS else f"{name} {text}"
+    group, _, last_part = name.rpartition("/")
+    if last_part not in PHRASES:
+        return f"{name} {text}"
+    phrase = PHRASES[last_part].format(text)
+    return f"{group}: {phrase}" if group else phrase
+
+
+def label_values(values: Mapping[str, float | int | str]) -> str:
+    """Returns several, with commas between."""
+    return ", ".join(label_value(name, value) for name, value in values.items())
 
 
 def format_value(name: str, value: float | int | str) -> str:

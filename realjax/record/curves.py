@@ -32,6 +32,11 @@ def metric_rank(name: str) -> int:
     return MAIN_METRICS.index(last_part) if last_part in MAIN_METRICS else len(MAIN_METRICS)
 
 
+def sort_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    """Returns metrics by name, the main ones first."""
+    return {name: values[name] for name in sorted(values, key=lambda name: (metric_rank(name), name))}
+
+
 def collect_series(records: Iterable[JsonObject]) -> dict[str, Series]:
     """Charts by name: numeric values of >= 2 steps in some kind, in the order of `MAIN_METRICS`, then by name.
 

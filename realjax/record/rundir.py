@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from realjax.core.once import OnceFilter
 from realjax.core.processes import is_first
 from realjax.record.console import LIBRARIES, LOG_FORMAT, LOG_TIME_FORMAT
 
@@ -40,6 +41,7 @@ def write_log(directory: Path) -> Iterator[None]:
     name = LOG_FILE if is_first() else f"run.{jax.process_index()}.log"
     handler = LogFile(directory / name)
     handler.setFormatter(logging.Formatter(LOG_FORMAT, LOG_TIME_FORMAT))
+    handler.addFilter(OnceFilter())
     loggers = [logging.getLogger(name) for name in ("realjax", *LIBRARIES)]
     for each in loggers:
         each.addHandler(handler)

@@ -35,7 +35,7 @@ class ReshardReport:
         text = f"moved {self.bytes_moved / 2**20:.1f} MiB, kept {self.bytes_kept / 2**20:.1f} MiB"
         if self.seconds is None:
             return text
-        return f"{text} in {self.seconds:.3f} s ({self.bytes_moved / 1e9 / max(self.seconds, 1e-9):.2f} GB/s)"
+        return f"{text} in {self.seconds:.3f} s ({self.bytes_moved / 1e9 / max(self.seconds, 1e-9):.2g} GB/s)"
 
 
 Arrays = TypeVar("Arrays")  # a tree of arrays, which keeps its form

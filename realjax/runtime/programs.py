@@ -73,8 +73,8 @@ class Programs:
             self.plan.rollouts[mfc.name].num_slots,
         )
         sampler = Sampler(config=mfc.config, eos_ids=mfc.eos_ids, seed=self.seed, num_tokens=mfc.num_tokens)
-        records = {"records_routes": mfc.records_routes}
-        return SlotPrograms(role.generator, layout, sampler, num_slots, role.compute, self.log, **records)
+        log, records = self.log.of(mfc.name), {"records_routes": mfc.records_routes}
+        return SlotPrograms(role.generator, layout, sampler, num_slots, role.compute, log, **records)
 
     def _make_evaluation(self, evaluation: Evaluation, num_mbs: int) -> Compiled:
         role = self.roles[evaluation.role]

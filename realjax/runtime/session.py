@@ -17,8 +17,8 @@ from realjax.data.loader import Position
 from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec, join_names
 from realjax.engine.state import TrainState
 from realjax.record.answers import AnswerWriter, make_lines
-from realjax.record.console import ProgressDisplay, StepLine
-from realjax.record.curves import MAIN_METRICS, metric_rank
+from realjax.record.console import ProgressDisplay, StepLine, label_values
+from realjax.record.curves import MAIN_METRICS, metric_rank, sort_metrics
 from realjax.record.forecast import Forecast
 from realjax.record.metrics import MetricsWriter, replace_text
 from realjax.record.timeline import measure_calls
@@ -86,8 +86,9 @@ class Session:
         """Says what is to come, and evaluates before the first step."""
         loader = self.plan.loader
         logger.info(
-            "%d steps of %s rows x tokens (%.1f%% padding), starting after step %d",
-            loader.total_steps, loader.shapes, 100 * loader.padding_share, self.first_step,
+            "%d steps, starting after step %d; a batch of %s is %s rows x tokens, %.1f%% of it padding",
+            loader.total_steps, self.first_step, "prompts" if self.plan.rollouts else "the data", loader.shapes,
+            100 * loader.padding_share,
         )  # fmt: skip
         if self.move is not None:
             logger.info("%s", self.move)
@@ -158,7 +159,7 @@ class Session:
         values |= self._call_metrics(step)
         values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds, "save_seconds": self.save_seconds}
         self.save_seconds = 0.0
-        values = {name: values[name] for name in sorted(values, key=lambda name: (metric_rank(name), name))}
+        values = sort_metrics(values)
         if len(self.executor.compile_log.entries) == self.num_compiled:
             self.report.time_step(seconds, num_tokens, values)
         if self.report.forecast is not None:
@@ -187,9 +188,7 @@ class Session:
 
     def _step_line(self, position: Position, values: dict[str, float]) -> StepLine:
         hidden = ("seconds", "save_seconds", "num_skipped")
-        shown = {name: value for name, value in values.items() if name not in hidden and "/" not in name}
-        if len(shown) > MOST_SHOWN:
-            shown = {name: value for name, value in shown.items() if metric_rank(name) < len(MAIN_METRICS)}
+        shown = _main_ones({name: value for name, value in values.items() if name not in hidden and "/" not in name})
         return StepLine(
             epoch=position.epoch,
             num_epochs=self.spec.num_epochs,
@@ -223,8 +222,8 @@ class Session:
             values |= {join_names(name, metric): value for metric, value in found.items()}
         if values:
             self._record(step, values, kind="eval")
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or f"{', '.join(names)} drawn"
-        logger.info("evaluation after step %d: %s (%.1f s)", step, text, time.perf_counter() - start)
+        text = label_values(_main_ones(values)) or f"{', '.join(names)} drawn"
+        logger.info("evaluation after step %d: %s; it took %.1f s", step, text, time.perf_counter() - start)
         if (metric := self.spec.best_metric) is not None and metric in values and step > 0 and self.saves:
             role = self.exports.best_role
             self._refuse_nonfinite_state(role, step)
@@ -343,6 +342,13 @@ class Session:
         self.outputs.checkpointer.wait()  # what is still being written counts
         saved = self.outputs.checkpointer.latest_step
         return "nothing was saved before" if saved is None else f"step {saved} is in {self.spec.paths.recover}"
+
+
+def _main_ones(values: dict[str, float]) -> dict[str, float]:
+    """Returns the metrics of a line, the most telling first; the others are in the record."""
+    values = sort_metrics(values)
+    is_main = lambda name: len(values) <= MOST_SHOWN or metric_rank(name) < len(MAIN_METRICS)
+    return {name: value for name, value in values.items() if is_main(name)}
 
 
 def _is_for_ends(evaluation: Evaluation | RolloutEvaluation) -> bool:

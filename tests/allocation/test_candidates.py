@@ -115,8 +115,8 @@ def test_open_stages_leave_few_layers_empty():
 @pytest.mark.parametrize(
     ("fixed", "message"),
     [
-        (Fixed(strategy=ParallelStrategy(tp=3)), r"actor_train: d1p1t3 .* query heads of 32 .* tensor=3; change"),
-        (Fixed(strategy=ParallelStrategy(pp=64)), r"actor_train: d1p64t1 needs 64 devices, but the cluster has 8"),
+        (Fixed(strategy=ParallelStrategy(tp=3)), r"actor_train: d1p1m3 .* query heads of 32 .* tensor=3; change"),
+        (Fixed(strategy=ParallelStrategy(pp=64)), r"actor_train: d1p64m1 needs 64 devices, but the cluster has 8"),
         (Fixed(strategy=ParallelStrategy(dp=2), devices=(0,)), r"needs 2 devices, but its mesh has 1"),
         (Fixed(strategy=ParallelStrategy(dp=2, ep=2)), r"a model without experts do not divide over expert=2; change"),
         (Fixed(devices=(7, 8)), r"devices 7-8 .* among the cluster's 8"),

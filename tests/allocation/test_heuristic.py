@@ -44,15 +44,15 @@ def described(placements):
     return {call: f"{p.strategy} @ {p.devices[0]}-{p.devices[-1]}" for call, p in placements.items()}
 
 
-@pytest.mark.parametrize(("actor", "actor_train"), [(7, "d2p1t2+sp"), (13, "d1p1t4+sp"), (16, "d1p1t4+sp")])
-@pytest.mark.parametrize(("critic", "critic_train"), [(1, "d2p1t2+sp"), (7, "d2p1t2+sp"), (8, "d1p1t4+sp")])
+@pytest.mark.parametrize(("actor", "actor_train"), [(7, "d2p1m2+sp"), (13, "d1p1m4+sp"), (16, "d1p1m4+sp")])
+@pytest.mark.parametrize(("critic", "critic_train"), [(1, "d2p1m2+sp"), (7, "d2p1m2+sp"), (8, "d1p1m4+sp")])
 def test_ppo_on_one_node_of_eight(actor, actor_train, critic, critic_train):
     assert described(place_ppo(models_of(actor, critic), n_nodes=1, n_gpus_per_node=8)) == {
-        "actor_gen": "d4p2t1 @ 0-7",
+        "actor_gen": "d4p2m1 @ 0-7",
         "actor_train": f"{actor_train} @ 0-3",
-        "ref_inf": "d2p1t4+sp @ 0-7",
-        "rew_inf": "d2p1t2+sp @ 0-3",
-        "critic_inf": "d2p1t2+sp @ 4-7",
+        "ref_inf": "d2p1m4+sp @ 0-7",
+        "rew_inf": "d2p1m2+sp @ 0-3",
+        "critic_inf": "d2p1m2+sp @ 4-7",
         "critic_train": f"{critic_train} @ 4-7",
     }
 
@@ -76,18 +76,18 @@ def test_ppo_on_several_nodes_of_eight(n_nodes, actor, critic, actor_nodes):
     critic_nodes, rew_nodes = n_nodes - actor_nodes, -(-n_nodes // 2)
     last = 8 * n_nodes - 1
     assert described(place_ppo(models_of(actor, critic, config), n_nodes=n_nodes, n_gpus_per_node=8)) == {
-        "actor_gen": f"d8p{n_nodes}t1 @ 0-{last}",
-        "actor_train": f"d2p{actor_nodes}t4+sp @ 0-{8 * actor_nodes - 1}",
-        "ref_inf": f"d2p{n_nodes}t4+sp @ 0-{last}",
-        "rew_inf": f"d2p{rew_nodes}t4+sp @ 0-{8 * rew_nodes - 1}",
-        "critic_inf": f"d2p{n_nodes - rew_nodes}t4+sp @ {8 * rew_nodes}-{last}",
-        "critic_train": f"d2p{critic_nodes}t4+sp @ {8 * actor_nodes}-{last}",
+        "actor_gen": f"d8p{n_nodes}m1 @ 0-{last}",
+        "actor_train": f"d2p{actor_nodes}m4+sp @ 0-{8 * actor_nodes - 1}",
+        "ref_inf": f"d2p{n_nodes}m4+sp @ 0-{last}",
+        "rew_inf": f"d2p{rew_nodes}m4+sp @ 0-{8 * rew_nodes - 1}",
+        "critic_inf": f"d2p{n_nodes - rew_nodes}m4+sp @ {8 * rew_nodes}-{last}",
+        "critic_train": f"d2p{critic_nodes}m4+sp @ {8 * actor_nodes}-{last}",
     }
 
 
 @pytest.mark.parametrize(
     ("n_nodes", "gen", "inference", "train"),
-    [(1, "d4p2t1", "d2p2t2+sp", "d2p1t4"), (2, "d8p2t1", "d4p2t2+sp", "d2p2t4"), (4, "d8p4t1", "d4p4t2+sp", "d2p4t4")],
+    [(1, "d4p2m1", "d2p2m2+sp", "d2p1m4"), (2, "d8p2m1", "d4p2m2+sp", "d2p2m4"), (4, "d8p4m1", "d4p4m2+sp", "d2p4m4")],
 )
 def test_grpo_uses_every_device_for_every_call(n_nodes, gen, inference, train):
     every = f"@ 0-{8 * n_nodes - 1}"
@@ -128,26 +128,26 @@ def test_small_machines():
         placements = place_ppo(models_of(config=config), n_nodes=1, n_gpus_per_node=n_gpus_per_node)
         return described(placements)
 
-    assert set(sizes(1).values()) == {"d1p1t1 @ 0-0"}
+    assert set(sizes(1).values()) == {"d1p1m1 @ 0-0"}
     assert sizes(2) == {
-        "actor_gen": "d2p1t1 @ 0-1",
-        "actor_train": "d1p1t1 @ 0-0",
-        "ref_inf": "d2p1t1 @ 0-1",
-        "rew_inf": "d1p1t1 @ 0-0",
-        "critic_inf": "d1p1t1 @ 1-1",
-        "critic_train": "d1p1t1 @ 1-1",
+        "actor_gen": "d2p1m1 @ 0-1",
+        "actor_train": "d1p1m1 @ 0-0",
+        "ref_inf": "d2p1m1 @ 0-1",
+        "rew_inf": "d1p1m1 @ 0-0",
+        "critic_inf": "d1p1m1 @ 1-1",
+        "critic_train": "d1p1m1 @ 1-1",
     }
     assert sizes(4) == {
-        "actor_gen": "d2p2t1 @ 0-3",
-        "actor_train": "d1p1t2+sp @ 0-1",
-        "ref_inf": "d2p1t2+sp @ 0-3",
-        "rew_inf": "d2p1t1 @ 0-1",
-        "critic_inf": "d2p1t1 @ 2-3",
-        "critic_train": "d1p1t2+sp @ 2-3",
+        "actor_gen": "d2p2m1 @ 0-3",
+        "actor_train": "d1p1m2+sp @ 0-1",
+        "ref_inf": "d2p1m2+sp @ 0-3",
+        "rew_inf": "d2p1m1 @ 0-1",
+        "critic_inf": "d2p1m1 @ 2-3",
+        "critic_train": "d1p1m2+sp @ 2-3",
     }
     # Three devices train: a hidden size of 4096 leaves one of them idle, 576 none.
-    assert sizes(6)["actor_train"] == "d1p1t2+sp @ 0-1"
-    assert sizes(6, SMALL)["actor_train"] == "d3p1t1 @ 0-2"
+    assert sizes(6)["actor_train"] == "d1p1m2+sp @ 0-1"
+    assert sizes(6, SMALL)["actor_train"] == "d3p1m1 @ 0-2"
 
 
 def test_models_that_are_not_there_have_no_calls():
@@ -177,12 +177,12 @@ def test_answers_drawn_beside_training_have_devices_of_their_own(config):
             assert len(placement.devices) == placement.strategy.size
             assert config.vocab_size % placement.strategy.tp == 0 and config.num_q_heads % placement.strategy.tp == 0
     assert described(place(models_of(), n_nodes=1, n_gpus_per_node=8, is_apart=True)) == {
-        "actor_gen": "d4p1t1 @ 4-7",
-        "ref_inf": "d2p1t2+sp @ 4-7",
-        "rew_inf": "d2p1t2+sp @ 4-7",
-        "actor_train": "d1p1t2+sp @ 0-1",
-        "critic_inf": "d1p1t2+sp @ 2-3",
-        "critic_train": "d1p1t2+sp @ 2-3",
+        "actor_gen": "d4p1m1 @ 4-7",
+        "ref_inf": "d2p1m2+sp @ 4-7",
+        "rew_inf": "d2p1m2+sp @ 4-7",
+        "actor_train": "d1p1m2+sp @ 0-1",
+        "critic_inf": "d1p1m2+sp @ 2-3",
+        "critic_train": "d1p1m2+sp @ 2-3",
     }
     one = {"n_nodes": 1, "n_gpus_per_node": 1}
     assert place(models_of(), **one, is_apart=True) == place(models_of(), **one)

@@ -117,10 +117,10 @@ def test_a_batch_must_share_out_over_devices_and_micro_batches():
 
 def test_the_description_says_where_each_call_runs_and_how_its_parameters_get_there():
     ref, actor, batches = plan(DPO, LAYOUTS).describe().splitlines()
-    assert ref == "ref_inf      d4p1t2 on 0-7  ref from host memory"
-    assert actor == "actor_train  d2p1t4 on 0-7  actor at home"
+    assert ref == "ref_inf      d4p1m2 on 0-7  ref from host memory"
+    assert actor == "actor_train  d2p1m4 on 0-7  actor at home"
     assert batches == "batches: 4 x 32 rows x tokens"
     spec = plan_run(infer("gen", "actor"), train("train", "actor"))
     gen, home, _, idle = plan(spec, {"gen": on(0, 4), "train": on(0, 6, dp=6)}).describe().splitlines()
-    assert gen == "gen    d4p1t1 on 0-3  actor from its home d6p1t1 on 0-5"
+    assert gen == "gen    d4p1m1 on 0-3  actor from its home d6p1m1 on 0-5"
     assert home.endswith("actor at home") and idle == "idle devices: 6-7"

@@ -226,7 +226,7 @@ def test_calls_that_fit_alone_and_not_together_are_refused():
     calls = tuple(make_call(f"{name}_inf", "inference", role) for name, role in roles.items())
     cluster = make_cluster(1, 1, memory_gib=10 / 2**30)
     costs = GivenCosts(home={"a": 5.0, "b": 4.5}, held={"a_inf": 1.0})
-    with pytest.raises(ValueError, match="a_inf: as d1p1t1 on 1 devices"):
+    with pytest.raises(ValueError, match="a_inf: as d1p1m1 on 1 devices"):
         search(Workload(calls=calls, roles=roles), cluster, costs)
     assert search(Workload(calls=calls[:1], roles=roles), cluster, costs).prediction.device_bytes == (6.0,)
     with_margin = replace(costs, margin=0.6)

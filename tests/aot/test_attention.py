@@ -19,9 +19,9 @@ pytestmark = pytest.mark.aot
 
 ROWS, T, N, K, H = 4, 4096, 32, 8, 128
 LAYOUTS = {
-    "d1t1": ParallelStrategy(),
-    "d2t2": ParallelStrategy(dp=2, tp=2),
-    "t4": ParallelStrategy(tp=4),
+    "d1m1": ParallelStrategy(),
+    "d2m2": ParallelStrategy(dp=2, tp=2),
+    "m4": ParallelStrategy(tp=4),
 }
 
 

@@ -97,7 +97,7 @@ def test_tables_hold_every_figure():
     program = make_program(memory=Memory(arguments=GIB, outputs=0, temporaries=GIB, held=STATES), traffic=(traffic,))
     report = dataclasses.replace(make_report(program), layers={"ref": (2, 32)})
     text = describe(report)
-    assert re.search(r"ref_inf +d4p1t2 on 0-7 +64 rows x 512 +1 +1 +1\.00 +0\.00 +1\.00 +30\.00 +32\.00 +yes", text)
+    assert re.search(r"ref_inf +d4p1m2 on 0-7 +64 rows x 512 +1 +1 +1\.00 +0\.00 +1\.00 +30\.00 +32\.00 +yes", text)
     assert re.search(r"ref_inf +all-gather +data\+tensor +bf16 +7 +2\.000", text)
     assert "critic: moments 20.00" in text and "Only 2 of 32 layers of ref" in text
     tree = json.loads(report.to_json())

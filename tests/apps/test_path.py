@@ -26,7 +26,7 @@ def test_the_plan_of_every_experiment_is_shown_and_nothing_is_done(experiment, g
         EXPERIMENTS[experiment].config_cls, [f"{name}={value}" for name, value in options.items()]
     )).graph.mfcs  # fmt: skip
     (line,) = (line for line in shown.splitlines() if line.startswith(f"{call.name} "))
-    assert "d2p1t2" in line and "on 0-3" in line
+    assert "d2p1m2" in line and "on 0-3" in line
     assert len(jax.live_arrays()) == before
     assert {path.name for path in (tmp_path / "root").iterdir()} == {".cache"}  # of tokens
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from realjax.apps import data_check, quickstart
-from realjax.apps.words import help_topic, take_config_file
+from realjax.apps.words import help_topic, take_option_files
 from realjax.options.parsing import parse_overrides
 from realjax.options.supervised import SFTConfig
 from tests.data.test_chat_masks import TALK
@@ -38,8 +38,8 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
     file = tmp_path / "sft.yaml"
     data = "dataset:\n  max_seqlen: 64\n  train_path: rows.jsonl\n  valid_path: [a=b.jsonl, c=d.jsonl]\n"
     file.write_text(f"seed: 5\n{data}model.path: m\n")
-    words, mapping = take_config_file(["--config", str(file), "seed=6"])
-    config = parse_overrides(SFTConfig, words, mapping)
+    words, layers = take_option_files(["--config", str(file), "seed=6"], SFTConfig, "sft")
+    config = parse_overrides(SFTConfig, words, *layers)
     assert (config.seed, config.dataset.max_seqlen, config.model.path) == (6, 64, "m")
     assert config.dataset.valid_path == ("a=b.jsonl", "c=d.jsonl")
     assert quickstart.main(["sft", f"--config={file}", "seed=6", "--print-config"]) == 0

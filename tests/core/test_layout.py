@@ -35,10 +35,10 @@ def test_a_layout_keeps_to_its_own_devices():
 
 def test_layouts_read_well():
     strategy = ParallelStrategy(dp=2, tp=2, sequence_parallel=True, zero_stage=3)
-    assert str(strategy) == "d2p1t2+sp+zero3" and strategy.size == 4
-    assert str(ParallelStrategy(dp=4, ep=2)) == "d4e2p1t1"
+    assert str(strategy) == "d2p1m2+sp+zero3" and strategy.size == 4
+    assert str(ParallelStrategy(dp=4, ep=2)) == "d4e2p1m1"
     devices = [jax.devices()[i] for i in (0, 1, 2, 6)]
-    assert str(Layout.of(strategy, devices)) == "d2p1t2+sp+zero3 on 0-2,6"
+    assert str(Layout.of(strategy, devices)) == "d2p1m2+sp+zero3 on 0-2,6"
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def dpo(given, tmp_path_factory) -> Run:
 
 
 def test_a_reward_model_is_trained_and_evaluated(rw):
-    assert re.search(r"rwTrain +d2p2t2\+sp\+zero2 on 0-7 +default at home", rw.output)
+    assert re.search(r"rwTrain +d2p2m2\+sp\+zero2 on 0-7 +default at home", rw.output)
     steps = rw.metrics("train")
     assert [record["n_pairs"] for record in steps] == [512, PAIRS - 512]
     # A fresh head is small: it knows nothing yet.
@@ -147,8 +147,8 @@ def test_a_saved_reward_model_goes_on_with_its_head(rw, given, tmp_path):
 
 
 def test_dpo_starts_at_ln_2_and_keeps_its_reference_in_host_memory(dpo):
-    assert re.search(r"ref_inf +d4p1t2\+sp on 0-7 +ref from host memory", dpo.output)
-    assert re.search(r"actor_train +d2p1t4\+sp\+zero2 on 0-7 +actor at home", dpo.output)
+    assert re.search(r"ref_inf +d4p1m2\+sp on 0-7 +ref from host memory", dpo.output)
+    assert re.search(r"actor_train +d2p1m4\+sp\+zero2 on 0-7 +actor at home", dpo.output)
     steps = dpo.metrics("train")
     assert [record["n_pairs"] for record in steps] == [512, 512, 2 * PAIRS - 1024]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)

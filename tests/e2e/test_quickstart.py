@@ -55,7 +55,7 @@ def test_the_console_says_what_the_quickstart_shows(run):
         strict=False,
     ):
         assert re.fullmatch(rf"{STAMP} quickstart INFO: {re.escape(text)}", line)
-    assert "d4p1t2+sp+zero2 on 0-7" in run.output
+    assert "d4p1m2+sp+zero2 on 0-7" in run.output
     steps = re.findall(
         rf"^{STAMP} \w+ INFO: Epoch (\d)/8 step (\d)/2 \(global step (\d)\): loss [\d.]+, ppl [\d.]+, "
         r"lr \S+, grad_norm [\d.]+, [\d,]+ tokens/s, .*[\d.]+ s(?:, ETA \d:\d\d:\d\d)?$",

@@ -118,7 +118,7 @@ def test_a_stopped_run_saves_and_is_continued(step, whole):
         ({"dp": 8}, {"dp": 2, "tp": 2}),
         ({"dp": 4, "tp": 2, "sp": True}, {"dp": 2, "tp": 2, "zero": 3}),
     ],
-    ids=["d8 to d2t2", "d4t2+sp to d2t2+zero3"],
+    ids=["d8 to d2m2", "d4m2+sp to d2m2+zero3"],
 )
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_layout(first, second, whole):

@@ -83,12 +83,12 @@ def test_held_out_answers_are_scored_and_the_best_actor_is_kept(whole):
 def test_calls_are_logged_with_their_layouts_and_moves(whole):
     output = (whole.root / "output").read_text()
     for line in (
-        r"actor_gen +d4p1t1 on 0-3 +actor from its home d1p1t2\+zero2 on 0-1",
-        r"ref_inf +d1p1t2 on 0-1 +ref from host memory",
-        r"rew_inf +d2p1t1 on 2-3 +rew from host memory",
-        r"critic_inf +d1p1t4 on 0-3 +critic from its home d2p1t1\+zero2 on 2-3",
-        r"actor_train +d1p1t2\+zero2 on 0-1 +actor at home",
-        r"critic_train +d2p1t1\+zero2 on 2-3 +critic at home",
+        r"actor_gen +d4p1m1 on 0-3 +actor from its home d1p1m2\+zero2 on 0-1",
+        r"ref_inf +d1p1m2 on 0-1 +ref from host memory",
+        r"rew_inf +d2p1m1 on 2-3 +rew from host memory",
+        r"critic_inf +d1p1m4 on 0-3 +critic from its home d2p1m1\+zero2 on 2-3",
+        r"actor_train +d1p1m2\+zero2 on 0-1 +actor at home",
+        r"critic_train +d2p1m1\+zero2 on 2-3 +critic at home",
     ):
         assert re.search(line, output), line
     record = whole.metrics("train")[-1]

@@ -15,12 +15,12 @@ from tests.options.test_rl import QUICKSTART_PPO
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 LAYOUTS = {
-    "actor_gen": r"d4p2t1 on 0-7 +actor from its home",
-    "rew_inf": r"d2p1t2\+sp on 0-3 +rew from host memory",
-    "ref_inf": r"d2p1t4\+sp on 0-7 +ref from host memory",
-    "critic_inf": r"d2p1t2\+sp on 4-7 +critic ",
-    "actor_train": r"d2p1t2\+sp\+zero2 on 0-3 +actor at home",
-    "critic_train": r"d2p1t2\+sp\+zero2 on 4-7 +critic at home",
+    "actor_gen": r"d4p2m1 on 0-7 +actor from its home",
+    "rew_inf": r"d2p1m2\+sp on 0-3 +rew from host memory",
+    "ref_inf": r"d2p1m4\+sp on 0-7 +ref from host memory",
+    "critic_inf": r"d2p1m2\+sp on 4-7 +critic ",
+    "actor_train": r"d2p1m2\+sp\+zero2 on 0-3 +actor at home",
+    "critic_train": r"d2p1m2\+sp\+zero2 on 4-7 +critic at home",
 }
 
 

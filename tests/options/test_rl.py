@@ -83,12 +83,12 @@ MANUAL = [
     """),
 ]
 MANUAL_LAYOUTS = {
-    "actor_gen": "d4p2t1 on 0-7",
-    "critic_inf": "d2p1t1 on 0-1",
-    "rew_inf": "d1p2t1 on 2-3",
-    "ref_inf": "d1p4t1 on 4-7",
-    "critic_train": "d2p2t1+zero2 on 4-7",
-    "actor_train": "d2p2t1+zero1 on 0-3",
+    "actor_gen": "d4p2m1 on 0-7",
+    "critic_inf": "d2p1m1 on 0-1",
+    "rew_inf": "d1p2m1 on 2-3",
+    "ref_inf": "d1p4m1 on 4-7",
+    "critic_train": "d2p2m1+zero2 on 4-7",
+    "actor_train": "d2p2m1+zero1 on 0-3",
 }
 SYMMETRIC = [*SCRIPT, "allocation_mode=m2d2p2", "actor_gen.n_mbs=2", "actor_train.n_mbs=4", "ref_inf.n_mbs=2"]
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from rich.console import Console
 
+from realjax.core.once import ONCE
 from realjax.record.console import (
     ConsoleHandler,
     ProgressDisplay,
@@ -46,7 +47,7 @@ def test_step_line_reads_as_documented():
     line = step_line(3, 0.83, loss=2.34561, ppl=10.44, lr=9.8e-6, grad_norm=1.2341, tokens_per_second=12345.4)
     assert line.text(100.2) == (
         "Epoch 1/8 step 3/16 (global step 3): loss 2.3456, ppl 10.44, lr 9.8e-06, grad_norm 1.234, "
-        "12,345 tokens/s, 0.83 s, ETA 0:01:40"
+        "12,345 tokens/s (all), 0.83 s, ETA 0:01:40"
     )
     assert "ETA" not in line.text()
 
@@ -93,6 +94,29 @@ def test_a_terminal_gets_the_lines_and_a_bar_and_its_cursor_back():
     assert "global step 2): loss 1.5000" in output
     assert "2/4" in output
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1  # cursor hidden, then shown
+
+
+def test_a_terminal_gets_folded_lines_and_a_path_in_one_piece():
+    file, path = Terminal(), "/somewhere/" + "x" * 120
+    with log_on(Console(file=file, force_terminal=True, width=200, _environ={"TERM": "xterm"})):
+        logging.getLogger("realjax.loop").warning(f"{'a word ' * 30}\n  {path} is\nthe end")
+    lines = [re.sub(r"\x1b\S*?m", "", line) for line in file.getvalue().splitlines()]
+    assert re.match(r"\d\d:\d\d:\d\d WARNING: a word", lines[0])
+    assert any(line.strip() == path for line in lines)
+    assert all(len(line) <= 100 for line in lines if path not in line)
+    assert lines[-1] == "         the end"
+
+
+def test_a_fact_of_the_run_is_said_once():
+    file = io.StringIO()
+    logger = logging.getLogger("realjax.loop")
+    with log_on(make_console(file)):
+        for text in ("this", "this", "that"):
+            logger.info(text, extra=ONCE)
+            logger.info("each time")
+    assert [line.partition("INFO: ")[2] for line in file.getvalue().splitlines()] == [
+        "this", "each time", "each time", "that", "each time"
+    ]  # fmt: skip
 
 
 def test_eta_leaves_the_first_two_steps_out():

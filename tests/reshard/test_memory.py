@@ -17,11 +17,11 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench" / "reshard.py"
 @pytest.mark.parametrize(
     ("pair", "method"),
     [
-        (("t8", "p8"), "reshard"),
-        (("d8 zero3", "d2p2t2"), "reshard"),
-        (("t8", "p2t2 on 0-3"), "reshard"),
-        (("t8 host", "p2t2 on 0-3"), "reshard"),
-        (("t8", "t8 permuted"), "exchange"),
+        (("m8", "p8"), "reshard"),
+        (("d8 zero3", "d2p2m2"), "reshard"),
+        (("m8", "p2m2 on 0-3"), "reshard"),
+        (("m8 host", "p2m2 on 0-3"), "reshard"),
+        (("m8", "m8 permuted"), "exchange"),
     ],
 )
 def test_the_peak_stays_within_the_destination_and_a_half(pair, method):

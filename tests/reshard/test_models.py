@@ -108,7 +108,7 @@ def test_a_freed_model_is_refused():
 
 
 def test_devices_that_do_not_exist_make_no_layout():
-    with pytest.raises(ValueError, match=r"^layout d4p1t4: needs dp\*pp\*tp = 16 devices, got 8; change the parallel"):
+    with pytest.raises(ValueError, match=r"^layout d4p1m4: needs dp\*pp\*tp = 16 devices, got 8; change the parallel"):
         Layout.of(ParallelStrategy(dp=4, tp=4))
-    with pytest.raises(ValueError, match=r"^layout d2p1t1: a device is listed twice in \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"^layout d2p1m1: a device is listed twice in \[3, 3\]"):
         lay((3, 3), dp=2)

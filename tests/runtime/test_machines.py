@@ -2,7 +2,7 @@
 
 from realjax.runtime.machines import describe_move
 
-BEFORE = {"processes": 2, "devices": 8, "layouts": {"gen": "d8p1t1 on 0-7", "train": "d2p1t2 on 0-3"}}
+BEFORE = {"processes": 2, "devices": 8, "layouts": {"gen": "d8p1m1 on 0-7", "train": "d2p1m2 on 0-3"}}
 
 
 def test_a_run_on_the_same_devices_is_told_nothing():
@@ -11,14 +11,14 @@ def test_a_run_on_the_same_devices_is_told_nothing():
 
 
 def test_a_line_names_what_changed():
-    now = {"processes": 1, "devices": 8, "layouts": BEFORE["layouts"] | {"gen": "d4p1t1 on 0-3"}}
+    now = {"processes": 1, "devices": 8, "layouts": BEFORE["layouts"] | {"gen": "d4p1m1 on 0-3"}}
     assert describe_move(BEFORE, now) == (
-        "the run moves: 8 devices, 2 -> 1 processes, gen d8p1t1 on 0-7 -> d4p1t1 on 0-3; its batches stay, and its "
+        "the run moves: 8 devices, 2 -> 1 processes, gen d8p1m1 on 0-7 -> d4p1m1 on 0-3; its batches stay, and its "
         "results are the same to rounding"
     )
 
 
 def test_the_line_of_many_calls_is_short():
-    layouts = {f"call{i}": "d1p1t1 on 0" for i in range(20)}
-    now = {"processes": 2, "devices": 8, "layouts": dict.fromkeys(layouts, "d1p1t1 on 1")}
+    layouts = {f"call{i}": "d1p1m1 on 0" for i in range(20)}
+    now = {"processes": 2, "devices": 8, "layouts": dict.fromkeys(layouts, "d1p1m1 on 1")}
     assert ", and 12 more calls;" in str(describe_move({**BEFORE, "layouts": layouts}, now))

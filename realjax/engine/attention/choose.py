@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.core.layout import Layout
+from realjax.core.once import ONCE
 from realjax.core.processes import largest
 from realjax.engine.attention.blocked import blocked_attention
 from realjax.engine.attention.cases import Case, Use
@@ -155,6 +156,6 @@ def _choose_aloud(name: str, case: Case) -> str:
         choice = choose(name, case, without)
     logger.info(
         "attention of %s: %s (%s), on %s in %s",
-        case.use, choice.kernel, choice.reason, case.platform, case.dtype,
+        case.use, choice.kernel, choice.reason, case.platform, case.dtype, extra=ONCE,
     )  # fmt: skip
     return choice.kernel
