@@ -228,6 +228,7 @@ def run_experiment(name: str, config: CommonExperimentConfig, words: Sequence[st
     devices = prepare_devices(config.n_nodes, count_devices(config) // config.n_nodes, paths.compilation_cache)
     # Imported here: help and bad options should not wait for everything that a run needs.
     from realjax.allocation.allocate import allocate
+    from realjax.allocation.fit import fit_micro_batches
     from realjax.allocation.machine import need_cluster
     from realjax.allocation.settle import settle
     from realjax.apps.checkup import warn_before_run
@@ -236,6 +237,8 @@ def run_experiment(name: str, config: CommonExperimentConfig, words: Sequence[st
     spec = experiment.build(config)
     if config.is_planned:
         spec = settle(spec, need_cluster(spec.allocation, devices))
+    else:
+        spec = fit_micro_batches(spec, devices)
     plan = allocate(spec, devices)
     if plan_only:
         print(plan.describe())

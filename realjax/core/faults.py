@@ -11,6 +11,11 @@ from pathlib import Path
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 DISK_TEXTS = "|".join(re.escape(os.strerror(number)) for number in DISK_ERRORS)
 SYSTEM_TEXT = re.compile(rf"OS error (\d+)|os_error_code='(\d+)'|{DISK_TEXTS}")
+MEMORY_TEXT = re.compile(r"out of memory[^\n.;]*|RESOURCE_EXHAUSTED[^\n.;]*(?:alloc|memory)[^\n.;]*", re.IGNORECASE)
+MORE_ROOM = (
+    "take more and smaller micro-batches (n_mbs of the call, as allocation.n_mbs or actor_train.n_mbs), "
+    "gradient_checkpointing=True of the model, shorter or fewer sequences, or more devices"
+)
 QUOTED = re.compile(r"""["'](/[^"']+)["']""")
 
 
@@ -31,16 +36,24 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def explain_faults(describe_rest: Callable[[], str]) -> Iterator[None]:
-    """While entered, an error that comes from the operating system becomes a RunFault, with what else there is to say.
+    """While entered, an error that comes from the operating system, or from a device without room, becomes a RunFault,
+    with what else there is to say.
 
     Other errors pass, also those that a user caused.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunFault) or (reason := system_reason(error)) is None:
+        if isinstance(error, RunFault) or (reason := system_reason(error) or memory_reason(error)) is None:
             raise
         raise RunFault(f"{reason}; {describe_rest()}") from error
+
+
+def memory_reason(error: BaseException) -> str | None:
+    """Returns that a device had no room for a program, and what takes less; None for other errors."""
+    if not isinstance(error, RuntimeError) or (found := MEMORY_TEXT.search(str(error))) is None:
+        return None
+    return f"a device has no room for what the run computes ({found[0].strip()}); {MORE_ROOM}"
 
 
 def system_reason(error: BaseException) -> str | None:

@@ -57,7 +57,12 @@ class MFCConfig:
     """Where and how one model function call runs."""
 
     parallel: ParallelismConfig = nested(ParallelismConfig)
-    n_mbs: int | None = option(None, "micro-batches that a batch is computed in; null is 1", at_least=1, at_most=2**16)
+    n_mbs: int | None = option(
+        None,
+        "micro-batches that a batch is computed in; null: as few as the memory has room for",
+        at_least=1,
+        at_most=2**16,
+    )
     max_tokens_per_mb: int | None = option(
         None,
         "largest micro-batch in tokens, over all devices; sets the number of micro-batches instead of n_mbs",

@@ -33,7 +33,7 @@ class ReshardReport:
 
     def __str__(self) -> str:
         text = f"moved {self.bytes_moved / 2**20:.1f} MiB, kept {self.bytes_kept / 2**20:.1f} MiB"
-        if self.seconds is None:
+        if self.seconds is None or not self.bytes_moved:
             return text
         return f"{text} in {self.seconds:.3f} s ({self.bytes_moved / 1e9 / max(self.seconds, 1e-9):.2g} GB/s)"
 

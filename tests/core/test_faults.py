@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from realjax.core.faults import RunFault, explain_faults, naming, system_reason
+from realjax.core.faults import RunFault, explain_faults, memory_reason, naming, system_reason
 
 FULL = os.strerror(errno.ENOSPC)
 TENSORSTORE = (
@@ -41,6 +41,18 @@ def raised(*errors: BaseException) -> BaseException:
 )
 def test_the_reason_is_found(error, reason):
     assert system_reason(error) == reason
+
+
+def test_a_device_without_room_is_told_with_what_takes_less():
+    text = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.\nBuffer assignment: ..."
+    with (
+        pytest.raises(
+            RunFault, match=r"no room .*allocate 17179869184 bytes\); .*n_mbs.*gradient_checkpointing.*; rest"
+        ),
+        explain_faults(lambda: "rest"),
+    ):
+        raise RuntimeError(text)
+    assert memory_reason(ValueError(text)) is None and memory_reason(RuntimeError(TENSORSTORE)) is None
 
 
 def test_what_was_said_in_words_stays_as_it_is():

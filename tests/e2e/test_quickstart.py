@@ -58,7 +58,7 @@ def test_the_console_says_what_the_quickstart_shows(run):
     assert "d4p1m2+sp+zero2 on 0-7" in run.output
     steps = re.findall(
         rf"^{STAMP} \w+ INFO: Epoch (\d)/8 step (\d)/2 \(global step (\d)\): loss [\d.]+, ppl [\d.]+, "
-        r"lr \S+, grad_norm [\d.]+, [\d,]+ tokens/s, .*[\d.]+ s(?:, ETA \d:\d\d:\d\d)?$",
+        r"lr \S+, grad_norm [\d.]+, [\d,]+ tokens/s \(all\), .*[\d.]+ s(?:, ETA \d:\d\d:\d\d)?$",
         run.output,
         re.MULTILINE,
     )
