@@ -13,8 +13,7 @@ ENV PYTHONUNBUFFERED=1 \
     HF_HOME=/data/huggingface
 
 WORKDIR /opt/realjax
-# The links of realjax/apps/recipes lead to configs.
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY configs ./configs
 COPY realjax ./realjax
 RUN pip install --no-cache-dir ".[${EXTRAS}]"

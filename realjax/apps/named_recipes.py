@@ -1,10 +1,10 @@
 """Recipes by name, `realjax ppo --recipe ppo-small key=value ...`: options that go together, a file of each."""
 
 import dataclasses
-import importlib
+import importlib.util
 import textwrap
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from realjax.core.option import DataclassInstance
@@ -13,7 +13,8 @@ from realjax.options.parsing import nearest_names
 
 FLAG = "--recipe"
 COLUMNS = 80
-PACKAGE = "realjax.apps.recipes"  # in a checkout the folder `configs/`, in which a person reads and changes them
+# In an installed package beside this file, in a checkout where a person reads and changes them.
+FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "configs")
 
 
 def list_recipes(experiment: str) -> str:
@@ -50,9 +51,18 @@ def read_recipe(name: str, cls: type[DataclassInstance], experiment: str) -> Map
 
 def _find(experiment: str) -> dict[str, Any]:
     """Returns the modules of an experiment's recipes by name."""
-    stems = sorted(path.name.removesuffix(".py") for path in files(PACKAGE).iterdir() if path.name.endswith(".py"))
-    modules = {stem.replace("_", "-"): importlib.import_module(f"{PACKAGE}.{stem}") for stem in stems if stem[0] != "_"}
+    folder = next(folder for folder in FOLDERS if folder.is_dir())
+    paths = sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    modules = {path.stem.replace("_", "-"): _load(path) for path in paths}
     return {name: module for name, module in modules.items() if module.get_config()[EXPERIMENT_KEY] == experiment}
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"realjax_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, "a recipe is a Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

@@ -66,8 +66,8 @@ def test_a_plan_reads_the_files_of_the_command_that_it_plans(given, tmp_path, ca
 def test_a_wheel_holds_what_commands_need(tmp_path):
     source, out, installed = tmp_path / "source", tmp_path / "out", tmp_path / "installed"
     for name in ("realjax", "configs"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source)]
     subprocess.run([sys.executable, *build], check=True, capture_output=True)

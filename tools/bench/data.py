@@ -1,13 +1,16 @@
-"""Measures how long data take before the first step, and the memory of it: without a cache, at the first start, later.
+"""Measures how long data take before the first step, and the memory of it: without a cache, at the first start, later,
+and where a run goes on at step 1,000.
 
     python -m tools.bench.data --rows 300000
 
-Each start is a process of its own that loads the rows, plans all batches and makes the first; it prints seconds, and
-the peak of its resident set above what its imports take. Files that are mapped count where they were touched; the
-system may take that memory back.
+Each start is a process of its own that loads the rows, plans all batches and makes the first that it needs; it prints
+seconds, and the peak of its resident set above what its imports take. Files that are mapped count where they were
+touched; the system may take that memory back. Afterwards each makes batches of steps all over the run, which have to be
+the same, bit for bit, in all of them.
 """
 
 import argparse
+import hashlib
 import json
 import resource
 import subprocess
@@ -29,7 +32,14 @@ MIB = 2**20
 WORDS = [
     f"{a}{b}{c}" for a in ("ta", "mo", "ri", "se") for b in ("lin", "ver", "do", "ka") for c in ("", "s", "ment", "e")
 ]
-STARTS = {"without a cache": False, "first start": True, "second start": True}
+RESUMED_STEP, NUM_COMPARED = 1000, 40
+# Whether there is a cache, and the first step.
+STARTS = {
+    "without a cache": (False, 0),
+    "first start": (True, 0),
+    "second start": (True, 0),
+    f"resume at {RESUMED_STEP:,}": (True, RESUMED_STEP),
+}
 
 
 def write_rows(path: Path, num_rows: int, num_words: int) -> None:
@@ -53,7 +63,7 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(folder)
 
 
-def start(folder: Path, batch_size: int, cache: bool) -> None:
+def start(folder: Path, batch_size: int, cache: bool, step: int) -> None:
     """Loads the rows as a run does and prints what that took, as JSON."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     before, began = peak(), time.perf_counter()
@@ -61,9 +71,19 @@ def start(folder: Path, batch_size: int, cache: bool) -> None:
     dataset = load_prompt_answer(source, tokenizer, SequenceForm(max_seqlen=1024))
     loaded = time.perf_counter() - began
     loader = Loader(dataset, batch_size=batch_size, seed=1)
-    loader.batch(0)
-    seconds = {"load": loaded, "all": time.perf_counter() - began}
-    print(json.dumps({**seconds, "mib": (peak() - before) / MIB, "tokens": len(dataset.tokens)}))
+    loader.batch(min(step, loader.total_steps - 1))
+    seconds, mib = {"load": loaded, "all": time.perf_counter() - began}, (peak() - before) / MIB
+    print(json.dumps({**seconds, "mib": mib, "batches": digest_batches(loader)}))
+
+
+def digest_batches(loader: Loader) -> str:
+    """Returns what the batches of steps all over the run have in common with equal ones alone."""
+    found = hashlib.sha256()
+    for step in np.linspace(0, loader.total_steps - 1, NUM_COMPARED, dtype=int).tolist():
+        batch = loader.batch(step)
+        for key in sorted(batch):
+            found.update(f"{key} {batch[key].dtype} {batch[key].shape}".encode() + np.asarray(batch[key]).tobytes())
+    return found.hexdigest()
 
 
 def peak() -> int:
@@ -81,20 +101,25 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.start:
-        start(args.folder, args.batch_size, STARTS[args.start])
+        start(args.folder, args.batch_size, *STARTS[args.start])
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tokenizer(folder)
         write_rows(folder / "rows.jsonl", args.rows, args.words)
         size = (folder / "rows.jsonl").stat().st_size / MIB
-        print(f"{args.rows} rows, {size:.0f} MiB\n{'':18}{'load s':>8}{'all s':>8}{'peak MiB':>10}")
+        print(f"{args.rows:,} rows, {size:.0f} MiB\n{'':18}{'load s':>8}{'all s':>8}{'peak MiB':>10}")
+        digests = set()
         for kind in STARTS:
             words = ["--start", kind, "--folder", name, "--batch-size", str(args.batch_size)]
             command = [sys.executable, "-m", "tools.bench.data", *words]
             line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             found = json.loads(line)
-            print(f"{kind:18}{found['load']:8.1f}{found['all']:8.1f}{found['mib']:10.0f}")
+            print(f"{kind:18}{found['load']:8.1f}{found['all']:8.1f}{found['mib']:10.0f}", flush=True)
+            digests.add(found["batches"])
+        if len(digests) > 1:
+            raise SystemExit("the batches differ from start to start")
+        print(f"the batches of {NUM_COMPARED} steps are the same in all starts, bit for bit")
 
 
 if __name__ == "__main__":
