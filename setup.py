@@ -1,4 +1,4 @@
-"""What pyproject.toml has no words for: the recipes of configs/ are a package of realjax, so that a wheel holds them."""
+"""What pyproject.toml has no words for: the recipes of configs/ are a package of realjax, so that a wheel has them."""
 
 from setuptools import find_packages, setup
 
