@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 
@@ -60,10 +61,19 @@ def read_choices(
             devices=tuple(numbers[device] for device in layouts[mfc.name].devices),
             num_mbs=shapes.count_micro_batches(mfc),
             remat=isinstance(mfc, Train) and spec.roles[mfc.role].compute.remat,
-            num_slots=rollouts[mfc.name].num_slots if isinstance(mfc, Generate) else None,
+            **describe_slots(rollouts[mfc.name] if isinstance(mfc, Generate) else None),
         )
         for mfc in spec.graph.mfcs
     }
+
+
+def describe_slots(shape: RolloutShape | None) -> dict[str, Any]:
+    """Returns the slots of a generate call as a choice has them; of any other call nothing."""
+    if shape is None:
+        return {}
+    tail = shape.tail
+    of_tail = {"tail_slots": tail.num_slots, "tail_tp": tail.layout.strategy.tp} if tail else {}
+    return {"num_slots": shape.num_slots, **of_tail}
 
 
 def lay_out(spec: RunSpec, devices: Sequence[jax.Device]) -> dict[str, Layout]:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
+from realjax.allocation.shapes import count_slots
+from realjax.allocation.tails import find_tail_fault, list_tail_sizes, round_tail
 from realjax.allocation.workload import CallWork, ModelShape, RoleWork
 from realjax.core.layout import ParallelStrategy, number_ranges
 
@@ -22,6 +24,8 @@ FEW_DEVICES = 16
 MOST_EMPTY = 1 / 16
 # Open numbers of answers decoded at once: all of a step's, a half, a quarter, an eighth.
 SLOT_SHARES = (1, 2, 4, 8)
+# The last answers, of those decoded at once, that may go on with more tensor parallelism.
+TAIL_SHARES = (4, 16)
 
 
 def list_choices(work: CallWork, role: RoleWork, cluster: Cluster) -> list[Choice]:
@@ -145,6 +149,8 @@ def explain_none(work: CallWork, cluster: Cluster) -> str:
 
 def _explain_rest(work: CallWork, strategy: ParallelStrategy) -> str:
     fixed = work.fixed
+    if work.kind == "generate" and fixed.tail_slots and (fault := find_tail_fault(strategy)):
+        return f"gen.tail_slots={fixed.tail_slots} was too, and it {fault}"
     if work.kind == "generate":
         return f"num_slots={fixed.num_slots} do not divide over data x pipeline = {strategy.row_multiple}"
     if fixed.micro_batches and fixed.micro_batches.max_tokens:
@@ -191,7 +197,8 @@ def _list_variants(work: CallWork, strategy: ParallelStrategy, cluster: Cluster)
     fixed = work.fixed
     if work.kind == "generate":
         for num_slots in _list_slots(work, strategy):
-            yield Choice(strategy=replace(strategy, zero_stage=0), devices=(), num_slots=num_slots)
+            plain = Choice(strategy=replace(strategy, zero_stage=0), devices=(), num_slots=num_slots)
+            yield from _list_tails(work, plain, cluster)
         return
     is_train = work.kind == "train"
     remats = (False,) if not is_train else (False, True) if fixed.remat is None else (fixed.remat,)
@@ -200,6 +207,24 @@ def _list_variants(work: CallWork, strategy: ParallelStrategy, cluster: Cluster)
             for remat in remats:
                 layout = replace(strategy, zero_stage=zero_stage)
                 yield Choice(strategy=layout, devices=(), num_mbs=num_mbs, remat=remat)
+
+
+def _list_tails(work: CallWork, choice: Choice, cluster: Cluster) -> Iterator[Choice]:
+    """Yields a choice with the ways in which its last answers can go on. Open: as they are, and where lengths differ in
+    a quarter and a sixteenth of the slots, with as many devices to a layer as divide the model within a node."""
+    wanted, s, answers, model = work.fixed.tail_slots, choice.strategy, work.answers, work.model
+    if not wanted:
+        yield choice
+    if wanted == 0 or find_tail_fault(s) is not None or not answers or (not wanted and answers.mean == answers.longest):
+        return
+    sizes = list_tail_sizes(s, (model.num_q_heads, model.ffn_size, model.vocab_size))
+    near = [tp for tp in sizes if cluster.devices_per_node % tp == 0]
+    tp = work.fixed.tail_tp if work.fixed.tail_tp in sizes else max(near, default=None)
+    slots = count_slots(work, choice)
+    numbers = [wanted] if wanted else [slots // share for share in TAIL_SHARES]
+    for number in dict.fromkeys(round_tail(number, s) for number in numbers):
+        if tp is not None and number < slots:
+            yield replace(choice, tail_slots=number, tail_tp=tp)
 
 
 def _list_zero_stages(work: CallWork, strategy: ParallelStrategy, cluster: Cluster) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from realjax.core.json_text import JsonObject, parse_json
 from realjax.core.layout import ParallelStrategy
@@ -23,6 +23,9 @@ class Choice:
     num_mbs: int = 1  # inference and train: micro-batches of an update
     remat: bool = False  # train: layers are computed again in the backward pass
     num_slots: int | None = None  # generate: answers decoded at once
+    # generate: when so few are left, they go on with `tail_tp` devices that share each layer; None: they stay.
+    tail_slots: int | None = None
+    tail_tp: int | None = None
     context: int = 1  # devices that share the tokens of a sequence
     experts: int = 1  # devices that share the experts of a layer, where these are not among the strategy's `dp`
     interleave: int = 1  # parts of the layers that each pipeline stage has
@@ -32,10 +35,20 @@ class Choice:
         """Devices that share the experts of a layer."""
         return max(self.experts, self.strategy.ep)
 
+    @property
+    def tail(self) -> "Choice | None":
+        """How the last answers of a generate call are decoded, where that is another way."""
+        s, tp = self.strategy, self.tail_tp or 0
+        if not self.tail_slots or tp <= s.tp or tp % s.tp or s.dp % (tp // s.tp):
+            return None
+        after = replace(s, dp=s.dp * s.tp // tp, tp=tp)
+        return replace(self, strategy=after, num_slots=self.tail_slots, tail_slots=None, tail_tp=None)
+
     def __str__(self) -> str:
         more = [f"{self.num_mbs} micro-batches"] if self.num_mbs > 1 else []
         more += ["remat"] if self.remat else []
         more += [f"{self.num_slots} slots"] if self.num_slots else []
+        more += [f"the last {self.tail_slots} on {tail.strategy}"] if (tail := self.tail) else []
         return ", ".join([str(self.strategy), *more])
 
     def to_json(self) -> JsonObject:

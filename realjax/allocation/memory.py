@@ -165,6 +165,9 @@ def _generate_memory(work: CallWork, role: RoleWork, choice: Choice, at_home: bo
     is_copied = not at_home or role.is_trained or role.is_averaged
     params = (split.params() if is_copied else split.layers) * size
     program = {"cache": cache, "admit_or_decode": max(layer.forward + prompt_caches, decode)}
+    if (tail := choice.tail) is not None:
+        # A part of the parameters that is cut out beside them; most of the cache has gone by then.
+        program["tail"] = split_model(work.model, tail).params() * size
     # Stacks are cut as they arrive, so that the largest is there twice, and the next on its way.
     stack = 2 * split.largest_stack * size
     return _memory(**program, **_arrivals(params, stack + (0 if at_home else min(MOVED_BYTES, params)), program))
@@ -286,6 +289,7 @@ def _list_options(work: CallWork, choice: Choice) -> Iterator[list[dict[str, Any
     if work.kind == "generate":
         halves = (count_slots(work, choice) >> n for n in range(1, 21))
         yield [{"num_slots": number} for number in halves if number and number % s.row_multiple == 0]
+        yield [{"tail_slots": 0}] if choice.tail else []
     else:
         most = MicroBatch.of(work, choice).num_rows // s.pp
         yield [{"num_mbs": choice.num_mbs << n} for n in range(1, most.bit_length())]
@@ -300,7 +304,7 @@ def _list_options(work: CallWork, choice: Choice) -> Iterator[list[dict[str, Any
 
 
 def _apply(choice: Choice, values: Mapping[str, Any]) -> Choice:
-    own = {name: value for name, value in values.items() if name in ("num_mbs", "remat", "num_slots")}
+    own = {name: value for name, value in values.items() if name in ("num_mbs", "remat", "num_slots", "tail_slots")}
     strategy = replace(choice.strategy, **{name: value for name, value in values.items() if name not in own})
     return replace(choice, strategy=strategy, **own)
 
@@ -313,6 +317,7 @@ def _describe_change(values: Mapping[str, Any]) -> str:
 _OPTIONS = {
     "num_mbs": "n_mbs",
     "num_slots": "gen.num_slots",
+    "tail_slots": "gen.tail_slots",
     "remat": "gradient_checkpointing",
     "zero_stage": "zero_stage",
     "dp": "data_parallel_size",

@@ -10,12 +10,21 @@ from realjax.data.loader import Loader
 
 
 @dataclass(frozen=True, kw_only=True)
+class TailShape:
+    """Where the last answers of a generate call are decoded, and how many at once."""
+
+    layout: Layout
+    num_slots: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutShape:
     """Of a generate call: the rows that its answers are packed in, and how many answers are decoded at once."""
 
     row_len: int
     row_multiple: int  # what the number of rows is a multiple of
     num_slots: int
+    tail: TailShape | None = None  # None: where the others are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,7 @@ class AllocationPlan:
             lines.append(f"predicted by {self.predicted.source}: {self.predicted.step_seconds:.3g} s a step")
         lines += [
             f"{call}: {shape.num_slots} answers decoded at once; rows of {shape.row_len} tokens, in multiples of "
-            f"{shape.row_multiple}"
+            f"{shape.row_multiple}" + (f"; the last {tail.num_slots} on {tail.layout}" if (tail := shape.tail) else "")
             for call, shape in self.rollouts.items()
         ]
         if not self.rollouts:

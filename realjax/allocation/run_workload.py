@@ -150,6 +150,8 @@ class Reader:
             micro_batches=of_call if of_call and (of_call.count or of_call.max_tokens) else None,
             remat=None if "remat" in role.undecided else role.compute.remat,
             num_slots=call.num_slots if isinstance(call, Generate) else None,
+            tail_slots=call.tail_slots if isinstance(call, Generate) else None,
+            tail_tp=call.tail_tp if isinstance(call, Generate) else None,
         )
 
 

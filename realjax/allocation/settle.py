@@ -116,7 +116,8 @@ def apply_choices(spec: RunSpec, choices: Choices) -> RunSpec:
 def apply_choice(call: Generate | Inference | Train, choice: Choice) -> Generate | Inference | Train:
     """Returns a call in the micro-batches or slots chosen, placed by its own name."""
     if isinstance(call, Generate):
-        return replace(call, num_slots=choice.num_slots, placed_as=None)
+        tail = {"tail_slots": choice.tail_slots or 0, "tail_tp": choice.tail_tp}
+        return replace(call, num_slots=choice.num_slots, placed_as=None, **tail)
     return replace(call, micro_batches=count_micro_batches(call, choice), placed_as=None)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.plan import RolloutShape
+from realjax.allocation.tails import shape_tail
 from realjax.allocation.workload import CallWork
 from realjax.core.layout import Layout
 from realjax.data.loader import Loader, Rows
@@ -35,11 +36,13 @@ def shape_rollouts(spec: RunSpec, layouts: Mapping[str, Layout]) -> dict[str, Ro
     for mfc in spec.mfcs:
         if isinstance(mfc, Generate):
             # Answers of an evaluation lie in rows like those that are trained on: fewer programs.
-            like = shapes.get(mfc.placement)
+            like, layout = shapes.get(mfc.placement), layouts[mfc.name]
+            num_slots = choose_num_slots(mfc, layout)
             shapes[mfc.name] = RolloutShape(
                 row_len=like.row_len if like else _choose_row_len(spec, mfc, math.lcm(*multiples.values())),
-                row_multiple=math.lcm(row_multiple(mfc, layouts[mfc.name]), *readers),
-                num_slots=choose_num_slots(mfc, layouts[mfc.name]),
+                row_multiple=math.lcm(row_multiple(mfc, layout), *readers),
+                num_slots=num_slots,
+                tail=shape_tail(mfc, layout, spec.roles[mfc.role].config, num_slots),
             )
     return shapes
 

@@ -180,6 +180,8 @@ class Fixed:
     micro_batches: MicroBatches | None = None
     remat: bool | None = None
     num_slots: int | None = None
+    tail_slots: int | None = None
+    tail_tp: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,23 @@ class Layout:
     def replicated(self) -> NamedSharding:
         return self.sharding()
 
+    def share_layers(self, tp: int) -> "Layout":
+        """Returns the layout on these devices in which `tp` of them share each layer, a multiple of as many as now.
+
+        Each device's new part of the parameters is inside the one that it has: those beside each other along `data` cut
+        theirs into as many parts. Raises ValueError for pipeline stages, experts that are shared, or sizes that do not
+        divide.
+        """
+        s = self.strategy
+        factor = tp // s.tp
+        if s.pp > 1 or s.ep > 1 or tp % s.tp or factor < 1 or s.dp % factor:
+            raise ValueError(
+                f"layout {s}: {tp} devices cannot share each layer of what it holds; on one pipeline stage, without "
+                f"expert parallelism, it can be {s.tp} times a divisor of dp={s.dp}"
+            )
+        grid = np.array(self.devices, dtype=object).reshape(s.dp // factor, factor, s.tp)
+        return Layout(ParallelStrategy(dp=s.dp // factor, tp=tp), tuple(grid.swapaxes(1, 2).flat))
+
     @property
     def device_names(self) -> str:
         """The devices' numbers, as '0-3,6'."""

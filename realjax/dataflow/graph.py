@@ -61,6 +61,9 @@ class Generate(ModelCall):
     num_samples: int = 1  # of each prompt
     has_baseline: bool = False  # one greedy sample of each prompt besides
     num_slots: int | None = None  # rows decoded at once; None: as many as a step has, within bounds
+    # When so few rows are left to decode, more devices share each layer; 0: never; None: never, if no planner says so.
+    tail_slots: int | None = None
+    tail_tp: int | None = None  # how many do; None: the most that divide the model
     num_tokens: int | None = None  # only the first so many are drawn, see `core.draw.Draw`; None: any
     records_routes: bool = False  # the experts that tokens go to, see `core.routes.Routes`
     repeats: bool = False  # a prompt's samples are the same in every step

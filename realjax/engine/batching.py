@@ -17,6 +17,7 @@ from realjax.core.trees import Tree
 from realjax.engine.admission import SHORTEST_PROMPTS, Entry, Parts, bucket_length
 from realjax.engine.sampling import Drawn
 from realjax.engine.slots import CHUNK_LEN, Chunk, SlotPrograms, Slots
+from realjax.engine.tail import Tail
 
 SHORTEST_CACHE = 128
 
@@ -121,6 +122,10 @@ class _Row:
         routes = self._join_routes(num_tokens)
         return Generation(tokens=drawn.tokens, logprobs=drawn.logprobs, ended=ended, kept=drawn.kept, routes=routes)
 
+    def interrupt(self) -> Request:
+        """Returns a request that goes on where the row stands."""
+        return replace(self.request, begun=self.finish(self.num_generated, ended=False))
+
     def _join_routes(self, num_tokens: int) -> np.ndarray | None:
         if not self.routes:
             return None
@@ -148,15 +153,16 @@ class Batcher:
         stop_fn: StopFn | None = None,
         fetch_fn: FetchFn | None = None,
         chunk_len: int = CHUNK_LEN,
+        tail: Tail | None = None,
     ) -> None:
         """`fetch_fn` None: all of the layout's devices are this process's. `chunk_len` tokens a row are decoded between
-        two looks at them, at most CHUNK_LEN.
+        two looks at them, at most CHUNK_LEN. `tail`: where rows go on once no other waits and they fit there.
         """
         self.programs, self.stop_fn, self.chunk_len = programs, stop_fn, chunk_len
         self.fetch_fn: FetchFn = fetch_fn or (lambda chunk: jax.tree.map(np.asarray, chunk))
         self.num_prompts = 0  # that were run; rows put into slots together share those that are the same
         self.num_rounds = 0  # of the chunks looked at; in each, every running row draws a token
-        self._params = programs.prepare(params)
+        self._params, self._tail = programs.prepare(params), tail
         self._slots: Slots | None = None
         self._num_submitted = 0
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -185,6 +191,8 @@ class Batcher:
 
         The host waits for the program before, never for the one it sent off: no longer than a chunk takes.
         """
+        if self._tail is not None and self._active and not self._waiting and self._tail.fits(self._active):
+            self._move_to(self._tail)
         was_sent = self._send()
         if len(self._sent) > was_sent:
             self._look()
@@ -213,7 +221,7 @@ class Batcher:
         self._free(rows)
         taken = {number: request for number, request in self._waiting if number in wanted}
         self._waiting = deque(waiting for waiting in self._waiting if waiting[0] not in wanted)
-        return taken | {row.number: replace(row.request, begun=row.finish(row.num_generated, False)) for row in rows}
+        return taken | {row.number: row.interrupt() for row in rows}
 
     def _check(self, request: Request) -> None:
         config, model = self.programs.sampler.config, self.programs.model.config
@@ -311,6 +319,20 @@ class Batcher:
         self._slots, chunk = self.programs.decode(self._params, self._slots, stop_at, self.chunk_len)
         self._sent.append(_Sent(chunk, dict(self._active)))
 
+    def _move_to(self, tail: Tail) -> None:
+        """Has the rows that are left go on in other slots, with what has been sent off looked at before."""
+        while self._sent:
+            self._look()
+        if not self._active:
+            return
+        assert self._slots is not None, "rows are in slots"
+        entries = {slot: row.interrupt().enter() for slot, row in self._active.items()}
+        self._params, self._slots, moved = tail.move(self._params, self._slots, entries)
+        self._active = {moved[slot]: row for slot, row in self._active.items()}
+        for slot, row in self._active.items():
+            row.slot = slot
+        self.programs, self._parts, self._tail = tail.programs, Parts.of(tail.programs), None
+
     def _look(self) -> None:
         """Waits for the earliest program that has not been looked at, and takes over what its rows have drawn."""
         sent = self._sent.popleft()
@@ -354,9 +376,10 @@ def generate(
     stop_fn: StopFn | None = None,
     fetch_fn: FetchFn | None = None,
     progress_fn: Callable[[int], None] | None = None,
+    tail: Tail | None = None,
 ) -> list[Generation]:
     """Returns the continuation of each request, in their order; `progress_fn` is told how many have ended."""
-    batcher = Batcher(programs, params, stop_fn=stop_fn, fetch_fn=fetch_fn)
+    batcher = Batcher(programs, params, stop_fn=stop_fn, fetch_fn=fetch_fn, tail=tail)
     numbers, found, is_left = batcher.submit(requests), {}, True
     while is_left:
         is_left = batcher.poll()

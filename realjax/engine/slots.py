@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from realjax.core.axes import generate_rules, resolve_sharding, tree_shardings
 from realjax.core.compute import Compute
@@ -129,7 +129,7 @@ class SlotPrograms:
         whole = self.layout.replicated
         places: dict[str, Any] = {field.name: self._rows for field in fields(Slots)}
         places |= {"cache": self.cached.cache_sharding, "flight": self.cached.flight_sharding, "is_full": whole}
-        slots = Slots(**places)
+        self.places = slots = Slots(**places)
         self._prepare = jax.jit(self._make_leaf, static_argnums=(1, 2))
         self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
         out = {"out_shardings": (slots, whole), "donate_argnums": 1}
@@ -158,6 +158,16 @@ class SlotPrograms:
         """Returns the parameters as `prepare` does, of the tree of what `prepare_leaf` returned."""
         by_kind = split_kinds(self.model.config, leaves["layers"])
         return {**leaves, "layers": self.cached.join_layers(by_kind)}
+
+    def list_places(self) -> Tree:
+        """Returns where parameters lie in the form that `prepare` gives them, on one pipeline stage."""
+
+        def one(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding | list[NamedSharding]:
+            place = self._shardings[path]
+            of_layer = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+            return [of_layer] * leaf.shape[0] if _is_stack(path) else place
+
+        return self.join(map_paths(one, self.model.abstract))
 
     def start(self, length: int, has_greedy: bool) -> Slots:
         """Returns free slots with room for `length` tokens each; `has_greedy`: some rows may differ from the options in

@@ -52,6 +52,8 @@ def build(config: DistillConfig) -> RunSpec:
         num_prompts=data.train_bs_n_seqs,
         num_samples=config.group_size,
         num_slots=options.gen.num_slots,
+        tail_slots=options.gen.tail_slots,
+        tail_tp=options.gen.tail_model_parallel_size,
         num_tokens=num_tokens,
         given_fn=_make_given_fn(config, prompts, tokenizer) if options.data_share > 0 else None,
         max_seqlen=prompts.longest + options.gen.max_new_tokens,

@@ -34,6 +34,8 @@ def build(config: GenConfig) -> RunSpec:
         num_prompts=min(data.train_bs_n_seqs, len(prompts)),
         num_samples=config.num_samples,
         num_slots=config.gen.num_slots,
+        tail_slots=config.gen.tail_slots,
+        tail_tp=config.gen.tail_model_parallel_size,
         repeats=True,
         stop_fn=make_stop_fn(tokenizer, config.stop) if config.stop else None,
         max_seqlen=prompts.longest + config.gen.max_new_tokens,

@@ -152,6 +152,8 @@ class Setup:
             num_samples=self.config.num_samples,
             has_baseline=has_baseline,
             num_slots=self.options.gen.num_slots,
+            tail_slots=self.options.gen.tail_slots,
+            tail_tp=self.options.gen.tail_model_parallel_size,
             num_tokens=self.num_tokens,
             records_routes=self.options.routing_replay,
             max_seqlen=self.longest,

@@ -21,6 +21,17 @@ class GenerationOptions(GenerationConfig):
         None, "answers decoded at once; the next waits for a slot; null chooses", at_least=1, at_most=2**20
     )
 
+    tail_slots: int | None = option(
+        None,
+        "when so few answers are left to decode, they go on in so many slots with more tensor parallelism; 0 never; "
+        "null leaves it to allocation_mode=search",
+        at_least=0,
+        at_most=2**20,
+    )
+    tail_model_parallel_size: int | None = option(
+        None, "devices that share each layer then; null is the most that divide the model", at_least=2, at_most=2**16
+    )
+
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "use_cuda_graph": "XLA compiles the whole decoding loop",
         "force_cudagraph_recapture": "XLA compiles the whole decoding loop once for each shape",

@@ -25,7 +25,7 @@ HARMLESS = (
         "reward.classifier",
     ),
     *("dataset.split", "dataset.valid_split", "dataset.cache", "dataset.use_chat_template"),
-    *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots"),
+    *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots", "*.tail_*"),
     *("*.type.size", "*.gradient_checkpointing", "*.attention", "*.unroll_layers", "*.loss_chunk_tokens"),
     *("*.zero_stage", "*.offload", "eval.greedy", "eval.sampled", "eval.num_*"),
     *("eval.success_above", "eval.vote_fn", "rollouts.*", "samples.*"),

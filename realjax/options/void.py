@@ -76,6 +76,7 @@ _WITHOUT_TRAINING = (
     *("total_train_epochs", "lr_schedule_epochs", "max_steps"),
     *(f"{what}_freq_{unit}" for what in ("save", "eval") for unit in ("epochs", "steps", "secs")),
 )
+_SLOTS = ("num_slots", "tail_slots", "tail_model_parallel_size")
 _DRAWN = ("temperature", "top_p", "top_k")
 _MOMENTS = ("value_norm_beta", "value_norm_eps")
 _LENGTH = Void(when={"loss_aggregation": ("token", "sequence")}, options=("max_response_len",))
@@ -204,7 +205,7 @@ VOID: dict[type, tuple[Void, ...]] = {
         ),
         Void(
             when={"distill.data_share": 1.0},
-            options=tuple(f"distill.gen.{name}" for name in ("min_new_tokens", "greedy", *_DRAWN, "num_slots")),
+            options=tuple(f"distill.gen.{name}" for name in ("min_new_tokens", "greedy", *_DRAWN, *_SLOTS)),
             reason="with data_share=1 no answer is drawn",
         ),
     ),

@@ -24,7 +24,7 @@ from realjax.data.loader import Loader
 from realjax.dataflow.graph import Generate
 from realjax.engine.batching import Batcher
 from realjax.engine.slots import Chunk
-from realjax.runtime.calls import Done, find_peak_bytes
+from realjax.runtime.calls import Done, find_peak_bytes, find_slots_bytes
 from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.flight import Row, dump_rows, load_rows
@@ -123,8 +123,9 @@ class Ahead:
         rows = begun
         if params is not None:
             rows = self._continue_rows(begun, target, params, version)
-            device_bytes = executor.programs.slots(self.mfc).device_bytes
-            peak_bytes = find_peak_bytes(executor, self.mfc, params, device_bytes)
+            programs = executor.programs
+            slots_bytes = find_slots_bytes(programs.slots(self.mfc), programs.tail(self.mfc), params)
+            peak_bytes = find_peak_bytes(executor, self.mfc, params, slots_bytes)
         if self._mailbox is not None:
             source = self._owners[0]
             rows = load_rows(self._mailbox.send(dump_rows(rows) if jax.process_index() == source else None, source))
@@ -146,7 +147,8 @@ class Ahead:
     def _continue_rows(self, rows: Sequence[Row], target: int, params: Tree, version: int) -> list[Row]:
         """Returns the rows, of which those up to the step `target` are finished."""
         slots = self.executor.programs.slots(self.mfc)
-        batcher = Batcher(slots, params, stop_fn=self.mfc.stop_fn, fetch_fn=_read)
+        tail = self.executor.programs.tail(self.mfc)
+        batcher = Batcher(slots, params, stop_fn=self.mfc.stop_fn, fetch_fn=_read, tail=tail)
         numbers = batcher.submit(row.request for row in rows)
         due = {number for number, row in zip(numbers, rows, strict=True) if row.step <= target}
         found = {}

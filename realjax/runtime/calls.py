@@ -14,14 +14,17 @@ from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import HEAD_OUTPUTS
 from realjax.core.metrics import Metric
+from realjax.core.trees import Tree
 from realjax.dataflow.graph import Call, Generate, Host, Inference, ModelCall, Train
 from realjax.engine import batching
 from realjax.engine.compiled import batch_shardings, place_array
+from realjax.engine.slots import SlotPrograms
 from realjax.engine.state import TrainState
+from realjax.engine.tail import Tail
 from realjax.reshard.apply import reshard
 from realjax.reshard.fetch import fetch, fetch_arrays
 from realjax.runtime.finite import refuse_nonfinite
-from realjax.runtime.memory import bytes_held_beside
+from realjax.runtime.memory import bytes_held_beside, device_bytes
 from realjax.runtime.programs import num_micro_batches
 from realjax.runtime.rollouts import (
     Chosen,
@@ -56,12 +59,14 @@ class Done:
 def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | None) -> Done:
     """Makes the batch of prompts with their continuations, in place of the prompts."""
     requests, shape = make_requests(prompts, mfc, step or 0), executor.plan.rollouts[mfc.name]
-    slots = executor.programs.slots(mfc)
+    slots, tail = executor.programs.slots(mfc), executor.programs.tail(mfc)
+    moved_before = tail.bytes_moved if tail else 0
     # Each is made ready as it arrives: the call has no second copy of them.
     leaves, bytes_moved = executor.params_for(mfc, slots.prepare_leaf)
     params = slots.join(leaves)
     if mfc.turns is None:
-        draw = partial(batching.generate, slots, params, stop_fn=mfc.stop_fn, fetch_fn=fetch)
+        options = {"stop_fn": mfc.stop_fn, "fetch_fn": fetch, "tail": tail}
+        draw = partial(batching.generate, slots, params, **options)
         generations, extras = answer_requests(requests, mfc, draw), None
     else:
         dialogues = converse(batching.Batcher(slots, params, fetch_fn=fetch), requests, mfc.turns, executor.seed)
@@ -69,7 +74,8 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
         generations, extras = [row.generation for row in dialogues], [row.arrays() for row in dialogues]
     refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")
     rollout = pack_rollout(requests, generations, mfc, shape, sizes=executor.sizes.of(mfc.name), extras=extras)
-    peak_bytes = find_peak_bytes(executor, mfc, params, slots.device_bytes)
+    peak_bytes = find_peak_bytes(executor, mfc, params, find_slots_bytes(slots, tail, params))
+    bytes_moved += tail.bytes_moved - moved_before if tail else 0
     return Done(batch=rollout, num_tokens=rollout.num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
 
 
@@ -192,6 +198,16 @@ def refuse_longer(batch: Batch, max_seqlen: int | None, subject: str) -> None:
         raise ValueError(
             f"{subject}: a sequence of {longest} tokens, but max_seqlen={max_seqlen}; raise it to the longest"
         )
+
+
+def find_slots_bytes(slots: SlotPrograms, tail: Tail | None, params: Tree) -> int:
+    """Returns what the larger of a generate call's programs took of a device; those of its last rows have parameters of
+    their own beside the call's.
+    """
+    if tail is None or not tail.programs.device_bytes:
+        return slots.device_bytes
+    beside = max(device_bytes(jax.tree.leaves(params), device) for device in slots.layout.devices)
+    return max(slots.device_bytes, tail.programs.device_bytes + beside)
 
 
 def find_peak_bytes(executor: "Executor", mfc: ModelCall, given: object, program_bytes: int) -> int:

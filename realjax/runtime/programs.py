@@ -14,7 +14,9 @@ from realjax.engine.inference import make_evaluation, make_inference
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
 from realjax.engine.state import train_state_shardings
+from realjax.engine.tail import Tail
 from realjax.engine.train import TrainOptions, make_train_step
+from realjax.reshard.apply import Arrays, reshard
 from realjax.runtime.roles import Role
 
 
@@ -25,6 +27,7 @@ class Programs:
         self.plan, self.roles, self.seed, self.log = plan, roles, seed, CompileLog()
         self._compiled: dict[tuple[str, int], Compiled] = {}
         self._slots: dict[str, SlotPrograms] = {}
+        self._tails: dict[str, Tail] = {}
 
     def train_step(self, mfc: Train, num_mbs: int) -> Compiled:
         """Returns `step(state, batch) -> (state, metrics)`, the state donated."""
@@ -43,8 +46,16 @@ class Programs:
     def slots(self, mfc: Generate) -> SlotPrograms:
         """Returns the programs of a generate call."""
         if mfc.name not in self._slots:
-            self._slots[mfc.name] = self._make_slots(mfc)
+            layout, num_slots = self.plan.layouts[mfc.name], self.plan.rollouts[mfc.name].num_slots
+            self._slots[mfc.name] = self._make_slots(mfc, layout, num_slots)
         return self._slots[mfc.name]
+
+    def tail(self, mfc: Generate) -> Tail | None:
+        """Returns where the last rows of a generate call go on; None where they stay."""
+        if mfc.name not in self._tails and (shape := self.plan.rollouts[mfc.name].tail) is not None:
+            programs = self._make_slots(mfc, shape.layout, shape.num_slots)
+            self._tails[mfc.name] = Tail(self.slots(mfc), programs, _move)
+        return self._tails.get(mfc.name)
 
     def _get(self, name: str, num_mbs: int, make: Callable[[], Compiled]) -> Compiled:
         if (name, num_mbs) not in self._compiled:
@@ -66,12 +77,8 @@ class Programs:
         fn = make_inference(role.model, mfc.head, layout, compute, num_mbs, mfc.draw, mfc.num_choices)
         return Compiled(mfc.name, fn, self.log)
 
-    def _make_slots(self, mfc: Generate) -> SlotPrograms:
-        role, layout, num_slots = (
-            self.roles[mfc.role],
-            self.plan.layouts[mfc.name],
-            self.plan.rollouts[mfc.name].num_slots,
-        )
+    def _make_slots(self, mfc: Generate, layout: Layout, num_slots: int) -> SlotPrograms:
+        role = self.roles[mfc.role]
         sampler = Sampler(config=mfc.config, eos_ids=mfc.eos_ids, seed=self.seed, num_tokens=mfc.num_tokens)
         log, records = self.log.of(mfc.name), {"records_routes": mfc.records_routes}
         return SlotPrograms(role.generator, layout, sampler, num_slots, role.compute, log, **records)
@@ -81,6 +88,11 @@ class Programs:
         compute = replace(role.compute, max_segment_len=evaluation.loader.longest)
         fn = make_evaluation(role.model, evaluation.loss, role.home, compute, num_mbs)
         return Compiled("evaluate", fn, self.log, out_shardings=role.home.replicated)
+
+
+def _move(tree: Arrays, places: Arrays, free_source: bool) -> tuple[Arrays, int]:
+    moved, report = reshard(tree, places, free_source=free_source)
+    return moved, report.bytes_moved
 
 
 def num_micro_batches(call: Inference | Train | Evaluation, batch: Batch, layout: Layout) -> int:

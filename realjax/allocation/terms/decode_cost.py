@@ -50,13 +50,61 @@ def mean_context(work: CallWork, is_paged: bool) -> float:
 
 
 def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, float]:
-    """Returns the terms of a generate call: rounds of P ticks, in which each of P stages takes a token of each row of a
-    P-th of the slots through its layers; and the prompts."""
+    """Returns the terms of a generate call: its rounds, of which the last are apart where the last answers go on in
+    another layout, and the prompts."""
     assert work.answers
+    slots = count_slots(work, choice)
+    rounds, tail = count_rounds(work.num_sequences, slots, work.answers), choice.tail
+    num_last = 0.0 if tail is None else min(rounds, count_last_rounds(work.num_sequences, slots, choice, work.answers))
+    terms = _round_terms(work, choice, cluster, slots, rounds - num_last)
+    if tail is not None and num_last:
+        terms["tail"] = sum(_round_terms(work, tail, cluster, count_slots(work, tail), num_last).values())
+        terms["tail_move"] = _tail_move_seconds(work, choice, tail, cluster)
+    terms |= _prefill_terms(work, choice, cluster, slots)
+    admissions = max(1, math.ceil(work.num_sequences / max(1, slots // 4)))
+    terms["dispatch"] = cluster.dispatch_seconds * (admissions + math.ceil(rounds / CHUNK_LEN))
+    return {name: seconds for name, seconds in terms.items() if seconds}
+
+
+def count_last_rounds(num_sequences: int, num_slots: int, choice: Choice, answers: Lengths) -> float:
+    """Returns the rounds after the answers that are left have gone on in the tail's slots.
+
+    Lengths are taken to be spread so that a share (1 - t / longest)^a of them is longer than t, where a = longest /
+    mean - 1 gives them their mean. Then n of N run for the last longest x (n / N)^(1 / a) rounds: none where all are as
+    long. Of several waves the last ends as one does, in the rounds in which slots run empty. Since no part along `data`
+    may have more than its k slots, the mean m of the parts is lower: m + sqrt(2 m ln parts) = k, as of the largest of
+    so many Poisson numbers.
+    """
+    assert choice.tail_slots, "a tail has slots"
+    exponent, num_rows = answers.longest / answers.mean - 1, min(num_sequences, num_slots)
+    if exponent <= 0:
+        return 0.0
+    parts, spread = choice.strategy.dp, math.sqrt(2 * math.log(choice.strategy.dp))
+    mean = ((math.sqrt(spread**2 + 4 * choice.tail_slots / parts) - spread) / 2) ** 2
+    last = answers.longest * min(1.0, parts * mean / num_rows) ** (1 / exponent)
+    return last if num_sequences <= num_slots else min(last, answers.longest - answers.mean)
+
+
+def _tail_move_seconds(work: CallWork, choice: Choice, tail: Choice, cluster: Cluster) -> float:
+    """Returns what it takes to go on in the tail's layout: each device cuts its new part of the parameters out of the
+    one that it has, reading and writing that, and (f - 1) / f of its rows' keys and values go to the f - 1 others that
+    share a layer with it from then on."""
+    assert work.answers
+    model, s = work.model, choice.strategy
+    width = find_rates(cluster, work.dtype).itemsize
+    params = 2 * model.num_params * width / tail.strategy.tp / cluster.memory_bandwidth
+    length = work.prompts.longest + (work.most_new_tokens or work.answers.longest)
+    of_row = 2 * model.num_kv_heads * model.head_dim * width * model.num_layers * model.mean_places(length)
+    cache = count_slots(work, tail) / s.dp * of_row / s.tp
+    group = find_groups(tail, cluster.devices_per_node).tensor
+    return params + collective_seconds("all_to_all", cache, group, cluster) + 6 * cluster.dispatch_seconds
+
+
+def _round_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int, rounds: float) -> dict[str, float]:
+    """Returns the terms of rounds of P ticks, in which each of P stages takes a token of each row of a P-th of the
+    slots through its layers."""
     s, rates, model = choice.strategy, find_rates(cluster, work.dtype), work.model
     groups, num_layers = find_groups(choice, cluster.devices_per_node), -(-model.num_layers // s.pp)
-    slots = count_slots(work, choice)
-    rounds = count_rounds(work.num_sequences, slots, work.answers)
     rows, ticks = slots / (s.dp * s.pp), rounds * s.pp
     measured, context = find_measured(cluster, work.dtype), mean_context(work, bool(cluster.factor("paged", 0.0)))
     layer = rates.decode(model, rows, context, LayerSplit(s.tp, ep=choice.expert_shards))
@@ -85,10 +133,7 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
         terms["pp"] = ticks * (collective("permute", size, groups.pipe) + cluster.factor("call_seconds", 0.0))
     if choice.expert_shards > 1:
         terms["ep"] = runs * exchange_seconds(size, choice, model, groups, cluster)
-    terms |= _prefill_terms(work, choice, cluster, slots)
-    admissions = max(1, math.ceil(work.num_sequences / max(1, slots // 4)))
-    terms["dispatch"] = cluster.dispatch_seconds * (admissions + math.ceil(rounds / CHUNK_LEN))
-    return {name: seconds for name, seconds in terms.items() if seconds}
+    return terms
 
 
 # Float32 logits of a row, written, divided, and read by the search for the likeliest and by the softmax.
