@@ -33,6 +33,7 @@ def shape_rollouts(spec: RunSpec, layouts: Mapping[str, Layout]) -> dict[str, Ro
     multiples = {mfc.name: row_multiple(mfc, layouts[mfc.name]) for mfc in spec.graph.mfcs}
     readers = [multiples[mfc.name] for mfc in spec.graph.mfcs if isinstance(mfc, Inference)]
     shapes: dict[str, RolloutShape] = {}
+    own = {mfc.name for mfc in spec.graph.mfcs}
     for mfc in spec.mfcs:
         if isinstance(mfc, Generate):
             # Answers of an evaluation lie in rows like those that are trained on: fewer programs.
@@ -42,7 +43,7 @@ def shape_rollouts(spec: RunSpec, layouts: Mapping[str, Layout]) -> dict[str, Ro
                 row_len=like.row_len if like else _choose_row_len(spec, mfc, math.lcm(*multiples.values())),
                 row_multiple=math.lcm(row_multiple(mfc, layout), *readers),
                 num_slots=num_slots,
-                tail=shape_tail(mfc, layout, spec.roles[mfc.role].config, num_slots),
+                tail=shape_tail(mfc, layout, spec.roles[mfc.role].config, num_slots, is_evaluation=mfc.name not in own),
             )
     return shapes
 

@@ -9,10 +9,12 @@ from realjax.dataflow.graph import Generate
 from realjax.models.config import ModelConfig
 
 
-def shape_tail(mfc: Generate, layout: Layout, config: ModelConfig, num_slots: int) -> TailShape | None:
+def shape_tail(
+    mfc: Generate, layout: Layout, config: ModelConfig, num_slots: int, *, is_evaluation: bool
+) -> TailShape | None:
     """Returns where the last answers of a call go on that decodes `num_slots` at once; None where they stay.
 
-    Raises ValueError for a layout or a model for which that cannot be.
+    Those of an evaluation stay where it has too few. Raises ValueError for a layout or a model for which that cannot be.
     """
     if not mfc.tail_slots:
         return None
@@ -33,9 +35,8 @@ def shape_tail(mfc: Generate, layout: Layout, config: ModelConfig, num_slots: in
             f"by {possible or 'no more devices than now'}; take one of these, or set gen.tail_slots to null"
         )
     wanted = round_tail(mfc.tail_slots, s)
-    # An evaluation may answer fewer prompts than a step: all of them would be the last.
     if wanted >= num_slots:
-        if mfc.placed_as is not None:
+        if is_evaluation:
             return None
         raise ValueError(
             f"gen.tail_slots: {mfc.tail_slots} (in a multiple of data={s.dp}: {wanted}) is not below the {num_slots} "

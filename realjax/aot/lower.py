@@ -27,7 +27,7 @@ from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.engine.admission import Parts, bucket_length
 from realjax.engine.batching import SHORTEST_CACHE, Generation, Request, most_needed
 from realjax.engine.compiled import abstract_batch
-from realjax.engine.slots import CHUNK_LEN
+from realjax.engine.slots import CHUNK_LEN, SlotPrograms
 from realjax.engine.state import TrainState
 from realjax.runtime.calls import PACKING_KEYS, choose_sequences, select_inputs
 from realjax.runtime.memory import device_bytes
@@ -235,6 +235,23 @@ class AbstractRun:
                 runs=runs[name],
                 turns=turns if name == "decode" else 0,
             )
+        if (tail := self.programs.tail(mfc)) is not None:
+            yield self._lower_tail(mfc, params, tail.programs, length)
+
+    def _lower_tail(self, mfc: Generate, params: Tree, slots: SlotPrograms, length: int) -> Program:
+        """Returns the program that the last answers go on with: one chunk of it, since those here are all as long."""
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        moved = jax.tree.map(place, params, slots.list_places())
+        program = self._describe(
+            mfc,
+            params,
+            name="decode the last",
+            shape=f"{slots.num_slots} slots x {length} tokens",
+            lowered=slots.lower(moved, length, None, has_greedy=mfc.has_baseline)["decode"],
+            runs=1,
+        )
+        beside = max(device_bytes(jax.tree.leaves(params), device) for device in slots.layout.devices)
+        return replace(program, layout=slots.layout, held={**program.held, f"{mfc.role}: before the move": beside})
 
     def _describe(self, mfc: ModelCall, given: object, **rest: Any) -> Program:
         """Returns a program of a call that is given these of the role's arrays."""

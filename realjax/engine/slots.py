@@ -227,17 +227,15 @@ class SlotPrograms:
         return self.join(map_paths(one, params))
 
     def lower(
-        self, params: Tree, length: int, prompts: Prompts[np.ndarray], *, has_greedy: bool
+        self, params: Tree, length: int, prompts: Prompts[np.ndarray] | None, *, has_greedy: bool
     ) -> dict[str, jax.stages.Lowered]:
         """Returns the programs `admit` and `decode` by name, for `abstract_params`, such prompts and `length` tokens a
-        slot.
+        slot; without prompts the second alone.
         """
         slots = self._start.eval_shape(length, has_greedy and not self.sampler.config.greedy)
         whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.replicated)
-        return {
-            "admit": self._admit.lower(params, slots, jax.tree.map(whole, prompts)),
-            "decode": self._decode.lower(params, slots, whole(np.zeros(2, np.int32))),
-        }
+        admit = {} if prompts is None else {"admit": self._admit.lower(params, slots, jax.tree.map(whole, prompts))}
+        return {**admit, "decode": self._decode.lower(params, slots, whole(np.zeros(2, np.int32)))}
 
     def _put(self, array: np.ndarray) -> Array:
         return place_array(array, self.layout.replicated)

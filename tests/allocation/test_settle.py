@@ -15,7 +15,7 @@ from tests.given.runs import build_spec, make_options, make_rl_options
 
 CPUS = dataclasses.replace(find_cluster("cpu"), devices_per_node=4)
 CHOICES = {
-    "actor_gen": Choice(strategy=ParallelStrategy(dp=4), devices=(0, 1, 2, 3), num_slots=8),
+    "actor_gen": Choice(strategy=ParallelStrategy(dp=4), devices=(0, 1, 2, 3), num_slots=8, tail_slots=4, tail_tp=4),
     "rew_inf": Choice(strategy=ParallelStrategy(tp=2), devices=(2, 3)),
     "ref_inf": Choice(strategy=ParallelStrategy(dp=2), devices=(0, 1), num_mbs=2),
     "critic_inf": Choice(strategy=ParallelStrategy(dp=2, zero_stage=3), devices=(2, 3)),

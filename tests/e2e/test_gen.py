@@ -129,6 +129,11 @@ def test_a_stop_text_saves_decoding(trial, monkeypatch):
     cut = [min((answer.split(text)[0] for text in stop), key=len) for answer in whole]
     assert [line["answer"] for line in trial.answers()] == cut and max(map(len, cut)) <= 10
     assert sum(num_rounds) == 64  # the first chunk, and the one that ran while it was looked at
+    # What goes on after that does so with more tensor parallelism, to the same end.
+    assert trial.run(**options, stop=json.dumps(stop[:5]), gen__tail_slots=6) == 0
+    cut = [min((answer.split(text)[0] for text in stop[:5]), key=len) for answer in whole]
+    assert [line["answer"] for line in trial.answers()] == cut and max(map(len, cut)) > 50
+    assert trial.metrics()[0]["moved_mib/generate"] > 0
 
 
 def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeypatch, capsys):
@@ -214,6 +219,16 @@ def test_nothing_to_write_and_nothing_to_go_on_from(trial, capsys):
         ({"gen__max_new_tokens": 120}, "model.path: the longest prompt and gen.max_new_tokens make 130 tokens"),
         ({"gen__num_slots": 3}, "gen.num_slots: 3 answers at once cannot be divided over data x pipeline = 2 devices"),
         ({"dataset__use_chat_template": True}, "has no chat template"),
+        ({"gen__tail_slots": 4}, "gen.tail_slots: 4 (in a multiple of data=2: 4) is not below the 4 answers that"),
+        ({"gen__tail_slots": 1, "gen__tail_model_parallel_size": 4}, "a layer of this model can be shared by [2]"),
+        (
+            {
+                "gen__tail_slots": 2,
+                "allocation__parallel__data_parallel_size": 1,
+                "allocation__parallel__pipeline_parallel_size": 2,
+            },
+            "gen.tail_slots: found 2, but allocation has 2 pipeline stages",
+        ),
     ],
 )
 def test_bad_options_are_told_before_the_run_begins(trial, capsys, changes, message):

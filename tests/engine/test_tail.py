@@ -39,7 +39,6 @@ def make_tail(source: SlotPrograms, tp: int, num_slots: int) -> Tail:
     [
         ({"dp": 4}, 4, SAMPLED),
         ({"dp": 4}, 2, SAMPLED),
-        ({"dp": 2, "tp": 2}, 4, SAMPLED),
         ({"dp": 2, "tp": 2}, 4, replace(SAMPLED, greedy=True)),
     ],
     ids=str,
