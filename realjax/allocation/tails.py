@@ -14,7 +14,7 @@ def shape_tail(
 ) -> TailShape | None:
     """Returns where the last answers of a call go on that decodes `num_slots` at once; None where they stay.
 
-    Those of an evaluation stay where it has too few. Raises ValueError for a layout or a model for which that cannot be.
+    Those of an evaluation stay where it has too few. Raises ValueError for a layout or a model where that cannot be.
     """
     if not mfc.tail_slots:
         return None
