@@ -129,7 +129,8 @@ class SlotPrograms:
         whole = self.layout.replicated
         places: dict[str, Any] = {field.name: self._rows for field in fields(Slots)}
         places |= {"cache": self.cached.cache_sharding, "flight": self.cached.flight_sharding, "is_full": whole}
-        self.places = slots = Slots(**places)
+        slots = Slots(**places)
+        self.places: Any = slots  # where the arrays of slots lie
         self._prepare = jax.jit(self._make_leaf, static_argnums=(1, 2))
         self._start = jax.jit(self._empty_slots, static_argnums=(0, 1), out_shardings=slots)
         out = {"out_shardings": (slots, whole), "donate_argnums": 1}

@@ -26,6 +26,7 @@ CASES = [
     ("ppo", "halves"),
     ("remax", "data and tensor"),
     ("gen", "pipeline"),
+    ("gen", "data and tensor"),
 ]
 
 
@@ -70,6 +71,9 @@ def make_alike(experiment: str, layout: str, given: Given, root: Path) -> RunSpe
     else:
         valid = given.pairs if experiment in ("rw", "dpo") else given.rows
         options |= {"dataset.valid_path": valid, "eval_freq_steps": 1}
+    if (experiment, layout) == ("gen", "data and tensor"):
+        # Those of the last prompts that do not fill the slots go on with more tensor parallelism.
+        options |= {"dataset.train_bs_n_seqs": 8, "gen.num_slots": 6, "gen.tail_slots": 4}
     if layout == "halves":
         options |= {f"{role}.zero_stage": 3 for role in ("actor", "critic")}
     return build_spec(experiment, make_options(experiment, given, root, **options))

@@ -1,12 +1,15 @@
 """Faults at random in a PPO of two processes, which is started again until it is done: each is told, and outlived.
 
     python -m tests.e2e.faults --seed 0 --faults 10     # prints a table; needs pytest's environment
+    python -m tests.e2e.faults --kills --faults 12      # SIGKILL alone, while answers are drawn two steps ahead
 
 One run takes all the faults, one after the other at random moments between two steps, and ends with the bits of a run
 that had none. The disk that fills up is a small tmpfs, where one can be mounted; elsewhere that fault is left out.
 """
 
 import argparse
+import gzip
+import json
 import os
 import random
 import re
@@ -15,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +44,15 @@ OPTIONS = {
     "save_freq_steps": 1,
     "watchdog_secs": WATCHDOG_SECONDS,
     "reward.fn": "tests.given.rewards:shortness",
+}
+KILLS = ("kill a worker", "kill the launcher")
+# Each process trains or draws, with half of a step's answers to the next two steps' prompts begun beside it.
+AHEAD = {
+    "staleness": 2,
+    "allocation_mode": "heuristic",
+    "algo.gen.max_new_tokens": 64,
+    "algo.gen.num_slots": 6,
+    "rollouts.keep": True,
 }
 LAUNCHER = """
 import sys
@@ -218,13 +230,23 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def suffer_all(folder: Path, kinds: list[str], seed: int) -> list[Outcome]:
-    """Returns the outcomes of the faults of a run. Fails unless it ends with the bits of one without."""
-    given = write_given(folder)
-    whole = Trial(given=given, root=folder, name="whole", experiment="ppo", options=OPTIONS)
+def read_prompts(trial: Trial) -> dict[str, list[int]]:
+    """Returns the prompts that each step was trained on, where all its answers are kept."""
+    files = trial.folder("logs").glob("rollouts/step*.jsonl.gz")
+    lines = {file.name: gzip.decompress(file.read_bytes()).splitlines() for file in files}
+    return {name: sorted(json.loads(line)["prompt_id"] for line in of_step) for name, of_step in lines.items()}
+
+
+def suffer_all(folder: Path, kinds: list[str], seed: int, changes: Mapping[str, object] | None = None) -> list[Outcome]:
+    """Returns the outcomes of the faults of a run. Fails unless it ends with the bits of one without.
+
+    `changes` are options of it.
+    """
+    given, options = write_given(folder), OPTIONS | (changes or {})
+    whole = Trial(given=given, root=folder, name="whole", experiment="ppo", options=options)
     with small_disk(folder / "disk") as is_small:
         kinds = [kind for kind in kinds if is_small or kind != "fill the disk"]
-        trial = Trial(given=given, root=folder / "disk", name="faults", experiment="ppo", options=OPTIONS)
+        trial = Trial(given=given, root=folder / "disk", name="faults", experiment="ppo", options=options)
         Faults(whole, folder, seed).run([])
         faults = Faults(trial, folder, seed)
         faults.run(kinds)
@@ -232,6 +254,8 @@ def suffer_all(folder: Path, kinds: list[str], seed: int) -> list[Outcome]:
             assert not find_differing(trial.state(STEPS, role), whole.state(STEPS, role)), role
             assert not find_differing(trial.weights(STEPS, role), whole.weights(STEPS, role)), role
         assert trial.steps() == whole.steps() == list(range(1, STEPS + 1))
+        if (prompts := read_prompts(whole)) or "rollouts.keep" in options:
+            assert read_prompts(trial) == prompts and sorted(sum(prompts.values(), [])) == sorted(3 * [*range(32)])
     return faults.outcomes
 
 
@@ -239,12 +263,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=6)
+    parser.add_argument("--kills", action="store_true", help="kills alone, with answers drawn two steps ahead")
     args = parser.parse_args()
     draw = random.Random(args.seed)
-    kinds = [kind for _ in range(-(-args.faults // len(KINDS))) for kind in draw.sample(KINDS, len(KINDS))]
+    of = KILLS if args.kills else KINDS
+    kinds = [kind for _ in range(-(-args.faults // len(of))) for kind in draw.sample(of, len(of))]
     print(f"{'fault':18} {'process':>7} {'step':>4} {'noticed':>7} {'recovered':>9} {'lost':>5}  said")
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = suffer_all(Path(folder), kinds[: args.faults], args.seed)
+        outcomes = suffer_all(Path(folder), kinds[: args.faults], args.seed, AHEAD if args.kills else None)
     bad = [outcome for outcome in outcomes if not outcome.is_well]
     print(f"{len(outcomes)} faults, {len(bad)} not well; the parameters are those of a run without")
     sys.exit(bool(bad))

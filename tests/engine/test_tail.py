@@ -78,7 +78,7 @@ def test_a_move_sends_heads_of_caches_and_no_parameter():
     assert report.bytes_moved == 0
     slots = programs.start(128, has_greedy=False)
     index = jax.ShapeDtypeStruct((4,), np.int32, sharding=programs.places.lengths)
-    assert not collectives(tail._take.lower(slots.cache, index).compile().as_text())
+    assert not collectives(tail._take.lower(slots.cache, index).compile().as_text() or "")
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(slots.cache))
     entry = make_requests(96, [7])[0].enter()
     *_, moved = tail.move(prepared, slots, {0: entry, 3: entry, 4: entry})
