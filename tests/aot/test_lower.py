@@ -110,6 +110,7 @@ def test_memory_is_what_a_run_counts(given, tmp_path):
     for program in lower_run(spec, make_plan(spec), compile_here):
         if program.name in ("train", "inference") and not program.is_evaluation:
             sizes = program.lowered.compile().memory_analysis()
+            assert sizes is not None
             outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
             own = sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes
             found[program.call] = own + sum(program.held.values())

@@ -242,7 +242,7 @@ def suffer_all(folder: Path, kinds: list[str], seed: int, changes: Mapping[str, 
 
     `changes` are options of it.
     """
-    given, options = write_given(folder), OPTIONS | (changes or {})
+    given, options = write_given(folder), {**OPTIONS, **(changes or {})}
     whole = Trial(given=given, root=folder, name="whole", experiment="ppo", options=options)
     with small_disk(folder / "disk") as is_small:
         kinds = [kind for kind in kinds if is_small or kind != "fill the disk"]
