@@ -37,6 +37,14 @@ class GenerationOptions(GenerationConfig):
         "force_cudagraph_recapture": "XLA compiles the whole decoding loop once for each shape",
     }
 
+    def slots(self) -> dict[str, int | None]:
+        """Returns how many answers are decoded at once, and where the last go on, as a generate call has it."""
+        return {
+            "num_slots": self.num_slots,
+            "tail_slots": self.tail_slots,
+            "tail_tp": self.tail_model_parallel_size,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenConfig(CommonExperimentConfig):
