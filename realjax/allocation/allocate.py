@@ -6,12 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from realjax.allocation import heuristic, modes, shapes
+from realjax.allocation.balance import find_cut, has_open_cut
 from realjax.allocation.choice import Choice
+from realjax.allocation.machine import find_machine
 from realjax.allocation.plan import AllocationPlan, RolloutShape
 from realjax.allocation.predict import predict_run
 from realjax.core.layout import Layout, ParallelStrategy, number_ranges
+from realjax.core.processes import array_from_first
 from realjax.dataflow.graph import Generate, Train
 from realjax.dataflow.run import RoleSpec, RunSpec
 
@@ -78,20 +82,25 @@ def describe_slots(shape: RolloutShape | None) -> dict[str, Any]:
 
 def lay_out(spec: RunSpec, devices: Sequence[jax.Device]) -> dict[str, Layout]:
     """Returns the layout of every call, by name, as the mode says."""
+    cut = None
+    if has_open_cut(spec):
+        machine = find_machine(spec.allocation, devices)
+        # Hosts may differ, and all take the first one's.
+        cut = int(array_from_first(np.array(find_cut(spec, machine.cluster) if machine else 0))) or None
     return {
         name: Layout(placement.strategy, tuple(devices[i] for i in placement.devices))
-        for name, placement in place_calls(spec).items()
+        for name, placement in place_calls(spec, cut).items()
     }
 
 
-def place_calls(spec: RunSpec) -> dict[str, heuristic.Placement]:
-    """Returns where every call runs, by name, as the mode says; devices by number."""
+def place_calls(spec: RunSpec, cut: int | None = None) -> dict[str, heuristic.Placement]:
+    """Returns where every call runs, by name, as the mode says; devices by number. `cut` is `heuristic.place`'s."""
     options, trained = spec.allocation, {mfc.placement for mfc in spec.mfcs if isinstance(mfc, Train)}
     rules: Mapping[str, heuristic.Placement] = {}
     if options.mode == "heuristic":
         machine = {"n_nodes": options.n_nodes, "n_gpus_per_node": options.n_gpus_per_node}
         models, is_apart = {name: spec.roles[name] for name in spec.graph.roles}, bool(spec.graph.ahead)
-        rules = heuristic.place(models, **machine, is_apart=is_apart)
+        rules = heuristic.place(models, **machine, is_apart=is_apart, cut=cut)
     placements = {}
     for mfc in spec.mfcs:
         name, is_train = mfc.placement, mfc.placement in trained

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from realjax.allocation.allocate import place_calls
+from realjax.allocation.balance import find_cut, has_open_cut
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.cluster_costs import ClusterCosts
 from realjax.allocation.costing import Costs
@@ -96,7 +97,8 @@ def place_by_rules(
 
         def place(ruled: RunSpec = ruled) -> SearchResult:
             check_options(ruled.allocation)
-            return place_choices(workload, cluster, costs, place_calls(ruled), limits)
+            cut = find_cut(ruled, cluster) if has_open_cut(ruled) else None
+            return place_choices(workload, cluster, costs, place_calls(ruled, cut), limits)
 
         yield attempt(mode, place)
 

@@ -4,7 +4,7 @@ On machines of 8 devices these are ReaL's rules for PPO and GRPO; other machines
 generation mostly data-parallel over all devices, actor and critic trained side by side on halves of them. Where layers,
 heads, ffn, vocabulary or (in training) the hidden size do not divide as a rule wants, the next smaller sizes that do
 are taken, data parallelism takes the rest, and devices that then still cannot share the work stay idle. Where answers
-are drawn beside training, each of the two has half of the devices.
+are drawn beside training, each of the two has devices of its own: half of them, or as `balance` has found.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -44,15 +44,22 @@ def has_rules(calls: Container[str]) -> bool:
 
 
 def place(
-    models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int, is_apart: bool = False
+    models: Mapping[str, RoleSpec],
+    *,
+    n_nodes: int,
+    n_gpus_per_node: int,
+    is_apart: bool = False,
+    cut: int | None = None,
 ) -> dict[str, Placement]:
     """Returns where each call of reinforcement learning runs, for models by role. Raises ValueError as the rules do.
 
-    `is_apart`: the calls that work for the next step are on devices of their own, where there are two or more.
+    `is_apart`: the calls that work for the next step are on devices of their own, where there are two or more: on those
+    from the one numbered `cut` on, which None has in the middle.
     """
     rules = place_ppo if "critic" in models else place_grpo
     if is_apart and n_nodes * n_gpus_per_node > 1:
-        rules = place_apart
+        half = -(-n_nodes // 2) * n_gpus_per_node if n_nodes > 1 else -(-n_gpus_per_node // 2)
+        return place_apart(models, cut=cut or half, num_devices=n_nodes * n_gpus_per_node)
     return rules(models, n_nodes=n_nodes, n_gpus_per_node=n_gpus_per_node)
 
 
@@ -109,13 +116,12 @@ def place_grpo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node:
     return _place(wishes, models)
 
 
-def place_apart(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:
+def place_apart(models: Mapping[str, RoleSpec], *, cut: int, num_devices: int) -> dict[str, Placement]:
     """Returns where each call runs where answers are drawn beside training: models by role are trained, and asked about
-    what training starts from, on the first half of the nodes or of one node's devices, with actor and critic on halves
-    of that; answers are drawn and judged by models that stay as they are on the other half.
+    what training starts from, on the first `cut` devices, with actor and critic on halves of these; answers are drawn
+    and judged by models that stay as they are on the others.
     """
-    cut = -(-n_nodes // 2) * n_gpus_per_node if n_nodes > 1 else -(-n_gpus_per_node // 2)
-    first, second = range(cut), range(cut, n_nodes * n_gpus_per_node)
+    first, second = range(cut), range(cut, num_devices)
     actor, critic = first, first
     if "critic" in models and cut > 1:
         actor, critic = first[: -(-cut // 2)], first[-(-cut // 2) :]
