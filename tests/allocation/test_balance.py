@@ -40,11 +40,11 @@ def test_the_longer_answers_are_the_more_devices_draw_them(given, tmp_path):
 def test_no_other_cut_makes_the_step_shorter(num_new, given, tmp_path):
     spec = make_spec(given, tmp_path, num_new)
     workload, found = read_workload(spec, CLUSTER.platform), find_cut(spec, CLUSTER)
-    placement_of = {mfc.name: mfc.name for mfc in spec.graph.mfcs}
+    names = [mfc.name for mfc in spec.graph.mfcs]
 
     def seconds(cut: int) -> float:
         placed = place_calls(spec, cut)
-        choices = {name: Choice(strategy=placed[name].strategy, devices=placed[name].devices) for name in placement_of}
+        choices = {name: Choice(strategy=placed[name].strategy, devices=placed[name].devices) for name in names}
         return simulate(workload, choices, ClusterCosts(cluster=CLUSTER), CLUSTER).seconds
 
     assert seconds(found) == pytest.approx(min(map(seconds, range(1, 8))))

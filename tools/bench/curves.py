@@ -2,6 +2,7 @@
 
     python -m tools.bench.curves --out DIR                      # every run
     python -m tools.bench.curves --out DIR grpo dapo --seeds 1 2 3
+    python -m tools.bench.curves --out DIR grpo stale --steps 60  # answers drawn by parameters of one step before
     python -m tools.bench.curves --out DIR sft distill          # from a larger model to a smaller one
 
 A fine-tuned model is made first, and a larger one as a teacher; what is in DIR already is not made again. Runs of
@@ -31,6 +32,7 @@ GRPO = ("group_size=4", "ppo.ppo_n_minibatches=2", "ppo.kl_ctl=0.02")
 RUNS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "ppo": ("ppo", "ppo", ("ppo.ppo_n_minibatches=2", "ppo.kl_ctl=0.02")),
     "grpo": ("grpo", "ppo", GRPO),
+    "stale": ("grpo", "ppo", (*GRPO, "staleness=1")),
     "gspo": ("grpo", "ppo", (*GRPO, "ppo.surrogate=gspo", "ppo.loss_aggregation=sequence")),
     "cispo": ("grpo", "ppo", (*GRPO, "ppo.surrogate=cispo", "ppo.eps_clip=0.99", "ppo.eps_clip_high=2")),
     "dapo": (
@@ -58,8 +60,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *RUNS, *SMALLER], default=[], help="runs; all by default")
     parser.add_argument("--out", type=Path, required=True, help="directory for all that is made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each run of reinforcement learning")
     args = parser.parse_args()
-    bench = Bench(args.out.absolute(), args.seeds)
+    bench = Bench(args.out.absolute(), args.seeds, args.steps)
     for name in args.names or (*RUNS, *SMALLER):
         print(bench.reinforce(name) if name in RUNS else bench.shrink(name), flush=True)
 
@@ -67,8 +70,8 @@ def main() -> None:
 class Bench:
     """Runs beneath a directory, each made once."""
 
-    def __init__(self, out: Path, seeds: Sequence[int]) -> None:
-        self.out, self.seeds = out, seeds
+    def __init__(self, out: Path, seeds: Sequence[int], steps: int = STEPS) -> None:
+        self.out, self.seeds, self.steps = out, seeds, steps
         made = DemoFiles(data=out / "data", model=out / "model")
         self.files = made if (made.model / "config.json").exists() else write_demo_files(out)
 
@@ -117,14 +120,14 @@ class Bench:
         rows = []
         for seed in self.seeds:
             records = self.run(
-                f"{name}-{seed}",
+                f"{name}-{seed}" if self.steps == STEPS else f"{name}-{seed}-{self.steps}",
                 experiment,
                 *("dataset.train_bs_n_seqs=32", *words, f"seed={seed}", "actor.gradient_checkpointing=False"),
                 *("actor.optimizer.lr=0.0003", "actor.optimizer.lr_scheduler_type=constant"),
                 *(f"dataset.path={data / 'prompt-train.jsonl'}", f"dataset.valid_path={data / 'prompt-valid.jsonl'}"),
                 *("dataset.max_prompt_len=16", "reward.fn=realjax.apps.demo_data:praise_reward", "eval.greedy=False"),
                 *(f"{group}.gen.max_new_tokens=32", f"{group}.gen.top_p=1", f"{group}.gen.top_k=1024", *own),
-                *(f"benchmark_steps={STEPS}", f"eval_freq_steps={EVERY}"),
+                *(f"benchmark_steps={self.steps}", f"eval_freq_steps={EVERY}"),
             )
             rewards = [record["sampled/task_reward"] for record in records if record["kind"] == "eval"]
             last = [record for record in records if record["kind"] == "train"][-1]
