@@ -34,13 +34,13 @@ WATCHDOG_SECONDS = 15
 # By fault, after which it has to be noticed: at once, when the coordinator has not heard of a process, by the watchdog.
 BOUNDS = {"stop a worker": 40, "another call": 6, "a reward hangs": WATCHDOG_SECONDS}
 MOST_SECONDS_BEYOND = 60
-STEPS = 24  # 32 prompts, 4 at a time, three times
+STEPS_OF_EPOCH, EPOCHS = 8, 3  # of 32 prompts, 4 at a time
 OPTIONS = {
     "allocation_mode": "d2p1m1",
     "n_gpus_per_node": 2,
     "dataset.train_bs_n_seqs": 4,
     "algo.ppo_n_minibatches": 1,
-    "total_train_epochs": 3,
+    "total_train_epochs": EPOCHS,
     "save_freq_steps": 1,
     "watchdog_secs": WATCHDOG_SECONDS,
     "reward.fn": "tests.given.rewards:shortness",
@@ -53,6 +53,7 @@ AHEAD = {
     "algo.gen.max_new_tokens": 64,
     "algo.gen.num_slots": 6,
     "rollouts.keep": True,
+    "total_train_epochs": 1,
 }
 LAUNCHER = """
 import sys
@@ -250,12 +251,14 @@ def suffer_all(folder: Path, kinds: list[str], seed: int, changes: Mapping[str, 
         Faults(whole, folder, seed).run([])
         faults = Faults(trial, folder, seed)
         faults.run(kinds)
+        epochs = options["total_train_epochs"]
+        steps = STEPS_OF_EPOCH * epochs
         for role in ("actor", "critic"):
-            assert not find_differing(trial.state(STEPS, role), whole.state(STEPS, role)), role
-            assert not find_differing(trial.weights(STEPS, role), whole.weights(STEPS, role)), role
-        assert trial.steps() == whole.steps() == list(range(1, STEPS + 1))
+            assert not find_differing(trial.state(steps, role), whole.state(steps, role)), role
+            assert not find_differing(trial.weights(steps, role), whole.weights(steps, role)), role
+        assert trial.steps() == whole.steps() == list(range(1, steps + 1))
         if (prompts := read_prompts(whole)) or "rollouts.keep" in options:
-            assert read_prompts(trial) == prompts and sorted(sum(prompts.values(), [])) == sorted(3 * [*range(32)])
+            assert read_prompts(trial) == prompts and sorted(sum(prompts.values(), [])) == sorted(epochs * [*range(32)])
     return faults.outcomes
 
 
@@ -270,7 +273,9 @@ def main() -> None:
     kinds = [kind for _ in range(-(-args.faults // len(of))) for kind in draw.sample(of, len(of))]
     print(f"{'fault':18} {'process':>7} {'step':>4} {'noticed':>7} {'recovered':>9} {'lost':>5}  said")
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = suffer_all(Path(folder), kinds[: args.faults], args.seed, AHEAD if args.kills else None)
+        epochs = max(1, args.faults // 4)  # a fault takes two steps or so
+        changes = {**AHEAD, "total_train_epochs": epochs} if args.kills else None
+        outcomes = suffer_all(Path(folder), kinds[: args.faults], args.seed, changes)
     bad = [outcome for outcome in outcomes if not outcome.is_well]
     print(f"{len(outcomes)} faults, {len(bad)} not well; the parameters are those of a run without")
     sys.exit(bool(bad))
