@@ -23,6 +23,7 @@ from rich.console import Console
 
 from realjax.allocation import modes
 from realjax.allocation.modes import check_options
+from realjax.allocation.plan import AllocationPlan
 from realjax.apps.errors import report_errors
 from realjax.apps.named_recipes import asks_for_list, list_recipes
 from realjax.apps.present import Machine, count_devices, count_present
@@ -55,6 +56,7 @@ from realjax.options.paths import check_writable, run_paths
 from realjax.options.rl import GRPOConfig, PPOConfig, ReinforcePPConfig, ReMaxConfig, RLOOConfig
 from realjax.options.supervised import DPOConfig, KTOConfig, ORPOConfig, RWConfig, SFTConfig, SimPOConfig
 from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
+from realjax.runtime.watchdog import end_if_stuck, watch_run
 
 logger = logging.getLogger("realjax.quickstart")
 MOST_DEVICES = 1024
@@ -219,6 +221,7 @@ def run_experiment(name: str, config: CommonExperimentConfig, words: Sequence[st
     end_with_launcher()
     notices = prepare_environment(config, group)
     if group is not None:
+        end_if_stuck(config.watchdog_secs)
         config = join_processes(config, group)
     for notice in notices:  # only now is it known who logs
         logger.info(notice)
@@ -227,24 +230,35 @@ def run_experiment(name: str, config: CommonExperimentConfig, words: Sequence[st
         announce(name, config, paths)
     devices = prepare_devices(config.n_nodes, count_devices(config) // config.n_nodes, paths.compilation_cache)
     # Imported here: help and bad options should not wait for everything that a run needs.
+    from realjax.apps.checkup import warn_before_run
+    from realjax.runtime import loop
+
+    if plan_only:
+        print(describe_run(experiment, config, devices)[1].describe())
+        return 0
+    with watch_run(paths.logs, config.watchdog_secs) as progress:
+        progress.begin("the data and the plan", is_busy=True)
+        spec, plan = describe_run(experiment, config, devices)
+        progress.begin("the checks of the machine")
+        warn_before_run(spec)
+        return loop.run(spec, plan, console, progress)
+
+
+def describe_run(
+    experiment: Experiment, config: CommonExperimentConfig, devices: tuple[jax.Device, ...]
+) -> tuple[RunSpec, AllocationPlan]:
+    """Returns the run, with its data read, and where its calls run. ValueError for what cannot work."""
     from realjax.allocation.allocate import allocate
     from realjax.allocation.fit import fit_micro_batches
     from realjax.allocation.machine import need_cluster
     from realjax.allocation.settle import settle
-    from realjax.apps.checkup import warn_before_run
-    from realjax.runtime import loop
 
     spec = experiment.build(config)
     if config.is_planned:
         spec = settle(spec, need_cluster(spec.allocation, devices))
     else:
         spec = fit_micro_batches(spec, devices)
-    plan = allocate(spec, devices)
-    if plan_only:
-        print(plan.describe())
-        return 0
-    warn_before_run(spec)
-    return loop.run(spec, plan, console)
+    return spec, allocate(spec, devices)
 
 
 def announce(name: str, config: CommonExperimentConfig, paths: RunPaths) -> None:

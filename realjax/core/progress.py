@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 NUM_RECENT = 32
+# Times the least bound: what compiles first, or belongs to no step, such as loading; a call that was never made before.
+LONGEST_START, LONGEST_FIRST = 12, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,17 @@ class Progress:
         self.longest_compile = 0.0
         self.compiling: str | None = None
         self.num_compiles = 0  # begun or ended
+        self.is_busy = False  # it computes on this machine as long as it goes on, and waits for no device
         self.pending_fn: Callable[[], Sequence[str]] = tuple  # names of calls whose results are not there yet
         self._since, self._compiled = time.monotonic(), 0.0
 
-    def begin(self, what: str, step: int | None = None) -> None:
-        """Says what the process does from now on."""
+    def begin(self, what: str, step: int | None = None, *, is_busy: bool = False) -> None:
+        """Says what the process does from now on; `is_busy`: of unknown length, but with work for the processor."""
         now = time.monotonic()
-        self.longest[self.mark.what] = max(self.longest.get(self.mark.what, 0.0), now - self._since - self._compiled)
-        self._since, self._compiled = now, 0.0
+        if not self.is_busy:
+            seconds = now - self._since - self._compiled
+            self.longest[self.mark.what] = max(self.longest.get(self.mark.what, 0.0), seconds)
+        self._since, self._compiled, self.is_busy = now, 0.0, is_busy
         self.mark = Mark(number=self.mark.number + 1, what=what, step=step)
         self.recent.append(self.mark)
 
@@ -64,7 +69,8 @@ class Progress:
         to no step, such as loading.
         """
         if self.compiling is not None:
-            return max(least * (1 if self.longest_compile else 12), 10 * self.longest_compile)
+            return max(least * (1 if self.longest_compile else LONGEST_START), 10 * self.longest_compile)
         if self.mark.what in self.longest:
             return max(least, 10 * self.longest[self.mark.what])
-        return max((12 if self.mark.step is None else 6) * least, 10 * max(self.longest.values(), default=0.0))
+        times = LONGEST_START if self.mark.step is None else LONGEST_FIRST
+        return max(times * least, 10 * max(self.longest.values(), default=0.0))

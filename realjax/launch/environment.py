@@ -1,5 +1,7 @@
 """A run of several processes, the same program in each: how one finds the others, joins them, and ends."""
 
+import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -20,6 +22,9 @@ PROCESSES_PER_NODE = "REALJAX_PROCESSES_PER_NODE"
 LIFELINE = "REALJAX_LIFELINE"
 # A process that has said nothing for so long is taken for lost, a stopped one too.
 HEARTBEAT_SECONDS = 40
+# What Kubernetes tells the pods of an Indexed Job. Who belongs to it is asked by JAX, whose module has no public name.
+KUBERNETES_HOST, KUBERNETES_INDEX = "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"
+KUBERNETES_CLUSTER = "jax._src.clusters.k8s_cluster"
 JOIN_SECONDS = 600  # until all are there: their imports take seconds, or minutes on a busy machine
 # In errors of a process whose peers are gone.
 LOST = re.compile(r"Gloo|NCCL|[Cc]onnection (?:closed|reset|refused)|Socket closed|heartbeat|coordination service")
@@ -54,7 +59,7 @@ class ProcessGroup:
 
 
 def find_process_group(environ: Mapping[str, str]) -> ProcessGroup | None:
-    """Returns the group that a launcher or Slurm describes in the environment, None for a run of one process.
+    """Returns the group that a launcher, Slurm or Kubernetes describes, None for a run of one process.
 
     Raises ValueError when the description is incomplete or no number.
     """
@@ -77,7 +82,28 @@ def find_process_group(environ: Mapping[str, str]) -> ProcessGroup | None:
             # Tasks may be dealt out over the nodes in turn.
             local_id=_number(environ, "SLURM_LOCALID"),
         )
+    if KUBERNETES_HOST in environ and KUBERNETES_INDEX in environ and importlib.util.find_spec("kubernetes"):
+        return _ask_kubernetes()
     return None
+
+
+def _ask_kubernetes() -> ProcessGroup | None:
+    """Returns the group of this pod's Indexed Job or JobSet, a process for each pod, as JAX finds it."""
+    cluster = importlib.import_module(KUBERNETES_CLUSTER).K8sCluster
+    try:
+        if not cluster.is_env_present() or (num_processes := cluster.get_process_count()) == 1:
+            return None
+        # The address is looked up again as they join; what is wrong with the job is told here.
+        cluster.get_coordinator_address(timeout_secs=None, override_coordinator_port=None)
+        process_id = cluster.get_process_id()
+    except RuntimeError as error:
+        raise ValueError(
+            f"kubernetes: the other pods of this one's job are not found ({error}); mend the job, or set "
+            f"{COORDINATOR}, {NUM_PROCESSES} and {PROCESS_ID} in its pods, as realjax launch k8s does"
+        ) from error
+    return ProcessGroup(
+        coordinator=None, num_processes=num_processes, process_id=process_id, processes_per_node=1, local_id=0
+    )
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -10,6 +10,7 @@ from realjax.allocation.choice import PLAN_FILE, dump_choices
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.faults import explain_faults
 from realjax.core.processes import is_first
+from realjax.core.progress import Progress
 from realjax.dataflow.picture import describe_graph
 from realjax.dataflow.run import RunSpec
 from realjax.record.answers import AnswerWriter
@@ -21,30 +22,30 @@ from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.executor import Executor
 from realjax.runtime.exports import Exports
 from realjax.runtime.flight import join_rows
-from realjax.runtime.lock import lock_run
 from realjax.runtime.places import describe_saved
 from realjax.runtime.resume import find_start, first_state, is_finished, open_run_directory
 from realjax.runtime.roles import build_roles
 from realjax.runtime.session import Outputs, Session, tell_stalled
 from realjax.runtime.sizes import Sizes
 from realjax.runtime.stop import StopSignal
-from realjax.runtime.watchdog import Watchdog
+from realjax.runtime.watchdog import watch_run
 
 logger = logging.getLogger("realjax.loop")
 
 
-def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None) -> int:
+def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None, progress: Progress | None = None) -> int:
     """Carries out a run; returns its exit code: 0 when it finished, 130 or 143 when a signal stopped it after a save.
 
-    Raises RunFault when the machine, such as a full disk, did not let it go on.
+    `progress` is that of `watch_run`, where it is entered already. Raises RunFault when the machine, such as a full
+    disk, did not let it go on.
     """
     logger.info("calls:\n%s", describe_graph(spec.graph))
     logger.info("allocation:\n%s", plan.describe())
     roles = build_roles(spec, plan)
     import_wandb(spec.wandb_mode)
     rest = lambda: describe_saved(spec.paths.recover)
-    watchdog = Watchdog(spec.paths.logs, spec.watchdog_seconds)
-    with explain_faults(rest), StopSignal() as stop, lock_run(spec.paths.logs), watchdog as progress:
+    watch = watch_run(spec.paths.logs, spec.watchdog_seconds) if progress is None else nullcontext(progress)
+    with explain_faults(rest), StopSignal() as stop, watch as progress:
         progress.begin("the look for a save")
         save = find_start(spec)
         if save is not None and is_finished(spec, save):

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,12 +24,14 @@ import jax
 
 from realjax.core.exit_codes import STALLED
 from realjax.core.processes import format_numbers, from_first, is_first
-from realjax.core.progress import Mark, Progress
+from realjax.core.progress import LONGEST_START, Mark, Progress
+from realjax.runtime.lock import lock_run
 
 logger = logging.getLogger("realjax.watchdog")
 TURN_SECONDS = 2.0
 FOLDER, STACKS, VERDICT = "processes", "stacks", "verdict.json"
 SPY_SECONDS = 20
+BUSY_SHARE = 0.05  # of a processor, from which on a process that reads data is at work
 # The others leave it to the first process to speak, unless it does not.
 PATIENCE_TURNS = 3
 
@@ -66,7 +68,7 @@ class Watchdog:
         self.process_id, self.num_processes = jax.process_index(), jax.process_count()
         self._is_over = threading.Event()
         self._turn = self._idle_turns = 0
-        self._seen = (-1, -1)
+        self._seen, self._processor_seconds = (-1, -1), 0.0
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
 
     def __enter__(self) -> Progress:
@@ -96,7 +98,7 @@ class Watchdog:
         assert self.least_seconds is not None
         self._turn += 1
         seen = (self.progress.mark.number, self.progress.num_compiles)
-        self._idle_turns = self._idle_turns + 1 if seen == self._seen else 0
+        self._idle_turns = self._idle_turns + 1 if seen == self._seen and not self._is_at_work() else 0
         self._seen = seen
         bound = self.progress.bound_seconds(self.least_seconds)
         self._arm(bound)
@@ -110,8 +112,19 @@ class Watchdog:
             self._leave()
         elif is_first() and (line := describe_difference(self._read_positions())) is not None:
             self._announce(line)
-        elif (self._idle_turns - PATIENCE_TURNS * (not is_first())) * self.turn_seconds > bound:
+        elif self._idle_seconds() > bound and not (self.progress.is_busy and self._waits_for_work(bound)):
             self._announce(f"no progress for {bound:.0f} s: {self._describe_stall()}")
+
+    def _is_at_work(self) -> bool:
+        """Whether what may take any time, as it goes by the data, took some of a processor since the last turn."""
+        before, self._processor_seconds = self._processor_seconds, time.process_time()
+        return self.progress.is_busy and self._processor_seconds - before > BUSY_SHARE * self.turn_seconds
+
+    def _idle_seconds(self) -> float:
+        return (self._idle_turns - PATIENCE_TURNS * (not is_first())) * self.turn_seconds
+
+    def _waits_for_work(self, bound: float) -> bool:
+        return is_at_work(self.progress.mark, self._read_positions().values(), bound)
 
     def position(self) -> Position:
         """Returns where this process is."""
@@ -177,6 +190,19 @@ class Watchdog:
         os._exit(STALLED)
 
 
+@contextmanager
+def watch_run(logs: Path, least_seconds: float | None) -> Iterator[Progress]:
+    """While entered, no other run has this one's names, see `lock_run`, and it ends when it makes no progress."""
+    with lock_run(logs), Watchdog(logs, least_seconds) as progress:
+        yield progress
+
+
+def end_if_stuck(least_seconds: float | None) -> None:
+    """Has this process end, with its stacks, when it has not come to its watchdog for as long as a start may take."""
+    if least_seconds is not None and sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(LONGEST_START * least_seconds, exit=True, file=sys.__stderr__)
+
+
 def read_position(path: Path) -> Position | None:
     """Returns what a process's file says, None where it says nothing, or not all of it, yet."""
     try:
@@ -184,6 +210,11 @@ def read_position(path: Path) -> Position | None:
     except (OSError, ValueError):
         return None
     return Position(**{**fields, "recent": tuple(Mark(**mark) for mark in fields["recent"])})
+
+
+def is_at_work(mark: Mark, positions: Iterable[Position], bound: float) -> bool:
+    """Returns whether some process is at work at what `mark` says: of several, one makes the tokens for all."""
+    return any(position.mark == mark and position.seconds < bound for position in positions)
 
 
 def describe_difference(positions: Mapping[int, Position]) -> str | None:

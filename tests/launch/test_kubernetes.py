@@ -1,10 +1,20 @@
 """The manifests of a Kubernetes job: valid by the schema, and complete for JAX's processes to meet."""
 
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import yaml
+from jax._src.clusters import k8s_cluster
+from jax._src.clusters.k8s_cluster import K8sCluster
 
 from realjax.apps import quickstart
-from realjax.launch.environment import find_process_group
+from realjax.launch.environment import KUBERNETES_HOST, KUBERNETES_INDEX, ProcessGroup, find_process_group
 from tests.given.runs import Given, make_options
 
 FLAGS = ["launch", "k8s", "--dry-run", "--claim", "files"]
@@ -44,6 +54,55 @@ def test_every_pod_finds_the_first(given, capsys):
     assert service["spec"]["selector"] == {"job-name": name} and service["metadata"]["name"] == pod["subdomain"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "4"}
     assert container["command"][:4] == ["python3", "-m", "realjax.apps.quickstart", "sft"]
+
+
+@contextmanager
+def pod_of(job: dict, index: int) -> Iterator[None]:
+    """While entered, this process is a pod of the job, and a stand-in for the package `kubernetes` answers of it."""
+    known = json.loads(json.dumps(job), object_hook=lambda fields: SimpleNamespace(**fields))
+    known.metadata.labels = {}
+    labels, owner = {"job-name": known.metadata.name}, SimpleNamespace(kind="Job", controller=True)
+    metadata = SimpleNamespace(name="pod", labels=labels, owner_references=[owner])
+    pod = SimpleNamespace(
+        metadata=metadata, spec=SimpleNamespace(subdomain=job["spec"]["template"]["spec"].get("subdomain"))
+    )
+    core = SimpleNamespace(
+        list_namespaced_pod=lambda namespace, field_selector: SimpleNamespace(items=[pod]),
+        list_namespaced_service=lambda namespace: SimpleNamespace(items=[]),
+    )
+    client = SimpleNamespace(
+        CoreV1Api=lambda: core,
+        BatchV1Api=lambda: SimpleNamespace(read_namespaced_job=lambda name, namespace: known),
+        exceptions=SimpleNamespace(ApiException=OSError),
+    )
+    package = ModuleType("kubernetes")
+    package.__spec__ = ModuleSpec("kubernetes", None)
+    vars(package).update(client=client, config=SimpleNamespace(load_incluster_config=lambda: None))
+    # JAX keeps what it has asked by the class.
+    own = type("Own", (K8sCluster,), {"_namespace": classmethod(lambda cls: "us"), "opt_in_only_method": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "kubernetes", package)
+        patch.setattr(k8s_cluster, "K8sCluster", own)
+        for name, value in {KUBERNETES_HOST: "10.0.0.1", KUBERNETES_INDEX: str(index), "HOSTNAME": "localhost"}.items():
+            patch.setenv(name, value)
+        yield
+
+
+def test_jax_finds_the_pods_of_a_job_that_says_nothing_of_them(given, capsys):
+    _, job = render(given, capsys, n_nodes=2)
+    with pod_of(job, index=1):
+        group = find_process_group(os.environ)
+        address = k8s_cluster.K8sCluster.get_coordinator_address(None, "29500")
+    assert group == ProcessGroup(coordinator=None, num_processes=2, process_id=1, processes_per_node=1, local_id=0)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert {"name": "REALJAX_COORDINATOR", "value": address} in container["env"]
+
+
+def test_a_job_whose_pods_cannot_meet_is_told(given, capsys):
+    _, job = render(given, capsys, n_nodes=2)
+    del job["spec"]["template"]["spec"]["subdomain"]
+    with pod_of(job, index=1), pytest.raises(ValueError, match=r"^kubernetes: the other pods .* headless service"):
+        find_process_group(os.environ)
 
 
 def test_names_are_those_that_kubernetes_takes(given, capsys):

@@ -14,6 +14,7 @@ from realjax.runtime.watchdog import (
     Position,
     describe_difference,
     describe_stall,
+    is_at_work,
     read_position,
 )
 from tests.given.processes import HANG_SECONDS, ROOT
@@ -48,6 +49,12 @@ def test_all_in_one_call_is_said_once():
     where = position("a", compiling="actor_train")
     line = describe_stall(dict.fromkeys(range(8), where))
     assert line == "all 8 processes are in a of step 5 (for 7 s, compiling actor_train)"
+
+
+def test_one_that_makes_the_tokens_is_not_given_up_by_those_who_wait():
+    waiting, working = position("data", seconds=90.0), position("data", seconds=0.0)
+    assert is_at_work(waiting.mark, [waiting, working], 60) and not is_at_work(waiting.mark, [waiting, waiting], 60)
+    assert not is_at_work(waiting.mark, [waiting, position("data", "checks", seconds=0.0)], 60)
 
 
 def test_half_a_file_is_none(tmp_path):
@@ -86,6 +93,22 @@ def test_a_process_that_hangs_ends_with_its_stacks_and_a_line(tmp_path):
     stacks = (tmp_path / STACKS / "process0.txt").read_text()
     assert 'File "<string>", line 10 in <module>' in stacks
     assert json.loads((tmp_path.with_name(f".{tmp_path.name}.{FOLDER}") / VERDICT).read_text())["process"] == 0
+
+
+READS = """\
+progress.begin("the data", is_busy=True)
+    end = time.monotonic() + 0.2 * 12 * 2
+    while time.monotonic() < end:
+        pass
+    print("read", flush=True)
+    time.sleep(1e4)
+"""
+
+
+def test_a_start_may_take_any_time_while_it_computes(tmp_path):
+    found = run(READS, tmp_path)
+    assert (found.returncode, found.stdout) == (STALLED, "read\n"), found.stderr
+    assert found.stderr.startswith("no progress for 2 s: process 0 is in the data (for ")
 
 
 def test_one_that_goes_on_does_not(tmp_path):
