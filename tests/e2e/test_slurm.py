@@ -1,34 +1,33 @@
-"""Runs as jobs of a real Slurm: over two nodes, put back into the queue, with a process killed, with a node lost."""
+"""PPO as a job of a real Slurm of two nodes: back into the queue, then a process is killed, then a node is lost."""
 
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pytest
 
 from realjax.launch.slurm import find_exit_code, find_state
-from tests.given.commands import Given, Trial
+from tests.given.commands import Trial
 from tests.given.compare import find_differing
 from tests.given.processes import HANG_SECONDS, ROOT
 from tests.given.slurm import NODES, Cluster, slurm_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-COMMON = {"mode": "slurm", "n_nodes": 2, "n_gpus_per_node": 4, "allocation_mode": "d8p1m1", "recover_retries": 1}
+STEPS = 12  # 32 prompts, 16 at a time, six times
 OPTIONS = {
-    "sft": {**COMMON, "dataset.train_bs_n_seqs": 40, "total_train_epochs": 1},
-    "ppo": {
-        **COMMON,
-        "dataset.train_bs_n_seqs": 16,
-        "algo.ppo_n_minibatches": 2,
-        "total_train_epochs": 6,
-        "save_freq_steps": 2,
-    },
+    "mode": "slurm",
+    "n_nodes": 2,
+    "n_gpus_per_node": 4,
+    "allocation_mode": "d8p1m1",
+    "dataset.train_bs_n_seqs": 16,
+    "algo.ppo_n_minibatches": 2,
+    "total_train_epochs": 6,
+    "save_freq_steps": 2,
+    "recover_retries": 3,
 }
-ROLES = ("actor", "critic")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
 
 def submit(trial: Trial) -> int:
     """Submits the trial from this machine as from a login node, and returns the job's number."""
-    command = [sys.executable, "-m", "realjax.apps.quickstart", "launch", "slurm", "--no-gpus"]
-    command += [trial.experiment, *trial.words()]
+    command = [sys.executable, "-m", "realjax.apps.quickstart", "launch", "slurm", "--no-gpus", "ppo", *trial.words()]
     asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert asked.returncode == 0, asked.stderr
     return int(re.findall(r"job (\d+) was submitted", asked.stdout)[0])
@@ -71,28 +69,6 @@ def wait_for_end(trial: Trial, job: int) -> None:
     assert find_exit_code(job) == 0
 
 
-@pytest.fixture(scope="module")
-def whole(cluster: Cluster, given: Given, tmp_path_factory: pytest.TempPathFactory) -> Trial:
-    """PPO on two nodes, uninterrupted."""
-    trial = make_trial(given, tmp_path_factory.mktemp("whole"), "ppo")
-    wait_for_end(trial, submit(trial))
-    return trial
-
-
-def make_trial(given: Given, root: Path, experiment: str) -> Trial:
-    return Trial(given=given, root=root, experiment=experiment, options=OPTIONS[experiment])
-
-
-def test_a_job_of_two_nodes_trains(cluster, given, tmp_path):
-    trial = make_trial(given, tmp_path, "sft")
-    wait_for_end(trial, submit(trial))
-    text = text_of_job(trial)
-    assert "process 0 of 2 joined" in text and "process 1 of 2 joined" in text
-    folder = trial.folder("logs").with_name("trial.slurm")
-    assert sorted(path.name for path in (folder / "latest").iterdir()) == ["task-0.log", "task-1.log"]
-    assert len(trial.steps()) == 13
-
-
 def requeue(cluster: Cluster, job: int) -> None:
     cluster.run("scontrol", "requeue", str(job))
 
@@ -112,19 +88,25 @@ def lose_node(cluster: Cluster, job: int) -> None:
     cluster.start_node(NODES[1])
 
 
-@pytest.mark.parametrize("happen", [requeue, kill_process, lose_node])
-def test_a_job_that_is_interrupted_ends_with_the_same_bits(happen, cluster, whole, given, tmp_path):
-    trial = make_trial(given, tmp_path, "ppo")
-    job = submit(trial)
-    first = trial.folder("logs") / "run.log"
-    wait_until(lambda: first.exists() and "(global step 5):" in first.read_text(), trial, job)
-    happen(cluster, job)
-    second: Path = trial.folder("logs").with_name("trial.slurm") / "attempt_2"
-    wait_until(second.exists, trial, job)
+def test_a_job_that_is_interrupted_three_times_ends_with_the_same_bits(cluster, given, tmp_path):
+    whole, trial = (
+        Trial(given=given, root=tmp_path / name, experiment="ppo", options=OPTIONS) for name in ("whole", "interrupted")
+    )
+    wait_for_end(whole, submit(whole))
+    job, folder = submit(trial), trial.folder("logs").with_name("trial.slurm")
+    for number, happen in enumerate((requeue, kill_process, lose_node), start=1):
+        log = folder / f"attempt_{number}" / "task-0.log"
+        step = f"(global step {3 * number}):"
+        wait_until(lambda: log.exists() and step in log.read_text(), trial, job)  # noqa: B023
+        happen(cluster, job)
+        wait_until((folder / f"attempt_{number + 1}").exists, trial, job)
     wait_for_end(trial, job)
-    text = text_of_job(trial)
-    assert "continuing after step" in text and (second.parent / "latest").resolve() == second.resolve()
-    assert trial.steps() == whole.steps() == list(range(1, 13))
-    for role in ROLES:
-        assert not find_differing(trial.state(12, role), whole.state(12, role)), role
-        assert not find_differing(trial.weights(12, role), whole.weights(12, role)), role
+    attempts = sorted(folder.glob("attempt_*"))
+    assert len(attempts) == 4 and (folder / "latest").resolve() == attempts[-1].resolve()
+    assert all(sorted(path.name for path in attempt.iterdir()) == ["task-0.log", "task-1.log"] for attempt in attempts)
+    texts = [(attempt / "task-0.log").read_text() for attempt in attempts]
+    assert "process 0 of 2 joined" in texts[0] and all("continuing after step" in text for text in texts[1:])
+    assert trial.steps() == whole.steps() == list(range(1, STEPS + 1))
+    for role in ("actor", "critic"):
+        assert not find_differing(trial.state(STEPS, role), whole.state(STEPS, role)), role
+        assert not find_differing(trial.weights(STEPS, role), whole.weights(STEPS, role)), role

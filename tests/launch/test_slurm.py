@@ -245,5 +245,5 @@ def test_the_script_in_the_documentation_is_what_is_rendered():
     words = find_command(script)
     command = tuple(words[words.index("python3") :])
     name = find_options(script)["job-name"]
-    job = SlurmJob(name=name, command=command, folder=Path(folder), n_nodes=2, tasks_per_node=1, num_restarts=1)
+    job = SlurmJob(name=name, command=command, folder=Path(folder), n_nodes=2, tasks_per_node=1, num_restarts=3)
     assert job.render() == script
