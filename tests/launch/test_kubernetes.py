@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ FLAGS = ["launch", "k8s", "--dry-run", "--claim", "files"]
 
 def render(given: Given, capsys: pytest.CaptureFixture, *flags: str, **changes: object) -> list[dict]:
     options = make_options(
-        "sft", given, "/data/runs", **{"image_name": "image:1", "allocation_mode": "pipe_data", **changes}
+        "sft", given, Path("/data/runs"), **{"image_name": "image:1", "allocation_mode": "pipe_data", **changes}
     )
     words = [f"{name}={value}" for name, value in options.items()]
     assert quickstart.main([*FLAGS, *flags, "sft", *words]) == 0, capsys.readouterr().err
