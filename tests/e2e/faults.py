@@ -34,13 +34,13 @@ WATCHDOG_SECONDS = 15
 # By fault, after which it has to be noticed: at once, when the coordinator has not heard of a process, by the watchdog.
 BOUNDS = {"stop a worker": 40, "another call": 6, "a reward hangs": WATCHDOG_SECONDS}
 MOST_SECONDS_BEYOND = 60
-STEPS_OF_EPOCH, EPOCHS = 8, 3  # of 32 prompts, 4 at a time
+STEPS_PER_EPOCH = 8  # 32 prompts, 4 at a time
+STEPS_PER_FAULT = 4  # two before it, one on its way to be noticed, one after it
 OPTIONS = {
     "allocation_mode": "d2p1m1",
     "n_gpus_per_node": 2,
     "dataset.train_bs_n_seqs": 4,
     "algo.ppo_n_minibatches": 1,
-    "total_train_epochs": EPOCHS,
     "save_freq_steps": 1,
     "watchdog_secs": WATCHDOG_SECONDS,
     "reward.fn": "tests.given.rewards:shortness",
@@ -122,6 +122,7 @@ class Faults:
         self.log, self.orders = folder / f"{trial.name}.log", folder / "orders"
         self.orders.mkdir(exist_ok=True)
         self.outcomes: list[Outcome] = []
+        self.saved_at_end: int | None = None  # the last save when a disk that was full had room again
 
     def command(self) -> list[str]:
         return ["-c", LAUNCHER, str(self.orders), *self.trial.words(recover_mode="auto")]
@@ -170,11 +171,11 @@ class Faults:
             text = "all processes are gone"
         else:
             self.begin(kind, process, launcher)
-            ended = r"launch: the run ended with code (\d+)"
-            wait_until(lambda: re.search(ended, new_text()) is not None, launcher, self.log)
+            has_ended = lambda: "launch: the run ended with code" in new_text()
+            wait_until(lambda: has_ended() or self.is_unharmed(kind), launcher, self.log)
             noticed, text = time.monotonic() - start, describe(new_text())
-            wait_until(lambda: "continuing after step" in new_text(), launcher, self.log)
-            wait_until(lambda: self.has_new_step(new_text()), launcher, self.log)
+            if has_ended():
+                wait_until(lambda: self.has_new_step(new_text()), launcher, self.log)
             recovered = time.monotonic() - start
         found = [int(n) for n in re.findall(r"continuing after step (\d+)", new_text())]
         num_lost = max(0, saved - min(found, default=self.last_save()))
@@ -186,7 +187,16 @@ class Faults:
 
     @staticmethod
     def has_new_step(text: str) -> bool:
-        return re.search(r"\(global step \d+\):", text.rpartition("continuing after step")[2]) is not None
+        _, again, rest = text.rpartition("continuing after step")
+        return bool(again) and re.search(r"\(global step \d+\):", rest) is not None
+
+    def is_unharmed(self, kind: str) -> bool:
+        """Whether a disk was full while nothing was written, as what was written afterwards shows."""
+        return kind == "fill the disk" and self.saved_at_end is not None and self.last_save() > self.saved_at_end
+
+    def empty(self, filler: Path) -> None:
+        filler.unlink()
+        self.saved_at_end = self.last_save()
 
     def begin(self, kind: str, process: int, launcher: subprocess.Popen) -> None:
         if kind == "kill a worker":
@@ -194,9 +204,9 @@ class Faults:
         elif kind == "stop a worker":
             workers_of(launcher)[process].suspend()
         elif kind == "fill the disk":
-            filler = self.trial.root / "filler"
+            filler, self.saved_at_end = self.trial.root / "filler", None
             fill(filler)
-            threading.Timer(FULL_SECONDS, filler.unlink).start()
+            threading.Timer(FULL_SECONDS, self.empty, [filler]).start()
         else:
             (self.orders / f"{kind} {process}").touch()
 
@@ -215,7 +225,9 @@ def describe(text: str) -> str:
     """Returns the line that said what was wrong."""
     lines = [line for line in text.splitlines() if "watchdog ERROR" in line or "realjax: error:" in line]
     lines += [line for line in text.splitlines() if "launch: a process ended" in line]
-    return re.sub(r"^(\[[\d-]+\] )?(\S+ )?(watchdog ERROR: |realjax: error: )?", "", lines[0]) if lines else ""
+    if not lines:
+        return "nothing was written meanwhile"
+    return re.sub(r"^(\[[\d-]+\] )?(\S+ )?(watchdog ERROR: |realjax: error: )?", "", lines[0])
 
 
 @contextmanager
@@ -243,7 +255,8 @@ def suffer_all(folder: Path, kinds: list[str], seed: int, changes: Mapping[str, 
 
     `changes` are options of it.
     """
-    given, options = write_given(folder), {**OPTIONS, **(changes or {})}
+    epochs = -(-len(kinds) * STEPS_PER_FAULT // STEPS_PER_EPOCH)
+    given, options = write_given(folder), {**OPTIONS, "total_train_epochs": epochs, **(changes or {})}
     whole = Trial(given=given, root=folder, name="whole", experiment="ppo", options=options)
     with small_disk(folder / "disk") as is_small:
         kinds = [kind for kind in kinds if is_small or kind != "fill the disk"]
@@ -252,7 +265,7 @@ def suffer_all(folder: Path, kinds: list[str], seed: int, changes: Mapping[str, 
         faults = Faults(trial, folder, seed)
         faults.run(kinds)
         epochs = options["total_train_epochs"]
-        steps = STEPS_OF_EPOCH * epochs
+        steps = STEPS_PER_EPOCH * epochs
         for role in ("actor", "critic"):
             assert not find_differing(trial.state(steps, role), whole.state(steps, role)), role
             assert not find_differing(trial.weights(steps, role), whole.weights(steps, role)), role
