@@ -26,7 +26,7 @@ def runs(monkeypatch):
         SimpleNamespace(build=lambda config: SimpleNamespace(config=config)),
     )
     monkeypatch.setitem(
-        sys.modules, "realjax.runtime.loop", SimpleNamespace(run=lambda spec, plan, console: started.append(plan) or 0)
+        sys.modules, "realjax.runtime.loop", SimpleNamespace(run=lambda spec, plan, *more: started.append(plan) or 0)
     )
     plan = lambda spec, devices: SimpleNamespace(config=spec.config, devices=devices)
     monkeypatch.setattr("realjax.allocation.allocate.allocate", plan)

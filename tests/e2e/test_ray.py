@@ -37,6 +37,9 @@ def address() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
         patch.setenv("PYTHONPATH", str(ROOT))
+        # On a machine that others use too.
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         cluster_utils = importlib.import_module("ray.cluster_utils")
         cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         try:
