@@ -174,7 +174,8 @@ class RemoteProcess:
         return self.returncode
 
     def send_signal(self, sig: int) -> None:
-        self._actor.send_signal.remote(int(sig))
+        if self.returncode is None:
+            self._actor.send_signal.remote(int(sig))
 
     def kill(self) -> None:
         self._ray.kill(self._actor)
