@@ -131,7 +131,7 @@ def join(group: ProcessGroup, devices_per_node: int) -> None:
         initialization_timeout=JOIN_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
-    logger.info("process %d of %d joined", jax.process_index(), jax.process_count())
+    logger.info("%d processes joined", jax.process_count())  # the same words in all: the launcher shows them once
 
 
 def end_with_launcher() -> None:

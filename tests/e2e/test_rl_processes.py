@@ -42,7 +42,7 @@ def test_two_processes_do_what_one_does(given, tmp_path):
     with started(launch_words(both.words(), experiment="ppo"), log) as process:
         assert process.wait(HANG_SECONDS) == 0, log.read_text()
     output = log.read_text()
-    assert "process 0 of 2 joined" in output and "process 1 of 2 joined" in output
+    assert "2 processes joined" in output
     assert len(re.findall(r"\(global step \d\):", output)) == STEPS
     found, expected = (without_clocks(trial.metrics(), "memory_mib") for trial in (both, alone))
     assert [list(record) for record in found] == [list(record) for record in expected]
