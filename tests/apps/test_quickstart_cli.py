@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -170,7 +171,8 @@ def test_logging_is_set_up_once(capsys):
 
 @pytest.fixture
 def jax_settings():
-    kept = jax.config.jax_compilation_cache_dir
+    settings: Any = jax.config
+    kept = settings.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", kept)
 
