@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.option import nested, option
@@ -37,7 +37,7 @@ class GenerationOptions(GenerationConfig):
         "force_cudagraph_recapture": "XLA compiles the whole decoding loop once for each shape",
     }
 
-    def slots(self) -> dict[str, int | None]:
+    def slots(self) -> dict[str, Any]:
         """Returns how many answers are decoded at once, and where the last go on, as a generate call has it."""
         return {
             "num_slots": self.num_slots,

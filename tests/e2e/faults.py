@@ -53,7 +53,6 @@ AHEAD = {
     "algo.gen.max_new_tokens": 64,
     "algo.gen.num_slots": 6,
     "rollouts.keep": True,
-    "total_train_epochs": 1,
 }
 LAUNCHER = """
 import sys
@@ -264,7 +263,6 @@ def suffer_all(folder: Path, kinds: list[str], seed: int, changes: Mapping[str, 
         Faults(whole, folder, seed).run([])
         faults = Faults(trial, folder, seed)
         faults.run(kinds)
-        epochs = options["total_train_epochs"]
         steps = STEPS_PER_EPOCH * epochs
         for role in ("actor", "critic"):
             assert not find_differing(trial.state(steps, role), whole.state(steps, role)), role
@@ -286,9 +284,7 @@ def main() -> None:
     kinds = [kind for _ in range(-(-args.faults // len(of))) for kind in draw.sample(of, len(of))]
     print(f"{'fault':18} {'process':>7} {'step':>4} {'noticed':>7} {'recovered':>9} {'lost':>5}  said")
     with tempfile.TemporaryDirectory() as folder:
-        epochs = max(1, args.faults // 4)  # a fault takes two steps or so
-        changes = {**AHEAD, "total_train_epochs": epochs} if args.kills else None
-        outcomes = suffer_all(Path(folder), kinds[: args.faults], args.seed, changes)
+        outcomes = suffer_all(Path(folder), kinds[: args.faults], args.seed, AHEAD if args.kills else None)
     bad = [outcome for outcome in outcomes if not outcome.is_well]
     print(f"{len(outcomes)} faults, {len(bad)} not well; the parameters are those of a run without")
     sys.exit(bool(bad))
