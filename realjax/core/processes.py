@@ -83,7 +83,8 @@ class Mailbox:
         """Every process must make it, with the same name, and send the same number of messages."""
         # Another box of the name may have left messages behind.
         self.name, self._num_sent = f"{name}-{int(from_first(random.randrange(2**24)))}", 0
-        self._sent: deque[list[str]] = deque()  # keys of messages that the coordinator holds
+        self._sent: deque[list[str]] = deque()  # keys of messages that the coordinator holds, by round
+        self._round: list[str] | None = None
 
     def send(self, message: bytes | None, source: int) -> bytes:
         """Returns the message of the process `source` in every process; in the others it is not looked at."""
@@ -96,15 +97,28 @@ class Mailbox:
             for i, piece in enumerate(pieces):
                 client.key_value_set_bytes(f"{key}/{i}", piece)
             client.key_value_set(key, str(len(pieces)))
-            self._forget([key, *(f"{key}/{i}" for i in range(len(pieces)))])
+            keys = [key, *(f"{key}/{i}" for i in range(len(pieces)))]
+            if self._round is None:
+                self._forget(keys)
+            else:
+                self._round += keys
             return message
         num_pieces = int(client.blocking_key_value_get(key, WAIT_SECONDS * 1000))
         return b"".join(
             client.blocking_key_value_get_bytes(f"{key}/{i}", WAIT_SECONDS * 1000) for i in range(num_pieces)
         )
 
+    def end_round(self) -> None:
+        """Begins another round of messages: those of a round are kept until two more have begun.
+
+        For many in a row, which some processes may be slow to read. Without rounds each message is one.
+        """
+        if self._round is not None:
+            self._forget(self._round)
+        self._round = []
+
     def _forget(self, keys: list[str]) -> None:
-        """Removes the message before the last one: whoever sent or took something since has read it."""
+        """Removes the messages of the round before the last one: whoever sent or took something since has read them."""
         self._sent.append(keys)
         client = importlib.import_module(STORE).global_state.client
         while len(self._sent) > 2:

@@ -1,9 +1,10 @@
 """Conversations in a tokenizer's chat template: prompts up to where the answer begins, and answers that are learned."""
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -67,14 +68,30 @@ class Template:
     tools: tuple[JsonObject, ...] = ()  # that the template tells the model of
 
     def render(self, messages: Messages, row_id: object, *, opens_answer: bool = True) -> str:
-        """Returns the text of a row's messages, the assistant's turn opened where asked for."""
+        """Returns the text of a row's messages, the assistant's turn opened where asked for.
+
+        Raises ValueError where the template refuses them, or leaves out what a tool is asked or answers.
+        """
         try:
             found = self.tokenizer.apply_chat_template(
                 messages, tools=list(self.tools) or None, tokenize=False, add_generation_prompt=opens_answer
             )
         except Exception as error:  # a template is code of its own
             raise self._refusal(row_id, error) from error
-        return cast(str, found)
+        text = cast(str, found)
+        self._check_tools(messages, text, row_id)
+        return text
+
+    def _check_tools(self, messages: Messages, text: str, row_id: object) -> None:
+        for message in messages:
+            calls = cast("list[JsonObject]", message.get("tool_calls") or [])
+            is_shown = message["role"] != "tool" or is_written(message["content"], text)
+            if not is_shown or not all(is_written(call["function"]["name"], text) for call in calls):
+                raise ValueError(
+                    f"{self.subject}: the tokenizer's chat template leaves out what a tool "
+                    f"{'is asked' if is_shown else 'answers'} in the conversation with id {row_id!r}; use a tokenizer "
+                    "whose template knows tools, or write calls and answers into the messages' texts"
+                )
 
     def render_answer(self, prompt: str, messages: Messages, row_id: object) -> str:
         """Returns what follows a rendered prompt in the conversation that goes on with an answer, to the answer's end.
@@ -97,6 +114,8 @@ class Template:
         conversation before it, opened for the assistant. Raises ValueError where that cannot be told.
         """
         messages, row_id, num_given = row["messages"], row.get("id"), row["num_given"]
+        if (tools := tuple(row.get("tools", ()))) != self.tools:
+            return replace(self, tools=tools).render_dialogue(row, turns)
         if self._marks_turns:
             text, spans = self._render_marked(messages, row_id)
             num_chars = len(self.render(messages[:num_given], row_id)) if num_given else 0
@@ -134,6 +153,7 @@ class Template:
             special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
             found = render_jinja_template(
                 conversations=[messages],
+                tools=list(self.tools) or None,
                 chat_template=self.tokenizer.get_chat_template(),
                 return_assistant_tokens_mask=True,
                 **special,
@@ -141,6 +161,7 @@ class Template:
         except Exception as error:  # a template is code of its own
             raise self._refusal(row_id, error) from error
         texts, marked = cast("tuple[list[str], list[list[Span]]]", found)
+        self._check_tools(messages, texts[0], row_id)
         return texts[0], [(int(start), int(end)) for start, end in marked[0]]
 
     def _find_turn(self, row: JsonObject, number: int, text: str) -> Span:
@@ -162,6 +183,11 @@ class Template:
     def _ends_in_special(self, text: str) -> bool:
         """Returns whether the last that a text has, white space aside, is a special token, which ends it."""
         return text.rstrip().endswith(self._special_texts)
+
+
+def is_written(content: str, text: str) -> bool:
+    """Returns whether a template's text has a message's content, as it is or in JSON."""
+    return content.strip() in text or json.dumps(content, ensure_ascii=False)[1:-1].strip() in text
 
 
 def prompt_texts(rows: Sequence[JsonObject], template: Template | None) -> list[str]:

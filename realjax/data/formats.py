@@ -32,6 +32,7 @@ _SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
     "system": "system",
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),  # what a tool has answered
 }
 
 
@@ -62,7 +63,7 @@ def _is_chat(value: object) -> bool:
 def read_chat(value: object, key: str, place: str) -> Messages:
     """Returns messages with `role` and `content` from those, from ShareGPT's `from` and `value`, or from their JSON.
 
-    Raises ValueError for anything else, for tools and for pictures.
+    Calls of tools have their arguments as objects. Raises ValueError for anything else, and for pictures.
     """
     if isinstance(value, str):
         try:
@@ -81,12 +82,15 @@ def _read_message(found: object, place: str) -> dict[str, str]:
     message: JsonObject = {key: value for key, value in found.items() if value is not None}
     if "from" in message and "role" not in message:
         message = {"role": message["from"], "content": message.get("value")}
-    if message.get("role") in ("tool", "function", "function_call", "observation") or "tool_calls" in message:
-        raise ValueError(
-            f"{place} calls a tool or is its answer, which realjax does not train on yet; remove such rows, or write "
-            "calls and answers into the messages' texts"
-        )
     role, content = message.get("role"), message.get("content")
+    if role == "function_call":
+        raise ValueError(
+            f"{place} has the role function_call, whose text may call a tool in any form; write it as the assistant's, "
+            "with tool_calls, or in the form that the model is to learn"
+        )
+    if message.get("tool_calls"):
+        message["tool_calls"] = _read_calls(message["tool_calls"], place)
+        content = "" if content is None else content
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         if any(part.get("type") != "text" for part in content):
             raise ValueError(f"{place} holds more than text (pictures or sound); realjax trains on texts only")
@@ -96,13 +100,45 @@ def _read_message(found: object, place: str) -> dict[str, str]:
     return {**message, "role": _SPEAKERS.get(role, role), "content": content}
 
 
+def _read_calls(found: object, place: str) -> list[JsonObject]:
+    """Returns calls of tools, their arguments as objects: templates write them as JSON themselves."""
+    needed = "has tool_calls; it needs to be a list of objects, each with 'function', its 'name' and 'arguments'"
+    calls: list[JsonObject] = []
+    for call in found if isinstance(found, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{place} {needed}")
+        arguments = _read_json(function.get("arguments", {}), f"{place}: 'arguments' of a call")
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{place} {needed}, an object or its JSON")
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return calls
+
+
+def _read_json(value: object, place: str) -> object:
+    """Returns what a text of JSON holds; anything but a text as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON ({error})") from error
+
+
+def _read_tools(row: JsonObject, place: str) -> JsonObject:
+    """Returns the row's tools, descriptions in JSON schema, where it has any."""
+    tools = _read_json(row.get("tools") or [], f"{place}: 'tools'")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{place}: 'tools' is no list of objects, descriptions of tools in JSON schema")
+    return {"tools": tools} if tools else {}
+
+
 def _dialogue(key: str) -> Convert:
     def convert(row: JsonObject, place: str) -> JsonObject:
         messages = read_chat(row[key], key, place)
         ends = [i for i, message in enumerate(messages, start=1) if message["role"] == "assistant"]
         if not ends:
             raise ValueError(f"{place}: no message of {key!r} is the assistant's, so there is nothing to learn")
-        return {**_without_tools(row), "messages": messages[: ends[-1]], "num_given": 0}
+        tools = _read_tools(row, place)
+        return {**_without_tools(row), **tools, "messages": messages[: ends[-1]], "num_given": 0}
 
     return convert
 
@@ -278,6 +314,8 @@ class Converter:
     def tell(self) -> None:
         """Logs the form of the rows, in a line."""
         if self.form is not None:
-            tools = "; their tools are left out" if "tools" in self._first else ""
+            is_told = "messages" in self._first
+            what = "told to the chat template" if is_told else "left out"
+            tools = f"; their tools are {what}" if "tools" in self._first else ""
             keys = " and ".join(self.form.keys)
             _log.info("%s: rows with %s: %s%s", self.source.subject, keys, self.form.means, tools)

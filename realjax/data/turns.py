@@ -3,7 +3,6 @@
 Only what others say is made into tokens: what the chat template writes between one answer and the next.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from realjax.core.json_text import JsonObject
-from realjax.data.chat import Messages, Template
+from realjax.data.chat import Messages, Template, is_written
 from realjax.data.tokens import encode
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class TurnTemplate:
         texts = [self._render(rounds, stand_in, row_id) for stand_in in STAND_INS]
         backwards = commonprefix([text[::-1] for text in texts])
         after = backwards[::-1]
-        if not rounds[-1] or not all(_is_in(message["content"], after) for message in rounds[-1]):
+        if not rounds[-1] or not all(is_written(message["content"], after) for message in rounds[-1]):
             raise ValueError(
                 f"{self.subject}: the tokenizer's chat template does not write what follows an answer of the row with "
                 f"id {row_id!r} behind it; use a template that only adds to a conversation"
@@ -80,8 +79,3 @@ class TurnTemplate:
             if whole[: len(before)] == before:
                 return whole[len(before) :]
         return encode([after], self.tokenizer, is_rendered=True)[0]
-
-
-def _is_in(content: str, text: str) -> bool:
-    """Returns whether a template's text has a message's content, as it is or in JSON."""
-    return content.strip() in text or json.dumps(content, ensure_ascii=False)[1:-1].strip() in text

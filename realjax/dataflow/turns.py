@@ -25,6 +25,7 @@ class Turns:
     step_seconds: float = 60.0
     num_threads: int = 64
     max_retries: int = 1  # of a row, from its beginning
+    max_failed_share: float = 1.0  # of a step's rows; where more fail, the run ends
 
     def make(self, seed: int) -> Environment:
         """Returns the environment of a row."""

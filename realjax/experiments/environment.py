@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from realjax.algorithms.responses import Responses
@@ -26,20 +25,19 @@ MEASURED = ("turns", "max_turns", "cut_off", "retries", "environment_failed")
 
 
 def make_turns(
-    options: EnvironmentOptions, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[JsonObject], max_new_tokens: int
+    options: EnvironmentOptions,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[JsonObject],
+    max_new_tokens: int,
+    max_failed_share: float,
 ) -> Turns | None:
     """Returns how a run's rows are continued in turns; None without an environment.
 
-    The first row's conversation is begun, to see that it can be. Raises ValueError where it cannot, for a tokenizer
-    without a chat template, and in a run of several processes.
+    The first row's conversation is begun, to see that it can be. Raises ValueError where it cannot, and for a tokenizer
+    without a chat template.
     """
     if options.path is None:
         return None
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"env.path: found {options.path!r} in a run of {jax.process_count()} processes; conversations with an "
-            "environment are held by one: use one process, or leave env.path out"
-        )
     if not tokenizer.chat_template:
         raise ValueError(
             f"env.path: the tokenizer {tokenizer.name_or_path!r} has no chat template, in which conversations are "
@@ -57,6 +55,7 @@ def make_turns(
         step_seconds=options.step_seconds,
         num_threads=options.num_threads,
         max_retries=options.max_retries,
+        max_failed_share=max_failed_share,
     )
     _try_first(turns, options, max_new_tokens)
     return turns

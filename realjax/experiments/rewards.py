@@ -81,13 +81,13 @@ class Judges:
             outputs=mixed_outputs(sources),
             metrics=(*(f"reward/{source.name}" for source in sources), FAILED),
         )
-        return (*self._ask(rows, failures), *([] if model is None else [model]), mixed)
+        return (*self._ask(rows, failures, max_failed_share), *([] if model is None else [model]), mixed)
 
-    def _ask(self, rows: Sequence[JsonObject], failures: Failures) -> tuple[Host, ...]:
+    def _ask(self, rows: Sequence[JsonObject], failures: Failures, max_failed_share: float) -> tuple[Host, ...]:
         """Returns the call that asks functions and classifiers, where there are any, beside other calls."""
         if not self._scorers:
             return ()
-        parts = {"tokenizer": self.tokenizer, "rows": rows, "failures": failures}
+        parts = {"tokenizer": self.tokenizer, "rows": rows, "failures": failures, "max_failed_share": max_failed_share}
         fns = [make_text_reward(scorer, name=self._title(name), **parts) for name, scorer in self._scorers.items()]
         failed = ("env_failed",) if self.config.env.path else ()
         return (

@@ -133,7 +133,7 @@ class Setup:
         """Returns the call by which the actor answers a step's prompts, or others."""
         kept, baseline = ("kept",) if self.draw.kept else (), ("is_baseline",) if has_baseline else ()
         rows, most = (prompts or self.prompts).rows, self.options.gen.max_new_tokens
-        turns = make_turns(self.config.env, self.tokenizer, rows, most)
+        turns = make_turns(self.config.env, self.tokenizer, rows, most, self._most_failed(prompts))
         return Generate(
             name="actor_gen",
             role="actor",
@@ -191,9 +191,13 @@ class Setup:
             (prompts or self.prompts).rows,
             self.infer("rew_inf", "rew", "scores", "values") if has_model else None,
             self.roles["rew"].title if has_model else "",
-            # Held-out prompts may be few: what fails of them is counted, and does not end the run.
-            max_failed_share=self.config.reward.max_failed_share if prompts is None else 1.0,
+            max_failed_share=self._most_failed(prompts),
         )
+
+    def _most_failed(self, prompts: Prompts | None) -> float:
+        """Returns the share of a step's answers that may fail, to prompts of training or to others."""
+        # Held-out prompts may be few: what fails of them is counted, and does not end the run.
+        return self.config.reward.max_failed_share if prompts is None else 1.0
 
     def advantages(self, fn: HostFn) -> Host:
         """Returns the host call that turns rewards into advantages."""

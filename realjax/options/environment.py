@@ -31,18 +31,10 @@ class EnvironmentOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
 
-    def check(self, *, max_new_tokens: int, **unsupported: tuple[object, object]) -> None:
-        """Raises ValueError for a class that is not there, for answers that never fit, and for options whose value,
-        the first of two, is not the one that works with environments.
-        """
+    def check(self, *, max_new_tokens: int) -> None:
+        """Raises ValueError for a class that is not there, and for answers that never fit."""
         if self.path is None:
             return
-        for name, (value, needed) in unsupported.items():
-            if value != needed:
-                raise ValueError(
-                    f"env.path: found {self.path!r} with {name}={value}; conversations with an environment are not "
-                    f"supported with it: set {name} to {needed}, or leave env.path out"
-                )
         if max_new_tokens >= self.max_seqlen:
             raise ValueError(
                 f"env.max_seqlen: found {self.max_seqlen} with gen.max_new_tokens={max_new_tokens}; a conversation "

@@ -213,19 +213,10 @@ class RLConfig(CommonExperimentConfig):
                 "rew.path: nothing given, and no other source of rewards; give a reward model here, a function as "
                 "reward.fn, a classifier as reward.classifier, or an environment as env.path"
             )
-        self._check_environment()
+        self.env.check(max_new_tokens=self.algorithm.gen.max_new_tokens)
         self.reward.check()
         if self.eval.vote_fn:
             load_function(self.eval.vote_fn, "eval.vote_fn")
-
-    def _check_environment(self) -> None:
-        own = self.algorithm
-        self.env.check(
-            max_new_tokens=own.gen.max_new_tokens,
-            staleness=(self.staleness, 0),
-            routing_replay=(own.routing_replay, False),
-            max_draws=(getattr(own, "max_draws", 1), 1),
-        )
 
     def notices(self) -> list[str]:
         notices = []

@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -23,10 +24,9 @@ from realjax.rewards.functions import (
 )
 from realjax.rewards.workers import Workers
 
-# Gives the reply to each question, in their order.
-RunFn = Callable[[Sequence[Question]], list[Reply]]
 LARGEST = float(np.finfo(np.float32).max)
 Outcome = float | str  # an answer's reward, or why it has none
+UNASKED = "it was not asked: too many other answers have no reward"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,14 @@ class ScoringParameters:
     concurrency: int = option(64, "calls of an `async def` fn that are under way at once", at_least=1, at_most=2**16)
 
 
+class RunFn(Protocol):
+    """Gives the reply to each question, in their order; None to those that were not asked."""
+
+    def __call__(self, questions: Sequence[Question], most_faults: int | None = None) -> Sequence[Reply | None]:
+        """Asks; after more than `most_faults` faults no further question."""
+        ...
+
+
 class Scorer:
     """A function, and how it is asked. Not for several threads at once."""
 
@@ -57,25 +65,35 @@ class Scorer:
         """`size` is how many answers a call may be about; None: all."""
         self.fn, self.run_fn, self.retries, self.size = fn, run_fn, retries, 1 if takes_one(fn) else size
 
-    def score(self, question: Question) -> list[Outcome]:
+    def score(self, question: Question, most_failed: int | None = None) -> list[Outcome]:
         """Returns each answer's reward, finite in float32, or why it has none.
 
-        A call about several answers that raises or takes too long is made again for each of them alone.
+        A call about several answers that raises or takes too long is made again for each of them alone. When more than
+        `most_failed` answers have no reward, the others are not asked about any more.
         """
         count = len(question.answers)
-        outcomes: list[Outcome] = [""] * count
+        outcomes: list[Outcome] = [UNASKED] * count
         size = self.size or max(count, 1)
-        pieces = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        for _ in range(1 + self.retries + (size > 1)):
-            replies, failed = self.run_fn([question.pick(piece) for piece in pieces]), []
-            for piece, reply in zip(pieces, replies, strict=True):
+        # Places of answers that are asked about together, and how often they were before.
+        todo = [(range(first, min(first + size, count)), 0) for first in range(0, count, size)]
+        num_failed = 0  # for good
+        while todo and (most_failed is None or num_failed <= most_failed):
+            most_faults = None if most_failed is None else most_failed - num_failed
+            replies = self.run_fn([question.pick(piece) for piece, _ in todo], most_faults)
+            again, later = list[tuple[range, int]](), list[tuple[range, int]]()
+            for (piece, tries), reply in zip(todo, replies, strict=True):
+                if reply is None:
+                    later.append((piece, tries))
+                    continue
                 is_fault = isinstance(reply, Fault)
                 for i, place in enumerate(piece):
                     outcomes[place] = reply.reason if is_fault else _judge(reply[i])
-                if is_fault and not reply.is_final:
-                    failed += [range(place, place + 1) for place in piece]
-            if not (pieces := failed):
-                break
+                if is_fault and not reply.is_final and tries < self.retries + (size > 1):
+                    again += [(range(place, place + 1), tries + 1) for place in piece]
+                else:
+                    num_failed += sum(isinstance(outcomes[place], str) for place in piece)
+            # What failed comes first: whether it does so for good may be all that is to be known.
+            todo = [*again, *later]
         return outcomes
 
 
@@ -95,9 +113,14 @@ def make_scorer(fn: TextFn, parameters: ScoringParameters, *, path: str, name: s
     return Scorer(fn, run_fn, retries=parameters.retries, size=size)
 
 
-def run_here(fn: TextFn, questions: Sequence[Question]) -> list[Reply]:
-    """Returns a function's reply to each question, asked in this thread one after the other."""
-    return [find_reply(fn, question) for question in questions]
+def run_here(fn: TextFn, questions: Sequence[Question], most_faults: int | None = None) -> list[Reply | None]:
+    """Returns a function's reply to each question, asked in this thread one after the other; see `RunFn`."""
+    replies, num_faults = list[Reply | None](), 0
+    for question in questions:
+        is_over = most_faults is not None and num_faults > most_faults
+        replies.append(None if is_over else find_reply(fn, question))
+        num_faults += isinstance(replies[-1], Fault)
+    return replies
 
 
 class Awaiting:
@@ -107,19 +130,24 @@ class Awaiting:
         self.fn, self.concurrency, self.timeout_s = fn, concurrency, timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, questions: Sequence[Question]) -> list[Reply]:
-        """Returns the reply to each question."""
+    def run(self, questions: Sequence[Question], most_faults: int | None = None) -> list[Reply | None]:
+        """Returns the reply to each question; see `RunFn`."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, daemon=True, name="async rewards").start()
-        return asyncio.run_coroutine_threadsafe(self._ask_all(questions), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._ask_all(questions, most_faults), self._loop).result()
 
-    async def _ask_all(self, questions: Sequence[Question]) -> list[Reply]:
-        places = asyncio.Semaphore(self.concurrency)
+    async def _ask_all(self, questions: Sequence[Question], most_faults: int | None) -> list[Reply | None]:
+        places, num_faults = asyncio.Semaphore(self.concurrency), 0
 
-        async def one(question: Question) -> Reply:
+        async def one(question: Question) -> Reply | None:
+            nonlocal num_faults
             async with places:
-                return await self._ask(question)
+                if most_faults is not None and num_faults > most_faults:
+                    return None
+                reply = await self._ask(question)
+                num_faults += isinstance(reply, Fault)
+                return reply
 
         return await asyncio.gather(*map(one, questions))
 

@@ -13,7 +13,7 @@ from realjax.core.segments import segment_slices
 from realjax.core.texts import decode_answers, split_answer
 from realjax.rewards.failures import Failure, Failures
 from realjax.rewards.functions import Question, Row, TextFn, describe_error
-from realjax.rewards.scoring import Scorer, run_here
+from realjax.rewards.scoring import UNASKED, Scorer, run_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,28 +28,31 @@ def make_text_reward(
     *,
     name: str,
     failures: Failures | None = None,
+    max_failed_share: float = 1.0,
 ) -> HostFn:
     """Returns the host call that writes `rewards` `[R, S]`: what `fn` says of each sequence's decoded texts.
 
     `prompt_id` `[R, S]` of the rollout is an index into `rows`. Texts are without special tokens. An answer for which
     there is no number that is finite in float32 has nan, and `failures` are told why: `fn` raised, took too long, or
-    returned something else. It is not asked about answers that have failed before (`env_failed`).
+    returned something else. It is not asked about answers that have failed before (`env_failed`), nor about others once
+    more than a share of them has no reward, which ends the run.
     """
     failures, scorer = failures or Failures(), fn if isinstance(fn, Scorer) else Scorer(fn, partial(run_here, fn))
 
     def reward(arrays: Arrays, state: State) -> HostResult:
         rewards = np.zeros(arrays["prompt_id"].shape, np.float32)
         places, prompts, answers, found = read_rollout(arrays, tokenizer, rows)
+        most_failed = int(max_failed_share * len(places))
         question = Question(prompts=prompts, answers=answers, rows=found)
         if (lost := arrays.get("env_failed")) is not None:
             left = [i for i, place in enumerate(places) if not lost[place]]
+            most_failed = max(0, most_failed - (len(places) - len(left)))
             places, question = [places[i] for i in left], question.pick(left)
         told = []
-        for place, answer, row, outcome in zip(
-            places, question.answers, question.rows, scorer.score(question), strict=True
-        ):
+        outcomes = scorer.score(question, most_failed)
+        for place, answer, row, outcome in zip(places, question.answers, question.rows, outcomes, strict=True):
             rewards[place] = np.nan if isinstance(outcome, str) else outcome
-            if isinstance(outcome, str):
+            if isinstance(outcome, str) and outcome is not UNASKED:
                 title = _name_row(int(arrays["prompt_id"][place]), row)
                 told.append(Failure(answer=answer, row=title, reason=outcome))
         failures.tell(name, told)

@@ -49,12 +49,14 @@ class Workers:
         self._idle: list[Worker] = []
         weakref.finalize(self, _end_all, self._idle)  # at the latest as this process ends
 
-    def run(self, questions: Sequence[Question]) -> list[Reply]:
-        """Returns the reply to each question. Raises ValueError where the function is not there in a process."""
-        replies: list[Reply] = [[] for _ in questions]
+    def run(self, questions: Sequence[Question], most_faults: int | None = None) -> list[Reply | None]:
+        """Returns the reply to each question; None to those that are not asked any more after more than `most_faults`
+        faults. Raises ValueError where the function is not there in a process.
+        """
+        replies: list[Reply | None] = [None for _ in questions]
         waiting, busy = deque(range(len(questions))), dict[Connection, Worker]()
         try:
-            while waiting or busy:
+            while (waiting or busy) and not _are_more(replies, most_faults):
                 while waiting and len(busy) < self.count:
                     worker = self._take()
                     worker.number = waiting.popleft()
@@ -67,7 +69,7 @@ class Workers:
                         del busy[worker.connection]
                 self._end_late(busy, replies)
         finally:
-            for worker in busy.values():  # of a run that was interrupted
+            for worker in busy.values():  # of a run that ends before them
                 worker.end()
         return replies
 
@@ -104,7 +106,7 @@ class Workers:
         except BrokenPipeError:
             return  # it has died: that is heard where its reply is waited for
 
-    def _hear(self, worker: Worker, questions: Sequence[Question], replies: list[Reply]) -> bool:
+    def _hear(self, worker: Worker, questions: Sequence[Question], replies: list[Reply | None]) -> bool:
         """Takes in what a process says; returns whether that ends its question."""
         try:
             said = worker.connection.recv()
@@ -130,7 +132,7 @@ class Workers:
         deadlines = [worker.deadline for worker in busy.values() if worker.deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _end_late(self, busy: dict[Connection, Worker], replies: list[Reply]) -> None:
+    def _end_late(self, busy: dict[Connection, Worker], replies: list[Reply | None]) -> None:
         now = time.monotonic()
         for connection, worker in list(busy.items()):
             if worker.deadline is None or now < worker.deadline or connection.poll():
@@ -143,6 +145,11 @@ class Workers:
                     "the module does when it is imported"
                 )
             replies[worker.number] = Fault(f"no reward within reward.timeout_s={self.timeout_s:g}")
+
+
+def _are_more(replies: Sequence[Reply | None], most_faults: int | None) -> bool:
+    """Returns whether there are more faults than that."""
+    return most_faults is not None and sum(isinstance(reply, Fault) for reply in replies) > most_faults
 
 
 def _end_all(workers: list[Worker]) -> None:

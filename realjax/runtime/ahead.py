@@ -10,6 +10,7 @@ dispatched in the same order by all of them, which follows from the graph alone.
 """
 
 import logging
+import pickle
 from collections.abc import Sequence
 
 import jax
@@ -29,6 +30,7 @@ from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.finite import refuse_nonfinite
 from realjax.runtime.flight import Row, dump_rows, load_rows
 from realjax.runtime.rollouts import make_requests, pack_rollout
+from realjax.runtime.turns import Talks, complete, make_calls
 
 logger = logging.getLogger("realjax.ahead")
 
@@ -57,6 +59,12 @@ class Ahead:
         layout = executor.plan.layouts[self.mfc.name]
         self._owners = sorted({device.process_index for device in layout.devices})
         self._mailbox = Mailbox("rows") if len(self._owners) < jax.process_count() else None
+        # Conversations of rows that are begun ahead go on from draw to draw.
+        turns, source = self.mfc.turns, self._owners[0]
+        self._environments = None if turns is None else make_calls(turns, source, executor.timeline.now)
+        self._talks = None
+        if turns is not None and self._environments is not None:
+            self._talks = Talks(turns, executor.seed, self._environments)
         others = {
             device for call in graph.mfcs if call.name not in graph.ahead
             for device in executor.plan.layouts[call.name].devices
@@ -126,9 +134,12 @@ class Ahead:
             programs = executor.programs
             slots_bytes = find_slots_bytes(programs.slots(self.mfc), programs.tail(self.mfc), params)
             peak_bytes = find_peak_bytes(executor, self.mfc, params, slots_bytes)
+        spans = [] if self._environments is None else self._environments.take_spans()
         if self._mailbox is not None:
             source = self._owners[0]
-            rows = load_rows(self._mailbox.send(dump_rows(rows) if jax.process_index() == source else None, source))
+            message = pickle.dumps((dump_rows(rows), spans)) if jax.process_index() == source else None
+            dumped, spans = pickle.loads(self._mailbox.send(message, source))
+            rows = load_rows(dumped)
         now = iter(rows)
         executor.rows = [next(now) if row.generation is None else row for row in executor.rows]
         num_tokens = sum(_count_tokens(after, before) for before, after in zip(begun, rows, strict=True))
@@ -136,6 +147,7 @@ class Ahead:
         none = Batch(arrays={})
         done = Done(batch=none, num_tokens=num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
         executor.watch(self.mfc, done, start, version)
+        executor.watch_environments(spans, version)
 
     def _add_prompts(self, target: int, last: int) -> None:
         """Adds the rows of the steps up to `last` that are not there."""
@@ -147,8 +159,12 @@ class Ahead:
     def _continue_rows(self, rows: Sequence[Row], target: int, params: Tree, version: int) -> list[Row]:
         """Returns the rows, of which those up to the step `target` are finished."""
         slots = self.executor.programs.slots(self.mfc)
-        tail = self.executor.programs.tail(self.mfc)
+        # Rows that wait for an environment come back: none of a conversation is the last.
+        tail = None if self._talks is not None else self.executor.programs.tail(self.mfc)
         batcher = Batcher(slots, params, stop_fn=self.mfc.stop_fn, fetch_fn=_read, tail=tail)
+        if self._talks is not None:
+            num_rows = sum(row.step == target for row in self.executor.rows)
+            return continue_talks(self._talks, batcher, rows, target, version, num_rows)
         numbers = batcher.submit(row.request for row in rows)
         due = {number for number, row in zip(numbers, rows, strict=True) if row.step <= target}
         found = {}
@@ -169,8 +185,21 @@ class Ahead:
         refuse_nonfinite(generations, f"{self.mfc.name}: {executor.roles[self.mfc.role].spec.title}")
         shape, requests = executor.plan.rollouts[self.mfc.name], [row.request for row in rows]
         ages, sizes = [row.ages for row in rows], executor.sizes.of(self.mfc.name)
-        batch: Batch = pack_rollout(requests, generations, self.mfc, shape, ages, sizes)
+        extras = None if self._talks is None else [row.dialogue.arrays() for row in rows if row.dialogue is not None]
+        batch: Batch = pack_rollout(requests, generations, self.mfc, shape, ages, sizes, extras)
         return executor.step(batch, now, self.judges)
+
+
+def continue_talks(
+    talks: Talks, batcher: Batcher, rows: Sequence[Row], target: int, version: int, num_rows: int
+) -> list[Row]:
+    """Returns rows of conversations, of which those up to the step `target` are at their ends; `num_rows` it has."""
+    for row in rows:
+        if row.key not in talks:  # a new one, or one of before the run was continued
+            talks.add(row.key, row.request, row.dialogue)
+    found = talks.run(batcher, {row.key for row in rows if row.step <= target}, num_rows)
+    so_far = lambda row: complete(batcher, found[row.key]) if row.key in found else talks.so_far(row.key)
+    return [row.told(so_far(row), version) for row in rows]
 
 
 def _read(chunk: Chunk[Array]) -> Chunk[np.ndarray]:

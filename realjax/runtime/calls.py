@@ -69,7 +69,8 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
         draw = partial(batching.generate, slots, params, **options)
         generations, extras = answer_requests(requests, mfc, draw), None
     else:
-        dialogues = converse(batching.Batcher(slots, params, fetch_fn=fetch), requests, mfc.turns, executor.seed)
+        batcher, calls = batching.Batcher(slots, params, fetch_fn=fetch), executor.environments(mfc.turns)
+        dialogues = converse(batcher, requests, mfc.turns, executor.seed, calls)
         requests = [replace(one, tokens=row.prompt) for one, row in zip(requests, dialogues, strict=True)]
         generations, extras = [row.generation for row in dialogues], [row.arrays() for row in dialogues]
     refuse_nonfinite(generations, f"{mfc.name}: {executor.roles[mfc.role].spec.title}")

@@ -1,7 +1,7 @@
 """Runs a dataflow graph: take inputs, bring parameters to the call's layout, call, merge outputs."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from realjax.core.progress import Progress
 from realjax.core.trees import Tree, join_trees, map_paths
 from realjax.dataflow.graph import Call, Host, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
+from realjax.dataflow.turns import Turns
 from realjax.engine.compiled import CompileLog
 from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
@@ -29,10 +30,13 @@ from realjax.runtime.flight import Row
 from realjax.runtime.programs import Programs, num_micro_batches
 from realjax.runtime.roles import Role
 from realjax.runtime.sizes import Sizes
+from realjax.runtime.threads import Span
+from realjax.runtime.turns import Calls, make_calls
 
 logger = logging.getLogger("realjax.executor")
 
 Controls = dict[str, dict[str, float]]
+ENVIRONMENT = "environment"  # in the timeline: some were asked, and had not answered
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Executor:
         self.progress.pending_fn = self.timeline.list_pending
         self.beside = Beside(self.timeline.now)
         self.rows: list[Row] = []  # drawn or begun for steps to come, see `runtime/ahead.py`
+        self._environments: Calls | None = None
         self.sizes = Sizes()
         self._moved: set[str] = set()  # calls whose first move of parameters has been logged
 
@@ -141,14 +146,27 @@ class Executor:
         start = self.timeline.now()
         self.progress.begin(call.name, step)
         done: Done = RUN[type(call)](self, call, batch, step if draw is None else draw)
+        spans = [] if self._environments is None else self._environments.take_spans()
         if step is not None and not isinstance(call, Host):
             self.watch(call, done, start, step)
+            self.watch_environments(spans, step)
         return done
 
     def update_averages(self) -> None:
         """Brings the roles that follow others a step further; waits for what these are trained by."""
         for average in self.averages:
             self.states[average.role] = ema_update(self.params(average.role), self.params(average.source), average.eta)
+
+    def environments(self, turns: Turns) -> Calls:
+        """Returns the calls of environments. Every process must call this."""
+        if self._environments is None:
+            self._environments = make_calls(turns, now_fn=self.timeline.now)
+        return self._environments
+
+    def watch_environments(self, spans: Iterable[Span], step: int) -> None:
+        """Has the timeline record from when to when environments were at work."""
+        for start, end in spans:
+            self.timeline.add_host_call(ENVIRONMENT, step, start, end)
 
     def evaluate(self, evaluation: Evaluation, batch: Batch) -> LossSums:
         """Returns the loss sums of a held-out batch that has been through the evaluation's calls, under the role's

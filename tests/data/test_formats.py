@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from realjax.data.intake import Intake
 from realjax.data.jsonl import load_rows
 from realjax.data.sequences import SequenceForm
 from tests.data.test_chat_masks import TALK, show
-from tests.given.templates import QWEN
+from tests.given.templates import MISTRAL, QWEN
 from tests.given.texts import make_tokenizer, write_jsonl
 
 SHARE = [{"from": "human", "value": "the film"}, {"from": "gpt", "value": "was good"}]
@@ -97,11 +98,14 @@ def test_texts_go_into_the_template_where_asked(tmp_path, tokenizer, name):
 
 REFUSED = {
     "no known keys": ({"body": "so"}, r"line 1: no known set of keys \(found: id, body\); needed prompt and answer; "),
-    "a call of a tool": (
+    "a call of nothing": (
         {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-        "line 1: message 2 of 'messages' calls a tool or is its answer, which realjax does not train on yet",
+        "line 1: message 2 of 'messages' has tool_calls; it needs to be a list of objects",
     ),
-    "a tool's answer": ({"conversations": [{"from": "observation", "value": "so"}]}, "calls a tool or is its answer"),
+    "a call in some form": (
+        {"conversations": [{"from": "function_call", "value": "so"}]},
+        "has the role function_call",
+    ),
     "a picture": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "message 1 of 'messages' holds more than text",
@@ -111,6 +115,42 @@ REFUSED = {
     "no content": ({"messages": [{"role": "user"}]}, "message 1 of 'messages' is not an object with the strings"),
     "no output": ({"instruction": "so", "output": None}, "'answer' has type null"),
 }
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+TOOL_TALK = [
+    TALK[0],
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "two"},
+    {"role": "assistant", "content": "was good"},
+]
+TOOL_TEMPLATE = (
+    "{% for t in tools or [] %}{{ t.name }}\n{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_calls_of_tools_are_learned_and_their_answers_are_not(tmp_path, kind):
+    tokenizer = replace(QWEN, template=TOOL_TEMPLATE).tokenizer()
+    share = [{"from": "observation", "value": "two"} if one["role"] == "tool" else one for one in TOOL_TALK]
+    rows = [{"messages": TOOL_TALK, "tools": [{"name": "add"}]}, {"messages": share, "tools": [{"name": "add"}]}]
+    path = tmp_path / f"rows{kind}"
+    WRITERS[kind](path, rows)
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    expected = (
+        f"add\n<|im_start|>user\nthe film<|im_end|>\n<|im_start|>assistant\n⟦{call}<|im_end|>⟧\n"
+        "<|im_start|>tool\ntwo<|im_end|>\n<|im_start|>assistant\n⟦was good<|im_end|>⟧\n"
+    )
+    assert learn(Source(path=str(path)), tokenizer) == [expected] * 2
+
+
+@pytest.mark.parametrize(("family", "places", "message"), [(QWEN, [0, 1], "is asked"), (MISTRAL, [0, 2, 3], "answers")])
+def test_a_template_that_leaves_tools_out_is_refused(tmp_path, family, places, message):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [TOOL_TALK[i] for i in places]}])
+    with pytest.raises(ValueError, match=f"leaves out what a tool {message} in the conversation with id"):
+        learn(Source(path=str(path)), family.tokenizer())
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -24,9 +24,6 @@ CHATTY = {"env.path": "tests.given.environments:Chatty", "env.max_seqlen": 64}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"staleness": 1}, "with staleness=1"),
-        ({"algo.max_draws": 2, "algo.drop_uniform_groups": True}, "with max_draws=2"),
-        ({"algo.routing_replay": True}, "with routing_replay=True"),
         ({"env.max_seqlen": 8}, r"^env.max_seqlen: found 8 with gen.max_new_tokens=8"),
         ({"env.max_seqlen": 20}, "the first row begins with .* tokens"),
         ({"env.max_seqlen": 999}, "^env.max_seqlen: found 999, .* has 128 positions; lower it to 128"),

@@ -26,6 +26,13 @@ class Chatty(Environment):
         return [{"role": "user", "content": "more"}], len(answer) / 10, self.num_steps == 3
 
 
+class Coin(Chatty):
+    """Ends after an answer, which is worth 1 or 0 by chance."""
+
+    def step(self, answer):
+        return [], float(self.seed % 2), True
+
+
 class Moody(Chatty):
     """Raises in one conversation of four, however often it is begun."""
 

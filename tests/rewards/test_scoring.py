@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from realjax.rewards.functions import Question
-from realjax.rewards.scoring import Scorer, ScoringParameters, make_scorer
+from realjax.rewards.scoring import UNASKED, Scorer, ScoringParameters, make_scorer
 from tests.given import rewards
 
 TROUBLES = {
@@ -145,3 +145,18 @@ def test_a_reward_that_float32_cannot_hold_is_none(bad):
 
 def test_a_question_about_nothing_has_no_answer():
     assert make("troubled_lists").score(make_question()) == []
+
+
+@pytest.mark.parametrize("name", ["troubled", "troubled_async", "in workers"])
+def test_nothing_more_is_asked_once_too_many_have_no_reward(name):
+    """And what has been asked costs the time limit in as few rounds as it takes to be sure."""
+    options = {"workers": 2, "timeout_s": LIMIT} if name == "in workers" else {"concurrency": 2}
+    scorer = make("troubled" if name == "in workers" else name, retries=1, **options)
+    does = "sleep" if name == "in workers" else "raise"
+    start = time.monotonic()
+    outcomes = scorer.score(make_question(*[does] * 3, *[""] * 40, *[does] * 30), most_failed=2)
+    reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert not [outcome for outcome in outcomes[:3] if outcome == UNASKED] and outcomes[-1] == UNASKED
+    assert len(reasons) > 30 and time.monotonic() - start < 30
+    few = scorer.score(make_question(does, *[""] * 4, does), most_failed=2)
+    assert [isinstance(outcome, str) for outcome in few] == [True, *[False] * 4, True] and UNASKED not in few

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from realjax.core.generation_config import GenerationConfig
 from realjax.dataflow.turns import Turns
 from realjax.engine.batching import Batcher, Request, generate
 from realjax.environments.environment import Environment
-from realjax.runtime.turns import Dialogue, converse
+from realjax.models.config import LayerKind, MoEConfig
+from realjax.runtime.ahead import continue_talks
+from realjax.runtime.dialogues import Dialogue
+from realjax.runtime.flight import Row, dump_rows, load_rows
+from realjax.runtime.turns import Talks, converse, make_calls
 from tests.engine.generation_cases import make_programs
 from tests.given.models import make_layout, make_model, place_params, random_tree
 
@@ -66,9 +71,15 @@ def setup():
     return programs, place_params(model, random_tree(model, 0, 0.4), layout, generate_rules(layout.strategy))
 
 
+def make_turns(make_fn: Callable[[], Environment] = Scripted, **limits: Any) -> Turns:
+    template: Any = NumberTemplate()
+    numbers: Any = {"max_turns": 4, "max_tokens": 100} | limits
+    return Turns(make_fn=make_fn, rows=ROWS, template=template, **numbers)
+
+
 def talk(setup, make_fn: Callable[[], Environment] = Scripted, **limits) -> list[Dialogue]:
-    turns = Turns(make_fn=make_fn, rows=ROWS, template=NumberTemplate(), **{"max_turns": 4, "max_tokens": 100} | limits)
-    return converse(Batcher(*setup), REQUESTS, turns, seed=7)
+    turns = make_turns(make_fn, **limits)
+    return converse(Batcher(*setup), REQUESTS, turns, 7, make_calls(turns))
 
 
 def parts(row: Dialogue) -> list[tuple[bool, list[int]]]:
@@ -103,15 +114,39 @@ def test_a_row_is_what_was_drawn_and_what_was_said(setup, plain):
 
 def test_every_turn_is_drawn_as_if_it_were_alone(setup, plain):
     """From the row's tokens as they are, with randomness of its own."""
+    programs, params = setup
     row, request = max(zip(plain, REQUESTS, strict=True), key=lambda pair: pair[0].num_turns)
     context = row.prompt.tolist()
     drawn = [tokens for is_drawn, tokens in parts(row) if is_drawn]
     for turn, (is_drawn, tokens) in enumerate(parts(row)):
         if is_drawn:
             one = replace(request, tokens=np.array(context), sample_id=4 * request.sample_id + turn // 2)
-            assert generate(*setup, [one])[0].tokens.tolist() == tokens
+            assert generate(programs, params, [one])[0].tokens.tolist() == tokens
         context += tokens
     assert len(drawn) > 1 and drawn[0][:3] != drawn[1][:3]
+
+
+def test_experts_are_those_that_each_answer_was_drawn_with():
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_size=8)
+    model, layout = make_model(pattern=(LayerKind(name="sparse", feed_forward=moe),)), make_layout()
+    programs = make_programs(model, CONFIG, layout, num_slots=4, eos=ENDS, records_routes=True)
+    params = place_params(model, random_tree(model, 0, 0.4), layout, generate_rules(layout.strategy))
+    found = talk((programs, params))
+    row, request = max(zip(found, REQUESTS, strict=True), key=lambda pair: pair[0].num_turns)
+    routes, context, num_known = row.generation.routes, row.prompt.tolist(), 0
+    assert routes is not None and len(routes) == len(row.prompt) + len(row.generation.tokens) and row.num_turns > 1
+    for turn, (is_drawn, tokens) in enumerate(parts(row)):
+        if is_drawn:
+            one = replace(request, tokens=np.array(context), sample_id=4 * request.sample_id + turn // 2)
+            alone = generate(programs, params, [one])[0].routes
+            assert alone is not None
+            np.testing.assert_array_equal(routes[num_known : len(alone) - 1], alone[num_known:-1])
+            num_known = len(alone) - 1
+        context += tokens
+    assert num_known == len(routes) - 1 and not routes[-1].any() and routes[:-1].any(axis=1).all()
+    none = talk((programs, params), Broken, step_seconds=0.3, max_retries=0)[0]
+    assert none.generation.routes is not None
+    assert none.generation.routes.shape == (len(none.prompt), routes.shape[1])
 
 
 def test_when_environments_answer_changes_no_token(setup, plain):
@@ -183,6 +218,47 @@ def test_what_fails_for_ever_is_failed_and_costs_no_other_row(setup, plain, capl
     assert "of 12 rows failed, each in 2 tries" in caplog.text and "the network is down" in caplog.text
 
 
+class Forgetful(Scripted):
+    """Says something else than the environments of before."""
+
+    def step(self, answer):
+        _, reward, is_done = super().step(answer)
+        return [{"role": "user", "content": "77"}], reward, is_done
+
+
+@pytest.mark.parametrize("kind", ["kept", "continued", "changed"])
+def test_rows_that_are_interrupted_end_as_others(kind, setup, plain):
+    """Also where all that is left of them is what was drawn, and environments are asked anew; if these say something
+    else then, a row is begun again.
+    """
+    rows = [Row(step=i // 4, request=request) for i, request in enumerate(REQUESTS)]
+    turns, num_begun = make_turns(), 0
+    talks = Talks(turns, 7, make_calls(turns))
+    for target in range(3):
+        if target and kind != "kept":
+            rows = load_rows(dump_rows(rows))
+            turns = make_turns(Forgetful) if kind == "changed" else turns
+            talks = Talks(turns, 7, make_calls(turns))
+        left = [row for row in rows if row.generation is None]
+        continued = iter(continue_talks(talks, Batcher(*setup, chunk_len=2), left, target, version=target, num_rows=4))
+        rows = [next(continued) if row.generation is None else row for row in rows]
+        assert all(row.generation is not None for row in rows if row.step <= target)
+        num_begun += sum(row.generation is None and row.dialogue is not None for row in rows)
+    assert num_begun > 0 and any(len(set(row.versions)) > 1 for row in rows)
+    for row, expected in zip(rows, plain, strict=True):
+        found = row.dialogue
+        assert found is not None and found.failure is None and len(row.versions) == len(found.generation.tokens)
+        if kind == "changed":
+            continue
+        for name in ("prompt", "is_drawn", "rewards"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        for name in ("tokens", "kept"):
+            np.testing.assert_array_equal(getattr(found.generation, name), getattr(expected.generation, name))
+        assert (found.num_turns, found.generation.ended) == (expected.num_turns, expected.generation.ended)
+    retries = {row.dialogue.num_retries for row in rows if row.dialogue is not None}
+    assert retries == ({0, 1} if kind == "changed" else {0})
+
+
 class Broken(Scripted):
     """One row's environment never begins, another's hangs, and two return what is none."""
 
@@ -204,4 +280,5 @@ def test_an_environment_that_does_not_begin_leaves_rows_without_an_answer(setup)
         assert words in reason
     assert reasons[4:] == ["", ""]
     assert found[0].prompt.tolist() == [5] and not len(found[0].generation.tokens)
-    assert found[0].generation.kept.shape == (0, found[-1].generation.kept.shape[1])
+    none, some = found[0].generation.kept, found[-1].generation.kept
+    assert none is not None and some is not None and none.shape == (0, some.shape[1])
