@@ -1,5 +1,6 @@
 """Rows in turns: what they are made of, that nothing but their numbers decides what is drawn, and how they end."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,6 +154,23 @@ def test_when_environments_answer_changes_no_token(setup, plain):
     rng = np.random.default_rng(3)
     slow = talk(setup, lambda: Scripted(before_fn=lambda _: time.sleep(rng.random() * 0.03)))
     assert [row.generation.tokens.tolist() for row in slow] == [row.generation.tokens.tolist() for row in plain]
+
+
+def test_the_slots_of_waiting_rows_serve_others(setup, plain):
+    """The environments of as many rows as there are slots wait until all other rows have drawn an answer."""
+    answered, others, all_answered = set[int](), 8, threading.Event()
+
+    def before(one: Scripted) -> None:
+        if int(one.prompt["prompt"].split()[0]) - 2 < 2:
+            assert all_answered.wait(50)
+            return
+        answered.add(one.seed)
+        if len(answered) == others:
+            all_answered.set()
+
+    found = talk(setup, lambda: Scripted(before_fn=before), max_retries=0)
+    assert setup[0].num_slots == len(REQUESTS) - others == 4
+    assert [row.generation.tokens.tolist() for row in found] == [row.generation.tokens.tolist() for row in plain]
 
 
 def test_seeds_follow_from_the_row(setup):
