@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.given.commands import Trial, stopped_after
-from tests.given.compare import relative_errors, without_clocks
+from tests.given.commands import Trial
 from tests.given.environments import write_chat_models
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick")]
@@ -57,22 +56,3 @@ def test_too_many_failures_end_the_run_with_a_message(trial, capsys):
     told = "".join(capsys.readouterr())
     assert "env.path: 7 of 32 conversations have failed" in told and "nobody is there" in told
     assert absent.steps() == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("staleness", [0, 2])
-def test_a_run_that_continues_ends_as_one_that_did_not_stop(staleness, trial):
-    """To the last bits of log-probabilities, which depend on the rows beside a row, and so on environments' haste."""
-    options = trial.options | {"recover_mode": "auto", "max_steps": 4, "staleness": staleness, "gen.num_slots": 8}
-    whole, stopped = (
-        Trial(given=trial.given, root=trial.root, name=f"{name}{staleness}", experiment="grpo", options=options)
-        for name in ("whole", "stopped")
-    )
-    assert whole.run() == 0
-    with stopped_after(2):
-        assert stopped.run() == 143
-    assert stopped.run() == 0
-    found, expected = (without_clocks(one.metrics(), "memory_mib", "moved_mib") for one in (stopped, whole))
-    assert [record["n_tokens"] for record in found] == [record["n_tokens"] for record in expected]
-    assert [record["turns"] for record in found] == [record["turns"] for record in expected]
-    assert max(relative_errors(stopped.weights(4, "actor"), whole.weights(4, "actor")).values()) <= 1e-4
