@@ -50,3 +50,12 @@ def test_calls_wait_for_a_thread_and_their_time_begins_then():
 def test_nothing_to_wait_for_takes_no_time():
     start = time.monotonic()
     assert TimedCalls(num_threads=1, seconds=9.0).take(3.0) == [] and time.monotonic() - start < 1
+
+
+def test_spans_are_when_calls_were_under_way():
+    clock = iter([0.0, 1.0, 1.02, 3.0, 9.0, 10.0])  # each call begins and ends in turn
+    calls = TimedCalls(num_threads=1, seconds=9.0, now_fn=lambda: next(clock))
+    for number in range(3):
+        calls.start(number, lambda: None)
+        assert calls.take(5.0) == [(number, None)]
+    assert calls.take_spans() == [(0.0, 3.0), (9.0, 10.0)] and not calls.take_spans()

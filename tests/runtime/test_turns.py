@@ -1,5 +1,6 @@
 """Rows in turns: what they are made of, that nothing but their numbers decides what is drawn, and how they end."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from realjax.core.generation_config import GenerationConfig
 from realjax.dataflow.turns import Turns
 from realjax.engine.batching import Batcher, Request, generate
 from realjax.environments.environment import Environment
+from realjax.models.config import LayerKind, MoEConfig
 from realjax.runtime.ahead import continue_talks
 from realjax.runtime.dialogues import Dialogue
 from realjax.runtime.flight import Row, dump_rows, load_rows
@@ -125,10 +127,50 @@ def test_every_turn_is_drawn_as_if_it_were_alone(setup, plain):
     assert len(drawn) > 1 and drawn[0][:3] != drawn[1][:3]
 
 
+def test_experts_are_those_that_each_answer_was_drawn_with():
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_size=8)
+    model, layout = make_model(pattern=(LayerKind(name="sparse", feed_forward=moe),)), make_layout()
+    programs = make_programs(model, CONFIG, layout, num_slots=4, eos=ENDS, records_routes=True)
+    params = place_params(model, random_tree(model, 0, 0.4), layout, generate_rules(layout.strategy))
+    found = talk((programs, params))
+    row, request = max(zip(found, REQUESTS, strict=True), key=lambda pair: pair[0].num_turns)
+    routes, context, num_known = row.generation.routes, row.prompt.tolist(), 0
+    assert routes is not None and len(routes) == len(row.prompt) + len(row.generation.tokens) and row.num_turns > 1
+    for turn, (is_drawn, tokens) in enumerate(parts(row)):
+        if is_drawn:
+            one = replace(request, tokens=np.array(context), sample_id=4 * request.sample_id + turn // 2)
+            alone = generate(programs, params, [one])[0].routes
+            assert alone is not None
+            np.testing.assert_array_equal(routes[num_known : len(alone) - 1], alone[num_known:-1])
+            num_known = len(alone) - 1
+        context += tokens
+    assert num_known == len(routes) - 1 and not routes[-1].any() and routes[:-1].any(axis=1).all()
+    none = talk((programs, params), Broken, step_seconds=0.3, max_retries=0)[0]
+    assert none.generation.routes is not None
+    assert none.generation.routes.shape == (len(none.prompt), routes.shape[1])
+
+
 def test_when_environments_answer_changes_no_token(setup, plain):
     rng = np.random.default_rng(3)
     slow = talk(setup, lambda: Scripted(before_fn=lambda _: time.sleep(rng.random() * 0.03)))
     assert [row.generation.tokens.tolist() for row in slow] == [row.generation.tokens.tolist() for row in plain]
+
+
+def test_the_slots_of_waiting_rows_serve_others(setup, plain):
+    """The environments of as many rows as there are slots wait until all other rows have drawn an answer."""
+    answered, others, all_answered = set[int](), 8, threading.Event()
+
+    def before(one: Scripted) -> None:
+        if int(one.prompt["prompt"].split()[0]) - 2 < 2:
+            assert all_answered.wait(50)
+            return
+        answered.add(one.seed)
+        if len(answered) == others:
+            all_answered.set()
+
+    found = talk(setup, lambda: Scripted(before_fn=before), max_retries=0)
+    assert setup[0].num_slots == len(REQUESTS) - others == 4
+    assert [row.generation.tokens.tolist() for row in found] == [row.generation.tokens.tolist() for row in plain]
 
 
 def test_seeds_follow_from_the_row(setup):
