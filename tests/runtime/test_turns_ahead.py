@@ -71,3 +71,31 @@ def test_without_a_learning_rate_age_changes_nothing_and_rows_in_flight_go_on_el
     continued = make_run(staleness=3, **STILL)
     continued.rows = join_rows(arrays)
     assert [list_talks(result) for result in take_steps(continued, first=2)] == expected[2:]
+
+
+def test_prompts_are_drawn_again_until_conversations_differ(make_run):
+    options = {"env__path": "tests.given.environments:Coin", "algo__max_draws": 12, "algo__drop_uniform_groups": True}
+    executor = make_run(**options, **STILL)
+    result = executor.step(executor.plan.loader.batch(0), 0)
+    by_group: dict[int, set[float]] = {}
+    for one in unpack(result.batch.replace_arrays(**{key: np.asarray(result.batch[key]) for key in result.batch})):
+        by_group.setdefault(int(one["group"]), set()).add(float(one["turn_rewards"].sum()))
+    assert len(by_group) == 8 and all(rewards == {0.0, 1.0} for rewards in by_group.values())
+    (sampled,) = as_numbers(list(result.metrics["dynamic_sampling"]))
+    assert sampled["draws"] > 1 and sampled["drawn_prompts"] > 8
+
+
+def test_a_greedy_conversation_is_the_baseline(make_run):
+    executor = make_run("remax", group_size=None, algo__discount=1.0, **STILL)
+    result = executor.step(executor.plan.loader.batch(0), 0)
+    batch = result.batch.replace_arrays(**{key: np.asarray(result.batch[key]) for key in result.batch})
+    worth: dict[int, dict[bool, float]] = {}
+    for one in unpack(batch):
+        worth.setdefault(int(one["group"]), {})[bool(one["is_baseline"])] = float(one["turn_rewards"].sum())
+    for one in unpack(batch):
+        rewards = worth[int(one["group"])]
+        if bool(one["is_baseline"]):
+            assert not one["train_mask"].any()
+        else:
+            learned = one["advantages"][one["loss_mask"]]
+            np.testing.assert_allclose(learned, rewards[False] - rewards[True], rtol=0, atol=1e-5)
