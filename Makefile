@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick aot newest wheel lint format clean
+.PHONY: help demo test quick aot newest wheel docs lint format clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,10 @@ wheel: .venv/.dev  ## dist/: what pip installs from, checked as PyPI does it
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
+# Strict: a page that the index lacks, a dead link or anchor fails.
+docs: .venv-docs/.installed  ## the pages of docs/ as a site, in site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 lint: .venv/.dev  ## ruff and pyright, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,7 +54,7 @@ format: .venv/.dev  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments and the demo's files
-	rm -rf .venv .venv-aot .venv-newest dist demo_run
+	rm -rf .venv .venv-aot .venv-newest .venv-docs dist site demo_run
 
 # The stamps make a second call quick; a changed pyproject.toml installs again.
 .venv/.installed: pyproject.toml
@@ -61,6 +65,12 @@ clean:  ## remove the environments and the demo's files
 .venv/.dev: .venv/.installed
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+# Only what makes the site; realjax itself is not needed for it.
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install "mkdocs-material>=9.6,<10"
 	touch $@
 
 .venv-aot/.installed: pyproject.toml

@@ -78,13 +78,16 @@ table { border-collapse: collapse }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
   white-space: pre-wrap; overflow-wrap: anywhere }
 td { min-width: 4.5em }
+td:first-child { overflow-wrap: break-word }
 th { color: var(--soft); font-weight: 600; overflow-wrap: normal }
+.numeric td:first-child { overflow-wrap: anywhere }
 .numeric th + th, .numeric td + td { padding: 6px 0 6px 20px; text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 16px }
 figure { margin: 0; padding: 12px; border: 1px solid var(--line); border-radius: 8px; background: var(--box) }
 figcaption { margin-bottom: 8px; font-weight: 600; overflow-wrap: anywhere }
 img { display: block; max-width: 100%; margin: 0 auto; border-radius: 4px; background: #fff }
+@media (prefers-color-scheme: dark) { img { filter: invert(0.9) hue-rotate(180deg) } } /* white plots, same hues */
 details { margin: 24px 0 }
 summary { cursor: pointer; font-size: 17px; font-weight: 600 }
 details > * + * { margin-top: 12px }

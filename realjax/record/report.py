@@ -135,17 +135,24 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def headline_parts(records: Sequence[JsonObject]) -> list[str]:
-    """A table of what matters: the first main metrics, as they were and as they are, in training and held out."""
+    """A table of what matters: the first main metrics, as they were and as they are, in training and held out.
+
+    What moved as one before it did is left out.
+    """
     found: dict[tuple[int, bool, str], list[float]] = {}
     for record in records:
         for name, value in record.items():
             if (rank := metric_rank(name)) < len(MAIN_METRICS) and isinstance(value, int | float):
                 found.setdefault((rank, record["kind"] != TRAIN, name), []).append(value)
-    rows = []
-    for (_, is_held_out, name), values in sorted(found.items())[:MOST_HEADLINES]:
+    rows, moved = [], list[list[float]]()
+    for (_, is_held_out, name), values in sorted(found.items()):
+        if values in moved:
+            continue
+        moved += [values] if len(set(values)) > 1 else []
         first, last = (format_value(name, value) for value in (values[0], values[-1]))
         place = "held out" if is_held_out else "training"
         rows.append((f"{name}, {place}", first if len(values) > 1 else "", last))
+    rows = rows[:MOST_HEADLINES]
     return [table_html(("", "first", "last"), rows, numeric=True)] if rows else []
 
 

@@ -56,7 +56,11 @@ def _curves(charts: Mapping[str, Series]) -> list[str]:
 
 
 def _last_values(charts: Mapping[str, Mapping[str, Series]]) -> list[str]:
-    """A table of the main metrics' last values, a column for each run."""
+    """A table of the main metrics' last values, a column for each run; those of a step before its last say so."""
+    ends = {
+        run: max((int(points[0][-1]) for series in of_run.values() for points in series.values()), default=0)
+        for run, of_run in charts.items()
+    }
     labels = {
         (metric_rank(name), name, label)
         for of_run in charts.values()
@@ -67,11 +71,13 @@ def _last_values(charts: Mapping[str, Mapping[str, Series]]) -> list[str]:
     rows = []
     for _, name, label in sorted(labels):
         cells = []
-        for of_run in charts.values():
+        for run, of_run in charts.items():
             points = of_run.get(name, {}).get(label)
-            cells.append("" if points is None else f"{format_value(name, float(points[1][-1]))} (step {points[0][-1]})")
+            value = "" if points is None else format_value(name, float(points[1][-1]))
+            cells.append(value if points is None or points[0][-1] == ends[run] else f"{value} (step {points[0][-1]})")
         rows.append((f"{name}, {label}", *cells))
-    return [table_html(("last", *charts), rows, numeric=True)] if rows else []
+    head = ("last", *(f"{run}, step {end}" for run, end in ends.items()))
+    return [table_html(head, rows, numeric=True)] if rows else []
 
 
 def read_options(run_dir: Path) -> dict[str, object]:

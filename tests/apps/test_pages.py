@@ -14,7 +14,7 @@ import pytest
 
 from realjax.apps import data_example, quickstart, recipe
 from realjax.options.config_dict import EXPERIMENT_KEY
-from realjax.options.parsing import parse_overrides
+from realjax.options.parsing import locate, parse_overrides
 from realjax.options.profile import ProfileConfig
 from tests.given.checkpoints import write_family, write_llama, write_reward_model
 from tests.given.commands import kept_log_settings
@@ -65,6 +65,7 @@ class Place:
         # Prompts with what every verifier and environment of the pages asks for.
         ask = {"prompt": [{"role": "user", "content": "What is 20 + 22?"}], "answer": "42"}
         write_jsonl(folder / "prompts.jsonl", [ask] * 300)
+        (folder / "rewards.py").write_text("def score(prompt, answer, row):\n    return 1.0\n")
         (folder / "sft.yaml").write_text("total_train_epochs: 2\n")
 
     def find_data(self, experiment: str) -> Path:
@@ -194,11 +195,16 @@ def look_up(_: Place, words: list[str]) -> None:
         assert set(asked) <= {*extras}, asked
 
 
+def leave(_: Place, words: list[str]) -> None:
+    """A program that is not ours."""
+
+
 # By how a command begins: how many words go before what is carried out, how that is done, and why no more.
 WAYS: dict[tuple[str, ...], tuple[int, Way, str]] = {
     ("make",): (0, look_up, "runs for minutes, and is what CI does"),
     ("pip",): (0, look_up, "needs a network"),
     ("python3", "-m", "venv"): (0, look_up, "needs a network"),
+    ("tensorboard",): (0, leave, "a server that is not ours"),
     ("python", "-m", "launch.main"): (3, plan, "runs of each experiment are tests/e2e"),
     ("python", "-m", "launch.local"): (3, plan_behind, "processes are started by tests/launch"),
     ("python", "-m"): (2, parse, "each tool has tests of its own"),
@@ -234,6 +240,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.mark.parametrize("command", [one for one in list_commands() if one.page not in IN_ORDER], ids=str)
 def test_a_command_of_a_page_works(command: PageCommand, place, monkeypatch):
     monkeypatch.chdir(place.folder)
+    monkeypatch.syspath_prepend(place.folder)
     monkeypatch.setenv("REALJAX_FILEROOT", str(place.folder / "runs"))
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     way, words = find_way(command.words)
@@ -244,3 +251,22 @@ def test_a_command_of_a_page_works(command: PageCommand, place, monkeypatch):
 @pytest.mark.parametrize("page", list_pages(), ids=lambda page: page.name)
 def test_commands_are_marked_as_shell(page):
     assert not find_unmarked(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", ["from_trl.md", "from_verl.md"])
+def test_what_other_libraries_options_are_called_here_is_an_option(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    cells = [row.split("|")[-2] for row in text.splitlines() if row.startswith("| ")]
+    named = [span for cell in cells for span in re.findall(r"`([a-z]\w*(?:\.\w+)*(?:=\S*)?)`", cell)]
+    classes = [experiment.config_cls for experiment in quickstart.EXPERIMENTS.values()]
+    others = {*quickstart.EXPERIMENTS, "sequence", "constant", "train_batch_size", "ppo_mini_batch_size"}
+    assert len(named) > 40
+    for name in {span.partition("=")[0] for span in named} - others:
+        assert any(is_option(cls, name) for cls in classes), name
+
+
+def is_option(cls: type, name: str) -> bool:
+    try:
+        return not locate(cls, name).no_effect
+    except ValueError:
+        return False

@@ -8,7 +8,7 @@ import pytest
 
 from realjax.record.curves import Sheet, collect_series, curve_paths, join_equal, smooth
 from realjax.record.metrics import MetricsWriter
-from realjax.record.report import ReportParts, Section, is_finished, read_parts, write_report
+from realjax.record.report import ReportParts, Section, headline_parts, is_finished, read_parts, write_report
 
 PNG_START = b"\x89PNG\r\n"
 EVIL = "<script>alert('x')</script> & \"$\\frac{1}$\""
@@ -197,3 +197,9 @@ def test_a_report_is_made_again_from_what_it_left_and_says_whether_the_run_goes_
     (run_dir / "report.json").write_text("{}")
     with pytest.raises(ValueError, match=r"report\.json' is not as a run writes it .*; remove it"):
         read_parts(run_dir)
+
+
+def test_the_numbers_that_come_first_have_none_twice():
+    steps = [{"step": i, "kind": "train", "loss": i / 8, "actor_loss": i / 8, "eos_share": 1, "acc": 1} for i in (1, 2)]
+    (table,) = headline_parts(steps)
+    assert [name in table for name in ("loss, training", "actor_loss", "eos_share", "acc, training")] == [1, 0, 1, 1]

@@ -44,7 +44,7 @@ def test_the_page_of_runs(runs, tmp_path, capsys):
     assert f"written to {page}" in capsys.readouterr().out
     text = page.read_text()
     assert "<h1>base | hot</h1>" in text and "optimizer.lr" in text and "<td>seed</td>" not in text
-    assert "3.0000 (step 3)" in text and "30.0000 (step 3)" in text
+    assert "base, step 3" in text and "<td>3.0000</td>" in text and "<td>30.0000</td>" in text
     assert text.count("<figure>") == 2 and 'src="http' not in text
 
 
