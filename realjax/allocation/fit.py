@@ -17,6 +17,7 @@ from realjax.allocation.run_workload import read_workload
 from realjax.allocation.shapes import shape_rollouts
 from realjax.allocation.simulate import USABLE_SHARE, simulate
 from realjax.core.host_memory import total_bytes
+from realjax.core.processes import largest
 from realjax.dataflow.graph import Call, DataflowGraph, Inference, MicroBatches, Train
 from realjax.dataflow.run import AllocationOptions, Evaluation, RolloutEvaluation, RunSpec
 
@@ -99,14 +100,16 @@ def describe_memory(options: AllocationOptions, devices: Sequence[jax.Device], m
 
 def measure_memory(devices: Sequence[jax.Device]) -> int | None:
     """Returns the bytes of a device; None where it does not say. The same at each start, so that a resume has the same
-    micro-batches.
+    micro-batches, and the least of all processes, which run one program. Every process must call this.
     """
     local = [device for device in devices if device.process_index == jax.process_index()]
     if devices[0].platform == "cpu":
-        return int(total_bytes() * HOST_SHARE) // max(1, len(local))
-    stats = local[0].memory_stats() if local else None
-    # The limit is what the run's settings leave of the device, see `USABLE_SHARE`.
-    return int(stats["bytes_limit"] / USABLE_SHARE) if stats and "bytes_limit" in stats else None
+        own = int(total_bytes() * HOST_SHARE) // max(1, len(local))
+    else:
+        stats = local[0].memory_stats() if local else None
+        # The limit is what the run's settings leave of the device, see `USABLE_SHARE`.
+        own = int(stats["bytes_limit"] / USABLE_SHARE) if stats and "bytes_limit" in stats else 0
+    return -largest(-own) or None
 
 
 def apply_counts(spec: RunSpec, counts: Mapping[str, int]) -> RunSpec:
