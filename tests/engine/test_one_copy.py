@@ -19,7 +19,7 @@ from realjax.runtime.memory import device_bytes
 from tests.engine.generation_cases import make_requests
 from tests.given.models import make_layout, make_model, place_params, random_tree
 
-MODEL = make_model(num_layers=8, num_kv_heads=8)
+MODEL = make_model(num_layers=4, num_kv_heads=8)
 GREEDY = GenerationConfig(max_new_tokens=8, min_new_tokens=0, greedy=True)
 
 
@@ -29,8 +29,9 @@ def bytes_on(devices: tuple[jax.Device, ...]) -> int:
     return sum(device_bytes(jax.live_arrays(), device) for device in devices)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"pp": 2}], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), [({}, "bfloat16"), ({"tp": 2}, "float32"), ({"pp": 2}, "bfloat16")], ids=str
+)
 def test_moved_parameters_are_made_ready_as_they_arrive_and_held_once(sizes, dtype):
     strategy = ParallelStrategy(**sizes)
     layout = Layout.of(strategy, jax.devices()[4 : 4 + strategy.size])
