@@ -1,5 +1,7 @@
 """Sums over tokens and devices are float32, whatever the compute dtype."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,18 +81,24 @@ def gradients(name: str, dtype: str, layout: dict, num_mbs: int = 1, **options) 
     return jax.tree.map(np.asarray, grads)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def exact(request) -> tuple[str, Tree]:
-    return request.param, gradients(request.param, "float32", {})
+@cache
+def exact(name: str) -> Tree:
+    return gradients(name, "float32", {})
+
+
+# Each model as a whole, in stages and in another layout; how micro-batches and devices add up, on the first alone.
+CASES = [
+    *(("biases", layout, num_mbs) for layout, num_mbs in (({}, 1), ({}, 32), *((layout, 4) for layout in LAYOUTS[1:]))),
+    *((name, LAYOUTS[i], num_mbs) for name in ("tied", "learned", "critic") for i, num_mbs in ((0, 1), (4, 4))),
+    ("tied", LAYOUTS[3], 4),
+    ("critic", LAYOUTS[1], 8),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "num_mbs"), [({}, 1), ({}, 8), ({}, 32), *((layout, 4) for layout in LAYOUTS[1:])], ids=str
-)
-def test_gradients_in_bfloat16_are_those_of_float32_for_tokens_seen_thousands_of_times(layout, num_mbs, exact):
-    name, expected = exact
-    errors = relative_errors(gradients(name, "bfloat16", layout, num_mbs, loss_chunk_tokens=1024), expected)
+@pytest.mark.parametrize(("name", "layout", "num_mbs"), CASES, ids=str)
+def test_gradients_in_bfloat16_are_those_of_float32_for_tokens_seen_thousands_of_times(name, layout, num_mbs):
+    errors = relative_errors(gradients(name, "bfloat16", layout, num_mbs, loss_chunk_tokens=1024), exact(name))
     assert max(errors.values()) < 0.015, errors
 
 
@@ -109,8 +117,12 @@ def test_a_sum_over_many_tokens_is_their_number(count):
         assert float(grad[0]) == count, name
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    # Every kind of parameter with data in parallel and in stages; what else there is, with all of them or some.
+    [*((name, LAYOUTS[i]) for name in MODELS for i in (3, 4)), ("biases", LAYOUTS[1]), ("tied", LAYOUTS[2])],
+    ids=str,
+)
 def test_nothing_of_16_bits_is_summed_over_data(name, layout):
     model, loss = MODELS[name]
     placed = make_layout(**layout)
