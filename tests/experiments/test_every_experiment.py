@@ -6,6 +6,7 @@ The cases are made from `EXPERIMENTS` and the models that an experiment's option
 import json
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -188,6 +189,7 @@ def test_a_metric_of_one_of_several_sets(experiment, given, tmp_path):
             build_spec(experiment, make(name))
 
 
+@cache
 def whole_numbers(experiment: str) -> list[str]:
     """Returns the options that are whole numbers."""
     options = list_options(EXPERIMENTS[experiment].config_cls)
@@ -198,15 +200,19 @@ def whole_numbers(experiment: str) -> list[str]:
     "experiment", [pytest.param(name, marks=pytest.mark.slow) if name in GROUPS else name for name in EXPERIMENTS]
 )
 def test_huge_values_are_refused_at_once_or_do_no_harm(experiment, given, tmp_path):
-    """By arithmetic: nothing is allocated for them, and an error is one line."""
+    """By arithmetic: nothing is allocated for them, and an error is one line.
+
+    The first experiment that has an option tries more values of it than the others do.
+    """
     start, base = time.process_time(), make_options(experiment, given, tmp_path / "root")
     for option in whole_numbers(experiment):
-        for value in (10**7, 10**9, 2**31 - 1):
+        is_first = experiment == next(name for name in EXPERIMENTS if option in whole_numbers(name))
+        for value in (10**7, 10**9, 2**31 - 1) if is_first else (2**31 - 1,):
             try:
                 build_spec(experiment, {**base, option: value})
             except ValueError as error:
                 assert len(str(error)) < 600 and "\n" not in str(error)
-        for value in (2**32, 10**30, "9" * 5000):
+        for value in (2**32, 10**30, "9" * 5000) if is_first else (2**32,):
             with pytest.raises(ValueError, match=rf"{option.rpartition('.')[2]}: found .* (at most|between 0 and)"):
                 build_spec(experiment, {**base, option: value})
     assert time.process_time() - start < 120
