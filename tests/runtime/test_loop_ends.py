@@ -76,9 +76,10 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["int", "term"]
+    ("phase", "number"),
+    # What a signal is called matters only to what is said of it.
+    [*((phase, signal.SIGINT) for phase in PHASES), ("loading", signal.SIGTERM), ("saving", signal.SIGTERM)],
 )
 def test_a_signal_in_any_phase(phase, number, spec, monkeypatch, capsys, caplog):
     owner, name, call, step = PHASES[phase]
