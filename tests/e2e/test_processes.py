@@ -140,19 +140,22 @@ def test_a_stopped_process_is_noticed_and_told_in_a_line(given, tmp_path):
     assert after[after[0].startswith("launch: ")].startswith("[0] realjax: error: process 1 of the run has not ans")
 
 
-@pytest.mark.parametrize("moment", ["2 processes joined", "(global step 3):"], ids=["starting", "training"])
-def test_nothing_outlives_its_launcher(moment, given, tmp_path):
+def test_nothing_outlives_its_launcher(given, tmp_path):
+    """Nor where it is killed later: `test_faults.py`."""
     trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
-        wait_for_text(moment, launcher, log)
+        wait_for_text("2 processes joined", launcher, log)
         launcher.kill()
         started_at = time.monotonic()
         assert wait_for_end(launcher, log) == -signal.SIGKILL
         assert time.monotonic() - started_at < 10
 
 
-@pytest.mark.parametrize("number", STOPS)
-@pytest.mark.parametrize("moment", ["2 processes joined", "(global step 3):"], ids=["starting", "training"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("2 processes joined", signal.SIGTERM), ("(global step 3):", signal.SIGINT)],
+    ids=["starting", "training"],
+)
 def test_a_signal_stops_all_and_saves_what_was_done(moment, number, given, tmp_path):
     trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
     with started(launch_words(trial.words()), log) as launcher:
