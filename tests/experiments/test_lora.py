@@ -11,6 +11,7 @@ from realjax.core.trees import flatten_paths
 from realjax.hf.adapters import has_head, load_adapters, merge_adapters, with_adapters
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model, make_fill
+from realjax.runtime.ahead import Ahead
 from realjax.runtime.executor import Executor
 from tests.given.compare import assert_bitwise_equal
 from tests.given.models import on_one_device
@@ -78,6 +79,43 @@ def test_a_step_trains_adapters_beside_the_reference(experiment, given, quick, t
     after = flatten_paths(executor.own_params("actor"))
     assert before.keys() == after.keys() and all(path.rpartition("/")[2].startswith("lora_") for path in after)
     assert any((before[path] != np.asarray(after[path])).any() for path in after) or experiment == "grpo"
+
+
+@pytest.mark.parametrize("experiment", ["simpo", "orpo", "distill", "rloo", "remax", "reinforce_pp", "ahead"])
+def test_adapters_alone_are_trained_in_every_experiment(experiment, given, quick, tmp_path):
+    """`ahead`: of GRPO whose answers are drawn beside training."""
+    is_ahead, role = experiment == "ahead", "actor"
+    changes = {"actor__lora__rank": 3, "actor__optimizer__lr": 0.01}
+    if experiment in ("simpo", "orpo", "distill"):
+        executor = load_executor(build_spec(experiment, make_options(experiment, given, tmp_path, **changes)))
+    else:
+        group = {"ahead": "grpo"}.get(experiment, experiment)
+        executor = load_executor(build_rl_spec(given, tmp_path, group, staleness=int(is_ahead), **changes))
+    before = jax.tree.map(np.asarray, flatten_paths(executor.own_params(role)))
+    base = flatten_paths(jax.tree.map(np.asarray, executor.bases.at_home(executor.roles[role])))
+    loader = executor.plan.loader
+    step = Ahead(executor, loader, 2).step if is_ahead else lambda step: executor.step(loader.batch(step), step)
+    for number in range(2):
+        step(number)
+    after = flatten_paths(executor.own_params(role))
+    assert before.keys() == after.keys() and all(path.rpartition("/")[2].startswith("lora_") for path in after)
+    assert any((before[path] != np.asarray(after[path])).any() for path in after)
+    assert_bitwise_equal(flatten_paths(executor.bases.at_home(executor.roles[role])), base)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_that_peft_made_is_trained_on(given, quick, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(given.language_model)
+    own = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(theirs, own).save_pretrained(tmp_path / "theirs")
+    changes = {f"model.{name}": value for name, value in CONSTANT.items()} | {"model.lora.path": tmp_path / "theirs"}
+    assert run_here(build_spec("sft", make_options("sft", given, tmp_path / "run") | changes)) == 0
+    (saved,) = (tmp_path / "run").rglob("adapter_model.safetensors")
+    before, after = load_file(tmp_path / "theirs" / "adapter_model.safetensors"), load_file(saved)
+    assert before.keys() == after.keys() and all((before[name] != after[name]).any() for name in after)
+    again = transformers.AutoModelForCausalLM.from_pretrained(given.language_model)
+    assert peft.PeftModel.from_pretrained(again, saved.parent).peft_config["default"].r == 2
 
 
 def test_an_adapter_is_what_a_run_begins_with(given, quick, adapters, tmp_path):
