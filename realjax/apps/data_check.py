@@ -8,7 +8,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from realjax.apps.errors import report_errors
-from realjax.apps.quickstart import configure_logging
+from realjax.apps.log import configure_logging
 from realjax.apps.words import HELP_FLAGS, say
 from realjax.data.datasets import load_prompt_answer
 from realjax.data.files import Source

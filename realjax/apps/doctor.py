@@ -8,15 +8,10 @@ import os
 from collections.abc import Sequence
 
 from realjax.apps.checkup import check_models, look, saved_bytes
+from realjax.apps.devices import join_group, prepare_devices, prepare_environment
+from realjax.apps.log import configure_logging
 from realjax.apps.present import count_devices, count_present
-from realjax.apps.quickstart import (
-    EXPERIMENTS,
-    configure_logging,
-    find_experiment,
-    join_group,
-    prepare_devices,
-    prepare_environment,
-)
+from realjax.apps.quickstart import EXPERIMENTS, find_experiment
 from realjax.apps.words import HELP_FLAGS, take_option_files
 from realjax.core.processes import is_first
 from realjax.launch.environment import end_with_launcher, find_process_group

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from realjax.allocation.cluster import Cluster
-from realjax.apps.quickstart import configure_logging, join_group, prepare_devices, prepare_environment
+from realjax.apps.devices import join_group, prepare_devices, prepare_environment
+from realjax.apps.log import configure_logging
 from realjax.apps.words import HELP_FLAGS
 from realjax.core.processes import is_first
 from realjax.data.jsonl import load_rows

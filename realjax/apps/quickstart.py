@@ -15,18 +15,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import jax
-from rich.console import Console
 
 from realjax.allocation import modes
 from realjax.allocation.modes import check_options
 from realjax.allocation.plan import AllocationPlan
+from realjax.apps.devices import join_group, prepare_devices, prepare_environment
 from realjax.apps.errors import report_errors
+from realjax.apps.log import configure_logging
 from realjax.apps.named_recipes import asks_for_list, list_recipes
-from realjax.apps.present import Machine, count_devices, count_present
+from realjax.apps.present import count_devices, count_present
 from realjax.apps.words import (
     HELP_FLAGS,
     PRINT_FLAG,
@@ -38,13 +37,10 @@ from realjax.apps.words import (
     say_version,
     take_option_files,
 )
-from realjax.core.malloc import keep_freed_memory
-from realjax.core.processes import is_first, text_from_first
+from realjax.core.processes import text_from_first
 from realjax.dataflow.run import RunPaths, RunSpec
 from realjax.launch import ray, slurm
-from realjax.launch.accelerators import find_accelerator
-from realjax.launch.environment import ProcessGroup, end_with_launcher, find_process_group, join
-from realjax.launch.settings import choose_environment
+from realjax.launch.environment import ProcessGroup, end_with_launcher, find_process_group
 from realjax.options.checks import list_notices, resolve_names, validate
 from realjax.options.common import CommonExperimentConfig
 from realjax.options.distill import DistillConfig
@@ -55,11 +51,9 @@ from realjax.options.parsing import nearest_names, parse_overrides
 from realjax.options.paths import check_writable, run_paths
 from realjax.options.rl import GRPOConfig, PPOConfig, ReinforcePPConfig, ReMaxConfig, RLOOConfig
 from realjax.options.supervised import DPOConfig, KTOConfig, ORPOConfig, RWConfig, SFTConfig, SimPOConfig
-from realjax.record.console import LOG_FORMAT, LOG_TIME_FORMAT, ConsoleHandler, make_console
 from realjax.runtime.watchdog import end_if_stuck, watch_run
 
 logger = logging.getLogger("realjax.quickstart")
-MOST_DEVICES = 1024
 PLAN_FLAG = "--plan"
 IS_USABLE: dict[str, Callable[[], bool]] = {"slurm": slurm.is_usable, "ray": ray.is_installed}
 
@@ -272,67 +266,10 @@ def announce(name: str, config: CommonExperimentConfig, paths: RunPaths) -> None
         logger.info(notice)
 
 
-def prepare_environment(config: Machine, group: ProcessGroup | None) -> tuple[str, ...]:
-    """Sets what XLA, CUDA and NCCL read as they start, and returns what to log of it; ValueError if it cannot be."""
-    num_gpus = count_devices(config) // (1 if group is None else group.num_processes)
-    environment = choose_environment(
-        os.environ,
-        find_accelerator(os.environ),
-        num_gpus,
-        recommend=config.accelerator_settings == "recommended",
-        deterministic=config.deterministic,
-    )
-    # That PyTorch is not there is as it should be: of transformers only configurations and tokenizers are used.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.update(environment.variables)
-    return environment.notices
-
-
 def join_processes(config: CommonExperimentConfig, group: ProcessGroup) -> CommonExperimentConfig:
     """Joins the run's processes and returns `config` with the first one's trial name. ValueError as `join_group`."""
     join_group(config, group)
     return dataclasses.replace(config, trial_name=text_from_first(str(config.trial_name)))
-
-
-def join_group(config: Machine, group: ProcessGroup) -> None:
-    """Joins the processes of a command; only the first one logs its progress.
-
-    ValueError when the devices do not divide over the processes.
-    """
-    needed = count_devices(config)
-    if needed % group.num_processes:
-        raise ValueError(
-            f"n_nodes*n_gpus_per_node: {needed} devices do not divide over {group.num_processes} processes; "
-            "start as many processes as divide them"
-        )
-    check_num_devices(needed // group.num_processes)
-    jax.config.update("jax_num_cpu_devices", needed // group.num_processes)
-    join(group, needed // config.n_nodes)
-    if not is_first():
-        logging.getLogger("realjax").setLevel(logging.WARNING)
-
-
-def configure_logging() -> Console:
-    """Sends realjax's log to the console, in place of what an earlier call set up, and returns that console."""
-    root = logging.getLogger("realjax")
-    for handler in [h for h in root.handlers if isinstance(h, ConsoleHandler)]:
-        root.removeHandler(handler)
-    console = make_console()
-    handler = ConsoleHandler(console)
-    handler.setFormatter(ShortNameFormatter(LOG_FORMAT, LOG_TIME_FORMAT))
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    # Libraries give the root logger handlers of their own, which would print every line again.
-    root.propagate = False
-    return console
-
-
-class ShortNameFormatter(logging.Formatter):
-    """Shows the logger `realjax.quickstart` as `quickstart`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        short = logging.makeLogRecord(record.__dict__ | {"name": record.name.removeprefix("realjax.")})
-        return super().format(short)
 
 
 def find_launcher(mode: str | None) -> str | None:
@@ -346,44 +283,6 @@ def find_launcher(mode: str | None) -> str | None:
         return mode
     logger.warning("mode=%s: no such cluster here, so the run stays in this process, as with mode=local.", mode)
     return None
-
-
-def check_num_devices(num_devices: int) -> None:
-    """Raises ValueError for more devices than one process can have, virtual ones included."""
-    if num_devices > MOST_DEVICES:
-        raise ValueError(
-            f"n_nodes*n_gpus_per_node: found {num_devices} devices for one process, which has at most {MOST_DEVICES}; "
-            "lower them, or start more processes (docs/processes.md)"
-        )
-
-
-def prepare_devices(n_nodes: int, n_gpus_per_node: int, cache: Path) -> tuple[jax.Device, ...]:
-    """Returns the first n_nodes*n_gpus_per_node devices, virtual ones where there is no accelerator.
-
-    ValueError when there are accelerators, but too few. Programs compiled earlier come from `cache`.
-    """
-    needed = n_nodes * n_gpus_per_node
-    settings: Any = jax.config
-    if settings.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        # Small programs too: a run has many, and their compiling takes longer than to read them.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if settings.jax_num_cpu_devices < needed and not jax.distributed.is_initialized():
-        check_num_devices(needed)
-        # Only possible before the first use of a device.
-        jax.config.update("jax_num_cpu_devices", needed)
-    devices, platform = jax.devices(), jax.default_backend()
-    if len(devices) < needed:
-        raise ValueError(
-            f"n_nodes*n_gpus_per_node: {n_nodes}*{n_gpus_per_node} = {needed} devices wanted, but this machine has "
-            f"{len(devices)} ({platform}); set n_nodes, n_gpus_per_node and the parallel sizes to what there is, or "
-            "set JAX_PLATFORMS=cpu to use virtual CPU devices"
-        )
-    if platform == "cpu":
-        stand_in = "one CPU device stands" if needed == 1 else f"{needed} virtual CPU devices stand"
-        logger.info("No accelerator found: %s in.", stand_in)
-        keep_freed_memory()
-    return tuple(devices[:needed])
 
 
 def _usage() -> str:

@@ -10,7 +10,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from realjax.apps.errors import report_errors
-from realjax.apps.quickstart import PLAN_FLAG, configure_logging, find_experiment, run_experiment
+from realjax.apps.log import configure_logging
+from realjax.apps.quickstart import PLAN_FLAG, find_experiment, run_experiment
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
 from realjax.options.parsing import convert_target, locate
 

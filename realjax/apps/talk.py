@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import jax
 
-from realjax.apps.quickstart import configure_logging, prepare_devices, prepare_environment
+from realjax.apps.devices import prepare_devices, prepare_environment
+from realjax.apps.log import configure_logging
 from realjax.apps.words import HELP_FLAGS, say
 from realjax.options.describe import describe_options
 from realjax.options.parsing import parse_overrides

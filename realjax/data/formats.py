@@ -106,7 +106,7 @@ def _read_calls(found: object, place: str) -> list[JsonObject]:
     calls: list[JsonObject] = []
     for call in found if isinstance(found, list) else [None]:
         function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"{place} {needed}")
         arguments = _read_json(function.get("arguments", {}), f"{place}: 'arguments' of a call")
         if not isinstance(arguments, dict):

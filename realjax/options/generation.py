@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.option import nested, option
@@ -11,6 +11,14 @@ from realjax.options.datasets import PromptOnlyDatasetConfig
 from realjax.options.model import ModelTrainEvalConfig
 from realjax.options.parallel import MFCConfig
 from realjax.options.supervised import check_role
+
+
+class SlotOptions(TypedDict):
+    """What a generate call is told of its slots, see `dataflow.graph.Generate`."""
+
+    num_slots: int | None
+    tail_slots: int | None
+    tail_tp: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +45,9 @@ class GenerationOptions(GenerationConfig):
         "force_cudagraph_recapture": "XLA compiles the whole decoding loop once for each shape",
     }
 
-    def slots(self) -> dict[str, Any]:
-        """Returns how many answers are decoded at once, and where the last go on, as a generate call has it."""
-        return {
-            "num_slots": self.num_slots,
-            "tail_slots": self.tail_slots,
-            "tail_tp": self.tail_model_parallel_size,
-        }
+    def slots(self) -> SlotOptions:
+        """Returns how many answers are decoded at once, and where the last go on."""
+        return SlotOptions(num_slots=self.num_slots, tail_slots=self.tail_slots, tail_tp=self.tail_model_parallel_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from realjax.apps import quickstart
+from realjax.apps import devices, quickstart
 from realjax.apps.chat import talk
 from realjax.apps.speaker import Speaker
 from realjax.core.generation_config import GenerationConfig
@@ -24,7 +24,7 @@ def run(*words) -> int:
 
 
 def make_speaker(path, gen=GREEDY, **options) -> Speaker:
-    return Speaker(str(path), ChatConfig(gen=gen, **options), quickstart.prepare_devices(1, 1, path), num_slots=2)
+    return Speaker(str(path), ChatConfig(gen=gen, **options), devices.prepare_devices(1, 1, path), num_slots=2)
 
 
 @pytest.fixture(scope="module")

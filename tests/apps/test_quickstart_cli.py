@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from realjax.apps import quickstart, recipe
+from realjax.apps import devices, log, quickstart, recipe
 from realjax.apps.errors import report_errors
 from realjax.options.fields import list_options
 from tests.options.test_config_dict import RECIPE
@@ -163,8 +163,8 @@ def test_options_without_effect_say_so_on_the_console(runs, command, capsys):
 
 
 def test_logging_is_set_up_once(capsys):
-    quickstart.configure_logging()
-    quickstart.configure_logging()
+    log.configure_logging()
+    log.configure_logging()
     quickstart.logger.info("one [line]")
     assert capsys.readouterr().out.count("one [line]") == 1
 
@@ -178,22 +178,22 @@ def jax_settings():
 
 
 def test_virtual_cpu_devices_stand_in(jax_settings, tmp_path, capsys):
-    quickstart.configure_logging()
-    devices = quickstart.prepare_devices(2, 4, tmp_path)
-    assert len(set(devices)) == 8
-    assert devices[0].platform == "cpu"
+    log.configure_logging()
+    prepared = devices.prepare_devices(2, 4, tmp_path)
+    assert len(set(prepared)) == 8
+    assert prepared[0].platform == "cpu"
     assert "No accelerator found: 8 virtual CPU devices stand in." in capsys.readouterr().out
-    assert quickstart.prepare_devices(1, 2, tmp_path) == devices[:2]
+    assert devices.prepare_devices(1, 2, tmp_path) == prepared[:2]
 
 
 def test_too_few_accelerators_are_refused(jax_settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart.jax, "devices", lambda: ["gpu0"])
-    monkeypatch.setattr(quickstart.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(devices.jax, "devices", lambda: ["gpu0"])
+    monkeypatch.setattr(devices.jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match=r"^n_nodes\*n_gpus_per_node: 1\*8 = 8 devices wanted, but .* has 1 \(gpu\)"):
-        quickstart.prepare_devices(1, 8, tmp_path)
+        devices.prepare_devices(1, 8, tmp_path)
 
 
 def test_more_devices_than_a_process_can_have_are_refused_before_there_are_any():
     with pytest.raises(ValueError, match=r"^n_nodes\*n_gpus_per_node: found 409600 devices for one process, which has"):
-        quickstart.check_num_devices(409_600)
-    quickstart.check_num_devices(1024)
+        devices.check_num_devices(409_600)
+    devices.check_num_devices(1024)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from realjax.allocation import allocate
-from realjax.apps import quickstart
+from realjax.allocation import allocate, fit
+from realjax.apps import devices, quickstart
 from realjax.launch.accelerators import Accelerator
 from realjax.launch.environment import ProcessGroup
 from realjax.options.supervised import SFTConfig
@@ -19,7 +19,7 @@ def environ(monkeypatch):
     """An environment of the test's own, with a GPU's name to be found by the command."""
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     monkeypatch.setattr(os, "environ", environ)
-    monkeypatch.setattr(quickstart, "find_accelerator", lambda environ: AMPERE)
+    monkeypatch.setattr(devices, "find_accelerator", lambda environ: AMPERE)
     return environ
 
 
@@ -31,6 +31,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, tmp_path, *words: str) -> dict[str, st
     monkeypatch.setattr(quickstart, "prepare_devices", lambda *args: seen.update(os.environ))
     monkeypatch.setattr(quickstart.Experiment, "build", lambda self, config: config)
     planned = SimpleNamespace(describe=lambda: "the plan")
+    monkeypatch.setattr(fit, "fit_micro_batches", lambda spec, devices: spec)
     monkeypatch.setattr(allocate, "allocate", lambda spec, devices: planned)
     paths = [f"fileroot={tmp_path}", "model.path=model", f"dataset.train_path={data}", f"dataset.valid_path={data}"]
     assert quickstart.main(["sft", "--plan", "mode=local", "n_gpus_per_node=8", *paths, *words]) == 0
@@ -67,7 +68,7 @@ def test_a_process_of_several_counts_its_own_gpus(environ):
         group = ProcessGroup(
             coordinator=None, num_processes=num_processes, process_id=0, processes_per_node=num_processes, local_id=0
         )
-        quickstart.prepare_environment(SFTConfig(n_gpus_per_node=8), group)
+        devices.prepare_environment(SFTConfig(n_gpus_per_node=8), group)
         return environ.get("NCCL_LAUNCH_MODE")
 
     assert prepare(8) is None and prepare(2) == "GROUP"
@@ -75,5 +76,5 @@ def test_a_process_of_several_counts_its_own_gpus(environ):
 
 def test_a_run_on_cpu_devices_sets_nothing():
     before = dict(os.environ)
-    assert quickstart.prepare_environment(SFTConfig(deterministic=True, n_gpus_per_node=8), None) == ()
+    assert devices.prepare_environment(SFTConfig(deterministic=True, n_gpus_per_node=8), None) == ()
     assert dict(os.environ) == before

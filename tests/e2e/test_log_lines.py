@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from rich.console import Console
 
-from realjax.apps import quickstart
+from realjax.apps import log
 from tests.given.commands import Trial
 
 TIME = re.compile(r"\d\d:\d\d:\d\d |\d{8}-\S+ ")
@@ -17,7 +17,7 @@ TIME = re.compile(r"\d\d:\d\d:\d\d |\d{8}-\S+ ")
 def test_lines_are_short_and_say_each_thing_once_with_its_unit(given, tmp_path, monkeypatch):
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, force_interactive=False, width=120, color_system=None)
-    monkeypatch.setattr(quickstart, "make_console", lambda: console)
+    monkeypatch.setattr(log, "make_console", lambda: console)
     options = {"n_gpus_per_node": 2, "allocation_mode": "d1p1m2", "dataset.valid_path": given.held_out}
     trial = Trial(given=given, root=tmp_path, experiment="grpo", options={**options, "eval_freq_steps": 2})
     assert trial.run(max_steps=3, dataset__train_bs_n_seqs=4) == 0
