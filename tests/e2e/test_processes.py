@@ -98,9 +98,9 @@ def test_two_processes_do_what_one_does(whole):
 
 def test_processes_search_for_one_plan(whole):
     """The first one's: a search of its own in each could differ."""
-    searched = replace(whole, name="searched", options={**whole.options, "allocation_mode": "search"})
-    manual = [name for name in OPTIONS if ".parallel." in name]
-    launch(replace(searched, options={k: v for k, v in searched.options.items() if k not in manual}), "--devices", "4")
+    options = {k: v for k, v in whole.options.items() if ".parallel." not in k}
+    searched = replace(whole, name="searched", options=options | {"allocation_mode": "search", "n_gpus_per_node": 2})
+    launch(searched)
     found = [[line["loss"] for line in trial.metrics("train")] for trial in (searched, whole)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -129,9 +129,11 @@ def test_the_others_end_when_one_is_killed(victim, given, tmp_path):
 
 
 def test_a_stopped_process_is_noticed_and_told_in_a_line(given, tmp_path):
-    assert HEARTBEAT_SECONDS < 60
+    """After a time without a word from it, here shorter than a run's own."""
+    assert 15 < HEARTBEAT_SECONDS < 60
     trial, log = Trial(given=given, root=tmp_path, options=ENDLESS), tmp_path / "log"
-    with started(launch_words(trial.words()), log) as launcher:
+    sooner = "from realjax.launch import environment; environment.HEARTBEAT_SECONDS = 15"
+    with started(["-c", LAUNCHER % sooner, *trial.words()], log) as launcher:
         wait_for_text("(global step 3):", launcher, log)
         workers_of(launcher)[1].suspend()
         assert wait_for_end(launcher, log) not in (0, *(128 + number for number in STOPS)), log.read_text()
@@ -182,20 +184,25 @@ def test_an_error_of_all_is_a_line_of_each_and_code_2(given, tmp_path):
     assert "Traceback (most" not in log.read_text()
 
 
-# Process 1 goes its own way: what it does first is put in for `%s`.
-ONE_DIFFERS = """
+# Its processes begin with what is put in for `%s`.
+LAUNCHER = """
 import sys
 from realjax.launch.local import Share, run_processes
 program = '''
 import os, sys
 from realjax.apps.quickstart import main
 from realjax.data.loader import Loader
-if os.environ["REALJAX_PROCESS_ID"] == "1":
-    %s
+%s
 sys.exit(main(["sft", *sys.argv[1:]]))
 '''
 sys.exit(run_processes([sys.executable, "-c", program, *sys.argv[1:]], Share(processes=2)))
 """
+# Process 1 goes its own way.
+ONE_DIFFERS = (
+    LAUNCHER
+    % """if os.environ["REALJAX_PROCESS_ID"] == "1":
+    %s"""
+)
 FAILURES = {
     "before the first step": (
         "sys.argv += ['dataset.train_path=none.jsonl']",

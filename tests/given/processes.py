@@ -44,8 +44,7 @@ def run_workers(script: Path, num_processes: int, folder: Path, *arguments: str)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env.pop("JAX_NUM_CPU_DEVICES", None)
+    env = command_environment() | {"JAX_PLATFORMS": "cpu"}
     logs = [folder / f"{num_processes}-{i}.log" for i in range(num_processes)]
     workers: list[subprocess.Popen] = []
     try:
