@@ -2,7 +2,8 @@
 
 For each of `calculator` and `guessing`, in a folder of its own: `model` (config.json and a tokenizer with a chat
 template, no weights), `sft.jsonl` (conversations of players that are good now and then), and `train.jsonl` and
-`valid.jsonl`, prompts for reinforcement learning, of which none is in both.
+`valid.jsonl`, prompts for reinforcement learning. No question of the calculator is in both. The guessing game's prompts
+are all alike, and both files have every secret: what can be learned is how to guess.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def share_bases(roles: Mapping[str, RoleSpec]) -> dict[str, RoleSpec]:
 
     def one(role: RoleSpec) -> RoleSpec:
         own = _name_base(role, role.merged)
-        is_frozen = role.optimizer is None and not role.is_averaged and not role.init_from_scratch
+        is_frozen = role.optimizer is None and not role.is_averaged
         is_there = any(other.base == own and _is_part(role, other) for other in adapted)
         return replace(role, base=own) if role.base is None and is_frozen and is_there else role
 
@@ -73,4 +73,6 @@ def share_bases(roles: Mapping[str, RoleSpec]) -> dict[str, RoleSpec]:
 def _is_part(role: RoleSpec, other: RoleSpec) -> bool:
     """Returns whether all of a role's parameters are among another's frozen ones, in the same precision."""
     plain = other.config.without_adapters()
-    return role.config == plain and not plain.is_critic and role.compute.dtype == other.compute.dtype
+    # Random weights are nobody else's. Both have them only where shapes are planned, of directories without weights.
+    is_same = role.config == plain and role.init_from_scratch == other.init_from_scratch
+    return is_same and not plain.is_critic and role.compute.dtype == other.compute.dtype

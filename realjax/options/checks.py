@@ -51,6 +51,11 @@ def validate(config: CommonExperimentConfig) -> None:
             raise ValueError(
                 f"{name}.path: nothing given; it needs a Hugging Face checkpoint directory or hub identifier"
             )
+        if model.lora.is_on and model.init_from_scratch:
+            raise ValueError(
+                f"{name}.lora.rank: there is an adapter with init_from_scratch=True, and it belongs beside weights "
+                "that are saved somewhere; leave one of them out"
+            )
     for name, dataset in find_instances(config, DATASETS).items():
         _check_data_files(config, name, dataset)
 

@@ -67,7 +67,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("resume_from_checkpoint", "resume_mode"), ("recover_mode",)),
     **dict.fromkeys(("tensor_model_parallel_size", "tensor_parallel_size"), ("allocation_mode",)),
     **dict.fromkeys(("nnodes",), ("n_nodes",)),
-    "mask_truncated_completions": ("dataset.truncate",),
+    "mask_truncated_completions": ("ppo.mask_truncated",),
     "assistant_only_loss": ("dataset.turns",),
 }
 # What counts something else than the option that stands for it.

@@ -122,11 +122,6 @@ class ModelTrainEvalConfig:
         check_ranges(self)
         if self.enable_bf16 and self.enable_fp16:
             raise ValueError("enable_bf16: found True together with enable_fp16=True; set one of them to False or null")
-        if self.lora.is_on and self.init_from_scratch:
-            raise ValueError(
-                "lora.rank: there is an adapter with init_from_scratch=True, and it belongs beside weights that are "
-                "saved somewhere; leave one of them out"
-            )
 
     @property
     def dtype(self) -> Literal["auto", "bfloat16", "float32"]:

@@ -1,11 +1,16 @@
 """`realjax plan`: what it prints, and how it refuses."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
 from realjax.apps import quickstart
+from realjax.apps.plan import build_spec
 from realjax.apps.quickstart import EXPERIMENTS
+from realjax.options.parsing import parse_overrides
+from realjax.options.supervised import DPOConfig
 from tests.given.runs import make_options, make_rl_options
 
 
@@ -55,6 +60,19 @@ def test_what_cannot_be_is_one_line(given, tmp_path, capsys, more, message):
     assert quickstart.main(["plan", "sft", *words(make_options("sft", given, tmp_path)), *more]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_adapters_are_planned_without_weights(given, tmp_path):
+    """A reference is its actor's base then too, as it is in the run that is planned."""
+    model = shutil.copytree(given.language_model, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    options = make_options("dpo", given, tmp_path, actor__path=model, ref__path=model)
+    lora = parse_overrides(DPOConfig, [*words(options), "actor.lora=4"])
+    roles = build_spec("dpo", lora).roles
+    assert roles["actor"].base is not None and roles["ref"].base == roles["actor"].base
+    random = dataclasses.replace(lora, actor=dataclasses.replace(lora.actor, init_from_scratch=True))
+    with pytest.raises(ValueError, match=r"^actor\.lora\.rank: there is an adapter with init_from_scratch=True"):
+        build_spec("dpo", random)
 
 
 def test_help_names_the_command(capsys):

@@ -135,11 +135,6 @@ def test_older_spellings_are_accepted():
             "model.lora.rank: found 0, so there is no adapter for",
         ),
         (SFTConfig, ["model.lora.path=x", "model.lora.rank=4"], "model.lora.rank: found 4 with path='x'"),
-        (
-            SFTConfig,
-            ["model.lora=4", "model.init_from_scratch=True"],
-            "model.lora.rank: there is an adapter with",
-        ),
         (DPOConfig, ["actor.type.is_critic=True"], "actor.type.is_critic: found True; this model needs a language"),
         (DPOConfig, ["ref.init_critic_from_actor=True"], "ref.type.is_critic: found False; .* a language model's head"),
         (DPOConfig, ["beta=0"], "beta: found 0.0; it must be above 0"),
