@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.given.commands import Trial
+from tests.given.commands import Trial, stopped_after
+from tests.given.compare import relative_errors
 from tests.given.environments import write_chat_models
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick")]
@@ -56,3 +57,23 @@ def test_too_many_failures_end_the_run_with_a_message(trial, capsys):
     told = "".join(capsys.readouterr())
     assert "of 32 conversations have failed" in told and "nobody is there" in told
     assert absent.steps() == []
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_with_conversations_under_way_ends_as_one_that_did_not_stop(trial):
+    """To the last bits of log-probabilities, which depend on the rows beside a row, and so on environments' haste."""
+    options = trial.options | {"recover_mode": "auto", "max_steps": 4, "staleness": 2, "algo.gen.num_slots": 8}
+    whole, stopped = (
+        Trial(given=trial.given, root=trial.root, name=name, experiment="grpo", options=options)
+        for name in ("whole", "stopped")
+    )
+    assert whole.run() == 0
+    with stopped_after(2):
+        assert stopped.run() == 143
+    assert stopped.run() == 0
+    found, expected = (
+        [[record[name] for name in ("turns", "n_seqs", "task_reward")] for record in one.metrics("train")]
+        for one in (stopped, whole)
+    )
+    assert found == pytest.approx(expected) and len(found) == 4
+    assert max(relative_errors(stopped.weights(4, "actor"), whole.weights(4, "actor")).values()) <= 1e-4
