@@ -72,7 +72,7 @@ def test_a_run_that_continues_with_conversations_under_way_ends_as_one_that_did_
         assert stopped.run() == 143
     assert stopped.run() == 0
     found, expected = (
-        [[record[name] for name in ("turns", "n_seqs", "task_reward")] for record in one.metrics("train")]
+        np.array([[record[name] for name in ("turns", "n_seqs", "task_reward")] for record in one.metrics("train")])
         for one in (stopped, whole)
     )
     assert found == pytest.approx(expected) and len(found) == 4

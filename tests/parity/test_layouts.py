@@ -52,10 +52,10 @@ SPARSE = LayerKind(
         balance_coef=0.3,
     ),
 )
-# Two layers, or one of each kind; in stages of several, four.
+# Two layers, or one of each kind; four in stages of several, and where rounding in bfloat16 is to even out.
 MODELS = {
     "full": make_model(**FULL),
-    "tied": make_model(tied=True),
+    "tied": make_model(tied=True, num_layers=4),
     "experts": make_model(pattern=(LayerKind(name="dense"), SPARSE)),
     "learned": make_model(**LEARNED),
     "capped": make_model(**CAPPED),
