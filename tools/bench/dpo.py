@@ -72,14 +72,10 @@ def run_trl(args: argparse.Namespace) -> None:
     turns = rounds.Turns()
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trl: Any = importlib.import_module("trl")  # not installed as a rule
     steps = rounds.StepMarks(turns, f"TRL {trl.__version__}, torch with {torch.get_num_threads()} threads, padded rows")
-
-    class Steps(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.end_step()
 
     read = lambda: AutoModelForCausalLM.from_pretrained(args.inputs / ACTOR, dtype=torch.float32)
     texts = [(row["prompt"], row["pos_answers"][0], row["neg_answers"][0]) for row in given.read_rows(args.inputs)]
@@ -90,7 +86,7 @@ def run_trl(args: argparse.Namespace) -> None:
         model=read(),
         ref_model=read(),
         train_dataset=Dataset.from_list(pairs),
-        callbacks=[Steps()],
+        callbacks=[steps.callback()],
     )
     trainer.train()
 

@@ -72,14 +72,10 @@ def run_trl(args: argparse.Namespace) -> None:
     turns = rounds.Turns()
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trl: Any = importlib.import_module("trl")  # not installed as a rule
     steps = rounds.StepMarks(turns, f"TRL {trl.__version__}, torch with {torch.get_num_threads()} threads")
-
-    class Steps(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.end_step()
 
     class Trainer(trl.GRPOTrainer):
         def _generate(self, *inputs: Any, **options: Any) -> Any:
@@ -99,7 +95,7 @@ def run_trl(args: argparse.Namespace) -> None:
         model=AutoModelForCausalLM.from_pretrained(args.inputs / ACTOR, dtype=torch.float32),
         reward_funcs=lambda completions, **_: count_letters([], completions, []),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
-        callbacks=[Steps()],
+        callbacks=[steps.callback()],
     )
     trainer.train()
 

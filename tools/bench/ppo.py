@@ -72,14 +72,10 @@ def run_trl(args: argparse.Namespace) -> None:
     """Takes the steps of TRL's trainer, which stops in a callback between two rounds."""
     turns = rounds.Turns()
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     trl: Any = importlib.import_module("trl.experimental.ppo.ppo_trainer")  # not installed as a rule
     steps = rounds.StepMarks(turns, f"torch with {torch.get_num_threads()} threads, rows padded to the longest prompt")
-
-    class Steps(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.end_step()
 
     def generate(*inputs: Any) -> Any:
         result = batch_generation(*inputs)
@@ -97,7 +93,7 @@ def run_trl(args: argparse.Namespace) -> None:
         reward_model=read(AutoModelForSequenceClassification, CRITIC),
         value_model=read(AutoModelForSequenceClassification, CRITIC),
         train_dataset=[{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in given.read_rows(args.inputs)],
-        callbacks=[Steps()],
+        callbacks=[steps.callback()],
     )
     # Only training calls actor and critic as one module.
     trainer.model.register_forward_pre_hook(lambda *_: steps.mark("scoring"))

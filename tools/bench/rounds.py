@@ -116,6 +116,18 @@ class StepMarks:
         self.ends: dict[str, float] = {}
         self.num_done, self.last = 0, time.perf_counter()
 
+    def callback(self) -> Any:
+        """Returns what tells a trainer's own ends of steps."""
+        from transformers import TrainerCallback
+
+        marks = self
+
+        class Steps(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                marks.end_step()
+
+        return Steps()
+
     def mark(self, name: str) -> None:
         """Says that `name` has just ended; the first time in a step counts."""
         self.ends.setdefault(name, time.perf_counter())
