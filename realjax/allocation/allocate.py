@@ -94,13 +94,11 @@ def lay_out(spec: RunSpec, devices: Sequence[jax.Device]) -> dict[str, Layout]:
 
 
 def place_calls(spec: RunSpec, cut: int | None = None) -> dict[str, heuristic.Placement]:
-    """Returns where every call runs, by name, as the mode says; devices by number. `cut` is `heuristic.place`'s."""
+    """Returns where every call runs, by name, as the mode says; devices by number. `cut` is `heuristic.place_run`'s."""
     options, trained = spec.allocation, {mfc.placement for mfc in spec.mfcs if isinstance(mfc, Train)}
     rules: Mapping[str, heuristic.Placement] = {}
     if options.mode == "heuristic":
-        machine = {"n_nodes": options.n_nodes, "n_gpus_per_node": options.n_gpus_per_node}
-        models, is_apart = {name: spec.roles[name] for name in spec.graph.roles}, bool(spec.graph.ahead)
-        rules = heuristic.place(models, **machine, is_apart=is_apart, cut=cut)
+        rules = heuristic.place_run(spec, cut)
     placements = {}
     for mfc in spec.mfcs:
         name, is_train = mfc.placement, mfc.placement in trained

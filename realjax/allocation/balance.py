@@ -5,7 +5,7 @@ from dataclasses import replace
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.cluster_costs import ClusterCosts
-from realjax.allocation.heuristic import place
+from realjax.allocation.heuristic import place_run
 from realjax.allocation.run_workload import read_workload
 from realjax.allocation.shapes import count_micro_batches
 from realjax.allocation.simulate import Simulator
@@ -24,16 +24,13 @@ def find_cut(spec: RunSpec, cluster: Cluster) -> int:
     shortest that fits, which is where both sides take about as long. Of equal ones the most even.
     """
     options = spec.allocation
-    machine = {"n_nodes": options.n_nodes, "n_gpus_per_node": options.n_gpus_per_node}
-    models, unit = {name: spec.roles[name] for name in spec.graph.roles}, 1
-    if options.n_nodes > 1:
-        unit = options.n_gpus_per_node
+    unit = options.n_gpus_per_node if options.n_nodes > 1 else 1
     workload = read_workload(spec, cluster.platform)
     simulator = Simulator(workload, ClusterCosts(cluster=cluster), cluster)
     calls = {call.name: call for call in spec.graph.mfcs}
 
     def judge(cut: int) -> tuple[object, ...]:
-        placed = place(models, **machine, is_apart=True, cut=cut)
+        placed = place_run(spec, cut)
         plan = []
         for work in workload.calls:
             call, role = calls[work.name], spec.roles[work.role]

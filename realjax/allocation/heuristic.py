@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from realjax.core.layout import ParallelStrategy
-from realjax.dataflow.run import RoleSpec
+from realjax.dataflow.run import RoleSpec, RunSpec
 from realjax.models.config import ModelConfig, list_cuts
 
 # Rows are a multiple of this many tokens long, so they split over its divisors.
@@ -61,6 +61,17 @@ def place(
         half = -(-n_nodes // 2) * n_gpus_per_node if n_nodes > 1 else -(-n_gpus_per_node // 2)
         return place_apart(models, cut=cut or half, num_devices=n_nodes * n_gpus_per_node)
     return rules(models, n_nodes=n_nodes, n_gpus_per_node=n_gpus_per_node)
+
+
+def place_run(spec: RunSpec, cut: int | None = None) -> dict[str, Placement]:
+    """Returns where each call of a run is by the rules; see `place`."""
+    return place(
+        {name: spec.roles[name] for name in spec.graph.roles},
+        n_nodes=spec.allocation.n_nodes,
+        n_gpus_per_node=spec.allocation.n_gpus_per_node,
+        is_apart=bool(spec.graph.ahead),
+        cut=cut,
+    )
 
 
 def place_ppo(models: Mapping[str, RoleSpec], *, n_nodes: int, n_gpus_per_node: int) -> dict[str, Placement]:

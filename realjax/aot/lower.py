@@ -30,7 +30,7 @@ from realjax.engine.compiled import abstract_batch
 from realjax.engine.slots import CHUNK_LEN, SlotPrograms
 from realjax.engine.state import TrainState
 from realjax.runtime.calls import PACKING_KEYS, choose_sequences, select_inputs
-from realjax.runtime.memory import device_bytes
+from realjax.runtime.memory import bytes_held_beside, device_bytes
 from realjax.runtime.programs import Programs, num_micro_batches
 from realjax.runtime.roles import Role, build_roles
 from realjax.runtime.rollouts import make_minibatches, make_requests, pack_rollout
@@ -250,7 +250,7 @@ class AbstractRun:
             lowered=slots.lower(moved, length, None, has_greedy=mfc.has_baseline)["decode"],
             runs=1,
         )
-        beside = max(device_bytes(jax.tree.leaves(params), device) for device in slots.layout.devices)
+        beside = bytes_held_beside((), params, slots.layout.devices)
         return replace(program, layout=slots.layout, held={**program.held, f"{mfc.role}: before the move": beside})
 
     def _describe(self, mfc: ModelCall, given: object, **rest: Any) -> Program:

@@ -9,7 +9,7 @@ from typing import Any
 
 from realjax.core.option import DataclassInstance
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
-from realjax.options.parsing import nearest_names
+from realjax.options.parsing import flatten, nearest_names
 
 FLAG = "--recipe"
 COLUMNS = 80
@@ -44,9 +44,9 @@ def read_recipe(name: str, cls: type[DataclassInstance], experiment: str) -> Map
         near = nearest_names(name, recipes, count=1)
         hint = f"did you mean {near[0]}?" if near else f"{FLAG} without a name says what they are for"
         raise ValueError(f"{FLAG}: {experiment} has no recipe {name!r}; it has {', '.join(recipes)}; {hint}")
-    values = _flatten(dataclasses.asdict(from_config_dict(cls, recipes[name].get_config())))
-    defaults = _flatten(dataclasses.asdict(cls()))
-    return {path: value for path, value in values.items() if value != defaults[path]}
+    values = flatten(dataclasses.asdict(from_config_dict(cls, recipes[name].get_config())))
+    defaults = dict(flatten(dataclasses.asdict(cls())))
+    return {path: value for path, value in values if value != defaults[path]}
 
 
 def _find(experiment: str) -> dict[str, Any]:
@@ -63,10 +63,3 @@ def _load(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from difflib import SequenceMatcher
 from typing import Any, TypeVar, get_type_hints
@@ -31,12 +31,12 @@ def parse_overrides(cls: type[Config], overrides: Sequence[str], *layers: Mappin
         if not equals or not key or key.startswith("-"):
             raise _no_option(cls, override, following)
         pairs.append((key, text.strip()))
-    return _assemble(cls, [*(list(_flatten(layer, "")) for layer in layers), pairs])
+    return _assemble(cls, [*(list(flatten(layer)) for layer in layers), pairs])
 
 
 def build(cls: type[Config], mapping: Mapping[str, object]) -> Config:
     """Returns `cls` with the values of a nested mapping, checked as `parse_overrides` checks them."""
-    return _assemble(cls, [list(_flatten(mapping, ""))])
+    return _assemble(cls, [list(flatten(mapping))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +148,11 @@ def _qualify(message: str, path: str) -> str:
     return f"{prefix}.{message}" if prefix else message
 
 
-def _flatten(mapping: Mapping[str, object], prefix: str) -> Iterable[tuple[str, object]]:
+def flatten(mapping: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields the values of a nested mapping, each with its dotted path."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

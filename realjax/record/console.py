@@ -184,7 +184,7 @@ def make_console(file: TextIO | None = None) -> Console:
 
 def fold_record(record: logging.LogRecord, width: int) -> str:
     """Returns a record as a person reads it on a terminal: the time of day, and lines of at most `MOST_COLUMNS`."""
-    time = logging.Formatter(datefmt=TERMINAL_TIME_FORMAT).formatTime(record, TERMINAL_TIME_FORMAT)
+    time = logging.Formatter().formatTime(record, TERMINAL_TIME_FORMAT)
     level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
     indent, columns = " " * (len(time) + 1), min(width, MOST_COLUMNS)
     folded = []

@@ -24,7 +24,7 @@ from realjax.engine.tail import Tail
 from realjax.reshard.apply import reshard
 from realjax.reshard.fetch import fetch, fetch_arrays
 from realjax.runtime.finite import refuse_nonfinite
-from realjax.runtime.memory import bytes_held_beside, device_bytes
+from realjax.runtime.memory import bytes_held_beside
 from realjax.runtime.programs import num_micro_batches
 from realjax.runtime.rollouts import (
     Chosen,
@@ -207,7 +207,7 @@ def find_slots_bytes(slots: SlotPrograms, tail: Tail | None, params: Tree) -> in
     """
     if tail is None or not tail.programs.device_bytes:
         return slots.device_bytes
-    beside = max(device_bytes(jax.tree.leaves(params), device) for device in slots.layout.devices)
+    beside = bytes_held_beside((), params, slots.layout.devices)
     return max(slots.device_bytes, tail.programs.device_bytes + beside)
 
 
