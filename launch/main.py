@@ -5,9 +5,8 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, has nothing to tell
 
-import sys
-
+from realjax.apps.errors import end_process
 from realjax.apps.recipe import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,22 +1,23 @@
 """The installed commands `realjax` and `realjax-recipe`."""
 
 import signal
+from typing import NoReturn
 
 
-def main() -> int:
-    """Runs an experiment from words `key=value` and returns its exit code."""
+def main() -> NoReturn:
+    """Runs an experiment from words `key=value` and ends the process."""
     _end_quietly_until_started()
-    from realjax.apps import quickstart
+    from realjax.apps import errors, quickstart
 
-    return quickstart.main()
+    errors.end_process(quickstart.main())
 
 
-def run_recipe() -> int:
-    """Runs an experiment from a recipe, `--config=...`, and returns its exit code."""
+def run_recipe() -> NoReturn:
+    """Runs an experiment from a recipe, `--config=...`, and ends the process."""
     _end_quietly_until_started()
-    from realjax.apps import recipe
+    from realjax.apps import errors, recipe
 
-    return recipe.main()
+    errors.end_process(recipe.main())
 
 
 def _end_quietly_until_started() -> None:

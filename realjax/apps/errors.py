@@ -7,9 +7,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
 
+from realjax.core.exit_codes import FAILED, USER_ERROR
 from realjax.core.faults import RunFault, system_reason
 from realjax.launch.environment import leave, lost_process
 from realjax.record.console import quiet_libraries
@@ -27,7 +29,7 @@ class End:
 def report_errors(program: str = "realjax") -> Iterator[End]:
     """Gives the command's end, whose code an error decides.
 
-    What is no bug becomes one line on stderr: a ValueError with the code 2, a fault of the machine with 1, a signal
+    What is no bug becomes one line on stderr: a user's error with the code 2, a fault of the machine with 1, a signal
     with its own, such as 130. Of several processes, one with an error ends at once, so that the others do not wait.
     """
     end = End()
@@ -39,8 +41,7 @@ def report_errors(program: str = "realjax") -> Iterator[End]:
             _report(f"stopped by {stop} before there was anything to save", stop.code, program)
             end.code = stop.code
         except Exception as error:
-            end.code = 2 if isinstance(error, ValueError) else 1
-            line = describe_error(error)
+            end.code, line = judge_error(error)
             if line is None or os.environ.get("REALJAX_TRACEBACK") == "1":
                 if not jax.distributed.is_initialized():
                     raise
@@ -56,10 +57,24 @@ def _report(line: str, code: int, program: str) -> None:
         leave(code)
 
 
-def describe_error(error: Exception) -> str | None:
-    """Returns an error in a line, or None where it is a bug, whose traceback is what helps."""
-    if isinstance(error, ValueError | RunFault):
-        return str(error)
+def judge_error(error: Exception) -> tuple[int, str | None]:
+    """Returns the exit code of a command that an error ends, and the error in a line: None for a bug's, whose traceback
+    is what helps.
+
+    Only a USER_ERROR keeps launchers from another attempt, so a ValueError of the libraries', of a lost process or of
+    the operating system, is none.
+    """
+    if isinstance(error, RunFault):
+        return FAILED, str(error)
     if jax.distributed.is_initialized() and (reason := lost_process(error)) is not None:
-        return f"another process of the run is lost ({reason}); its own last lines say why"
-    return system_reason(error)
+        return FAILED, f"another process of the run is lost ({reason}); its own last lines say why"
+    if (reason := system_reason(error)) is not None:
+        return FAILED, reason
+    return (USER_ERROR, str(error)) if isinstance(error, ValueError) else (FAILED, None)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process of a command. After a fault at once: threads of a save that failed have nothing more to tell."""
+    if code == FAILED:
+        leave(code)
+    sys.exit(code)

@@ -22,7 +22,7 @@ from realjax.allocation import modes
 from realjax.allocation.modes import check_options
 from realjax.allocation.plan import AllocationPlan
 from realjax.apps.devices import join_group, prepare_devices, prepare_environment
-from realjax.apps.errors import report_errors
+from realjax.apps.errors import end_process, report_errors
 from realjax.apps.log import configure_logging
 from realjax.apps.named_recipes import asks_for_list, list_recipes
 from realjax.apps.present import count_devices, count_present
@@ -304,4 +304,4 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from realjax.apps.errors import report_errors
+from realjax.apps.errors import end_process, report_errors
 from realjax.apps.log import configure_logging
 from realjax.apps.quickstart import PLAN_FLAG, find_experiment, run_experiment
 from realjax.options.config_dict import EXPERIMENT_KEY, from_config_dict
@@ -82,4 +82,4 @@ def _parse_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

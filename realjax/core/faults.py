@@ -65,6 +65,8 @@ def system_reason(error: BaseException) -> str | None:
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
+    if isinstance(error, ValueError):  # a user's, such as of a file that is missing, unless the disk is behind it
+        chain = [link for link in chain if not isinstance(link, OSError) or link.errno in DISK_ERRORS]
     # The first of them: the others happened on its way out. One without a file says less.
     reasons = [reason for link in reversed(chain) if (reason := _reason(link)) is not None]
     named = [f"{file}: {text}" for file, text in reasons if file]

@@ -26,8 +26,10 @@ HEARTBEAT_SECONDS = 40
 KUBERNETES_HOST, KUBERNETES_INDEX = "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"
 KUBERNETES_CLUSTER = "jax._src.clusters.k8s_cluster"
 JOIN_SECONDS = 600  # until all are there: their imports take seconds, or minutes on a busy machine
-# In errors of a process whose peers are gone.
-LOST = re.compile(r"Gloo|NCCL|[Cc]onnection (?:closed|reset|refused)|Socket closed|heartbeat|coordination service")
+# In errors of a process whose peers are gone, after the status with which XLA begins its own.
+LOST = re.compile(
+    r"[A-Z_]+: .*(?:Gloo|NCCL|[Cc]onnection (?:closed|reset|refused)|Socket closed|heartbeat|coordination service)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,9 @@ def leave(code: int) -> NoReturn:
 
 
 def lost_process(error: Exception) -> str | None:
-    """Returns what an error says of a process that is gone, None where it is about something else."""
+    """Returns what an error says of a process that is gone, None where it is about something else.
+
+    A program that waits for its result raises a ValueError there, one whose result is awaited later JAX's own error.
+    """
     text = str(error).partition("\n")[0]
-    return text if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(text) else None
+    return text if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and LOST.match(text) else None

@@ -36,6 +36,8 @@ def raised(*errors: BaseException) -> BaseException:
         (raised(OSError(errno.EIO, "bad", "/a"), OSError(errno.ENOSPC, FULL, "/b"), RuntimeError("close")), "/a: bad"),
         (raised(OSError(errno.ENOSPC, FULL), OSError(errno.ENOSPC, FULL, "/b")), f"/b: {FULL}"),
         (ValueError("dataset.path: 'x' is no such file"), None),
+        (raised(OSError(errno.ENOENT, "missing", "/x"), ValueError("dataset.path: '/x' is no such file")), None),
+        (raised(OSError(errno.ENOSPC, FULL, "/b"), ValueError("the save is not complete")), f"/b: {FULL}"),
         (KeyError("loss"), None),
     ],
 )

@@ -22,8 +22,9 @@ LIMITED = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.path.insert(0, {str(ROOT)!r})
-from realjax.apps.quickstart import main
-sys.exit(main(["sft", *sys.argv[1:]]))
+from realjax.apps.command import main
+sys.argv.insert(1, "sft")
+main()
 """
 
 
