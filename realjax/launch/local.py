@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Protocol
 
-from realjax.core.exit_codes import CONSEQUENCES, STOPPED
+from realjax.core.exit_codes import CONSEQUENCES, KILLED, STOPPED
 from realjax.core.lifetime import make_bond
 from realjax.launch.accelerators import count_accelerators
 from realjax.launch.environment import COORDINATOR, LIFELINE, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
@@ -118,19 +119,29 @@ def run_processes(command: list[str], share: Share, num_retries: int = 0) -> int
 
 def run_again(run_fn: Callable[[Running], int], num_retries: int) -> int:
     """Calls `run_fn` until its code is none that is tried again, and returns that; signals go to what is running."""
-    running = Running()
-    for number in STOPS:
-        signal.signal(number, running.forward)
-    attempt = 0
-    while True:
-        code = run_fn(running)
-        if not is_retried(code) or running.signals or attempt == num_retries:
-            return code
-        attempt += 1
-        pause = pause_seconds(attempt)
-        _say(f"the run ended with code {code}: it is started again in {pause:.0f} s ({attempt} of {num_retries} times)")
-        if running.stopping.wait(pause):
-            return code
+    running, attempt = Running(), 0
+    with forwarded(running):
+        while True:
+            code = run_fn(running)
+            if not is_retried(code) or running.signals or attempt == num_retries:
+                return code
+            attempt += 1
+            pause, times = pause_seconds(attempt), f"({attempt} of {num_retries} times)"
+            _say(f"the run ended with code {code}: it is started again in {pause:.0f} s {times}")
+            if running.stopping.wait(pause):
+                return code
+
+
+@contextmanager
+def forwarded(running: Running) -> Iterator[None]:
+    """While entered, signals that stop a command go to what is running, and then again to whom they went before."""
+    previous = {number: signal.signal(number, running.forward) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            # None: one that is not Python's, which cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def run_once(command: list[str], share: Share, running: Running) -> int:
@@ -184,7 +195,8 @@ def wait_for_all(processes: Sequence[Process], signals: Sequence[int] = ()) -> i
     """Returns 0, or the code of the first process to fail; ends those that outlive another for too long.
 
     A process that a signal ended has the shell's code for it, 128 and the signal's number. After a second of the
-    `signals` that are passed on to them, none has more time than after a failure.
+    `signals` that are passed on to them, none has more time than after a failure, and those killed then were ended by
+    that signal.
     """
     code, deadline = 0, float("inf")
     while True:
@@ -196,7 +208,8 @@ def wait_for_all(processes: Sequence[Process], signals: Sequence[int] = ()) -> i
             if is_failure and not signals:
                 _say(f"a process ended with code {code}, so the others are ended too")
         if len(ended) == len(processes):
-            return code or max(ended)
+            code = code or max(ended)
+            return 128 + signals[-1] if code == KILLED and len(signals) > 1 else code
         if len(signals) > 1:
             deadline = min(deadline, time.monotonic() + FAILURE_SECONDS)
         if time.monotonic() > deadline:

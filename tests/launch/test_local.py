@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from realjax.launch import restarts
-from realjax.launch.local import DEFAULT_GPUS_PER_NODE, main
+from realjax.launch.local import DEFAULT_GPUS_PER_NODE, STOPS, Running, main, run_again
 from realjax.launch.restarts import DEFAULT_RETRIES, count_retries, find_word, is_retried, pause_seconds
 from realjax.options.common import CommonExperimentConfig
 from tests.given.processes import HANG_SECONDS, ROOT
@@ -35,7 +35,7 @@ DEAF = NUMBER + "for n in (2, 15): signal.signal(n, signal.SIG_IGN)\nprint('read
 def launched(code: str, log: Path, num_processes: int = 2, num_retries: int = 0) -> Iterator[subprocess.Popen]:
     with log.open("w") as file:
         command = [sys.executable, "-c", LAUNCHER, code, str(num_processes), str(num_retries)]
-        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, process_group=0)
     try:
         yield launcher
     finally:
@@ -69,15 +69,32 @@ def test_no_worker_outlives_a_killed_launcher(is_stopped, tmp_path):
 
 
 def test_a_second_signal_is_final(tmp_path):
+    """As a terminal sends it: to the whole group, in which only the launcher may be."""
     log = tmp_path / "log"
-    with launched(DEAF, log, num_retries=3) as launcher:
-        wait_for(log, "ready 0", "ready 1")
+    with launched(DEAF, log, num_processes=16, num_retries=3) as launcher:
+        wait_for(log, *(f"ready {i}\n" for i in range(16)))
         workers = psutil.Process(launcher.pid).children()
         for _ in range(2):
-            os.kill(launcher.pid, signal.SIGINT)
+            os.killpg(launcher.pid, signal.SIGINT)
             time.sleep(0.2)
-        assert launcher.wait(HANG_SECONDS) == 128 + signal.SIGKILL
-        assert not [worker for worker in workers if worker.is_running()]
+        started_at = time.monotonic()
+        assert launcher.wait(HANG_SECONDS) == 128 + signal.SIGINT
+        assert time.monotonic() - started_at < 10
+        assert len(workers) == 16 and not [worker for worker in workers if worker.is_running()]
+    assert len(log.read_text().splitlines()) == 16, log.read_text()  # what they said, and no more
+
+
+def test_signals_go_afterwards_where_they_went_before():
+    find = lambda: [signal.getsignal(number) for number in STOPS]
+    before, within = find(), []
+
+    def run_fn(running: Running) -> int:
+        within.extend(handler == running.forward for handler in find())
+        raise ValueError("no room")  # as a launcher does, past all restarts
+
+    with pytest.raises(ValueError, match="no room"):
+        run_again(run_fn, 0)
+    assert within == [True, True] and find() == before
 
 
 def test_what_sixteen_say_alike_is_a_line(tmp_path):
