@@ -219,6 +219,7 @@ class RunSpec:
     max_nonfinite_steps: int = 5
     watchdog_seconds: float | None = None  # no process may be without progress for longer than bounds above this
     wandb_mode: str = "disabled"
+    wandb_project: str = "realjax"
     max_shard_bytes: float = 5e9
 
     @property

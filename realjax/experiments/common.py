@@ -288,6 +288,7 @@ def run_spec(
         keep_every=config.keep_every,
         max_nonfinite_steps=config.max_nonfinite_steps,
         wandb_mode=config.wandb_mode,
+        wandb_project=config.wandb_project,
         max_shard_bytes=max_shard_bytes(),
         roles={name: finished(role) for name, role in roles.items()},
         **parts,

@@ -106,6 +106,7 @@ class CommonExperimentConfig:
     wandb_mode: Literal["disabled", "online", "offline"] = option(
         "disabled", "log to Weights & Biases too; needs the extra realjax[wandb]"
     )
+    wandb_project: str = option("realjax", "the project there; the experiment's name groups runs in it")
     recover_mode: Literal["disabled", "auto", "save", "resume"] = option(
         "disabled",
         "the training state is saved at save_freq_*, at the end and on SIGTERM; disabled and save start anew (and "

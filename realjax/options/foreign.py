@@ -10,7 +10,8 @@ _MODEL = ("model.path", "actor.path")
 _TRAIN_DATA = ("dataset.train_path", "dataset.path")
 _ANSWER_LEN = tuple(f"{group}.gen.max_new_tokens" for group in ("ppo", "rloo", "remax", "reinforce", "distill"))
 _ANSWER_LEN = (*_ANSWER_LEN, "gen.max_new_tokens")
-_KL = tuple(f"{group}.kl_ctl" for group in ("ppo", "rloo", "remax", "reinforce"))
+_RL = ("ppo", "rloo", "remax", "reinforce")
+_KL = tuple(f"{group}.kl_ctl" for group in _RL)
 _GROUP = ("group_size", "num_samples")
 _EPOCHS, _STEPS = ("exp_ctrl.total_train_epochs",), ("exp_ctrl.max_steps",)
 _SAVE, _EVAL = ("exp_ctrl.save_freq_steps",), ("exp_ctrl.eval_freq_steps",)
@@ -30,7 +31,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("per_device_eval_batch_size", "val_batch_size"), ("dataset.valid_bs_n_seqs", *_BATCH)),
     **dict.fromkeys(("gradient_accumulation_steps", "ppo_micro_batch_size", "ppo_micro_batch_size_per_gpu"), _MICRO),
     "ppo_max_token_len_per_gpu": _MICRO_TOKENS,
-    "ppo_mini_batch_size": tuple(f"{group}.ppo_n_minibatches" for group in ("ppo", "rloo", "remax", "reinforce")),
+    "ppo_mini_batch_size": tuple(f"{group}.ppo_n_minibatches" for group in _RL),
     **dict.fromkeys(("num_train_epochs", "total_epochs", "epochs"), _EPOCHS),
     **dict.fromkeys(("total_training_steps", "total_steps", "num_steps"), _STEPS),
     **dict.fromkeys(("model_name_or_path", "model_name", "pretrain", "model", "actor_rollout_ref.model.path"), _MODEL),
@@ -59,7 +60,9 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": _SCHEDULE,
     **dict.fromkeys(("max_grad_norm", "grad_clip"), _CLIP),
     **dict.fromkeys(("gradient_checkpointing", "enable_gradient_checkpointing"), _REMAT),
-    **dict.fromkeys(("reward_funcs", "reward_function", "custom_reward_function.name"), ("reward.fn",)),
+    **dict.fromkeys(
+        ("reward_funcs", "reward_weights", "reward_function", "custom_reward_function.name"), ("reward.fn",)
+    ),
     **dict.fromkeys(("reward_model_path", "reward_model.path", "reward_model.model.path"), ("rew.path",)),
     **dict.fromkeys(("output_dir", "default_local_dir"), ("fileroot",)),
     **dict.fromkeys(("run_name",), ("trial_name",)),
@@ -68,7 +71,24 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("tensor_model_parallel_size", "tensor_parallel_size"), ("allocation_mode",)),
     **dict.fromkeys(("nnodes",), ("n_nodes",)),
     "mask_truncated_completions": ("ppo.mask_truncated",),
-    "assistant_only_loss": ("dataset.turns",),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), ("dataset.turns",)),
+    **dict.fromkeys(("loss_agg_mode", "loss_type"), tuple(f"{group}.loss_aggregation" for group in _RL)),
+    **dict.fromkeys(("scale_rewards", "norm_adv_by_std_in_grpo"), ("ppo.scale_by_std",)),
+    "importance_sampling_level": ("ppo.surrogate",),
+    "steps_per_generation": tuple(f"{group}.ppo_n_minibatches" for group in _RL),
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha"), ("ppo.ref_ema_eta",)),
+    "log_completions": ("rollouts.log_freq_steps",),
+    "max_num_seqs": tuple(f"{group}.gen.num_slots" for group in _RL),
+    "use_dynamic_bsz": _MICRO_TOKENS,
+    "clip_ratio_c": ("ppo.dual_clip",),
+    **dict.fromkeys(("use_kl_loss", "use_kl_in_reward"), ("ppo.kl_in",)),
+    "kl_loss_type": ("ppo.kl_estimator",),
+    "gamma": ("ppo.discount",),
+    "lam": ("ppo.gae_lambda",),
+    "filter_groups": ("ppo.max_draws",),
+    "rollout_correction": ("ppo.correction.kind",),
+    **dict.fromkeys(("custom_reward_function.path", "custom_reward_function.name"), ("reward.fn",)),
+    "project_name": ("wandb_project",),
 }
 # What counts something else than the option that stands for it.
 DIFFERENCES = {
@@ -79,7 +99,10 @@ DIFFERENCES = {
     "ppo_mini_batch_size": "it is a number of updates, and not of samples",
     "ppo_micro_batch_size": "it is a number of parts, and not of samples",
     "warmup_steps": "it is a share of all steps",
-    "deepspeed": "it is ZeRO's stage, from 0 to 3",
+    **dict.fromkeys(("deepspeed", "fsdp"), "it is ZeRO's stage, from 0 to 3"),
+    "use_dynamic_bsz": "it counts the tokens of all devices together",
+    "custom_reward_function.path": "it is <module>:<function>",
+    "reward_weights": "parts of a reward are weighted and added in it",
     "use_peft": "it is the rank of the adapters",
     "tensor_model_parallel_size": "it says all sizes at once, such as d2p1m4",
     "tensor_parallel_size": "it says all sizes at once, such as d2p1m4",
@@ -98,7 +121,10 @@ WITHOUT_OPTION = {
         "leave it out; weights are not quantised, and lora.rank=16 of a model saves most",
     ),
     "dataset_text_field": "leave it out; rows are read by their keys, and text is one of them (docs/data.md)",
-    "packing": "leave it out; rows are always packed",
+    **dict.fromkeys(
+        ("packing", "padding_free", "use_remove_padding"), "leave it out; rows are always packed, without padding"
+    ),
+    "precompute_ref_log_probs": "leave it out; the reference waits in host memory between its calls",
     "remove_unused_columns": "leave it out; keys that nobody reads do no harm",
     "do_train": "leave it out; the experiment trains",
 }

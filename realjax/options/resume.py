@@ -10,7 +10,7 @@ from realjax.options.fields import list_options
 # Patterns of dotted names. These change where and how a run computes and what it writes, not what it computes: of the
 # paths it is the content that counts.
 HARMLESS = (
-    *("experiment_name", "trial_name", "fileroot", "mode", "recover_mode", "recover_retries", "wandb_mode"),
+    *("experiment_name", "trial_name", "fileroot", "mode", "recover_mode", "recover_retries", "wandb_*"),
     *("max_recover_saves_to_keep", "partition", "image_name", "watchdog_secs", "keep_every"),
     *("allocation_mode", "n_nodes", "n_gpus_per_node", "nodelist", "max_nonfinite_steps", "output_file"),
     *("accelerator_settings", "deterministic", "allocation_use_cache", "planner.*"),

@@ -233,7 +233,8 @@ def start_wandb(wandb: Any, run_dir: Path, mode: str, project: str, resume_step:
     if resume_step == 0 or not id_path.exists():
         replace_text(id_path, uuid.uuid4().hex[:12])
     run_id = id_path.read_text(encoding="utf-8")
-    run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), mode=mode, id=run_id, resume="allow")
+    names = {"project": project, "group": run_dir.parent.name, "name": run_dir.name}
+    run = wandb.init(**names, dir=str(run_dir), mode=mode, id=run_id, resume="allow")
     # wandb's own counter refuses to go back, which a resume does: our step is the x axis instead.
     run.define_metric("*", step_metric="step")
     return run

@@ -95,7 +95,9 @@ def _answer_finished(spec: RunSpec, save: RunState) -> int:
 
 def _open_metrics(spec: RunSpec, step: int) -> AbstractContextManager[MetricsWriter | None]:
     """Returns the writer in the first process, None in the others: a run has one record."""
-    return MetricsWriter(spec.paths.logs, spec.wandb_mode, resume_step=step) if is_first() else nullcontext()
+    if not is_first():
+        return nullcontext()
+    return MetricsWriter(spec.paths.logs, spec.wandb_mode, spec.wandb_project, resume_step=step)
 
 
 def _open_answers(spec: RunSpec, step: int) -> AnswerWriter | None:

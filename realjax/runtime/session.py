@@ -279,7 +279,7 @@ class Session:
         self.exports.writes.wait()
         self.places.check()
         log = self.executor.compile_log
-        logger.info("compiled %d programs in %.1f s", len(log.entries), log.seconds)
+        logger.info("programs compiled: %d in %.1f s", len(log.entries), log.seconds)
         if num_timed := self.report.num_timed:
             mean = self.report.timed_seconds / num_timed
             logger.info("mean step time %.3f s over %d steps (steps that compiled left out)", mean, num_timed)

@@ -6,6 +6,8 @@ import re
 import pytest
 
 from realjax.apps import quickstart
+from realjax.options.parsing import parse_overrides
+from tests.given.processes import ROOT
 
 # By what is written after a command that would run: what the line says, beginning and remedy.
 WORDS = [
@@ -50,6 +52,39 @@ def read_line(capsys, *words: str) -> str:
     assert quickstart.main(list(words)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def read_table(page: str) -> dict[str, str]:
+    """Returns the others' names in a page's table, without values, each with what the table says of it."""
+    found: dict[str, str] = {}
+    for line in (ROOT / f"docs/{page}.md").read_text().splitlines():
+        if len(cells := line.strip("| ").split(" | ")) == 2:
+            for name in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)*)(?:=[^`]*)?`", cells[0]):
+                found[name] = found.get(name, "") + cells[1]
+    return found
+
+
+@pytest.mark.parametrize("page", ["from_trl", "from_verl"])
+def test_names_in_the_tables_are_answered_with_what_the_table_says(page):
+    """By one of the experiments at least; where the name is an option's too there is nothing to say."""
+    table, wrong = read_table(page), []
+    for name, here in table.items():
+        lines = [line for experiment in ("sft", "dpo", "grpo", "ppo") if (line := refuse(experiment, f"{name}=1"))]
+        ours = {option.rpartition(".")[2] for option in re.findall(r"`([\w.]+)", here)}
+        said = [set(re.split(r"\W+", line.partition("; ")[2])) for line in lines]
+        # What counts for nothing else has a reason.
+        if len(lines) == 4 and not any(words & ours or "leave" in words for words in said):
+            wrong.append((name, lines[0]))
+    assert len(table) > 40 and not wrong
+
+
+def refuse(experiment: str, word: str) -> str | None:
+    """Returns what is said of an option that is not there, None of one that is."""
+    try:
+        parse_overrides(quickstart.find_experiment(experiment).config_cls, [word])
+    except ValueError as error:
+        return line if (line := str(error)).startswith("unknown option") else None
+    return None
 
 
 @pytest.mark.parametrize(("experiment", "words", "said"), WORDS, ids=[words for _, words, _ in WORDS])

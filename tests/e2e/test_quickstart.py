@@ -64,7 +64,7 @@ def test_the_console_says_what_the_quickstart_shows(run):
     )
     assert [int(step) for _, _, step in steps] == list(range(1, STEPS + 1))
     assert [int(epoch) for epoch, _, _ in steps] == sorted(int(epoch) for epoch, _, _ in steps)
-    assert "compiled 2 programs in" in run.output
+    assert "programs compiled: 2 in" in run.output
 
 
 def test_the_files_are_where_they_belong(run):

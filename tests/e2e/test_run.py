@@ -32,7 +32,7 @@ def test_a_second_epoch_compiles_nothing(trial, capsys):
         assert trial.run(dataset__valid_path=trial.given.valid, total_train_epochs=epochs, **changes) == 0
         output = capsys.readouterr().out
         compiled[epochs] = re.findall(r"compiled (\w+) for rows (\S+ \S+) in", output)
-        assert f"compiled {len(compiled[epochs])} programs in" in output
+        assert f"programs compiled: {len(compiled[epochs])} in" in output
         assert trial.steps()[-1] == {1: 6, 2: 12}[epochs]
     # The last held-out batch is half as large as the others, which is worth a shape of its own.
     assert [name for name, _ in compiled[1]] == ["evaluate", "evaluate", "trainDefault"]

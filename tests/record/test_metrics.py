@@ -119,6 +119,6 @@ def test_wandb_gets_the_metrics_and_a_resume_the_same_run(tmp_path, monkeypatch)
         write_steps(tmp_path, [resume_step + 1], resume_step=resume_step, wandb_mode="offline", wandb_project="p")
     assert logged[1] == {"step": 2, "train/loss": 0.5}
     assert inits[0]["mode"] == "offline"
-    assert inits[0]["project"] == "p"
+    assert inits[0]["project"] == "p" and inits[0]["group"] == tmp_path.parent.name
     assert inits[0]["id"] == inits[1]["id"] != inits[2]["id"]
     assert len(finished) == 3

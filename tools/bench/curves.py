@@ -16,10 +16,11 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from realjax.apps import quickstart
 from realjax.apps.demo_data import DemoFiles, write_demo_files
 from realjax.dataflow.run import METRICS_FILE
 from realjax.record.metrics import read_metrics
@@ -27,12 +28,31 @@ from realjax.record.metrics import read_metrics
 STEPS, EVERY = 30, 10
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 96, "head_dim": 8}
 LARGE = {"hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 576, "head_dim": 48}
+# Qwen3's form of a mixture of experts, of which a token goes through two; two devices share them.
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 96,
+    "head_dim": 24,
+    "num_hidden_layers": 3,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 GRPO = ("group_size=4", "ppo.ppo_n_minibatches=2", "ppo.kl_ctl=0.02")
 # The experiment of each run, the group of its algorithm's options, and its own options.
 RUNS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "ppo": ("ppo", "ppo", ("ppo.ppo_n_minibatches=2", "ppo.kl_ctl=0.02")),
     "grpo": ("grpo", "ppo", GRPO),
     "stale": ("grpo", "ppo", (*GRPO, "staleness=1")),
+    "experts": (
+        "grpo",
+        "ppo",
+        (*GRPO, "ppo.routing_replay=True", "n_gpus_per_node=2", "allocation_mode=d2e2p1m1"),
+    ),
     "gspo": ("grpo", "ppo", (*GRPO, "ppo.surrogate=gspo", "ppo.loss_aggregation=sequence")),
     "cispo": ("grpo", "ppo", (*GRPO, "ppo.surrogate=cispo", "ppo.eps_clip=0.99", "ppo.eps_clip_high=2")),
     "dapo": (
@@ -80,7 +100,9 @@ class Bench:
         common = ("experiment_name=curves", f"trial_name={trial}", f"fileroot={self.out}", "mode=local")
         if not (logs := self.find(f"logs/*/curves/{trial}/report.html")):
             command = [experiment, *common, "n_gpus_per_node=1", "allocation_mode=d1p1m1", *words]
-            if code := quickstart.main(command):
+            # In a process of its own: one has the same devices for all its runs.
+            code = subprocess.run([sys.executable, "-m", "realjax.apps.quickstart", *command]).returncode
+            if code:
                 raise RuntimeError(f"{trial}: exit code {code} of {' '.join(command)}")
             logs = self.find(f"logs/*/curves/{trial}/report.html")
         return read_metrics(logs[0].parent / METRICS_FILE)
@@ -107,8 +129,10 @@ class Bench:
 
     def reinforce(self, name: str) -> str:
         """Returns the line of a run of reinforcement learning at each seed."""
-        self.fine_tune("start", self.files.model, "total_train_epochs=2")
-        start, (experiment, group, own) = self.checkpoint("start"), RUNS[name]
+        is_mixture = name == "experts"
+        trial, model = ("experts", self.resize("mixture", MIXTURE)) if is_mixture else ("start", self.files.model)
+        self.fine_tune(trial, model, "total_train_epochs=2")
+        start, (experiment, group, own) = self.checkpoint(trial), RUNS[name]
         data = self.files.data
         models = (
             {"actor": start, "ref": start} if not any(word.endswith("kl_ctl=0") for word in own) else {"actor": start}
