@@ -29,6 +29,10 @@ SHORTEST_PROMPTS, SHORTEST_CACHE = 32, 128
 ROOM = 4  # of cuDNN's backward pass: float32 numbers for each of the queries'
 
 
+class DoesNotFitError(ValueError):
+    """Nothing that may be chosen fits into the memory of the devices; the message says what lacks, and what helps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of the fullest device, by what they are for."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from realjax.allocation.candidates import explain_none, list_meshes, list_splits
 from realjax.allocation.choice import Choice
+from realjax.allocation.memory import DoesNotFitError
 from realjax.allocation.simulate import Priced, Simulator, make_mask
 from realjax.allocation.workload import CallWork
 
@@ -49,13 +50,13 @@ def price_given(simulator: Simulator, candidates: Mapping[str, Sequence[Choice]]
 
 
 def keep_fitting(simulator: Simulator, work: CallWork, groups: Mapping) -> dict:
-    """Returns the groups without what a device cannot hold by itself. Raises ValueError where nothing is left."""
+    """Returns the groups without what a device cannot hold by itself. Raises DoesNotFitError where nothing is left."""
     least = lambda priced: _least_bytes(simulator, work, priced)
     kept = {key: [one for one in group if least(one) <= simulator.usable_bytes] for key, group in groups.items()}
     if not any(kept.values()):
         smallest = min((one for group in groups.values() for one in group), key=least)
         is_home = simulator.workload.home_call(work.role).name == work.name
-        raise ValueError(simulator.explain_excess(work, smallest.choice, least(smallest), at_home=is_home))
+        raise DoesNotFitError(simulator.explain_excess(work, smallest.choice, least(smallest), at_home=is_home))
     return kept
 
 

@@ -19,6 +19,7 @@ from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.costing import Costs
 from realjax.allocation.heuristic import Placement
+from realjax.allocation.memory import DoesNotFitError
 from realjax.allocation.prediction import Prediction
 from realjax.allocation.prices import Options, price_all, price_given
 from realjax.allocation.simulate import OpenPlan, Plan, Priced, Score, Simulator
@@ -171,7 +172,7 @@ class Search:
         except OutOfBudget:
             pass
         if self.best_score.excess_bytes:
-            raise ValueError(self.simulator.explain_misfit(self.best))
+            raise DoesNotFitError(self.simulator.explain_misfit(self.best))
         names = [call.name for call in self.simulator.calls]
         return SearchResult(
             choices={name: priced.choice for name, priced in zip(names, self.best, strict=True)},

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from realjax.allocation.cluster import Cluster, find_cluster
 from realjax.allocation.cluster_costs import ClusterCosts
+from realjax.allocation.memory import DoesNotFitError
 from realjax.allocation.points.known_models import find_model
 from realjax.allocation.run_workload import read_workload
 from realjax.allocation.search import Limits, search
@@ -33,6 +34,7 @@ MOST_GPUS, PLANS = 256, 200
 RUNS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "sft": (("model",), ()),
     "dpo": (("actor", "ref"), ()),
+    "ppo": (("actor", "ref", "critic", "rew"), ("critic.init_critic_from_actor=True",)),
     "grpo": (("actor", "ref"), ("reward.fn=realjax.apps.demo_data:praise_reward", "group_size=4")),
 }
 
@@ -68,6 +70,7 @@ def write_data(folder: Path) -> dict[str, list[str]]:
     return {
         "sft": rows_of("sft", 64),
         "dpo": rows_of("dpo", 64),
+        "ppo": [*answers, "dataset.train_bs_n_seqs=256"],
         "grpo": [*answers, "dataset.train_bs_n_seqs=64"],
     }
 
@@ -87,9 +90,7 @@ def fits(experiment: str, config: CommonExperimentConfig, cluster: Cluster) -> b
     spec = build_spec(experiment, dataclasses.replace(config, allocation_mode="search", **machine))
     try:
         search(read_workload(spec, cluster.platform), cluster, ClusterCosts(cluster=cluster), Limits(most_plans=PLANS))
-    except ValueError as error:
-        if "fit" not in str(error):
-            raise
+    except DoesNotFitError:
         return False
     return True
 
