@@ -164,6 +164,8 @@ class Search:
         """Returns the best plan. Raises ValueError where none fits."""
         is_optimal = False
         try:
+            # Known first, so that a run which can fit is never refused for want of time.
+            self.score([min(priced, key=_lean_bytes) for priced in self.options])
             for plan in [*given, *self.list_starts()]:
                 self.improve(plan)
             is_optimal = self.prove()
@@ -331,6 +333,10 @@ def _group_by_mask(priced: Sequence[Priced]) -> dict[int, list[Priced]]:
     return groups
 
 
+def _lean_bytes(one: Priced) -> tuple[float, float]:
+    return one.home_bytes + one.bytes_away, one.seconds
+
+
 def _shorten(group: Sequence[Priced]) -> list[Priced]:
-    leanest = min(group, key=lambda one: one.home_bytes + one.bytes_away)
+    leanest = min(group, key=_lean_bytes)
     return list(dict.fromkeys([*group[: SHORTLIST - 1], leanest]))
