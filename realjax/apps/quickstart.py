@@ -230,7 +230,7 @@ def run_experiment(name: str, config: CommonExperimentConfig, words: Sequence[st
     if plan_only:
         print(describe_run(experiment, config, devices)[1].describe())
         return 0
-    with watch_run(paths.logs, config.watchdog_secs) as progress:
+    with watch_run(paths.logs, config.watchdog_secs, config.watchdog_compile_secs) as progress:
         progress.begin("the data and the plan", is_busy=True)
         spec, plan = describe_run(experiment, config, devices)
         progress.begin("the checks of the machine")

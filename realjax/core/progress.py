@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 NUM_RECENT = 32
-# Times the least bound: what compiles first, or belongs to no step, such as loading; a call that was never made before.
+# Times the least bound: what compiles, or belongs to no step, such as loading; a call that was never made before.
 LONGEST_START, LONGEST_FIRST = 12, 6
 
 
@@ -62,14 +62,15 @@ class Progress:
             self.compiling, self.num_compiles = None, self.num_compiles + 1
             self.longest_compile, self._compiled = max(self.longest_compile, seconds), self._compiled + seconds
 
-    def bound_seconds(self, least: float) -> float:
+    def bound_seconds(self, least: float, compile_seconds: float | None = None) -> float:
         """Returns how long what is under way may take: ten times the longest of its kind so far, and at least `least`.
 
-        What was never done before may take longer: six times `least`, and twelve times what compiles first, or belongs
-        to no step, such as loading.
+        What was never done before may take longer: six times `least`, and twelve times what belongs to no step, such as
+        loading. A program may compile for `compile_seconds` (None: twelve times `least`), however quick others were:
+        the next one may be a hundred times as large, and the last one may have come from the cache.
         """
         if self.compiling is not None:
-            return max(least * (1 if self.longest_compile else LONGEST_START), 10 * self.longest_compile)
+            return max(compile_seconds or LONGEST_START * least, 10 * self.longest_compile)
         if self.mark.what in self.longest:
             return max(least, 10 * self.longest[self.mark.what])
         times = LONGEST_START if self.mark.step is None else LONGEST_FIRST

@@ -218,6 +218,7 @@ class RunSpec:
     keep_every: int | None = None  # saves after such steps stay besides
     max_nonfinite_steps: int = 5
     watchdog_seconds: float | None = None  # no process may be without progress for longer than bounds above this
+    watchdog_compile_seconds: float | None = None  # the bound of a program that compiles; None: twelve times the other
     wandb_mode: str = "disabled"
     wandb_project: str = "realjax"
     max_shard_bytes: float = 5e9

@@ -284,6 +284,7 @@ def run_spec(
         benchmark_steps=control.benchmark_steps,
         recover_mode=config.recover_mode,
         watchdog_seconds=config.watchdog_secs,
+        watchdog_compile_seconds=config.watchdog_compile_secs,
         max_recover_saves=config.max_recover_saves_to_keep,
         keep_every=config.keep_every,
         max_nonfinite_steps=config.max_nonfinite_steps,

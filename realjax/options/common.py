@@ -98,8 +98,14 @@ class CommonExperimentConfig:
     watchdog_secs: int | None = option(
         300,
         "the run ends, with the stacks of all processes, when one makes no progress for ten times as long as the same "
-        "has taken before, and at least for so long; six times that where it was never done, twelve for compiling "
-        "and loading; null: never",
+        "has taken before, and at least for so long; six times that where it was never done, twelve for loading; "
+        "null: never",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    watchdog_compile_secs: int | None = option(
+        None,
+        "the same for a program that compiles, which may say nothing for long; null: twelve times watchdog_secs",
         at_least=1,
         at_most=1_000_000,
     )

@@ -11,7 +11,7 @@ from realjax.options.fields import list_options
 # paths it is the content that counts.
 HARMLESS = (
     *("experiment_name", "trial_name", "fileroot", "mode", "recover_mode", "recover_retries", "wandb_*"),
-    *("max_recover_saves_to_keep", "partition", "image_name", "watchdog_secs", "keep_every"),
+    *("max_recover_saves_to_keep", "partition", "image_name", "watchdog_*", "keep_every"),
     *("allocation_mode", "n_nodes", "n_gpus_per_node", "nodelist", "max_nonfinite_steps", "output_file"),
     *("accelerator_settings", "deterministic", "allocation_use_cache", "planner.*"),
     *("exp_ctrl.save_freq_*", "exp_ctrl.eval_freq_*", "exp_ctrl.benchmark_steps"),

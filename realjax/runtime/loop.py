@@ -44,7 +44,11 @@ def run(spec: RunSpec, plan: AllocationPlan, console: Console | None = None, pro
     roles = build_roles(spec, plan)
     import_wandb(spec.wandb_mode)
     rest = lambda: describe_saved(spec.paths.recover)
-    watch = watch_run(spec.paths.logs, spec.watchdog_seconds) if progress is None else nullcontext(progress)
+    watch = (
+        watch_run(spec.paths.logs, spec.watchdog_seconds, spec.watchdog_compile_seconds)
+        if progress is None
+        else nullcontext(progress)
+    )
     with explain_faults(rest), StopSignal() as stop, watch as progress:
         progress.begin("the look for a save")
         save = find_start(spec)

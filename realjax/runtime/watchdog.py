@@ -43,6 +43,8 @@ class Position:
     turn: int  # of its watchdog
     recent: tuple[Mark, ...]
     seconds: float = 0.0  # since it turned to the last of them
+    bound: float = 0.0  # seconds that this may take
+    is_busy: bool = False  # see `Progress`
     compiling: str | None = None
     pending: tuple[str, ...] = ()  # calls whose results its devices have not yet made
 
@@ -59,12 +61,21 @@ class Position:
 class Watchdog:
     """While entered, a thread ends the process when its run makes no progress. Every process of a run enters it."""
 
-    def __init__(self, logs: Path, least_seconds: float | None, turn_seconds: float = TURN_SECONDS) -> None:
-        """`least_seconds`: no bound is shorter; None: nobody watches. `logs` is the log directory."""
+    def __init__(
+        self,
+        logs: Path,
+        least_seconds: float | None,
+        compile_seconds: float | None = None,
+        turn_seconds: float = TURN_SECONDS,
+    ) -> None:
+        """`least_seconds`: no bound is shorter; None: nobody watches. `logs` is the log directory.
+
+        `compile_seconds`: how long a program may compile, see `Progress.bound_seconds`.
+        """
         self.progress = Progress()
         # Beside the logs, which a run that starts anew sets aside.
         self.folder, self.stacks = logs.with_name(f".{logs.name}.{FOLDER}"), logs / STACKS
-        self.least_seconds, self.turn_seconds = least_seconds, turn_seconds
+        self.least_seconds, self.compile_seconds, self.turn_seconds = least_seconds, compile_seconds, turn_seconds
         self.process_id, self.num_processes = jax.process_index(), jax.process_count()
         self._is_over = threading.Event()
         self._turn = self._idle_turns = 0
@@ -95,12 +106,11 @@ class Watchdog:
             self._take_turn()
 
     def _take_turn(self) -> None:
-        assert self.least_seconds is not None
         self._turn += 1
         seen = (self.progress.mark.number, self.progress.num_compiles)
         self._idle_turns = self._idle_turns + 1 if seen == self._seen and not self._is_at_work() else 0
         self._seen = seen
-        bound = self.progress.bound_seconds(self.least_seconds)
+        bound = self._bound_seconds()
         self._arm(bound)
         # A disk that is full for a while is no reason to end here.
         with suppress(OSError):
@@ -112,7 +122,7 @@ class Watchdog:
             self._leave()
         elif is_first() and (line := describe_difference(self._read_positions())) is not None:
             self._announce(line)
-        elif self._idle_seconds() > bound and not (self.progress.is_busy and self._waits_for_work(bound)):
+        elif self._idle_seconds() > bound and not is_at_work(self.progress.mark, self._read_others()):
             self._announce(f"no progress for {bound:.0f} s: {self._describe_stall()}")
 
     def _is_at_work(self) -> bool:
@@ -123,8 +133,9 @@ class Watchdog:
     def _idle_seconds(self) -> float:
         return (self._idle_turns - PATIENCE_TURNS * (not is_first())) * self.turn_seconds
 
-    def _waits_for_work(self, bound: float) -> bool:
-        return is_at_work(self.progress.mark, self._read_positions().values(), bound)
+    def _bound_seconds(self) -> float:
+        assert self.least_seconds is not None
+        return self.progress.bound_seconds(self.least_seconds, self.compile_seconds)
 
     def position(self) -> Position:
         """Returns where this process is."""
@@ -133,6 +144,8 @@ class Watchdog:
             turn=self._turn,
             recent=tuple(progress.recent),
             seconds=self._idle_turns * self.turn_seconds,
+            bound=self._bound_seconds(),
+            is_busy=progress.is_busy,
             compiling=progress.compiling,
             pending=tuple(progress.pending_fn()),
         )
@@ -152,6 +165,9 @@ class Watchdog:
     def _read_positions(self) -> dict[int, Position]:
         found = {i: read_position(self.folder / f"{i}.json") for i in range(self.num_processes)}
         return {i: position for i, position in found.items() if position is not None}
+
+    def _read_others(self) -> list[Position]:
+        return [position for i, position in self._read_positions().items() if i != self.process_id]
 
     def _describe_stall(self) -> str:
         before = self._read_positions()
@@ -191,9 +207,9 @@ class Watchdog:
 
 
 @contextmanager
-def watch_run(logs: Path, least_seconds: float | None) -> Iterator[Progress]:
+def watch_run(logs: Path, least_seconds: float | None, compile_seconds: float | None = None) -> Iterator[Progress]:
     """While entered, no other run has this one's names, see `lock_run`, and it ends when it makes no progress."""
-    with lock_run(logs), Watchdog(logs, least_seconds) as progress:
+    with lock_run(logs), Watchdog(logs, least_seconds, compile_seconds) as progress:
         yield progress
 
 
@@ -212,9 +228,16 @@ def read_position(path: Path) -> Position | None:
     return Position(**{**fields, "recent": tuple(Mark(**mark) for mark in fields["recent"])})
 
 
-def is_at_work(mark: Mark, positions: Iterable[Position], bound: float) -> bool:
-    """Returns whether some process is at work at what `mark` says: of several, one makes the tokens for all."""
-    return any(position.mark == mark and position.seconds < bound for position in positions)
+def is_at_work(mark: Mark, positions: Iterable[Position]) -> bool:
+    """Returns whether one of the other processes does what this one, at `mark`, waits for, and may take that long.
+
+    One makes the tokens for all; one that compiles is waited for by those that have no such program, or theirs already.
+    """
+    return any(
+        position.seconds < position.bound
+        and (position.compiling is not None or (position.is_busy and position.mark == mark))
+        for position in positions
+    )
 
 
 def describe_difference(positions: Mapping[int, Position]) -> str | None:

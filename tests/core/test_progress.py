@@ -54,4 +54,16 @@ def test_compiling_has_a_bound_of_its_own_and_counts_for_no_call(clock):
     assert found.longest["train"] == 1 and found.longest_compile == 100
     with found.compile("train"):
         assert found.bound_seconds(60) == 10 * 100
+        assert found.bound_seconds(60, 1001) == 1001
     assert found.compiling is None and found.num_compiles == 4
+
+
+def test_a_program_may_compile_as_long_after_one_that_was_quick(clock):
+    found = Progress()
+    found.begin("generate", 0)
+    with found.compile("generate"):
+        clock.now += 0.5  # from the cache
+    found.begin("train", 0)
+    with found.compile("train"):
+        assert found.bound_seconds(60) == 12 * 60 and found.bound_seconds(60, 7200) == 7200
+    assert found.bound_seconds(60, 7200) == 6 * 60

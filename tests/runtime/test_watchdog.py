@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from realjax.core.exit_codes import STALLED
@@ -52,9 +53,17 @@ def test_all_in_one_call_is_said_once():
 
 
 def test_one_that_makes_the_tokens_is_not_given_up_by_those_who_wait():
-    waiting, working = position("data", seconds=90.0), position("data", seconds=0.0)
-    assert is_at_work(waiting.mark, [waiting, working], 60) and not is_at_work(waiting.mark, [waiting, waiting], 60)
-    assert not is_at_work(waiting.mark, [waiting, position("data", "checks", seconds=0.0)], 60)
+    waiting, working = (position("data", seconds=seconds, bound=60.0, is_busy=True) for seconds in (90.0, 0.0))
+    assert is_at_work(waiting.mark, [waiting, working]) and not is_at_work(waiting.mark, [waiting, waiting])
+    assert not is_at_work(waiting.mark, [position("data", "checks", seconds=0.0, bound=60.0, is_busy=True)])
+
+
+def test_one_that_compiles_is_not_given_up_by_those_who_wait():
+    waiting = position("actor_train", "results", seconds=90.0, bound=60.0)
+    compiling = position("actor_train", seconds=90.0, bound=720.0, compiling="actor_train")
+    assert is_at_work(waiting.mark, [waiting, compiling])
+    assert not is_at_work(waiting.mark, [waiting, replace(compiling, seconds=720.0)])
+    assert not is_at_work(waiting.mark, [waiting, replace(compiling, compiling=None)])
 
 
 def test_half_a_file_is_none(tmp_path):
@@ -68,7 +77,7 @@ HANGS = """
 import sys, time
 from pathlib import Path
 from realjax.runtime.watchdog import Watchdog
-with Watchdog(Path(sys.argv[1]), 0.2, turn_seconds=0.05) as progress:
+with Watchdog(Path(sys.argv[1]), 0.2, 5.0, turn_seconds=0.05) as progress:
     for step in range(3):
         for call in ("rewards", "train"):
             progress.begin(call, step)
@@ -109,6 +118,27 @@ def test_a_start_may_take_any_time_while_it_computes(tmp_path):
     found = run(READS, tmp_path)
     assert (found.returncode, found.stdout) == (STALLED, "read\n"), found.stderr
     assert found.stderr.startswith("no progress for 2 s: process 0 is in the data (for ")
+
+
+COMPILES = """\
+with progress.compile("quick"):
+        pass
+    with progress.compile("train"):
+        time.sleep({seconds})
+"""
+
+
+def test_a_program_may_compile_in_silence_for_its_own_bound(tmp_path):
+    """Longer than anything else may take, after one that was quick."""
+    found = run(COMPILES.format(seconds=0.2 * 12 * 1.5), tmp_path)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "the end\n", "")
+
+
+def test_a_program_that_compiles_for_ever_ends(tmp_path):
+    found = run(COMPILES.format(seconds=1e4), tmp_path)
+    assert found.returncode == STALLED
+    assert found.stderr.startswith("no progress for 5 s: process 0 is in rewards of step 4 (for "), found.stderr
+    assert ", compiling train); the stacks" in found.stderr
 
 
 def test_one_that_goes_on_does_not(tmp_path):
