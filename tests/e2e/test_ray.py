@@ -1,6 +1,5 @@
 """PPO on a real Ray of two nodes: an actor is killed, and the run goes on from its save and ends with the same bits."""
 
-import importlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -8,16 +7,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from realjax.launch.ray import is_installed
 from tests.given.commands import Given, Trial
 from tests.given.compare import find_differing
 from tests.given.launched import started, wait_for_end, wait_for_text, wait_until
-from tests.given.processes import ROOT
+from tests.given.ray import needs_ray, ray_cluster
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
-    pytest.mark.skipif(not is_installed(), reason="Ray is not installed: the extra realjax[ray]"),
+    needs_ray,
     pytest.mark.filterwarnings("ignore"),  # Ray leaves files and sockets open
 ]
 STEPS = 8
@@ -33,20 +31,9 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a cluster of two nodes on this machine, each with room for one process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        # On a machine that others use too.
-        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
-        patch.setenv("RAY_worker_niceness", "0")
-        cluster_utils = importlib.import_module("ray.cluster_utils")
-        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        try:
-            cluster.add_node(num_cpus=1)
-            yield cluster.address
-        finally:
-            cluster.shutdown()
+    """Of a cluster with room for one process on each node."""
+    with ray_cluster(cpus_per_node=1) as address:
+        yield address
 
 
 def launch_words(trial: Trial, address: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Processes that Ray's actors start, on a real Ray of two nodes: their output, their signals, and their ends."""
 
-import importlib
 import re
 import sys
 import threading
@@ -13,11 +12,11 @@ import pytest
 
 from realjax.core.exit_codes import KILLED
 from realjax.launch import local, restarts
-from realjax.launch.ray import RayJob, import_ray, is_installed
+from realjax.launch.ray import RayJob, import_ray
+from tests.given.ray import needs_ray, ray_cluster
 
 # Ray forks, of which JAX warns, and leaves files and sockets open.
 pytestmark = pytest.mark.filterwarnings("ignore")
-needs_ray = pytest.mark.skipif(not is_installed(), reason="Ray is not installed: the extra realjax[ray]")
 SAYS = """
 import os
 from realjax.launch.environment import find_process_group
@@ -29,14 +28,8 @@ WAITS = "import os, time; print('ready', os.getpid(), flush=True); time.sleep(1e
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a cluster of two nodes on this machine."""
-    cluster_utils = importlib.import_module("ray.cluster_utils")
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
-        cluster.add_node(num_cpus=2)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
+    with ray_cluster(cpus_per_node=2) as address:
+        yield address
 
 
 def run(program: str, address: str, **changes: object) -> int:
