@@ -9,7 +9,7 @@ import pytest
 
 from tests.given.commands import Given, Trial
 from tests.given.compare import find_differing
-from tests.given.launched import started, wait_for_end, wait_for_text, wait_until
+from tests.given.launched import is_over, started, wait_for_end, wait_for_text, wait_until
 from tests.given.ray import needs_ray, ray_cluster
 
 pytestmark = [
@@ -65,7 +65,7 @@ def test_a_run_whose_actor_is_killed_ends_with_the_same_bits(address: str, given
         actor = worker.parent()
         assert actor is not None
         actor.kill()
-        wait_until(lambda: not worker.is_running(), launcher, logs["killed"])
+        wait_until(lambda: is_over(worker), launcher, logs["killed"])
         assert wait_for_end(launcher, logs["killed"]) == 0, logs["killed"].read_text()
     text = logs["killed"].read_text()
     assert "its actor is gone" in text and "it is started again" in text and "continuing after step 2" in text

@@ -38,10 +38,18 @@ def session_of(process: subprocess.Popen) -> list[psutil.Process]:
     """Returns what runs of the session that began with the process, whatever groups it has."""
     found = []
     for each in psutil.process_iter():
-        with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(each.pid) == process.pid and each.status() != psutil.STATUS_ZOMBIE:
+        with suppress(ProcessLookupError):
+            if os.getsid(each.pid) == process.pid and not is_over(each):
                 found.append(each)
     return found
+
+
+def is_over(process: psutil.Process) -> bool:
+    """Returns whether a process runs no more. An orphan may stay a zombie: not every first process waits for it."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
