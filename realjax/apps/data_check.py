@@ -24,7 +24,6 @@ from realjax.options.data_check import DataCheckConfig
 from realjax.options.describe import describe_options
 from realjax.options.parsing import parse_overrides
 
-USAGE = "Usage: realjax data check FILE model=MODEL key=value ...\n"
 # No row is cut as it is read, so that what would be can be shown.
 UNCUT = 2**24
 BAR_WIDTH = 40
@@ -52,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     """Runs the command line behind `realjax data check` and returns its exit code."""
     with report_errors("realjax data check") as end:
         if not words or any(word in HELP_FLAGS for word in words):
-            say(USAGE + "\n" + describe_options(DataCheckConfig, "data check"))
+            say(describe_options(DataCheckConfig, "data check", "FILE model=MODEL"))
             end.code = 0 if words else 2
             return end.code
         paths = [word for word in words if "=" not in word]

@@ -22,7 +22,7 @@ def read_words(words: Sequence[str], config_cls: type[Config], name: str) -> tup
     """Returns the models, which are words without `=`, and the options; None where help was asked for, which is printed
     then. Raises ValueError for no model, an unknown option or a wrong value."""
     if any(word in HELP_FLAGS for word in words):
-        say(f"Usage: realjax {name} MODEL key=value ...\n\n{describe_options(config_cls, name)}")
+        say(describe_options(config_cls, name, "MODEL"))
         return None
     models = [word for word in words if "=" not in word]
     if not models:

@@ -9,14 +9,17 @@ from realjax.options.values import type_label
 WIDEST = 100
 
 
-def describe_options(cls: type, experiment: str) -> str:
-    """Returns every option of `cls` with its type, default and meaning, grouped by its place in the tree."""
+def describe_options(cls: type, command: str, names: str = "") -> str:
+    """Returns every option of `cls` with its type, default and meaning, grouped by its place in the tree.
+
+    `names` are what the command needs before its options.
+    """
     width = min(WIDEST, shutil.get_terminal_size().columns)
     options = list_options(cls)
     name_width = max(len(option.path) for option in options)
     parts = [
-        fill(f"realjax {experiment}: {first_sentence(cls)}", width),
-        f"\nUsage: realjax {experiment} key=value ...\n",
+        fill(f"realjax {command}: {first_sentence(cls)}", width),
+        f"\nUsage: realjax {' '.join(filter(None, [command, names]))} key=value ...\n",
         fill("null is None. A list is written [1,2]. The last of several values for one key counts.", width),
     ]
     aliases = list_aliases(cls)

@@ -12,7 +12,7 @@ from realjax.record.metrics import RECORD_KEYS
 
 # Shown first, in this order; a name counts by its last part, so `actor/loss` stands with `loss`.
 MAIN_METRICS = (
-    *("task_reward", "kl", "avg_response_len", "loss", "acc", "ppl", "eos_share", "actor_loss", "value_loss"),
+    *("task_reward", "acc", "margin", "kl", "avg_response_len", "loss", "ppl", "eos_share", "actor_loss", "value_loss"),
     *("importance_weight", "actor_clip_ratio", "lr", "grad_norm", "tokens_per_second"),
 )
 TRAIN, EVAL = "train", "eval"
@@ -108,7 +108,7 @@ class Sheet:
 
         # Margins that are wide enough for every label, which stand in known places: to measure them takes as long as to
         # draw, and a run has many curves.
-        margins = {"left": 0.17, "right": 0.98, "bottom": 0.14, "top": 0.9}
+        margins = {"left": 0.17, "right": 0.98, "bottom": 0.14, "top": 0.96}
         self.figure = Figure(figsize=(6.4, 3.4), dpi=120)
         self.axes = axes = self.figure.subplots(gridspec_kw=margins)
         axes.set_xlabel("global step")
@@ -120,8 +120,11 @@ class Sheet:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
 
-    def draw(self, path: Path | BinaryIO, name: str, series: Series) -> None:
-        """Writes one PNG: a line per label, and for many points a smoothed line over the light raw one."""
+    def draw(self, path: Path | BinaryIO, series: Series) -> None:
+        """Writes one PNG: a line per label, and for many points a smoothed line over the light raw one.
+
+        What it shows is the page's to say, and the file's name.
+        """
         axes, other_colors = self.axes, iter(OTHER_COLORS * len(series))
         for label, (steps, values) in sorted(series.items(), key=lambda item: item[0] != TRAIN):
             color = COLORS.get(label) or next(other_colors)
@@ -132,7 +135,6 @@ class Sheet:
             # A label is data, as a metric's name is: a `$` in it must not start a formula.
             shown = label.replace("$", "\\$")
             axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=shown)
-        axes.set_title(name, fontsize="medium", parse_math=False, y=1.01)
         legend = axes.legend(frameon=False) if len(series) > 1 else None
         self.figure.savefig(path)
         for artist in (*axes.lines, *filter(None, [legend])):

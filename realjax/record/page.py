@@ -70,6 +70,7 @@ STYLE = """
 * { box-sizing: border-box }
 body { max-width: 1120px; margin: 0 auto; padding: 24px; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, sans-serif }
+h1, h2, .note, summary { overflow-wrap: anywhere }
 h1 { margin: 0 0 16px; font-size: 26px }
 h2 { margin: 32px 0 12px; font-size: 19px }
 .note { margin: 4px 0; color: var(--soft) }

@@ -174,7 +174,7 @@ def curve_parts(
         is_main = metric_rank(name) < len(MAIN_METRICS)
         if not (is_main or with_others):
             continue
-        sheet.draw(paths[name], name, charts[name])
+        sheet.draw(paths[name], charts[name])
         missing = sum(name in record.get("nonfinite", ()) for record in records)
         notes = [f"Also {', '.join(same)}."] if same else []
         notes += [f"{missing} non-finite value(s) left out."] if missing else []

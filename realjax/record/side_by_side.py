@@ -46,7 +46,7 @@ def _curves(charts: Mapping[str, Series]) -> list[str]:
     main, others, sheet = [], [], Sheet()
     for name in join_equal(charts):
         picture = io.BytesIO()
-        sheet.draw(picture, name, charts[name])
+        sheet.draw(picture, charts[name])
         caption = f"<figcaption>{html.escape(name)}</figcaption>"
         figure = f"<figure>{caption}{picture_html(picture.getvalue(), name)}</figure>"
         (main if metric_rank(name) < len(MAIN_METRICS) else others).append(figure)

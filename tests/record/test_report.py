@@ -148,8 +148,8 @@ def test_a_chart_shows_nothing_of_the_one_before_on_its_sheet():
     )
     used, pictures = Sheet(), {}
     for name, series in (("few", few), ("many", many), ("few", few), ("many", many)):
-        used.draw(found := io.BytesIO(), name, series)
-        Sheet().draw(alone := io.BytesIO(), name, series)
+        used.draw(found := io.BytesIO(), series)
+        Sheet().draw(alone := io.BytesIO(), series)
         assert found.getvalue() == alone.getvalue()
         pictures[name] = found.getvalue()
     assert pictures["few"] != pictures["many"]
