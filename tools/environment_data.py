@@ -2,8 +2,8 @@
 
 For each of `calculator` and `guessing`, in a folder of its own: `model` (config.json and a tokenizer with a chat
 template, no weights), `sft.jsonl` (conversations of players that are good now and then), and `train.jsonl` and
-`valid.jsonl`, prompts for reinforcement learning. No question of the calculator is in both. The guessing game's prompts
-are all alike, and both files have every secret: what can be learned is how to guess.
+`valid.jsonl`, prompts for reinforcement learning. No question of the calculator's `valid.jsonl` is in another file. The
+guessing game's prompts are all alike, and both files have every secret: what can be learned is how to guess.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
@@ -18,7 +19,6 @@ from tokenizers import pre_tokenizers
 from realjax.apps.demo_data import MODEL, write_model
 from realjax.core.json_text import JsonObject
 from realjax.environments.calculator import NAME, compute, format_number
-from realjax.environments.guessing import GUESSES
 from realjax.environments.tools import HERMES, ToolCall
 
 # As Qwen's: a tool's result is a message of the user's, in tags.
@@ -28,9 +28,9 @@ TEMPLATE = (
     "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}\n</tool_call>{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LOW, HIGH = 1, 15  # of the guessing game: four good guesses find any of them
+LOW, HIGH, GUESSES = 1, 7, 3  # of the guessing game: three good guesses find any of them
 RULES = f"I think of a number from {LOW} to {HIGH}. Guess it."
-NUM_SFT, NUM_TRAIN, NUM_VALID = 6000, 2000, 96
+NUM_SFT, NUM_TRAIN, NUM_VALID = 6000, 2000, 210
 
 
 def say(role: str, content: str) -> dict[str, str]:
@@ -44,17 +44,11 @@ def ask(rng: random.Random) -> str:
 
 
 def answer_question(expression: str, rng: random.Random) -> list[dict[str, str]]:
-    """Returns a conversation: one in four lets the calculator compute it, one in two with another sign or the numbers
-    exchanged, one in four guesses.
-    """
+    """Returns a conversation: seven in ten let the calculator compute, half of them with another sign; three guess."""
     first, sign, second = expression.split()
     talk, kind = [say("user", f"What is {expression}?")], rng.random()
-    if kind < 0.75:
-        asked = expression
-        if kind < 0.25:
-            asked = f"{first} {rng.choice([one for one in '+-*' if one != sign])} {second}"
-        elif kind < 0.5:
-            asked = f"{second} {sign} {first}" if sign == "-" else f"{first} - {second}"
+    if kind < 0.7:
+        asked = f"{first} {rng.choice([one for one in '+-*' if one != sign])} {second}" if kind < 0.35 else expression
         result = format_number(compute(asked))
         call = HERMES.write(ToolCall(name=NAME, arguments={"expression": asked}))
         talk += [say("assistant", call), HERMES.reply(NAME, result)]
@@ -64,15 +58,15 @@ def answer_question(expression: str, rng: random.Random) -> list[dict[str, str]]
 
 
 def play(secret: int, rng: random.Random) -> list[dict[str, str]]:
-    """Returns a game: one guess in two is any number, the others are any that the hints before it allow."""
+    """Returns a game: each guess is any number that the hints before it allow, whether it tells much or little."""
     talk, low, high = [say("user", RULES)], LOW, HIGH
     for _ in range(GUESSES):
-        guess = rng.randint(low, high) if rng.random() < 0.5 else rng.randint(LOW, HIGH)
+        guess = rng.randint(low, high)
         talk.append(say("assistant", f"{guess}"))
         if guess == secret:
             break
         talk.append(say("user", "higher" if guess < secret else "lower"))
-        low, high = (max(low, guess + 1), high) if guess < secret else (low, min(high, guess - 1))
+        low, high = (guess + 1, high) if guess < secret else (low, guess - 1)
     return talk
 
 
@@ -96,14 +90,16 @@ def write_talker(directory: Path, talks: Sequence[list[dict[str, str]]]) -> None
 
 
 def write_calculator(out: Path, rng: random.Random) -> None:
-    """Writes questions, and conversations about them."""
+    """Writes questions, and conversations about others than the held-out ones."""
     out.mkdir(parents=True, exist_ok=True)
     asked = sorted({ask(rng) for _ in range(4 * NUM_TRAIN)})
     rng.shuffle(asked)
     rows = [{"prompt": f"What is {one}?", "answer": format_number(compute(one))} for one in asked]
-    write_rows(out / "train.jsonl", rows[:NUM_TRAIN])
-    write_rows(out / "valid.jsonl", rows[NUM_TRAIN : NUM_TRAIN + NUM_VALID])
-    talks = [answer_question(ask(rng), rng) for _ in range(NUM_SFT)]
+    write_rows(out / "train.jsonl", rows[NUM_VALID : NUM_VALID + NUM_TRAIN])
+    write_rows(out / "valid.jsonl", rows[:NUM_VALID])
+    held_out = set(asked[:NUM_VALID])
+    talked = islice((one for one in iter(lambda: ask(rng), None) if one not in held_out), NUM_SFT)
+    talks = [answer_question(one, rng) for one in talked]
     write_rows(out / "sft.jsonl", [{"messages": talk} for talk in talks])
     write_talker(out / "model", talks)
 
@@ -111,9 +107,9 @@ def write_calculator(out: Path, rng: random.Random) -> None:
 def write_guessing(out: Path, rng: random.Random) -> None:
     """Writes secrets, and games."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": RULES, "secret": secret} for secret in range(LOW, HIGH + 1)]
+    rows = [{"prompt": RULES, "secret": secret, "guesses": GUESSES} for secret in range(LOW, HIGH + 1)]
     write_rows(out / "train.jsonl", [rows[i % len(rows)] for i in range(NUM_TRAIN)])
-    write_rows(out / "valid.jsonl", [rows[i % len(rows)] for i in range(6 * len(rows))])
+    write_rows(out / "valid.jsonl", [rows[i % len(rows)] for i in range(NUM_VALID)])
     talks = [play(rng.randint(LOW, HIGH), rng) for _ in range(NUM_SFT)]
     write_rows(out / "sft.jsonl", [{"messages": talk} for talk in talks])
     write_talker(out / "model", talks)

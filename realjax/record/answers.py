@@ -15,7 +15,7 @@ from realjax.data.packing import unpack
 from realjax.dataflow.run import AnswerFile, DecodeFn
 
 PART = ".part"
-TEXT_KEYS = ("tokens", "loss_mask", "prompt_id", "sample_id", "rewards", "segment_ids", "positions")
+TEXT_KEYS = ("tokens", "loss_mask", "prompt_id", "sample_id", "rewards", "num_turns", "segment_ids", "positions")
 Line = dict[str, object]
 # In front of what the model said in a conversation, and of what was said to it.
 SPEAKERS = ("[model]", "[environment]")
@@ -35,21 +35,27 @@ def read_texts(rollout: Batch, decode_fn: DecodeFn, most: int | None = None) -> 
     keys = [key for key in TEXT_KEYS if key in rollout]
     place = lambda sequence: (int(sequence["prompt_id"]), int(sequence["sample_id"]))
     sequences = sorted(unpack(rollout.select(keys)), key=place)[:most]
+    texts = zip(*decode_sequences(sequences, decode_fn), sequences, strict=True)
+    return [Answer(prompt=prompt, text=text, arrays=arrays) for prompt, text, arrays in texts]
+
+
+def decode_sequences(sequences: Sequence[Mapping[str, np.ndarray]], decode_fn: DecodeFn) -> tuple[list[str], list[str]]:
+    """Returns the texts of prompts, and of what follows them: in a conversation each side's words, marked."""
     split = [split_answer(sequence["tokens"], sequence["loss_mask"]) for sequence in sequences]
-    prompts, answers = ([parts[side] for parts in split] for side in (0, 1))
-    texts = zip(*decode_fn(prompts, answers), sequences, strict=True)
-    return [
-        Answer(prompt=prompt, text=_mark_turns(arrays, decode_fn) or text, arrays=arrays)
-        for prompt, text, arrays in texts
-    ]
+    prompts, answers = decode_fn(*([parts[side] for parts in split] for side in (0, 1)))
+    marked = [_mark_turns(sequence, decode_fn) for sequence in sequences]
+    return prompts, [text or answer for text, answer in zip(marked, answers, strict=True)]
 
 
 def _mark_turns(sequence: Mapping[str, np.ndarray], decode_fn: DecodeFn) -> str | None:
-    """Returns the text of a conversation after its prompt, each side's part by itself; None for one answer."""
+    """Returns the text of a conversation after its prompt, each side's part by itself; None for a single answer.
+
+    `num_turns` says that it is a conversation, also where it ended with the first answer.
+    """
     tokens, mask = sequence["tokens"], sequence["loss_mask"].astype(bool)
     edges = np.flatnonzero(np.diff(mask)) + 1
     parts = np.split(tokens, edges)[0 if mask[:1].any() else 1 :]
-    if len(parts) < 3:
+    if not parts or (len(parts) < 3 and "num_turns" not in sequence):
         return None
     _, texts = decode_fn([[] for _ in parts], [part.tolist() for part in parts])
     return "\n".join(f"{SPEAKERS[i % 2]} {text.strip()}" for i, text in enumerate(texts))

@@ -14,12 +14,13 @@ from realjax.core.faults import naming
 from realjax.core.json_text import JsonObject
 from realjax.data.packing import unpack
 from realjax.dataflow.run import DecodeFn, RolloutRecord
+from realjax.record.answers import decode_sequences
 from realjax.record.metrics import drop_later_steps, read_metrics
 from realjax.record.report import Section
 
 FOLDER, SHOWN_FILE, ALL_FILE = "rollouts", "shown.jsonl", "step{:06d}.jsonl.gz"
 # What is said of an answer, in this order, where its batch has it on the host.
-READ_KEYS = ("rewards", "reward_terms", "has_eos", "logprobs", "ref_logprobs", "advantages", "sample_id")
+READ_KEYS = ("rewards", "reward_terms", "has_eos", "logprobs", "ref_logprobs", "advantages", "sample_id", "num_turns")
 TEXTS = ("prompt", "answer")
 MOST_CHARACTERS = 400  # of a text in the log
 MOST_STEPS = 6  # in the report: the first ones and the last
@@ -42,8 +43,7 @@ def describe_answers(
         by_reward = sorted(sequences, key=lambda one: float(np.nan_to_num(one.get("rewards", 0), nan=-np.inf)))
         chosen = np.linspace(0, len(by_reward) - 1, most).round().astype(int)
         sequences = [by_reward[i] for i in chosen]
-    sides = ([one["tokens"][one["loss_mask"] == side].tolist() for one in sequences] for side in (False, True))
-    prompts, answers = decode_fn(*sides)
+    prompts, answers = decode_sequences(sequences, decode_fn)
     return [
         {**_measure(one, terms), "prompt": prompt, "answer": answer}
         for one, prompt, answer in zip(sequences, prompts, answers, strict=True)

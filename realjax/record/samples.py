@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,10 +56,20 @@ def sample_sections(samples: Mapping[int, Sequence[Sample]]) -> list[Section]:
         return []
     steps = sorted({min(samples), max(samples)})
     columns = ("draw", "prompt", *(f"after step {step}" for step in steps))
-    texts = [{(a.variant, a.prompt): _describe(a) for a in samples[step]} for step in steps]
+    texts = [_by_place(samples[step]) for step in steps]
     # Those of the last, beside what the first has of them: a run may have gone on with other draws.
-    rows = [(*key, *(of_step.get(key, "") for of_step in texts)) for key in texts[-1]]
+    rows = [(*key[:2], *(of_step.get(key, "") for of_step in texts)) for key in texts[-1]]
     return [Section(title="Samples on held-out prompts", columns=columns, rows=tuple(rows), comes_first=True)]
+
+
+def _by_place(samples: Sequence[Sample]) -> dict[tuple[str, str, int], str]:
+    """Returns answers by draw, prompt, and which of the draw's answers to that prompt it is: prompts may be alike."""
+    counts, texts = Counter[tuple[str, str]](), dict[tuple[str, str, int], str]()
+    for sample in samples:
+        key = (sample.variant, sample.prompt)
+        texts[(*key, counts[key])] = _describe(sample)
+        counts[key] += 1
+    return texts
 
 
 def _describe(sample: Sample) -> str:

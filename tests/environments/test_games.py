@@ -1,5 +1,6 @@
 """What the recipes of the two games learn from: good games among others, written as fine-tuning reads them."""
 
+import json
 import random
 from collections.abc import Mapping
 
@@ -12,15 +13,15 @@ from realjax.environments.calculator import Calculator, compute, format_number
 from realjax.environments.environment import Environment
 from realjax.environments.guessing import GuessingGame
 from realjax.environments.tools import find_format
-from tools.environment_data import LOW, answer_question, ask, play, write_talker
+from tools.environment_data import GUESSES, HIGH, LOW, answer_question, ask, play, write_calculator, write_talker
 
 
 def list_games(seed: int = 0, count: int = 60):
     rng = random.Random(seed)
     for _ in range(count):
-        asked, secret = ask(rng), rng.randint(LOW, 15)
+        asked, secret = ask(rng), rng.randint(LOW, HIGH)
         yield Calculator(), {"answer": format_number(compute(asked))}, answer_question(asked, rng)
-        yield GuessingGame(), {"secret": secret}, play(secret, rng)
+        yield GuessingGame(), {"secret": secret, "guesses": GUESSES}, play(secret, rng)
 
 
 @pytest.fixture(scope="module")
@@ -57,5 +58,26 @@ def test_turns_are_written_as_fine_tuning_reads_them(template):
         whole = encode([template.render(talk, False)], template.tokenizer, is_rendered=True)[0]
         assert tokens == whole[: len(tokens)] and len(whole) - len(tokens) < 12
         worth[type(environment)].append(total)
-    # Some are won, most are not: there is something to find, and something to learn.
-    assert all(0.1 < sum(found) / len(found) < 0.7 for found in worth.values())
+    # Some are won, and many are not: there is something to find, and something to learn.
+    assert all(0.2 < sum(found) / len(found) < 0.85 for found in worth.values())
+
+
+def test_held_out_questions_are_in_no_other_file(tmp_path):
+    write_calculator(tmp_path, random.Random(1))
+    read = lambda name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+    held_out = {row["prompt"] for row in read("valid.jsonl")}
+    seen = {row["prompt"] for row in read("train.jsonl")} | {row["messages"][0]["content"] for row in read("sft.jsonl")}
+    assert held_out and seen and not held_out & seen
+
+
+def test_whoever_halves_what_is_left_wins_every_game():
+    for secret in range(LOW, HIGH + 1):
+        game, low, high = GuessingGame(), LOW, HIGH
+        game.reset({"prompt": "guess", "secret": secret, "guesses": GUESSES})
+        done = False
+        while not done:
+            guess = (low + high) // 2
+            messages, reward, done = game.step(str(guess))
+            hint = messages[0]["content"] if messages else ""
+            low, high = (guess + 1, high) if hint == "higher" else (low, guess - 1)
+        assert reward == 1.0

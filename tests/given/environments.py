@@ -49,6 +49,34 @@ class Absent(Chatty):
         raise ConnectionError("nobody is there")
 
 
+class PaysBoth(Environment):
+    """Wants an answer that begins below `a`, and then one that begins with `a` or above."""
+
+    worth = (1.0, 1.0)  # of each turn
+    num_steps = 0
+
+    def reset(self, prompt):
+        return [{"role": "user", "content": prompt["prompt"]}]
+
+    def step(self, answer):
+        is_wanted = bool(answer) and (answer[0] >= "a") == (self.num_steps == 1)
+        reward = is_wanted * self.worth[self.num_steps]
+        self.num_steps += 1
+        return [{"role": "user", "content": "more"}], reward, self.num_steps == 2
+
+
+class PaysFirst(PaysBoth):
+    """Pays for the first turn alone."""
+
+    worth = (1.0, 0.0)
+
+
+class PaysLast(PaysBoth):
+    """Pays for the last turn alone."""
+
+    worth = (0.0, 1.0)
+
+
 def write_chat_models(given: Given, folder: Path) -> dict[str, Path]:
     """Writes actor and reference with a chat template; returns their folders as options of a run."""
     for name in ("actor", "ref"):

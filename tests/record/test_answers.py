@@ -10,6 +10,8 @@ from realjax.core.texts import decode_answers
 from realjax.data.packing import pack, pack_rows
 from realjax.dataflow.run import AnswerFile
 from realjax.record.answers import AnswerWriter, Line, make_lines
+from realjax.record.rollouts import describe_answers
+from realjax.record.samples import Sample, sample_sections
 from realjax.runtime.evaluation import read_samples
 from tests.given.texts import make_tokenizer, make_words_tokenizer
 
@@ -40,21 +42,48 @@ def test_an_answer_keeps_the_space_before_it():
     assert stopped["seq"] == "the film"
 
 
-def test_sides_of_a_conversation_are_told_apart():
-    tokenizer = make_tokenizer()
-    parts = [tokenizer.encode(text) for text in ("the film", "was", "how long", "so so", "is it", "never")]
-    tokens = np.concatenate(parts).astype(np.int32)
-    sequence = {
-        "tokens": tokens,
+def conversation(tokenizer: Any, *texts: str, prompt_id: int = 0, **extra: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the row of a prompt's text, and then, in turn, of an answer and what was said to it."""
+    parts = [tokenizer.encode(text) for text in texts]
+    return {
+        "tokens": np.concatenate(parts).astype(np.int32),
         "loss_mask": np.concatenate([np.full(len(part), i % 2 == 1) for i, part in enumerate(parts)]),
-        "prompt_id": np.array(0),
+        "prompt_id": np.array(prompt_id),
         "sample_id": np.array(0),
         "rewards": np.float32(2.5),
+        **extra,
     }
-    rollout = pack([sequence], pack_rows([len(tokens)], 64))
-    (sample,) = read_samples(rollout, partial(decode_answers, tokenizer), "greedy")
+
+
+def test_sides_of_a_conversation_are_told_apart():
+    tokenizer = make_tokenizer()
+    whole = conversation(tokenizer, "the film", "was", "how long", "so so", "is it", "never")
+    rollout = pack([whole], pack_rows([len(whole["tokens"])], 64))
+    decode_fn = partial(decode_answers, tokenizer)
+    (sample,) = read_samples(rollout, decode_fn, "greedy")
     assert sample.prompt == "the film" and sample.reward == 2.5
     assert sample.answer == "[model] was\n[environment] how long\n[model] so so\n[environment] is it\n[model] never"
+    (shown,) = describe_answers(rollout, decode_fn, ())
+    assert (shown["prompt"], shown["answer"]) == (sample.prompt, sample.answer)
+
+
+def test_a_conversation_of_one_answer_is_marked_as_the_others_are():
+    tokenizer = make_tokenizer()
+    short = conversation(tokenizer, "the film", "was", num_turns=np.array(1))
+    rollout = pack([short], pack_rows([len(short["tokens"])], 64))
+    (sample,) = read_samples(rollout, partial(decode_answers, tokenizer), "greedy")
+    assert sample.answer == "[model] was"
+
+
+def test_answers_to_prompts_that_are_alike_all_stand_in_the_report():
+    draw = lambda answer, prompt="guess": Sample(variant="sampled", prompt=prompt, answer=answer, reward=1.0)
+    before, after = [draw("3"), draw("5"), draw("7", "other")], [draw("4"), draw("6"), draw("8", "other")]
+    (section,) = sample_sections({0: before, 9: after})
+    assert section.rows == (
+        ("sampled", "guess", "3 (reward 1)", "4 (reward 1)"),
+        ("sampled", "guess", "5 (reward 1)", "6 (reward 1)"),
+        ("sampled", "other", "7 (reward 1)", "8 (reward 1)"),
+    )
 
 
 def test_a_prompt_that_was_cut_inside_a_character_is_given_whole():
