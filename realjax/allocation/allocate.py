@@ -14,7 +14,7 @@ from realjax.allocation.choice import Choice
 from realjax.allocation.machine import find_machine
 from realjax.allocation.plan import AllocationPlan, RolloutShape
 from realjax.allocation.predict import predict_run
-from realjax.core.layout import Layout, ParallelStrategy, number_ranges
+from realjax.core.layout import Layout, ParallelStrategy, name_devices
 from realjax.core.processes import array_from_first
 from realjax.dataflow.graph import Generate, Train
 from realjax.dataflow.run import RoleSpec, RunSpec
@@ -47,7 +47,7 @@ def make_plan(spec: RunSpec, layouts: Mapping[str, Layout], devices: Sequence[ja
         held_out=held_out,
         is_searched=any(call.devices is not None for call in spec.allocation.calls.values()),
         choices=read_choices(spec, layouts, rollouts, devices),
-        idle=number_ranges([device.id for device in devices if device not in used]),
+        idle=name_devices([device for device in devices if device not in used]),
     )
 
 

@@ -119,10 +119,19 @@ class Layout:
     @property
     def device_names(self) -> str:
         """The devices' numbers, as '0-3,6'."""
-        return number_ranges([device.id for device in self.devices])
+        return name_devices(self.devices)
 
     def __str__(self) -> str:
         return f"{self.strategy} on {self.device_names}"
+
+
+def name_devices(devices: Sequence[jax.Device]) -> str:
+    """Returns the devices' numbers among those of all processes, as '0-3,6'."""
+    ids = [device.id for device in devices]
+    if any(device.platform == "cpu" for device in devices):  # whose ids have gaps between processes
+        places = {i: place for place, i in enumerate(sorted(device.id for device in jax.devices("cpu")))}
+        ids = [places[i] for i in ids]
+    return number_ranges(ids)
 
 
 def number_ranges(ids: Sequence[int]) -> str:

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import jax
 import pytest
 
-from realjax.core.layout import MESH_AXES, Layout, ParallelStrategy
+from realjax.core.layout import MESH_AXES, Layout, ParallelStrategy, name_devices
 from tests.given.models import make_layout
 
 
@@ -10,6 +12,12 @@ def test_a_layout_is_a_value():
     assert one == other and hash(one) == hash(other) and one.mesh == other.mesh
     assert one != make_layout(dp=4) and one != Layout.of(one.strategy, jax.devices()[4:])
     assert one.replicated == other.replicated
+
+
+def test_devices_of_several_processes_are_numbered_without_gaps(monkeypatch):
+    devices = tuple(SimpleNamespace(platform="cpu", id=2048 * process + i) for process in range(2) for i in range(3))
+    monkeypatch.setattr(jax, "devices", lambda backend: devices)
+    assert name_devices(devices[1:5]) == "1-4"
 
 
 def test_the_tensor_axis_varies_fastest():
