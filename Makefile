@@ -5,6 +5,9 @@ PYTHON ?= python3
 # instead, as pip's arguments: make test TORCH="torch==2.13.0 --index-url <an index of CPU builds>".
 TORCH ?= torch==2.13.0
 
+# What is installed for the tests. Those on a real Ray (240 MB) run with it, and are skipped without: make test EXTRAS=dev,ray
+EXTRAS ?= dev
+
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick aot newest wheel docs lint format clean
@@ -64,7 +67,7 @@ clean:  ## remove the environments and the demo's files
 
 .venv/.dev: .venv/.installed
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e ".[dev]"
+	$(BIN)/python -m pip install -e ".[$(EXTRAS)]"
 	touch $@
 
 # Only what makes the site; realjax itself is not needed for it.
