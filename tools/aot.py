@@ -22,6 +22,7 @@ from typing import Any, cast
 import jax
 
 from realjax.allocation.allocate import allocate
+from realjax.allocation.fit import fit_micro_batches
 from realjax.allocation.machine import need_cluster
 from realjax.allocation.settle import settle
 from realjax.aot.advise import verdict
@@ -65,8 +66,11 @@ def compile_run(
     With `num_layers`, models have only so many layers. ValueError for what the user can mend.
     """
     spec = build_spec(name, config)
+    devices = find_devices(spec, target)
     if spec.allocation.mode == "search":
-        spec = settle(spec, need_cluster(spec.allocation, find_devices(spec, target)))
+        spec = settle(spec, need_cluster(spec.allocation, devices))
+    else:
+        spec = fit_micro_batches(spec, devices, target.memory_bytes)
     return compile_spec(spec, target, num_layers=num_layers)
 
 

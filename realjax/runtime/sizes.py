@@ -8,8 +8,9 @@ import numpy as np
 
 from realjax.data.packing import bucket_rows, count_rows
 
-# A size met before is taken again up to so many times what would be enough: beyond that a compilation pays.
-MOST_SPARE = 4 / 3
+# A size met before is taken again up to so many times what would be enough: beyond that a compilation pays, in a run
+# that has shown to be a long one.
+MOST_SPARE, MANY_TIMES = 4 / 3, 64
 
 
 class LeastSizes:
@@ -35,8 +36,8 @@ LEAST = LeastSizes()
 class CallSizes(LeastSizes):
     """The sizes of what a call makes or reads, chosen among those that it has met.
 
-    One is taken again where it is enough and not far too much. A new one has room for the steps to come, whose lengths
-    differ from this one's.
+    One is taken again where it is enough and, later in a run, not far too much. A new one has room for the steps to
+    come, whose lengths differ from this one's.
     """
 
     met: dict[str, list[int]]
@@ -53,12 +54,15 @@ class CallSizes(LeastSizes):
         return self._take("sequences of a row", super().segments(needed), super().segments(needed + needed // 4))
 
     def targets(self, needed: int, row_len: int) -> int:
-        with_room = _round_targets(needed + row_len / 8, row_len)
+        with_room = _round_targets(needed + row_len / 4, row_len)
         return self._take(f"targets of {row_len} tokens", super().targets(needed, row_len), with_room)
 
     def _take(self, what: str, needed: int, with_room: int) -> int:
         met = self.met.setdefault(f"{self.name}: {what}", [])
-        if fitting := [size for size in met if needed <= size <= max(MOST_SPARE * needed, with_room)]:
+        times = self.met.setdefault(f"{self.name}: {what}: times", [0])
+        times[0] = min(times[0] + 1, MANY_TIMES)
+        most = max(MOST_SPARE * needed, with_room) if times[0] == MANY_TIMES else math.inf
+        if fitting := [size for size in met if needed <= size <= most]:
             return min(fitting)
         met.append(with_room)
         return with_room

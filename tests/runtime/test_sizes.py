@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from realjax.data.packing import pack_rows, rollout_row_len
-from realjax.runtime.sizes import LEAST, Sizes
+from realjax.runtime.sizes import LEAST, MANY_TIMES, Sizes
 
 PROMPT, NEW = 64, 256
 
@@ -49,7 +49,15 @@ def test_lengths_of_one_kind_meet_few_sizes(kind, num_answers, num_parts, multip
     """Of thousands of draws. The rows left empty are not many more than the least."""
     steps, share, least = run(kind, num_answers, num_parts, multiple, 200)
     assert len(steps) <= (6 if num_answers < 64 else 2)
-    assert share < least + 0.12
+    # Those of few answers differ most, and the first 64 steps keep to the first size.
+    assert share < least + (0.16 if num_answers < 64 else 0.12)
+
+
+@pytest.mark.parametrize(("num_answers", "num_parts", "multiple"), [(32, 2, 1), (64, 2, 1), (128, 4, 2), (512, 4, 8)])
+@pytest.mark.parametrize("kind", ["uniform", "exponential", "some end early"])
+def test_nothing_is_met_after_the_third_step_of_a_short_run(kind, num_answers, num_parts, multiple):
+    steps, _, _ = run(kind, num_answers, num_parts, multiple, 30)
+    assert steps[-1] < 3
 
 
 def test_lengths_that_grow_meet_sizes_in_few_steps():
@@ -62,7 +70,7 @@ def test_a_size_met_before_is_taken_unless_it_is_far_too_large():
     sizes = Sizes()
     assert sizes.of("a").rows([[8] * 30], 8, 1) == 30
     assert sizes.of("a").rows([[8] * 25], 8, 1) == 30
-    assert sizes.of("a").rows([[8] * 15], 8, 1) == 15
+    assert [sizes.of("a").rows([[8] * 15], 8, 1) for _ in range(MANY_TIMES)] == [30] * (MANY_TIMES - 3) + [15] * 3
     assert sizes.of("b").rows([[8] * 25], 8, 4) == 28
     again = Sizes(sizes.met)
     assert [again.of("a").rows([[8] * n], 8, 1) for n in (14, 25, 40)] == [15, 30, 40]
