@@ -9,7 +9,7 @@
         --config.dataset.path=DIR/calculator/train.jsonl --config.dataset.valid_path=DIR/calculator/valid.jsonl
 
 SFT is the checkpoint that the first command saves. The conversations that it learns from call the calculator with the
-question's own expression in one of three; in the others they take another sign, or guess. Reinforcement learning finds
+question's own expression in one of three; in the others they guess, or take another sign. Reinforcement learning finds
 out what pays: `sampled/task_reward` is the share of questions answered rightly. docs/environments.md has what was
 measured.
 """
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.exp_ctrl.eval_freq_steps = 20
     config.eval.greedy = False
 
-    config.actor.optimizer.lr = 1e-3
+    config.actor.optimizer.lr = 3e-4
     config.actor.gradient_checkpointing = False
     config.ppo.kl_ctl = 0.0
     config.ppo.ppo_n_minibatches = 4

@@ -34,9 +34,9 @@ def get_config() -> ConfigDict:
 
     config.dataset.max_prompt_len = 64
     config.dataset.train_bs_n_seqs = 120
-    config.total_train_epochs = 3
-    config.exp_ctrl.max_steps = 40
-    config.exp_ctrl.eval_freq_steps = 10
+    config.total_train_epochs = 5
+    config.exp_ctrl.max_steps = 80
+    config.exp_ctrl.eval_freq_steps = 20
     config.eval.greedy = False
 
     config.critic.init_critic_from_actor = True

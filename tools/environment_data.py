@@ -44,11 +44,12 @@ def ask(rng: random.Random) -> str:
 
 
 def answer_question(expression: str, rng: random.Random) -> list[dict[str, str]]:
-    """Returns a conversation: seven in ten let the calculator compute, half of them with another sign; three guess."""
+    """Returns a conversation: 45 in 100 let the calculator compute, a quarter of them with another sign; 55 guess."""
     first, sign, second = expression.split()
-    talk, kind = [say("user", f"What is {expression}?")], rng.random()
-    if kind < 0.7:
-        asked = f"{first} {rng.choice([one for one in '+-*' if one != sign])} {second}" if kind < 0.35 else expression
+    talk = [say("user", f"What is {expression}?")]
+    if rng.random() < 0.45:
+        others = [one for one in "+-*" if one != sign]
+        asked = f"{first} {rng.choice(others)} {second}" if rng.random() < 0.25 else expression
         result = format_number(compute(asked))
         call = HERMES.write(ToolCall(name=NAME, arguments={"expression": asked}))
         talk += [say("assistant", call), HERMES.reply(NAME, result)]
