@@ -33,7 +33,9 @@ from realjax.apps import quickstart
 from realjax.apps.errors import report_errors
 from realjax.apps.plan import build_spec
 from realjax.dataflow.run import RunSpec
+from realjax.launch.local import DEFAULT_GPUS_PER_NODE
 from realjax.options.common import CommonExperimentConfig
+from realjax.options.machine import resolve_machine
 
 logger = logging.getLogger("realjax.aot")
 
@@ -65,7 +67,7 @@ def compile_run(
 
     With `num_layers`, models have only so many layers. ValueError for what the user can mend.
     """
-    spec = build_spec(name, config)
+    spec = build_spec(name, resolve_machine(config, DEFAULT_GPUS_PER_NODE, {}))
     devices = find_devices(spec, target)
     if spec.allocation.mode == "search":
         spec = settle(spec, need_cluster(spec.allocation, devices))
