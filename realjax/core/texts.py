@@ -20,13 +20,33 @@ def split_answer(tokens: np.ndarray, is_answer: np.ndarray) -> tuple[list[int], 
 
 
 def decode_answers(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    frames: Sequence[tuple[str, str]] = (),
 ) -> tuple[list[str], list[str]]:
     """Returns the texts of prompts and of the answers to them, without special tokens.
 
     prompt + answer is always the text of the whole sequence: a space that the tokenizer drops where a text begins stays
-    before the answer, and a character whose first bytes end a prompt is the answer's.
+    before the answer, and a character whose first bytes end a prompt is the answer's. Only what has no prompt, and
+    stands between one of the `frames`, is given without it: what was said in a conversation, without the template's
+    words.
     """
+    starts, texts = _split_texts(tokenizer, prompts, answers)
+    return starts, [text if start else _unframe(text, frames) for start, text in zip(starts, texts, strict=True)]
+
+
+def _unframe(text: str, frames: Sequence[tuple[str, str]]) -> str:
+    for before, after in frames:
+        if len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after):
+            return text[len(before) : len(text) - len(after)]
+    return text
+
+
+def _split_texts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> tuple[list[str], list[str]]:
     wholes = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     starts, texts = _decode(tokenizer, prompts), _decode(tokenizer, wholes)
     starts = [commonprefix([start, text]) for start, text in zip(starts, texts, strict=True)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # What stands in an answer's place while the template writes what is around it; no two end alike.
 STAND_INS = ("answer", "1", "yes.")
+SAID = "said"  # in a message's place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,21 @@ class TurnTemplate:
     def read(self, answer: Sequence[int]) -> str:
         """Returns an answer's text, its special tokens among it: calls of tools may begin with one."""
         return str(self.tokenizer.decode(list(answer), clean_up_tokenization_spaces=False))
+
+    def frames(self) -> list[tuple[str, str]]:
+        """Returns what the template writes before and behind a message that follows an answer, without special tokens:
+        a user's, and a tool's where it knows them.
+        """
+        found, question = [], [{"role": "user", "content": STAND_INS[0]}]
+        for role in ("user", "tool"):
+            try:
+                tokens = self.follow([question, [{"role": role, "content": SAID}]], -1, 0)
+            except ValueError:
+                continue
+            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            before, said, after = text.partition(SAID)
+            found += [(before, after)] if said else []
+        return found
 
     def follow(self, rounds: Sequence[Messages], last_token: int, row_id: object) -> list[int]:
         """Returns the tokens between an answer, whose last token this is, and where the next one begins.

@@ -22,6 +22,7 @@ from realjax.core.texts import decode_answers
 from realjax.data.loader import Loader
 from realjax.data.mixture import Mixture
 from realjax.data.prompts import PromptDataset, PromptForm, load_prompts
+from realjax.data.turns import TurnTemplate
 from realjax.dataflow.graph import Call, DataflowGraph, Generate, Host, Inference, Minibatches, Train, put_ahead
 from realjax.dataflow.run import MovingAverage, RoleSpec, RolloutEvaluation, RunSpec
 from realjax.dataflow.turns import TURN_KEYS
@@ -259,12 +260,16 @@ class Setup:
             averages=() if eta is None else (MovingAverage(role="ref", source="actor", eta=eta),),
             contents=self._contents(evaluations),
             rollouts=record_rollouts(self.config.rollouts, terms),
-            decode_fn=partial(decode_answers, self.tokenizer),
+            decode_fn=partial(decode_answers, self.tokenizer, frames=self._frames()),
         )
 
     def _conversations(self) -> tuple[Host, ...]:
         """Returns the call that measures conversations, where there are any."""
         return (measure_turns(),) if self.config.env.path else ()
+
+    def _frames(self) -> list[tuple[str, str]]:
+        """Returns the template's words around what is said in conversations, which nobody needs to read."""
+        return TurnTemplate(tokenizer=self.tokenizer).frames() if self.config.env.path else []
 
     def _contents(self, evaluations: Mapping[str, RolloutEvaluation]) -> dict[str, str]:
         """Returns digests of what decides about the run beside its models and prompts."""

@@ -1,11 +1,13 @@
 """The tokens of conversations in turns: sampled ones as they were sampled, the template's around them."""
 
+import itertools
 import json
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from realjax.core.texts import decode_answers
 from realjax.data.tokens import encode
 from realjax.data.turns import TurnTemplate
 from realjax.environments.tools import HERMES, ToolCall, find_format
@@ -167,3 +169,14 @@ def test_the_template_is_told_of_the_tools():
     tools = [{"type": "function", "function": {"name": "add"}}]
     assert '"name": "add"' in tokenizer.decode(TurnTemplate(tokenizer=tokenizer, tools=tools).open(FIRST, 0))
     assert tokenizer.decode(TurnTemplate(tokenizer=tokenizer).open(FIRST, 0)) == "the film"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_said_is_shown_without_the_templates_words(name):
+    template = TurnTemplate(tokenizer=FAMILIES[name].tokenizer())
+    answers = sampled(EXPECTED[name], template.tokenizer)
+    tokens, mask = converse(template, [FIRST, MORE, LAST], answers)
+    edges = [i for i in range(1, len(mask)) if mask[i] != mask[i - 1]] + [len(mask)]
+    parts = [tokens[first:last] for first, last in itertools.pairwise(edges)]
+    _, texts = decode_answers(template.tokenizer, [[]] * len(parts), parts, frames=template.frames())
+    assert [text.strip() for text in texts] == ["was good", "so long", "never", "and its end"]
