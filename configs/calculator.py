@@ -4,7 +4,7 @@
     realjax sft experiment_name=calculator trial_name=sft mode=local model.path=DIR/calculator/model \
         model.init_from_scratch=True model.optimizer.lr=0.002 model.gradient_checkpointing=False \
         dataset.train_path=DIR/calculator/sft.jsonl dataset.max_seqlen=160 dataset.train_bs_n_seqs=32 \
-        total_train_epochs=4
+        total_train_epochs=8
     python -m launch.main --config=configs/calculator.py --config.actor.path=SFT \
         --config.dataset.path=DIR/calculator/train.jsonl --config.dataset.valid_path=DIR/calculator/valid.jsonl
 

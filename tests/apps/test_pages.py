@@ -63,7 +63,7 @@ class Place:
         pair = {"prompt": "the film was", "chosen": " good", "rejected": " bad"}
         write_jsonl(folder / "pairs.jsonl", [pair] * 300)
         # Prompts with what every verifier and environment of the pages asks for.
-        ask = {"prompt": [{"role": "user", "content": "What is 20 + 22?"}], "answer": "42"}
+        ask = {"prompt": [{"role": "user", "content": "What is 20 + 22?"}], "answer": "42", "secret": 4}
         write_jsonl(folder / "prompts.jsonl", [ask] * 300)
         (folder / "rewards.py").write_text("def score(prompt, answer, row):\n    return 1.0\n")
         (folder / "sft.yaml").write_text("total_train_epochs: 2\n")
