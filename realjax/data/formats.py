@@ -275,9 +275,26 @@ FORMATS: Mapping[Task, Sequence[Format]] = {
 }
 
 
+# Whose rows are of a task, the most telling keys first.
+READERS: Mapping[Task, str] = {
+    "pairs": "rw, dpo, simpo and orpo",
+    "labels": "kto",
+    "answers": "sft",
+    "prompts": "gen, ppo, grpo and their like",
+}
+
+
 def name_formats(task: Task) -> str:
     """Returns the sets of keys that a task knows, for messages."""
     return "; ".join(" and ".join(one.keys) for one in FORMATS[task])
+
+
+def explain_reader(row: JsonObject) -> str:
+    """Returns who reads such a row as it is, for messages; nothing where nobody does."""
+    for task, readers in READERS.items():
+        if any(all(key in row for key in one.keys) for one in FORMATS[task]):
+            return f"; as they are, {readers} read such rows"
+    return ""
 
 
 @dataclass(kw_only=True)
@@ -298,6 +315,7 @@ class Converter:
                 found = ", ".join(map(str, row)) or "none"
                 raise ValueError(
                     f"{place}: no known set of keys (found: {found}); needed {name_formats(self.task)} (docs/data.md)"
+                    + explain_reader(row)
                 )
         if missing := [key for key in self.form.keys if key not in row]:
             found = ", ".join(map(str, row)) or "none"

@@ -42,7 +42,8 @@ MESSAGES = {"messages": [{"role": "user", "content": "so"}, {"role": "assistant"
 # By rows of a file, or its text: what is said of them.
 DATA = {
     "a wrong key": ({"body": "so"}, "line 1: no known set of keys (found: body); needed prompt and answer; messages;"),
-    "prompts alone": ({"prompt": "so"}, "line 1: no known set of keys (found: prompt)"),
+    "prompts alone": ({"prompt": "so"}, "as they are, gen, ppo, grpo and their like read such rows"),
+    "pairs": ({"prompt": "so", "chosen": "a", "rejected": "b"}, "as they are, rw, dpo, simpo and orpo read such rows"),
     "no JSON": ('{"prompt": "so",\n', "line 1: malformed JSON"),
     "no chat template": (MESSAGES, "has no chat template; set it to False for rows of plain prompts and answers"),
 }
