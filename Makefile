@@ -34,7 +34,7 @@ newest:  ## the quick tests with the newest versions of everything that realjax 
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install $(TORCH)
-	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager -e ".[dev]"
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager $(TORCH) -e ".[dev]"
 	.venv-newest/bin/python -m pip list --outdated
 	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not e2e"
 
