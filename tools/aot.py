@@ -22,9 +22,7 @@ from typing import Any, cast
 import jax
 
 from realjax.allocation.allocate import allocate
-from realjax.allocation.fit import fit_micro_batches
-from realjax.allocation.machine import need_cluster
-from realjax.allocation.settle import settle
+from realjax.allocation.settle import settle_open
 from realjax.aot.advise import verdict
 from realjax.aot.lower import lower_run
 from realjax.aot.report import Compiler, ProgramReport, RunReport, describe
@@ -68,11 +66,7 @@ def compile_run(
     With `num_layers`, models have only so many layers. ValueError for what the user can mend.
     """
     spec = build_spec(name, resolve_machine(config, DEFAULT_GPUS_PER_NODE, {}))
-    devices = find_devices(spec, target)
-    if spec.allocation.mode == "search":
-        spec = settle(spec, need_cluster(spec.allocation, devices))
-    else:
-        spec = fit_micro_batches(spec, devices, target.memory_bytes)
+    spec = settle_open(spec, find_devices(spec, target), target.memory_bytes)
     return compile_spec(spec, target, num_layers=num_layers)
 
 

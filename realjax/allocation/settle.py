@@ -2,8 +2,11 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import jax
 
 from realjax.allocation.choice import (
     PLAN_FILE,
@@ -16,6 +19,8 @@ from realjax.allocation.choice import (
 )
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.compare import compare
+from realjax.allocation.fit import fit_micro_batches
+from realjax.allocation.machine import need_cluster
 from realjax.allocation.run_workload import read_workload
 from realjax.allocation.workload import Workload
 from realjax.core.identity import digest
@@ -26,6 +31,16 @@ from realjax.dataflow.run import AllocationOptions, CallPlacement, Evaluation, R
 logger = logging.getLogger("realjax.allocation")
 MOST_PLAN_BYTES = 2**22
 MULTIPLES = (1, 8, 64)  # of rows, whose shapes stand for those of all in what a plan is found by
+
+
+def settle_open(spec: RunSpec, devices: Sequence[jax.Device], memory_bytes: int | None = None) -> RunSpec:
+    """Returns a run with all decided that it leaves open: by the planner in mode search, else micro-batches by memory.
+
+    `memory_bytes` of a device stands for what the machine says, see `fit_micro_batches`.
+    """
+    if spec.allocation.mode == "search":
+        return settle(spec, need_cluster(spec.allocation, devices))
+    return fit_micro_batches(spec, devices, memory_bytes)
 
 
 def settle(spec: RunSpec, cluster: Cluster) -> RunSpec:

@@ -243,15 +243,9 @@ def describe_run(
 ) -> tuple[RunSpec, AllocationPlan]:
     """Returns the run, with its data read, and where its calls run. ValueError for what cannot work."""
     from realjax.allocation.allocate import allocate
-    from realjax.allocation.fit import fit_micro_batches
-    from realjax.allocation.machine import need_cluster
-    from realjax.allocation.settle import settle
+    from realjax.allocation.settle import settle_open
 
-    spec = experiment.build(config)
-    if config.is_planned:
-        spec = settle(spec, need_cluster(spec.allocation, devices))
-    else:
-        spec = fit_micro_batches(spec, devices)
+    spec = settle_open(experiment.build(config), devices)
     return spec, allocate(spec, devices)
 
 

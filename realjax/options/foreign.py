@@ -12,6 +12,7 @@ _ANSWER_LEN = tuple(f"{group}.gen.max_new_tokens" for group in ("ppo", "rloo", "
 _ANSWER_LEN = (*_ANSWER_LEN, "gen.max_new_tokens")
 _RL = ("ppo", "rloo", "remax", "reinforce")
 _KL = tuple(f"{group}.kl_ctl" for group in _RL)
+_UPDATES = tuple(f"{group}.ppo_n_minibatches" for group in _RL)
 _GROUP = ("group_size", "num_samples")
 _EPOCHS, _STEPS = ("exp_ctrl.total_train_epochs",), ("exp_ctrl.max_steps",)
 _SAVE, _EVAL = ("exp_ctrl.save_freq_steps",), ("exp_ctrl.eval_freq_steps",)
@@ -31,7 +32,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("per_device_eval_batch_size", "val_batch_size"), ("dataset.valid_bs_n_seqs", *_BATCH)),
     **dict.fromkeys(("gradient_accumulation_steps", "ppo_micro_batch_size", "ppo_micro_batch_size_per_gpu"), _MICRO),
     "ppo_max_token_len_per_gpu": _MICRO_TOKENS,
-    "ppo_mini_batch_size": tuple(f"{group}.ppo_n_minibatches" for group in _RL),
+    **dict.fromkeys(("ppo_mini_batch_size", "steps_per_generation"), _UPDATES),
     **dict.fromkeys(("num_train_epochs", "total_epochs", "epochs"), _EPOCHS),
     **dict.fromkeys(("total_training_steps", "total_steps", "num_steps"), _STEPS),
     **dict.fromkeys(("model_name_or_path", "model_name", "pretrain", "model", "actor_rollout_ref.model.path"), _MODEL),
@@ -60,9 +61,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": _SCHEDULE,
     **dict.fromkeys(("max_grad_norm", "grad_clip"), _CLIP),
     **dict.fromkeys(("gradient_checkpointing", "enable_gradient_checkpointing"), _REMAT),
-    **dict.fromkeys(
-        ("reward_funcs", "reward_weights", "reward_function", "custom_reward_function.name"), ("reward.fn",)
-    ),
+    **dict.fromkeys(("reward_funcs", "reward_weights", "reward_function"), ("reward.fn",)),
     **dict.fromkeys(("reward_model_path", "reward_model.path", "reward_model.model.path"), ("rew.path",)),
     **dict.fromkeys(("output_dir", "default_local_dir"), ("fileroot",)),
     **dict.fromkeys(("run_name",), ("trial_name",)),
@@ -75,7 +74,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("loss_agg_mode", "loss_type"), tuple(f"{group}.loss_aggregation" for group in _RL)),
     **dict.fromkeys(("scale_rewards", "norm_adv_by_std_in_grpo"), ("ppo.scale_by_std",)),
     "importance_sampling_level": ("ppo.surrogate",),
-    "steps_per_generation": tuple(f"{group}.ppo_n_minibatches" for group in _RL),
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha"), ("ppo.ref_ema_eta",)),
     "log_completions": ("rollouts.log_freq_steps",),
     "max_num_seqs": tuple(f"{group}.gen.num_slots" for group in _RL),

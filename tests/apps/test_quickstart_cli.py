@@ -31,7 +31,7 @@ def runs(monkeypatch):
     )
     plan = lambda spec, devices: SimpleNamespace(config=spec.config, devices=devices)
     monkeypatch.setattr("realjax.allocation.allocate.allocate", plan)
-    monkeypatch.setattr("realjax.allocation.fit.fit_micro_batches", lambda spec, devices: spec)
+    monkeypatch.setattr("realjax.allocation.settle.settle_open", lambda spec, devices: spec)
     nothing_to_check = SimpleNamespace(check_run=lambda spec: None)
     monkeypatch.setitem(sys.modules, "realjax.experiments.checks", nothing_to_check)
     # `from realjax.runtime import loop` reads the package's attribute when an earlier test imported the real one.

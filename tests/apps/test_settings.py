@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from realjax.allocation import allocate, fit
+from realjax.allocation import allocate, settle
 from realjax.apps import devices, quickstart
 from realjax.launch.accelerators import Accelerator
 from realjax.launch.environment import ProcessGroup
@@ -31,7 +31,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, tmp_path, *words: str) -> dict[str, st
     monkeypatch.setattr(quickstart, "prepare_devices", lambda *args: seen.update(os.environ))
     monkeypatch.setattr(quickstart.Experiment, "build", lambda self, config: config)
     planned = SimpleNamespace(describe=lambda: "the plan")
-    monkeypatch.setattr(fit, "fit_micro_batches", lambda spec, devices: spec)
+    monkeypatch.setattr(settle, "settle_open", lambda spec, devices: spec)
     monkeypatch.setattr(allocate, "allocate", lambda spec, devices: planned)
     paths = [f"fileroot={tmp_path}", "model.path=model", f"dataset.train_path={data}", f"dataset.valid_path={data}"]
     assert quickstart.main(["sft", "--plan", "mode=local", "n_gpus_per_node=8", *paths, *words]) == 0
