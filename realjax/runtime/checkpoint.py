@@ -1,8 +1,10 @@
 """The run's state on disk: everything a resumed run needs, in one place, saved whole or not at all."""
 
+import errno
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,11 +85,13 @@ class RunCheckpointer:
         run["has_rollouts"] = bool(state.rollouts)
         rollouts = {ROLLOUTS: ocp.args.StandardSave(dict(state.rollouts))} if state.rollouts else {}
         self._step, self._before_fn, self._after_fn = state.step, before_fn or _nothing, after_fn or _nothing
-        self._checkpointer.save(path, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles, **rollouts))
+        with self._no_users_errors():
+            self._checkpointer.save(path, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **roles, **rollouts))
 
     def wait(self) -> None:
         """Returns when the save under way is complete, and settled."""
-        self._checkpointer.wait_until_finished()
+        with self._no_users_errors():
+            self._checkpointer.wait_until_finished()
         self.settle()
 
     def settle(self) -> None:
@@ -95,7 +99,8 @@ class RunCheckpointer:
 
         Never before: what the save stands in for must be there until then. Raises what the save raised.
         """
-        self._checkpointer.check_for_errors()
+        with self._no_users_errors():
+            self._checkpointer.check_for_errors()
         if self._step is None or not (self.directory / str(self._step)).is_dir():
             return
         self._step = None
@@ -113,8 +118,23 @@ class RunCheckpointer:
 
     def __exit__(self, *exception: object) -> None:
         # Closing waits until the last save is complete, also when an error ends the run.
-        self._checkpointer.close()
+        with self._no_users_errors():
+            self._checkpointer.close()
         self.settle()
+
+    @contextmanager
+    def _no_users_errors(self) -> Iterator[None]:
+        """While entered, a ValueError of Orbax's, which would pass for a user's, becomes another error.
+
+        A file that it misses is mostly one of a directory that was removed meanwhile: then that is said.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if not self.directory.is_dir():
+                said = "was removed while the run went on"
+                raise FileNotFoundError(errno.ENOENT, said, str(self.directory)) from error
+            raise RuntimeError(f"{self.directory}: step {self._step} could not be saved") from error
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -150,9 +150,40 @@ def test_a_full_disk_before_the_first_save(spec, monkeypatch, capsys):
 def test_a_directory_that_is_removed_while_the_run_goes_on(kind, spec, monkeypatch, capsys):
     directory = getattr(spec.paths, kind)
     with monkeypatch.context() as patch:
-        before(patch, session.Session, "begin_step", lambda: directory.rename(directory.with_name("elsewhere")), 3)
+        before(patch, session.Session, "begin_step", lambda: move_away(directory), 3)
         assert run_to_end(spec) == 1
-    error = capsys.readouterr().err
+    check_removed(directory, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("is_missed", [False, True])
+def test_a_directory_that_is_removed_while_a_save_is_written_there(is_missed, spec, monkeypatch, capsys):
+    def remove() -> None:
+        move_away(spec.paths.recover)
+        if is_missed:
+            miss_files()
+
+    with monkeypatch.context() as patch:
+        before(patch, ocp.StandardCheckpointHandler, "finalize", remove, 2)
+        assert run_to_end(spec) == 1
+    check_removed(spec.paths.recover, capsys.readouterr().err)
+
+
+def test_a_save_that_orbax_refuses_is_no_error_of_the_user(spec, monkeypatch):
+    before(monkeypatch, ocp.StandardCheckpointHandler, "finalize", miss_files, 2)
+    with pytest.raises(RuntimeError, match=f"{spec.paths.recover}: step 2 could not be saved"):
+        run_to_end(spec)
+
+
+def miss_files() -> None:
+    """Raises what Orbax says of files that it wrote a moment ago."""
+    raise ValueError("Save failed: 1/40 params are missing .zarray in checkpoint:\nparams.embed.table.")
+
+
+def move_away(directory: Path) -> None:
+    directory.rename(directory.with_name("elsewhere"))
+
+
+def check_removed(directory: Path, error: str) -> None:
     assert error.count("\n") == 1 and str(directory) in error
     assert "was removed while the run went on" in error or os.strerror(errno.ENOENT) in error
 
