@@ -3,10 +3,10 @@
 Each stage is a run of its own, with its own directory and report; a page beneath `--out` gathers the three.
 """
 
-import signal
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, has nothing to tell
+    from realjax.apps.start import begin
+
+    begin()
 
 import argparse
 import sys

@@ -3,10 +3,10 @@
 Beside the experiments it knows a few other commands: `COMMANDS`.
 """
 
-import signal
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, has nothing to tell
+    from realjax.apps.start import begin
+
+    begin()
 
 import dataclasses
 import importlib

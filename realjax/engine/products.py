@@ -54,6 +54,13 @@ def adds_in_place(layout: Layout, *, unroll: bool) -> bool:
     return layout.devices[0].platform != "cpu" or not unroll
 
 
+def writes_moments_first(layout: Layout) -> bool:
+    """Returns whether an update is best computed as the new moments, and then the parameters from these."""
+    # XLA's CPU backend writes one array a loop: where a loop for the parameters computes the moments anew, it keeps a
+    # copy of the old ones.
+    return layout.devices[0].platform == "cpu"
+
+
 def chunk_bytes(layout: Layout, *, is_kept: bool) -> int:
     """Returns the float32 logits that a device may hold at once; `is_kept`: until a backward pass of XLA's making."""
     # XLA's CPU backend lets that pass not reuse the logits' memory of the forward pass.

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from realjax.core.axes import make_constrain, optimizer_rules, resolve, train_rules, tree_shardings
@@ -21,6 +20,7 @@ from realjax.engine.manual_axes import WHOLE, find_data_parts, sum_over_data
 from realjax.engine.optim import Optimizer, clip_by_norm
 from realjax.engine.pipeline import bubble_share
 from realjax.engine.pipeline_gradients import make_pipeline_gradients
+from realjax.engine.products import writes_moments_first
 from realjax.engine.rows import deal_rows
 from realjax.engine.state import TrainState
 from realjax.engine.totals import make_sink
@@ -140,31 +140,25 @@ def make_train_step(
     Of a model with adapters it is `step(state, batch, base)`, see `make_gradients`.
     """
     gradients, max_norm = make_gradients(model, loss, layout, options), optimizer.config.gradient_clipping
+    moments_first = writes_moments_first(layout)
 
     def step(state: TrainState, batch: Batch, base: Tree | None = None) -> tuple[TrainState, Mapping[str, Metric]]:
         grads, sums = gradients(state.params, batch, base)
-        weight = jnp.maximum(sums.loss.weight, 1e-8)
-        grads, grad_norm = clip_by_norm(jax.tree.map(lambda g: g / weight, grads), max_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, state.num_updates)
-        updated = TrainState(
-            cast(Tree, optax.apply_updates(state.params, updates)),
-            opt_state,
-            state.num_updates + 1,
-            jnp.zeros_like(state.num_skipped),
-        )
+        grads, grad_norm = clip_by_norm(grads, max_norm, jnp.maximum(sums.loss.weight, 1e-8))
         is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss.sum)
         is_refused = jnp.zeros((), bool) if loss.skip_fn is None else loss.skip_fn(finalize(sums.metrics))
-        skipped = state.replace(
-            num_updates=updated.num_updates, num_skipped=jnp.where(is_finite, 0, state.num_skipped + 1)
+        number, is_applied = state.num_updates, is_finite & ~is_refused
+        params, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, number, is_applied, moments_first=moments_first
         )
+        num_skipped = jnp.where(is_finite, 0, state.num_skipped + 1)
         once = lambda value: Mean(value, jnp.ones(()))
         metrics: dict[str, Metric] = {"loss": sums.loss, **sums.metrics, "grad_norm": once(grad_norm)}
-        metrics["lr"] = once(optimizer.learning_rate(state.num_updates))
+        metrics["lr"] = once(optimizer.learning_rate(number))
         if layout.strategy.pp > 1:
             metrics["bubble_share"] = once(jnp.float32(bubble_share(batch.num_rows, options.num_mbs, layout)))
-        state = jax.tree.map(lambda new, old: jnp.where(is_finite & ~is_refused, new, old), updated, skipped)
         if loss.skip_fn is not None:
             metrics["early_stop"] = once(is_refused.astype(jnp.float32))
-        return state, metrics | {"num_skipped": Last(state.num_skipped)}
+        return TrainState(params, opt_state, number + 1, num_skipped), metrics | {"num_skipped": Last(num_skipped)}
 
     return step

@@ -12,7 +12,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from jax.sharding import NamedSharding
 
@@ -28,6 +27,7 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.engine.compiled import CompileLog, place_array, place_batch
 from realjax.engine.inference import make_inference
 from realjax.engine.optim import Optimizer, clip_by_norm
+from realjax.engine.products import writes_moments_first
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import CHUNK_LEN, SlotPrograms
 from realjax.engine.state import init_train_state, train_state_shardings
@@ -204,8 +204,8 @@ def probe_update(model: Model, layout: Layout) -> Probe:
 
     def update(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
         grads, _ = clip_by_norm(grads, 1.0)
-        updates, opt_state = optimizer.update(grads, opt_state, params, jnp.int32(0))
-        return optax.apply_updates(params, updates), opt_state
+        order = writes_moments_first(layout)
+        return optimizer.update(grads, opt_state, params, jnp.int32(0), jnp.array(True), moments_first=order)
 
     program = jax.jit(update, donate_argnums=(0, 1), out_shardings=(shardings.params, shardings.opt_state))
 

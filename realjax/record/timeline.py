@@ -101,7 +101,8 @@ class Timeline:
         self.history = History()
         from_first(0)  # the clocks of several processes start together
         self._began = time.perf_counter()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[tuple[int, threading.Thread]] = []  # by step
+        self._ends: dict[str, float] = {}  # of the calls of the last step that was asked for, by name
         self._error: jax.errors.JaxRuntimeError | None = None
 
     def now(self) -> float:
@@ -126,7 +127,7 @@ class Timeline:
 
         thread = threading.Thread(target=wait, daemon=True, name=str(fields.get("name")))
         thread.start()
-        self._threads.append(thread)
+        self._threads.append((fields["step"], thread))
 
     def add_host_call(self, name: str, step: int, start: float, end: float) -> None:
         """Records a call of the host, whose times are the same in every process."""
@@ -135,17 +136,17 @@ class Timeline:
 
     def list_pending(self) -> tuple[str, ...]:
         """Returns the names of the calls whose results are not there yet."""
-        return tuple(thread.name for thread in tuple(self._threads) if thread.is_alive())
+        return tuple(thread.name for _, thread in tuple(self._threads) if thread.is_alive())
 
     def of_step(self, step: int) -> list[CallRecord]:
         """Returns the records of a step, all of whose calls have been made, in order of their start.
 
-        Calls are made ahead of time: one begins when those that it waits for have ended, and not when it was made.
-        Every process must call this: each learns what another one measured.
+        Calls are made ahead of time: one begins when those that it waits for have ended, its own of the step before
+        among them, and not when it was made. Every process must call this: each learns what another one measured.
         """
-        for thread in self._threads:
+        for thread in [thread for number, thread in self._threads if number <= step]:
             thread.join()
-        self._threads.clear()
+        self._threads = [one for one in self._threads if one[0] > step]
         if self._error is not None:
             raise self._error
         records = sorted((record for record in self.records if record.step == step), key=lambda record: record.name)
@@ -156,8 +157,10 @@ class Timeline:
                 records[i] = replace(record, start=float(start), end=float(end))
         ends = {record.name: record.end for record in records}
         for i, record in enumerate(records):
-            start = max([record.start, *(ends[name] for name in record.after)])
+            before = self._ends.get(record.name, 0.0)
+            start = max([record.start, before, *(ends[name] for name in record.after)])
             records[i] = replace(record, start=min(start, record.end))
+        self._ends = ends
         self.records = [record for record in self.records if record.step != step]
         records.sort(key=lambda record: record.start)
         self.history.add(records)

@@ -13,6 +13,7 @@ from realjax.allocation.plan import AllocationPlan
 from realjax.core.axes import inference_rules
 from realjax.core.batch import Batch
 from realjax.core.loss import LossSums
+from realjax.core.metrics import summarize
 from realjax.core.progress import Progress
 from realjax.core.trees import Tree, join_trees, map_paths
 from realjax.dataflow.graph import Call, Host, ModelCall, Train
@@ -22,6 +23,7 @@ from realjax.engine.compiled import CompileLog
 from realjax.engine.state import TrainState
 from realjax.record.timeline import Timeline
 from realjax.reshard.apply import ema_update, reshard
+from realjax.reshard.fetch import fetch
 from realjax.runtime.bases import Bases
 from realjax.runtime.beside import Beside
 from realjax.runtime.calls import RUN, Done, Metrics, put_batch, read_arrays
@@ -45,6 +47,24 @@ class StepResult:
 
     batch: Batch
     metrics: dict[str, Sequence[Metrics]]
+
+    def numbers(self) -> dict[str, float]:
+        """Returns the metrics, a call's of all its updates together, when they are there.
+
+        A name that several calls have starts with its call's.
+        """
+        by_call = {call: _summarize_on_host(updates) for call, updates in self.metrics.items()}
+        names = [name for values in by_call.values() for name in values]
+        return {
+            f"{call}/{name}" if names.count(name) > 1 else name: value
+            for call, values in by_call.items()
+            for name, value in values.items()
+        }
+
+
+def _summarize_on_host(updates: Sequence[Metrics]) -> dict[str, float]:
+    on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(updates))
+    return summarize(fetch(dict(update)) if on_devices else update for update in updates)
 
 
 class Executor:

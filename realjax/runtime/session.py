@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import jax
@@ -11,7 +11,6 @@ from rich.console import Console
 from realjax.allocation.cluster import find_cluster
 from realjax.allocation.plan import AllocationPlan
 from realjax.core.batch import Batch
-from realjax.core.metrics import summarize
 from realjax.core.processes import is_first, largest
 from realjax.data.loader import Position
 from realjax.dataflow.run import Evaluation, RolloutEvaluation, RunSpec, join_names
@@ -23,7 +22,6 @@ from realjax.record.forecast import Forecast
 from realjax.record.metrics import MetricsWriter, replace_text
 from realjax.record.timeline import measure_calls
 from realjax.reshard.fetch import fetch
-from realjax.runtime.calls import Metrics
 from realjax.runtime.checkpoint import RunCheckpointer, RunState
 from realjax.runtime.evaluation import evaluate_loss, evaluate_rollouts
 from realjax.runtime.executor import Executor, StepResult
@@ -55,6 +53,16 @@ class Outputs:
     console: Console | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A step whose calls are made, and whose metrics have not been looked at."""
+
+    step: int
+    result: StepResult
+    began: float
+    has_compiled: bool
+
+
 class Session:
     """One process's part of a run, from its first step to its last."""
 
@@ -73,8 +81,11 @@ class Session:
         self.last_step = min(spec.loader.total_steps, state.step + (spec.benchmark_steps or spec.loader.total_steps))
         self.report = RunReport(spec, executor, range(state.step, self.last_step))
         self.num_compiled = 0
-        self.step_start = 0.0
+        self.step_start = self._last_end = 0.0
         self._next_batch: Batch | None = None
+        # A step of one call has nothing for the host to do: its metrics wait until the next one is on the devices.
+        self.looks_back = len(spec.graph.calls) == 1
+        self._taken: Taken | None = None
         self.save_seconds = self.total_save_seconds = 0.0  # that the steps waited for
         self.fault: OSError | None = None  # what this process cannot go on with
         self.places = Places()
@@ -121,15 +132,23 @@ class Session:
 
         None: it goes on.
         """
-        position = self.record(step, result)
+        self._record_taken()
+        has_compiled = len(self.executor.compile_log.entries) > self.num_compiled
+        self._taken = Taken(step=step, result=result, began=self.step_start, has_compiled=has_compiled)
+        position, is_last = self.plan.loader.position(step), step + 1 == self.last_step
+        names = self._due_evaluations(is_due=self.evaluate_trigger.fires(position), is_end=is_last)
+        if not self.looks_back or has_compiled or is_last or names:
+            self._record_taken()
         self.outputs.checkpointer.settle()
         self.exports.writes.check()
-        is_last = step + 1 == self.last_step
-        is_due = self.evaluate_trigger.fires(position)
-        self.evaluate(step + 1, self._due_evaluations(is_due=is_due, is_end=is_last))
+        self.evaluate(step + 1, names)
         is_due = self.save_trigger.fires(position) or is_last
+        if is_due:
+            self._record_taken()
         # Asked once: a signal that comes later waits for the next step.
         code = largest(FAILED if self.fault else stop.code)
+        if code:
+            self._record_taken()
         if self.saves and (is_due or code):
             start = time.perf_counter()
             self.save(position, export=is_due)
@@ -147,20 +166,27 @@ class Session:
         logger.warning("stopped by %s after step %d; recover_mode=auto continues %s", name, step + 1, where)
         return code
 
-    def record(self, step: int, result: StepResult) -> Position:
-        """Waits for the step's metrics, and writes and logs them."""
+    def _record_taken(self) -> None:
+        """Records the step that was taken last, unless that is done."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            self.record(taken)
+
+    def record(self, taken: Taken) -> None:
+        """Waits for a step's metrics, and writes and logs them."""
+        step, result, num_tokens = taken.step, taken.result, taken.result.batch.num_tokens
         self.executor.progress.begin("results", step)
-        position = self.plan.loader.position(step)
-        values = _merge({call: _numbers(updates) for call, updates in result.metrics.items()})
-        num_tokens = result.batch.num_tokens
-        seconds = time.perf_counter() - self.step_start
+        position, values = self.plan.loader.position(step), result.numbers()
+        # Its devices were at the step before until that one's metrics came.
+        began, self._last_end = max(taken.began, self._last_end), time.perf_counter()
+        seconds = self._last_end - began
         self._refuse_nonfinite(values, step)
         self._watch_rates(step, values)
         values |= self._call_metrics(step)
         values |= {"tokens_per_second": num_tokens / seconds, "seconds": seconds, "save_seconds": self.save_seconds}
         self.save_seconds = 0.0
         values = sort_metrics(values)
-        if len(self.executor.compile_log.entries) == self.num_compiled:
+        if not taken.has_compiled:
             self.report.time_step(seconds, num_tokens, values)
         if self.report.forecast is not None:
             values |= self.report.forecast.metrics()
@@ -170,7 +196,6 @@ class Session:
         if self.outputs.metrics is not None:
             self.display.finish_step(self._step_line(position, values))
         self.report.show_answers(step + 1, result)
-        return position
 
     def _record(self, step: int, values: Mapping[str, float], kind: str) -> None:
         """Writes metrics; where that fails the run ends too, but after the state of the step is saved."""
@@ -353,22 +378,6 @@ def _main_ones(values: dict[str, float]) -> dict[str, float]:
 
 def _is_for_ends(evaluation: Evaluation | RolloutEvaluation) -> bool:
     return isinstance(evaluation, RolloutEvaluation) and evaluation.is_for_ends
-
-
-def _numbers(updates: Sequence[Metrics]) -> dict[str, float]:
-    """Returns a call's metrics, of all its updates together."""
-    on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(updates))
-    return summarize(fetch(dict(update)) if on_devices else update for update in updates)
-
-
-def _merge(by_call: Mapping[str, dict[str, float]]) -> dict[str, float]:
-    """Returns one dict of metrics; a name that several calls have starts with its call's."""
-    names = [name for metrics in by_call.values() for name in metrics]
-    return {
-        f"{call}/{name}" if names.count(name) > 1 else name: value
-        for call, metrics in by_call.items()
-        for name, value in metrics.items()
-    }
 
 
 def tell_stalled(stalled: Mapping[str, int]) -> int:

@@ -23,6 +23,7 @@ from realjax.apps import quickstart
 from realjax.record.metrics import read_metrics
 from realjax.runtime.executor import StepResult
 from realjax.runtime.session import Session
+from realjax.runtime.stop import StopSignal
 from tests.given.processes import start_process
 from tests.given.runs import GROUPS, Given, make_options, make_rl_options
 
@@ -108,14 +109,13 @@ def kept_log_settings() -> Iterator[None]:
 @contextmanager
 def stopped_after(step: int) -> Iterator[None]:
     """While entered, a run of this process gets SIGTERM in this step: it saves, and ends with the code 143."""
-    record = Session.record
+    finish_step = Session.finish_step
 
-    def record_and_stop(session: Session, index: int, result: StepResult):
-        position = record(session, index, result)
+    def stop_and_finish(session: Session, index: int, result: StepResult, stop: StopSignal):
         if index + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return position
+        return finish_step(session, index, result, stop)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "record", record_and_stop)
+        patch.setattr(Session, "finish_step", stop_and_finish)
         yield

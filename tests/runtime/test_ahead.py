@@ -14,7 +14,7 @@ from realjax.engine.batching import Batcher, generate
 from realjax.runtime.ahead import Ahead
 from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.rollouts import make_requests, pack_rollout
-from realjax.runtime.session import Session
+from realjax.runtime.session import Session, Taken
 from realjax.runtime.sizes import Sizes
 from tests.given.commands import Trial
 from tests.given.compare import as_numbers, find_differing, without_clocks
@@ -138,13 +138,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """By step, the numbers of the prompts that it was last trained on."""
     prompts, record = dict[int, list[int]](), Session.record
 
-    def keep(self: Session, step: int, result: StepResult) -> Any:
-        batch = result.batch
+    def keep(self: Session, taken: Taken) -> None:
+        batch = taken.result.batch
         first = np.asarray(batch["positions"]) == 0
         rows, times = np.nonzero(first & (np.asarray(batch["segment_ids"]) > 0))
         ids = np.asarray(batch["prompt_id"])[rows, np.asarray(batch["segment_ids"])[rows, times] - 1]
-        prompts[step] = sorted(ids.tolist())
-        return record(self, step, result)
+        prompts[taken.step] = sorted(ids.tolist())
+        record(self, taken)
 
     monkeypatch.setattr(Session, "record", keep)
     return prompts

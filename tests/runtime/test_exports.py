@@ -10,7 +10,7 @@ from realjax.core.manifest import find_damage
 from realjax.dataflow.run import Frequency
 from realjax.hf import save as hf_save
 from realjax.runtime.background import BackgroundWrites
-from realjax.runtime.session import Session
+from realjax.runtime.session import Session, Taken
 from tests.given.checkpoints import write_llama
 from tests.given.specs import make_paths, make_spec, run_here
 
@@ -25,11 +25,11 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: 
         assert is_released.wait(60)
         write(*args, **options)
 
-    def record_and_look(session: Session, step: int, result):
-        saved[step + 1] = sorted(path.name for path in spec.paths.recover.iterdir())
-        if step + 1 == 3:
+    def record_and_look(session: Session, taken: Taken) -> None:
+        saved[taken.step + 1] = sorted(path.name for path in spec.paths.recover.iterdir())
+        if taken.step + 1 == 3:
             is_released.set()
-        return record(session, step, result)
+        record(session, taken)
 
     monkeypatch.setattr(hf_save, "write_tensors", write_late)
     monkeypatch.setattr(Session, "record", record_and_look)

@@ -1,7 +1,9 @@
 """A run of two roles, of which one is never trained: what is evaluated, saved, exported and continued."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from realjax.dataflow.graph import DataflowGraph, Inference
 from realjax.dataflow.run import Evaluation, Frequency, RunSpec
 from realjax.hf.files import CheckpointFiles
 from realjax.record.metrics import read_metrics
+from realjax.runtime.executor import Executor
 from realjax.runtime.exports import checkpoint_name
+from realjax.runtime.session import Session
 from tests.given.checkpoints import write_llama
 from tests.given.commands import stopped_after
 from tests.given.sequences import make_loader
@@ -50,6 +54,43 @@ def test_only_trained_roles_are_saved_and_a_run_goes_on_where_it_stopped(spec):
     assert records == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
     exported = exports / "default" / "epoch1epochstep3globalstep3"
     assert {tensor.dtype for tensor in CheckpointFiles.open(exported).tensors.values()} == {"F32"}
+
+
+LATE = "take 0, record 0, take 1, record 1, take 2, take 3, record 2, record 3"
+AT_ONCE = "take 0, record 0, take 1, record 1, take 2, record 2, take 3, record 3"
+
+
+@pytest.mark.parametrize(("num_calls", "expected"), [(1, LATE), (2, AT_ONCE)])
+def test_metrics_of_a_single_call_wait_until_the_next_step_is_on_the_devices(num_calls, expected, spec, monkeypatch):
+    """But not those of the steps that compile, the first and the second, and of the last."""
+    events: list[str] = []
+    for owner, name, what in ((Executor, "step", "take"), (Session, "record", "record")):
+        monkeypatch.setattr(owner, name, note(getattr(owner, name), what, events))
+    graph = DataflowGraph(spec.graph.calls[:num_calls], spec.graph.dataset_keys)
+    changes = {
+        "graph": graph,
+        "roles": {name: role for name, role in spec.roles.items() if name in graph.roles},
+        "loader": make_loader(num_epochs=2),
+        "num_epochs": 2,
+        "evaluate": Frequency(),
+        "evaluations": {},
+    }
+    assert run_here(replace(spec, benchmark_steps=4, **changes)) == 0
+    assert ", ".join(events) == expected
+    records = read_metrics(spec.paths.logs / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    # The clocks are read by two threads.
+    assert all(0 < record["time/train"] < record["seconds"] + 0.1 for record in records)
+
+
+def note(function: Callable[..., Any], what: str, events: list[str]) -> Callable[..., Any]:
+    """Returns the method, which notes each call and its step."""
+
+    def noted(owner: object, *args: Any) -> Any:
+        events.append(f"{what} {args[0].step if what == 'record' else args[1]}")
+        return function(owner, *args)
+
+    return noted
 
 
 def test_a_model_from_scratch_needs_no_weights_and_depends_on_the_seed(spec, tmp_path):

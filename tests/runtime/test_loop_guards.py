@@ -16,9 +16,8 @@ from realjax.core.optimizer_config import OptimizerConfig
 from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.run import Frequency, RunSpec
 from realjax.record.metrics import read_metrics
-from realjax.runtime.executor import StepResult
 from realjax.runtime.lock import lock_run
-from realjax.runtime.session import Session
+from realjax.runtime.session import Session, Taken
 from tests.given.checkpoints import write_llama
 from tests.given.commands import stopped_after
 from tests.given.sequences import make_loader
@@ -89,13 +88,12 @@ def test_a_second_run_of_a_name_is_refused_before_it_moves_anything(spec):
 def test_numbers_that_are_not_finite_are_neither_saved_nor_exported(spec, monkeypatch):
     record = Session.record
 
-    def record_and_spoil(session: Session, step: int, result: StepResult):
-        position = record(session, step, result)
-        if step == 1:
+    def record_and_spoil(session: Session, taken: Taken) -> None:
+        record(session, taken)
+        if taken.step == 1:
             state = session.executor.states["default"]
             spoiled = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
             session.executor.states["default"] = state.replace(params=spoiled)
-        return position
 
     monkeypatch.setattr(Session, "record", record_and_spoil)
     with pytest.raises(RuntimeError, match=r"step 2: default holds numbers that are not finite, .*; step 1 is in "):

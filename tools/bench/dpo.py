@@ -13,6 +13,7 @@ TRL pads the sequences of a step to the longest; realjax packs them. What is pri
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ def main() -> None:
     rounds.run("tools.bench.dpo", args := parse_args(), lambda folder: write_inputs(folder, args), WORKERS)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a step")
     parser.add_argument("--prompt-len", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--lens", type=int, nargs=2, default=(16, 160), help="shortest and longest answer")
-    return rounds.add_arguments(parser).parse_args()
+    return rounds.add_arguments(parser).parse_args(argv)
 
 
 def write_inputs(folder: Path, args: argparse.Namespace) -> float:

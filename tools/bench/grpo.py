@@ -25,14 +25,14 @@ def main() -> None:
     rounds.run("tools.bench.grpo", args := parse_args(), lambda folder: write_inputs(folder, args), WORKERS)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4, help="prompts in a step")
     parser.add_argument("--group", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--prompt-lens", type=int, nargs=2, default=(64, 64), help="shortest and longest prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of every answer")
     parser.add_argument("--kl", type=float, default=0.04, help="weight of the KL to the reference; 0: no reference")
-    return rounds.add_arguments(parser).parse_args()
+    return rounds.add_arguments(parser).parse_args(argv)
 
 
 def write_inputs(folder: Path, args: argparse.Namespace) -> float:

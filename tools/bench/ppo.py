@@ -17,6 +17,7 @@ the process had.
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ def main() -> None:
     rounds.run("tools.bench.ppo", args := parse_args(), lambda folder: write_inputs(folder, args), WORKERS)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16, help="prompts in a step")
     parser.add_argument("--prompt-lens", type=int, nargs=2, default=(64, 64), help="shortest and longest prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of every answer")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the answers of a step")
     parser.add_argument("--minibatches", type=int, default=1, help="updates in a pass")
-    return rounds.add_arguments(parser).parse_args()
+    return rounds.add_arguments(parser).parse_args(argv)
 
 
 def write_inputs(folder: Path, args: argparse.Namespace) -> float:

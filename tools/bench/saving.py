@@ -33,8 +33,7 @@ from realjax.hf.save import save_hf
 from realjax.models.build import build_model, init_params
 from realjax.models.config import ModelConfig
 from realjax.record.metrics import read_metrics
-from realjax.runtime.executor import StepResult
-from realjax.runtime.session import Session
+from realjax.runtime.session import Session, Taken
 
 VOCAB = 8192
 NUM_WARM = 3  # steps that do not count: the first ones compile
@@ -126,10 +125,9 @@ def noted(times: list[float]) -> Iterator[None]:
     """While entered, a run notes when each step is recorded."""
     record = Session.record
 
-    def record_and_note(self: Session, step: int, result: StepResult) -> Position:
-        position = record(self, step, result)
+    def record_and_note(self: Session, taken: Taken) -> None:
+        record(self, taken)
         times.append(time.perf_counter())
-        return position
 
     Session.record = record_and_note
     try:
