@@ -18,6 +18,7 @@ from realjax.core.layout import Layout, ParallelStrategy, name_devices
 from realjax.core.processes import array_from_first
 from realjax.dataflow.graph import Generate, Train
 from realjax.dataflow.run import RoleSpec, RunSpec
+from realjax.models.config import find_lookup_fault
 
 
 def allocate(spec: RunSpec, devices: Sequence[jax.Device]) -> AllocationPlan:
@@ -113,6 +114,8 @@ def place_calls(spec: RunSpec, cut: int | None = None) -> dict[str, heuristic.Pl
                 f"{name}: routing_replay records the experts of tokens on one pipeline stage, and it has "
                 f"{strategy.pp}; set {name}'s pipeline_parallel_size to 1"
             )
+        if isinstance(mfc, Generate):
+            check_lookup(name, mfc, strategy, spec.roles[mfc.role])
         if options.calls[name].devices is None:  # a planner has said that too
             strategy = replace(strategy, zero_stage=spec.roles[mfc.role].zero_stage if is_train else 0)
         placements[mfc.name] = heuristic.Placement(strategy=strategy, devices=tuple(numbers))
@@ -128,6 +131,13 @@ def check_experts(call: str, strategy: ParallelStrategy, role: RoleSpec) -> None
             f"{call}: {strategy.ep} devices are to share the experts of a layer, but {role.name}'s model has {found}; "
             f"use an expert_parallel_size of {'1' if num_experts == 1 else 'a divisor of that'}"
         )
+
+
+def check_lookup(call: str, mfc: Generate, strategy: ParallelStrategy, role: RoleSpec) -> None:
+    """Raises ValueError where tokens are to be proposed that a layout or a role's model cannot take in."""
+    num_tokens = mfc.config.prompt_lookup_num_tokens
+    if num_tokens and (fault := find_lookup_fault(role.config, num_tokens, strategy.pp)):
+        raise ValueError(f"{call}: {fault}")
 
 
 def find_home(spec: RunSpec, role: str, layouts: Mapping[str, Layout]) -> Layout:

@@ -98,8 +98,7 @@ class Reader:
             name=call.name,
             role=call.role,
             kind="generate" if is_generate else "inference" if isinstance(call, Inference) else "train",
-            # Routes are recorded on one stage.
-            model=replace(role.model, cuts=(1,)) if is_generate and call.records_routes else role.model,
+            model=replace(role.model, cuts=(1,)) if is_generate and call.needs_one_stage else role.model,
             dtype=role.dtype,
             num_sequences=gen.num_answers if gen else round(float(np.mean([len(one) for one in self.batches]))),
             prompts=lengths,

@@ -24,10 +24,11 @@ from realjax.core.trees import Tree, join_trees, map_paths
 from realjax.data.loader import Loader
 from realjax.dataflow.graph import Call, Generate, Inference, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
-from realjax.engine.admission import Parts, bucket_length
-from realjax.engine.batching import SHORTEST_CACHE, Generation, Request, most_needed
+from realjax.engine.admission import SHORTEST_CACHE, Parts, bucket_length, most_needed
+from realjax.engine.batching import Generation, Request
 from realjax.engine.compiled import abstract_batch
-from realjax.engine.slots import CHUNK_LEN, SlotPrograms
+from realjax.engine.slot_arrays import CHUNK_LEN
+from realjax.engine.slots import SlotPrograms
 from realjax.engine.state import TrainState
 from realjax.runtime.calls import PACKING_KEYS, choose_sequences, select_inputs
 from realjax.runtime.memory import bytes_held_beside, device_bytes

@@ -14,7 +14,8 @@ from realjax.data.chat import Messages, Template
 from realjax.data.tokens import encode
 from realjax.engine.batching import Batcher, Request
 from realjax.engine.sampling import Sampler
-from realjax.engine.slots import CHUNK_LEN, SlotPrograms
+from realjax.engine.slot_arrays import CHUNK_LEN
+from realjax.engine.slots import SlotPrograms
 from realjax.experiments.common import load_tokenizer
 from realjax.hf.files import resolve_model_path
 from realjax.hf.generation import load_eos_ids

@@ -17,6 +17,17 @@ class GenerationConfig:
     )
     top_k: int = option(200, "draw from the top_k likeliest tokens; the vocabulary's size or more is off", at_least=1)
     temperature: float = option(1.0, "logits are divided by it; 0 means greedy")
+    # A chunk, see `engine.slot_arrays.CHUNK_LEN`, has no room for more.
+    prompt_lookup_num_tokens: int | None = option(
+        None,
+        "tokens proposed at once, as they followed the same ones earlier in the row, and kept where they are what is "
+        "drawn; null or 0 is off",
+        at_least=0,
+        at_most=31,
+    )
+    max_matching_ngram_size: int = option(
+        2, "how many of a row's last tokens are looked up for that, at most", at_least=1, at_most=16
+    )
     force_no_logits_mask: bool = option(
         False,
         "do not record which tokens top_k, top_p and min_new_tokens left; later calls take log-probabilities over all",

@@ -77,6 +77,11 @@ class Generate(ModelCall):
     turns: Turns | None = None  # None: a prompt is answered once
 
     @property
+    def needs_one_stage(self) -> bool:
+        """Whether its rows cannot be decoded in pipeline stages: experts are recorded, or tokens proposed."""
+        return self.records_routes or bool(self.config.prompt_lookup_num_tokens)
+
+    @property
     def answers_per_prompt(self) -> int:
         """Samples of each prompt, the baseline counted."""
         return self.num_samples + self.has_baseline

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from realjax.engine.slots import Prompts, SlotPrograms
+from realjax.core.generation_config import GenerationConfig
+from realjax.engine.slot_arrays import Prompts
+from realjax.engine.slots import SlotPrograms
 
-SHORTEST_PROMPTS = 32
+SHORTEST_PROMPTS, SHORTEST_CACHE = 32, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,3 +138,9 @@ def bucket_length(num_tokens: int, shortest: int) -> int:
     while length < num_tokens:
         length *= 2
     return length
+
+
+def most_needed(longest_prompt: int, config: GenerationConfig) -> int:
+    """Returns tokens a slot that no row outgrows."""
+    num_new = -(-config.max_new_tokens // SHORTEST_CACHE) * SHORTEST_CACHE
+    return bucket_length(longest_prompt, SHORTEST_PROMPTS) + num_new

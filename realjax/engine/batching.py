@@ -12,14 +12,13 @@ import jax
 import numpy as np
 from jax import Array
 
-from realjax.core.generation_config import GenerationConfig
+from realjax.core.metrics import Mean
 from realjax.core.trees import Tree
-from realjax.engine.admission import SHORTEST_PROMPTS, Entry, Parts, bucket_length
+from realjax.engine.admission import SHORTEST_CACHE, Entry, Parts, bucket_length, most_needed
 from realjax.engine.sampling import Drawn
-from realjax.engine.slots import CHUNK_LEN, Chunk, SlotPrograms, Slots
+from realjax.engine.slot_arrays import CHUNK_LEN, Chunk, Slots
+from realjax.engine.slots import SlotPrograms
 from realjax.engine.tail import Tail
-
-SHORTEST_CACHE = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,7 +160,8 @@ class Batcher:
         self.programs, self.stop_fn, self.chunk_len = programs, stop_fn, chunk_len
         self.fetch_fn: FetchFn = fetch_fn or (lambda chunk: jax.tree.map(np.asarray, chunk))
         self.num_prompts = 0  # that were run; rows put into slots together share those that are the same
-        self.num_rounds = 0  # of the chunks looked at; in each, every running row draws a token
+        self.num_rounds = 0  # of the chunks looked at; in each, every running row draws a token, or more
+        self.per_round = Mean(0, 0)  # the tokens that a running row has drawn in a round, where they may be several
         self._params, self._tail = programs.prepare(params), tail
         self._slots: Slots | None = None
         self._num_submitted = 0
@@ -171,6 +171,16 @@ class Batcher:
         self._active: dict[int, _Row] = {}  # by slot
         self._sent: deque[_Sent] = deque()  # not looked at
         self._results: dict[int, Generation] = {}
+
+    def answer(self, requests: Iterable[Request], progress_fn: Callable[[int], None] | None = None) -> list[Generation]:
+        """Returns the continuation of each request, in their order; `progress_fn` is told how many have ended."""
+        numbers, found, is_left = self.submit(requests), {}, True
+        while is_left:
+            is_left = self.poll()
+            found |= self.results()
+            if progress_fn is not None:
+                progress_fn(len(found))
+        return [found[number] for number in numbers]
 
     def submit(self, requests: Iterable[Request]) -> list[int]:
         """Adds rows to those waiting; returns their numbers.
@@ -338,6 +348,8 @@ class Batcher:
         sent = self._sent.popleft()
         chunk = self.fetch_fn(sent.chunk)
         self.num_rounds += int(chunk.num_rounds)
+        if chunk.own_rounds is not None:
+            self.per_round = self.per_round.merged(Mean(int(chunk.counts.sum()), int(chunk.own_rounds.sum())))
         stopped = []
         for place, row in sent.rows.items():
             if self._active.get(row.slot) is not row:
@@ -378,21 +390,8 @@ def generate(
     progress_fn: Callable[[int], None] | None = None,
     tail: Tail | None = None,
 ) -> list[Generation]:
-    """Returns the continuation of each request, in their order; `progress_fn` is told how many have ended."""
-    batcher = Batcher(programs, params, stop_fn=stop_fn, fetch_fn=fetch_fn, tail=tail)
-    numbers, found, is_left = batcher.submit(requests), {}, True
-    while is_left:
-        is_left = batcher.poll()
-        found |= batcher.results()
-        if progress_fn is not None:
-            progress_fn(len(found))
-    return [found[number] for number in numbers]
-
-
-def most_needed(longest_prompt: int, config: GenerationConfig) -> int:
-    """Returns tokens a slot that no row outgrows."""
-    num_new = -(-config.max_new_tokens // SHORTEST_CACHE) * SHORTEST_CACHE
-    return bucket_length(longest_prompt, SHORTEST_PROMPTS) + num_new
+    """As a batcher's `answer`."""
+    return Batcher(programs, params, stop_fn=stop_fn, fetch_fn=fetch_fn, tail=tail).answer(requests, progress_fn)
 
 
 def _to_drawn(generation: Generation) -> Drawn[np.ndarray]:

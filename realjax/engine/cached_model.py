@@ -1,4 +1,4 @@
-"""A model with its key-value cache, on one stage: parameters made ready, prompts taken in, one token a row decoded."""
+"""A model with its key-value cache, on one stage: parameters made ready, prompts taken in, new tokens decoded."""
 
 from dataclasses import replace
 from typing import Protocol
@@ -87,10 +87,10 @@ class CachedModel(Protocol):
     def tick(
         self, params: Tree, cache: Cache, flight: Flight, wave: int, tokens: Array, slots: NewTokens
     ) -> tuple[Array, Cache, Flight, Array | None]:
-        """Takes in `tokens` `[B/W]` of `wave`; `slots` `[B/W, W]` are those of all waves.
+        """Takes in `tokens` `[B/W, T]` of `wave`, one a row where there are several; `slots` `[B/W, W]` are of all.
 
-        Returns the hidden states `[B/W, D]` of wave `(wave + 1) % num_waves`, the cache, what is in flight, and the
-        experts of the tokens, where they are recorded.
+        Returns the hidden states `[B/W, T, D]` of wave `(wave + 1) % num_waves`, the cache, what is in flight, and the
+        experts of the tokens `[B/W, T, W]`, where they are recorded.
         """
         ...
 
@@ -153,8 +153,7 @@ class OneStage:
         rows, recorder = jax.tree.map(lambda x: x[:, 0], slots), self._make_recorder()
         forward = recorder.watch(self.forward)
         hidden, written = decode(transformer, blocks, cache[0], tokens, rows, self.decoding_fn, forward)
-        words = recorder.words()
-        return hidden, (written,), flight, None if words is None else words[:, 0]
+        return hidden, (written,), flight, recorder.words()
 
     def _make_recorder(self) -> "Recorder":
         return Recorder(self.model.config.routes if self.records_routes else None)

@@ -116,11 +116,11 @@ class Stages:
             x, cache = decode_blocks(config, blocks, cache, x, rows, self.decoding_fn, self.forward)
             return jax.tree.map(lambda y: y[None], (hand_on(x, num_stages, is_ring=True), cache))
 
-        new = transformer.embed_tokens(tokens[:, None], slots.lengths[:, wave, None])
+        new = transformer.embed_tokens(tokens, slots.lengths[:, wave, None])
         run = over_stages(stage, self.layout, num_split=4)
         handed_on, mine = run(params["layers"], cache[wave], *flight, stage_rows, new)
         # What the last stage hands on comes round to the first, whose input is new: this is the way out.
-        out = transformer.read_out(handed_on[0], self.forward.products)[:, 0]
+        out = transformer.read_out(handed_on[0], self.forward.products)
         return out, (*cache[:wave], mine, *cache[wave + 1 :]), (handed_on,), None
 
     def admit(

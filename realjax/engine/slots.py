@@ -7,8 +7,8 @@ sequence to split.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,69 +20,20 @@ from realjax.core.axes import generate_rules, resolve_sharding, tree_shardings
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout
 from realjax.core.trees import Tree, flatten_paths, map_paths
-from realjax.engine.cached_model import Cache, CachedModel, Flight, OneStage
+from realjax.engine.cached_model import CachedModel, OneStage
 from realjax.engine.cached_pipeline import Stages
 from realjax.engine.compiled import Compiled, CompileLog, place_array
+from realjax.engine.lookup import Lookup
 from realjax.engine.manual_axes import share_rows
 from realjax.engine.rows import put_rows, take_rows
-from realjax.engine.sampling import A, Drawn, Sampler
+from realjax.engine.sampling import Drawn, Sampler
+from realjax.engine.slot_arrays import CHUNK_LEN, Chunk, Prompts, Slots
 from realjax.models.build import Model
 from realjax.models.cache import NewTokens, pad_dim
+from realjax.models.config import find_lookup_fault
 from realjax.models.stacks import split_kinds
 
-# Tokens a row draws in a chunk at most. With fewer, the host sees sooner which rows have ended. With more, fewer chunks
-# have to be started.
-CHUNK_LEN = 32
-
 T = TypeVar("T")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Slots:
-    """What decoding carries from token to token, for B slots."""
-
-    cache: Cache
-    flight: Flight  # what is between the pipeline's stages
-    is_full: Array  # whether every stage has its wave there; not after prompts were put in or the cache has grown
-    lengths: Array  # [B] tokens in the cache
-    last_tokens: Array  # [B] drawn last, not yet in the cache
-    num_generated: Array  # [B]
-    is_running: Array  # [B]
-    keys: Array  # [B] random keys
-    is_greedy: Array | None  # [B]; None: no row differs from the options
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Prompts(Generic[A]):
-    """P prompts to be put into slots, and the R rows that go on from them, perhaps several from one.
-
-    The devices along `data` have equal parts of both in turn, as they have of the slots: a row's prompt and its slot
-    are in its own part, and are counted there.
-    """
-
-    tokens: A  # [P, T] the prompt, and what has been generated after it
-    lengths: A  # [P] 0 of an unused one
-    sources: A  # [R] the row's prompt
-    places: A  # [R] its slot; of unused rows, the number of slots
-    num_generated: A  # [R] how many of the tokens are generated ones
-    row_ids: A  # [R]
-    sample_ids: A  # [R]
-    is_greedy: A  # [R]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Chunk(Generic[A]):
-    """What a program drew, whole on every device: R rows' first tokens (K is 1), or up to K tokens of each slot."""
-
-    drawn: Drawn[A]  # [R or B, K]
-    counts: A  # [R or B] how many of K are drawn
-    is_running: A  # [R or B]
-    num_rounds: A  # how often all slots were decoded
-    # Experts of the prompts' tokens [R, T, W], or of the tokens that the drawn ones follow [B, K, W], where recorded.
-    routes: A | None = None
 
 
 class SlotPrograms:
@@ -99,13 +50,16 @@ class SlotPrograms:
         *,
         records_routes: bool = False,
     ) -> None:
-        """Raises ValueError for a layout or a number of slots that does not divide, or a model with a scalar head.
+        """Raises ValueError for a layout or a number of slots that does not divide, a model with a scalar head, or a
+        lookup of tokens that cannot be.
 
         `records_routes`: the experts that tokens go to are recorded, on one pipeline stage.
         """
         if model.config.is_critic:
             raise ValueError("generate: the model has a scalar head; generation needs a language model's")
-        rules = generate_rules(layout.strategy)
+        rules, self.lookup = generate_rules(layout.strategy), Lookup.of(sampler.config)
+        if self.lookup and (fault := find_lookup_fault(model.config, self.lookup.num_tokens, layout.strategy.pp)):
+            raise ValueError(f"generate: {fault}")
         self._shardings = flatten_paths(tree_shardings(model.axes, model.abstract, rules, layout))
         self.cached: CachedModel = (
             OneStage(model, layout, compute, records_routes=records_routes)
@@ -137,6 +91,7 @@ class SlotPrograms:
         self._admit = Compiled(f"{log.call}: admit", self._admit_prompts, log, **out)
         self._decode = Compiled(f"{log.call}: decode", self._decode_slots, log, **out)
         self._pad = jax.jit(pad_dim, static_argnums=(1, 2), out_shardings=self.cached.cache_sharding)
+        self._pad_texts = jax.jit(pad_dim, static_argnums=(1, 2), out_shardings=self._rows)
         self._stop = jax.jit(self._stop_rows, donate_argnums=0, out_shardings=slots)
 
     @property
@@ -192,7 +147,8 @@ class SlotPrograms:
             return grown
 
         is_full = place_array(np.array(False), self.layout.replicated)
-        return replace(slots, cache=self.cached.grow(slots.cache, length, pad), is_full=is_full)
+        texts = None if slots.texts is None else self._pad_texts(slots.texts, -1, length)
+        return replace(slots, cache=self.cached.grow(slots.cache, length, pad), is_full=is_full, texts=texts)
 
     def allow_greedy(self, slots: Slots) -> Slots:
         """Returns the slots where rows may be greedy that are put in from now on."""
@@ -263,6 +219,7 @@ class SlotPrograms:
             is_running=zeros > 0,
             keys=self.sampler.make_keys(zeros, zeros),
             is_greedy=zeros > 0 if has_greedy else None,
+            texts=jnp.zeros((self.num_slots, length), jnp.int32) if self.lookup else None,
         )
 
     def _stop_rows(self, slots: Slots, is_stopped: Array) -> Slots:
@@ -282,6 +239,11 @@ class SlotPrograms:
         def put(whole: T, part: T) -> T:
             return put_rows(whole, part, places, num_parts)
 
+        texts = None
+        if slots.texts is not None:
+            room = slots.texts.shape[1]
+            of_prompts = take_rows(pad_dim(prompts.tokens[:, :room], -1, room), sources, num_parts)
+            texts = put(slots.texts, of_prompts)
         slots = Slots(
             cache=cache,
             flight=slots.flight,
@@ -292,6 +254,7 @@ class SlotPrograms:
             is_running=put(slots.is_running, is_running),
             keys=put(slots.keys, keys),
             is_greedy=put(slots.is_greedy, is_greedy),
+            texts=texts,
         )
         drawn = jax.tree.map(lambda x: x[:, None], drawn)
         return slots, Chunk(drawn, jnp.ones_like(num_before), is_running, jnp.array(0, jnp.int32), routes)
@@ -301,13 +264,20 @@ class SlotPrograms:
 
         def go_on(carry: tuple[Slots, Chunk[Array]]) -> Array:
             slots, chunk = carry
-            has_room = jnp.all(~slots.is_running | (slots.lengths < self.cache_length(slots)))
+            has_room = slots.lengths < self.cache_length(slots)
+            if self.lookup:
+                has_room &= chunk.counts < num_rounds
+            has_room = jnp.all(~slots.is_running | has_room)
             return has_room & (jnp.sum(slots.is_running) > stop_at) & (chunk.num_rounds < num_rounds)
 
         def go_round(carry: tuple[Slots, Chunk[Array]]) -> tuple[Slots, Chunk[Array]]:
             slots, chunk = carry
+            if self.lookup:
+                return self._look_up(params, slots, chunk, self.lookup, num_rounds)
             for wave in range(self.cached.num_waves):
-                hidden, slots, routes = self._tick(params, slots, wave)
+                tokens = self._take_wave(slots.last_tokens, wave)[:, None]
+                hidden, slots, routes = self._tick(params, slots, wave, tokens)
+                hidden, routes = jax.tree.map(lambda x: x[:, 0], (hidden, routes))
                 wave_out = (wave + 1) % self.cached.num_waves
                 slots, chunk = self._add_tokens(params, slots, chunk, hidden, routes, wave_out)
             return replace(slots, is_full=jnp.array(True)), replace(chunk, num_rounds=chunk.num_rounds + 1)
@@ -316,13 +286,34 @@ class SlotPrograms:
         counts = jnp.zeros(self.num_slots, jnp.int32)
         routes = self.routes and jnp.zeros((self.num_slots, CHUNK_LEN, self.routes.width), jnp.int32)
         drawn, counts, routes = jax.lax.with_sharding_constraint((drawn, counts, routes), self._rows)
-        chunk = Chunk(drawn, counts, slots.is_running, jnp.array(0, jnp.int32), routes)
+        chunk = Chunk(
+            drawn,
+            counts,
+            slots.is_running,
+            jnp.array(0, jnp.int32),
+            routes,
+            own_rounds=counts if self.lookup else None,
+        )
         slots, chunk = jax.lax.while_loop(go_on, go_round, (slots, chunk))
         return slots, replace(chunk, is_running=slots.is_running)
 
-    def _tick(self, params: Tree, slots: Slots, wave: int) -> tuple[Array, Slots, Array | None]:
-        """Takes in the last tokens of a wave; returns the hidden states of the wave after it, and tokens' experts."""
-        tokens = self._take_wave(slots.last_tokens, wave)
+    def _look_up(
+        self, params: Tree, slots: Slots, chunk: Chunk[Array], lookup: Lookup, limit: Array
+    ) -> tuple[Slots, Chunk[Array]]:
+        """Draws the next tokens of running rows, several where they are as proposed, up to `limit` a chunk."""
+        tokens = lookup.take_in(slots)
+        hidden, slots, routes = self._tick(params, slots, 0, tokens)
+        at_each = lambda x: jnp.broadcast_to(x[:, None], tokens.shape).reshape(-1)
+        index = (slots.num_generated[:, None] + jnp.arange(tokens.shape[1])).reshape(-1)
+        keys, is_greedy = jax.tree.map(at_each, (slots.keys, slots.is_greedy))
+        drawn = self._draw(params, hidden.reshape(-1, hidden.shape[2]), keys, index, is_greedy)
+        drawn = jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[1:]), drawn)
+        most = jnp.minimum(self.cache_length(slots) - slots.lengths, limit - chunk.counts)
+        slots, chunk = lookup.keep(slots, chunk, tokens, drawn, routes, self.sampler, most)
+        return slots, replace(chunk, num_rounds=chunk.num_rounds + 1)
+
+    def _tick(self, params: Tree, slots: Slots, wave: int, tokens: Array) -> tuple[Array, Slots, Array | None]:
+        """Takes in tokens of a wave; returns the hidden states of the wave after it, and tokens' experts."""
         rows = NewTokens(self._by_wave(slots.lengths), self._by_wave(slots.is_running))
         hidden, cache, flight, routes = self.cached.tick(params, slots.cache, slots.flight, wave, tokens, rows)
         return hidden, replace(slots, cache=cache, flight=flight), routes

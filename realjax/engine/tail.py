@@ -22,7 +22,8 @@ from realjax.engine.cached_model import Cache
 from realjax.engine.compiled import place_array
 from realjax.engine.rows import take_rows
 from realjax.engine.sampling import A
-from realjax.engine.slots import SlotPrograms, Slots
+from realjax.engine.slot_arrays import Slots
+from realjax.engine.slots import SlotPrograms
 
 # move_fn(tree, places, free_source) -> the tree of arrays in a tree of shardings, and the bytes that went from device
 # to device; each source may be freed as soon as it is read.
@@ -41,6 +42,7 @@ class LeftRows(Generic[A]):
     row_ids: A  # [B]
     sample_ids: A  # [B]
     is_greedy: A  # [B]
+    texts: A | None  # [B, room] the tokens in the cache, where proposals are looked up
 
 
 class Tail:
@@ -81,13 +83,14 @@ class Tail:
             place = sum(self._find_part(other) == part for other in moved)
             index[part, place] = slot % (self.source.num_slots // self.num_parts)
             moved[slot] = part * self.slots_per_part + place
+        room = None if slots.texts is None else slots.texts.shape[1]
         cache = self._take(slots.cache, place_array(index.reshape(-1), self.source.places.lengths))
         jax.tree.map(lambda x: x.delete(), slots)
         place = self.programs.cached.cache_sharding
         cache, of_cache = self.move_fn(cache, jax.tree.map(lambda _: place, cache), True)
         params, of_params = self.move_fn(params, self.programs.list_places(), False)
         self.bytes_moved += of_cache + of_params
-        left = self._describe({moved[slot]: entry for slot, entry in rows.items()})
+        left = self._describe({moved[slot]: entry for slot, entry in rows.items()}, room)
         left = jax.tree.map(lambda x: place_array(x, self.programs.layout.replicated), left)
         return params, self._go_on(cache, left, has_greedy), moved
 
@@ -97,8 +100,12 @@ class Tail:
     def _take_rows(self, cache: Cache, index: Array) -> Cache:
         return take_rows(cache, index, self.num_parts)
 
-    def _describe(self, rows: Mapping[int, Entry]) -> LeftRows[np.ndarray]:
-        """Returns rows by slot as arrays."""
+    def _describe(self, rows: Mapping[int, Entry], room: int | None) -> LeftRows[np.ndarray]:
+        """Returns rows by slot as arrays, with texts where there is `room` for them."""
+        texts = None if room is None else np.zeros((self.programs.num_slots, room), np.int32)
+        if texts is not None:
+            for slot, row in rows.items():
+                texts[slot, : len(row.tokens) - 1] = row.tokens[:-1]
 
         def fill(values: Mapping[int, int]) -> np.ndarray:
             filled = np.zeros(self.programs.num_slots, np.int32)
@@ -114,6 +121,7 @@ class Tail:
             row_ids=of(lambda row: row.row_id),
             sample_ids=of(lambda row: row.sample_id),
             is_greedy=of(lambda row: row.is_greedy).astype(np.bool_),
+            texts=texts,
         )
 
     def _fill_slots(self, cache: Cache, rows: LeftRows[Array], has_greedy: bool) -> Slots:
@@ -127,4 +135,5 @@ class Tail:
             is_running=rows.is_running,
             keys=self.programs.sampler.make_keys(rows.row_ids, rows.sample_ids),
             is_greedy=rows.is_greedy if has_greedy else None,
+            texts=rows.texts,
         )

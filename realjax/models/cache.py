@@ -1,4 +1,4 @@
-"""The key-value cache, and the two uses of the blocks that fill and read it: whole prompts, and one token a row.
+"""The key-value cache, and the two uses of the blocks that fill and read it: whole prompts, and new tokens of rows.
 
 A layer with a window keeps the last tokens only: its S places, see `config.count_places`, are a ring, token t at
 t mod S. Up to S tokens a row it lies as in any other layer. What takes a token's place is never one that it sees.
@@ -38,10 +38,10 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NewTokens:
-    """Where one new token a row goes, of B rows."""
+    """Where the new tokens of B rows go."""
 
-    lengths: Array  # [B] its index: the tokens before it
-    is_running: Array  # [B] False of an idle row: what is made of its token is not read, and no expert sees it
+    lengths: Array  # [B] the index of the first: the tokens before it
+    is_running: Array  # [B] False of an idle row: what is made of its tokens is not read, and no expert sees them
 
 
 # Names of the dims that keys and values agree on, rows first; the two within a head are never split.
@@ -170,13 +170,15 @@ def decode(
     decoding_fn: DecodingFn,
     forward: Forward,
 ) -> tuple[Array, KVCache]:
-    """Returns the final hidden states `[B, D]` of one new token a row, and the cache with it.
+    """Returns the final hidden states `[B, T, D]` of T new tokens a row, and the cache with them.
 
-    `tokens` `[B]` see all tokens before them in their rows (within the window).
+    `tokens` `[B, T]` see all tokens before them in their rows (within the window). Of several, those beyond the cache's
+    room are not kept, and what comes of them is not to be read; a ring needs places for them, see
+    `config.find_lookup_fault`.
     """
-    x = transformer.embed_tokens(tokens[:, None], rows.lengths[:, None])
+    x = transformer.embed_tokens(tokens, _find_positions(rows.lengths, tokens.shape[1]))
     x, cache = decode_blocks(transformer.config, blocks, cache, x, rows, decoding_fn, forward)
-    return transformer.read_out(x, forward.products)[:, 0], cache
+    return transformer.read_out(x, forward.products), cache
 
 
 def decode_blocks(
@@ -188,25 +190,34 @@ def decode_blocks(
     decoding_fn: DecodingFn,
     forward: Forward,
 ) -> tuple[Array, KVCache]:
-    """Returns the hidden states `[B, 1, D]` after some blocks of one new token a row, and the cache with it."""
-    lengths = rows.lengths
+    """Returns the hidden states `[B, T, D]` after some blocks of T new tokens a row, and the cache with them."""
+    lengths, num_new = rows.lengths, x.shape[1]
+    positions = _find_positions(lengths, num_new)
     all_keys: list[Array] = []
     all_values: list[Array] = []
-    # Mapped over rows, the writes stay on the devices that hold them.
-    write_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new[0], mode="drop"))
-    write_value = jax.vmap(lambda row, new, at: row.at[:, at].set(new[0], mode="drop"))
 
     def attend_fn(q: Array, k: Array, v: Array, scoring: Scoring, sinks: Array | None) -> Array:
         keys, values = cache.keys[len(all_keys)], cache.values[len(all_values)]
-        at = lengths if scoring.window is None else lengths % keys.shape[-1]
-        keys, values = write_key(keys, k, at), write_value(values, v, at)
+        num = keys.shape[-1]
+        if num_new == 1:  # without a dim of 1 in the products
+            at = lengths if scoring.window is None else lengths % num
+            keys, values = _write_key(keys, k[:, 0], at), _write_value(values, v[:, 0], at)
+        else:
+            places = positions if scoring.window is None else positions % num
+            at = jnp.where(positions < cache.length, places, num)
+            keys = _write_key(keys, jnp.einsum("BTKH->BKHT", k), at)
+            values = _write_value(values, jnp.einsum("BTKH->BKTH", v), at)
         all_keys.append(keys)
         all_values.append(values)
-        return decoding_fn(q[:, 0], keys, values, lengths, scoring, sinks)[:, None]
+        attend = lambda q, lengths: decoding_fn(q, keys, values, lengths, scoring, sinks)
+        if num_new == 1:
+            return attend(q[:, 0], lengths)[:, None]
+        # The cache has no dim of new tokens: it is read once for all of them.
+        return jax.vmap(attend, in_axes=1, out_axes=1)(q, positions)
 
     context = BlockContext(
-        rotations={rope: rope_tables(rope, config.head_dim, lengths[:, None]) for rope in config.ropes},
-        segment_ids=rows.is_running[:, None].astype(jnp.int32),
+        rotations={rope: rope_tables(rope, config.head_dim, positions) for rope in config.ropes},
+        segment_ids=jnp.broadcast_to(rows.is_running[:, None], positions.shape).astype(jnp.int32),
         attend_fn=attend_fn,
         constrain=forward.constrain,
         products=forward.products,
@@ -215,3 +226,13 @@ def decode_blocks(
     for block in blocks:
         x, _ = block(x, context)
     return x, replace(cache, keys=tuple(all_keys), values=tuple(all_values))
+
+
+def _find_positions(lengths: Array, num_new: int) -> Array:
+    """Returns the positions `[B, T]` of new tokens."""
+    return lengths[:, None] if num_new == 1 else lengths[:, None] + jnp.arange(num_new)
+
+
+# Mapped over rows, the writes stay on the devices that hold them.
+_write_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new, mode="drop"))
+_write_value = jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))

@@ -314,6 +314,18 @@ def count_places(window: int | None, length: int) -> int:
     return length if window is None else min(length, -(-window // RING_MULTIPLE) * RING_MULTIPLE)
 
 
+def find_lookup_fault(config: ModelConfig, num_tokens: int, num_stages: int) -> str | None:
+    """Returns why rows cannot take in `num_tokens` proposed ones beside their last; None where they can."""
+    found = f"prompt_lookup_num_tokens={num_tokens}"
+    if num_stages > 1:
+        return f"{found} needs one pipeline stage, and there are {num_stages}; leave it out, or have one"
+    # What a round writes may not take the place of what a token of the round sees.
+    spare = {-kind.mixer.window % RING_MULTIPLE for kind in config.pattern if kind.mixer.window is not None}
+    if num_tokens > min(spare, default=num_tokens):
+        return f"{found}: a layer with a window has places for {min(spare)} more tokens; lower it to that, or to null"
+    return None
+
+
 def list_cuts(order: tuple[str, ...]) -> list[int]:
     """Returns the numbers of pipeline stages that all have layers of the same kinds in the same order."""
     return [n for n in range(1, len(order) + 1) if order == order[: len(order) // n] * n]

@@ -26,6 +26,7 @@ HARMLESS = (
     ),
     *("dataset.split", "dataset.valid_split", "dataset.cache", "dataset.use_chat_template"),
     *("*.parallel.*", "*.n_mbs", "*.max_tokens_per_mb", "*.device_mesh", "*.num_slots", "*.tail_*"),
+    *("*.prompt_lookup_num_tokens", "*.max_matching_ngram_size"),
     *("*.type.size", "*.gradient_checkpointing", "*.attention", "*.unroll_layers", "*.loss_chunk_tokens"),
     *("*.zero_stage", "*.offload", "eval.greedy", "eval.sampled", "eval.num_*"),
     *("eval.success_above", "eval.vote_fn", "rollouts.*", "samples.*"),

@@ -100,6 +100,7 @@ VOID: dict[type, tuple[Void, ...]] = {
     GenerationConfig: (
         Void(when={"greedy": True}, options=_DRAWN),
         Void(when={"greedy": True, "min_new_tokens": 0}, options=("force_no_logits_mask",)),
+        Void(when={"prompt_lookup_num_tokens": (None, 0)}, options=("max_matching_ngram_size",)),
     ),
     PolicyParameters: (
         Void(when={"kl_ctl": 0.0}, options=("kl_in", "kl_estimator")),

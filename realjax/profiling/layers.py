@@ -29,7 +29,8 @@ from realjax.engine.inference import make_inference
 from realjax.engine.optim import Optimizer, clip_by_norm
 from realjax.engine.products import writes_moments_first
 from realjax.engine.sampling import Sampler
-from realjax.engine.slots import CHUNK_LEN, SlotPrograms
+from realjax.engine.slot_arrays import CHUNK_LEN
+from realjax.engine.slots import SlotPrograms
 from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_gradients
 from realjax.models.build import Model, build_model, init_params

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from realjax.core.metrics import Mean
 from realjax.core.processes import from_first, gather
 
 MOST_STEPS_DRAWN = 4
@@ -35,6 +37,7 @@ class CallRecord:
     num_flops: float
     bytes_moved: int
     peak_bytes: int = 0  # on the fullest of its devices while it ran, see `runtime/memory.py`
+    per_round: Mean = Mean(0, 0)  # tokens that a row has drawn in a round, where they may be several
     after: tuple[str, ...] = ()  # calls of the step that it has to wait for
     process: int | None = None  # the one whose times count, since only it has results to wait for; None: any
 
@@ -42,7 +45,8 @@ class CallRecord:
 def measure_calls(records: Iterable[CallRecord]) -> dict[str, float]:
     """Returns seconds, rates, memory and moved bytes (MiB of 2^20 bytes) of each call, as `time/<call>` and so on.
 
-    Of a call that ran several times they are those of all times together.
+    Of a call that ran several times they are those of all times together. Tokens a round are those of calls whose rows
+    may draw several.
     """
     by_name: dict[str, list[CallRecord]] = {}
     for record in records:
@@ -59,6 +63,9 @@ def measure_calls(records: Iterable[CallRecord]) -> dict[str, float]:
             f"memory_mib/{name}": max(run.peak_bytes for run in runs) / 2**20,
             f"moved_mib/{name}": sum(run.bytes_moved for run in runs) / 2**20,
         }
+        per_round = reduce(Mean.merged, (run.per_round for run in runs))
+        if per_round.weight:
+            values[f"tokens_per_round/{name}"] = per_round.value
     return values
 
 

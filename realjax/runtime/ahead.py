@@ -19,12 +19,13 @@ import numpy as np
 from jax import Array
 
 from realjax.core.batch import Batch
+from realjax.core.metrics import Mean
 from realjax.core.processes import Mailbox
 from realjax.core.trees import Tree
 from realjax.data.loader import Loader
 from realjax.dataflow.graph import Generate
 from realjax.engine.batching import Batcher
-from realjax.engine.slots import Chunk
+from realjax.engine.slot_arrays import Chunk
 from realjax.runtime.calls import Done, find_peak_bytes, find_slots_bytes
 from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.finite import refuse_nonfinite
@@ -125,27 +126,29 @@ class Ahead:
         """Finishes the rows of the step `target` under parameters of a version, beside others up to `last_begun`."""
         executor, start = self.executor, self.executor.timeline.now()
         executor.progress.begin(self.mfc.name, version)
-        (params, bytes_moved), peak_bytes = brought, 0
+        (params, bytes_moved), peak_bytes, per_round = brought, 0, Mean(0, 0)
         self._add_prompts(target, min(last_begun, self.last_step - 1))
         begun = [row for row in executor.rows if row.generation is None]
         rows = begun
         if params is not None:
-            rows = self._continue_rows(begun, target, params, version)
-            programs = executor.programs
+            batcher, programs = self._make_batcher(params), executor.programs
+            rows, per_round = self._continue_rows(begun, target, batcher, version), batcher.per_round
             slots_bytes = find_slots_bytes(programs.slots(self.mfc), programs.tail(self.mfc), params)
             peak_bytes = find_peak_bytes(executor, self.mfc, params, slots_bytes)
         spans = [] if self._environments is None else self._environments.take_spans()
         if self._mailbox is not None:
             source = self._owners[0]
-            message = pickle.dumps((dump_rows(rows), spans)) if jax.process_index() == source else None
-            dumped, spans = pickle.loads(self._mailbox.send(message, source))
+            found = (dump_rows(rows), spans, per_round)
+            message = pickle.dumps(found) if jax.process_index() == source else None
+            dumped, spans, per_round = pickle.loads(self._mailbox.send(message, source))
             rows = load_rows(dumped)
         now = iter(rows)
         executor.rows = [next(now) if row.generation is None else row for row in executor.rows]
         num_tokens = sum(_count_tokens(after, before) for before, after in zip(begun, rows, strict=True))
         # Its rows are packed later: the record goes by its costs alone.
         none = Batch(arrays={})
-        done = Done(batch=none, num_tokens=num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
+        costs = {"bytes_moved": bytes_moved, "peak_bytes": peak_bytes, "per_round": per_round}
+        done = Done(batch=none, num_tokens=num_tokens, **costs)
         executor.watch(self.mfc, done, start, version)
         executor.watch_environments(spans, version)
 
@@ -156,12 +159,14 @@ class Ahead:
             requests = make_requests(self.loader.batch(step), self.mfc, step)
             self.executor.rows += [Row(step=step, request=request) for request in requests]
 
-    def _continue_rows(self, rows: Sequence[Row], target: int, params: Tree, version: int) -> list[Row]:
-        """Returns the rows, of which those up to the step `target` are finished."""
+    def _make_batcher(self, params: Tree) -> Batcher:
         slots = self.executor.programs.slots(self.mfc)
         # Rows that wait for an environment come back: none of a conversation is the last.
         tail = None if self._talks is not None else self.executor.programs.tail(self.mfc)
-        batcher = Batcher(slots, params, stop_fn=self.mfc.stop_fn, fetch_fn=_read, tail=tail)
+        return Batcher(slots, params, stop_fn=self.mfc.stop_fn, fetch_fn=_read, tail=tail)
+
+    def _continue_rows(self, rows: Sequence[Row], target: int, batcher: Batcher, version: int) -> list[Row]:
+        """Returns the rows, of which those up to the step `target` are finished."""
         if self._talks is not None:
             num_rows = sum(row.step == target for row in self.executor.rows)
             return continue_talks(self._talks, batcher, rows, target, version, num_rows)

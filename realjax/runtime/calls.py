@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import jax
@@ -13,10 +12,10 @@ from realjax.core.axes import Rules, train_rules
 from realjax.core.batch import Batch
 from realjax.core.layout import Layout
 from realjax.core.loss import HEAD_OUTPUTS
-from realjax.core.metrics import Metric
+from realjax.core.metrics import Mean, Metric
 from realjax.core.trees import Tree
 from realjax.dataflow.graph import Call, Generate, Host, Inference, ModelCall, Train
-from realjax.engine import batching
+from realjax.engine.batching import Batcher
 from realjax.engine.compiled import batch_shardings, place_array
 from realjax.engine.slots import SlotPrograms
 from realjax.engine.state import TrainState
@@ -54,6 +53,7 @@ class Done:
     num_tokens: int = 0
     bytes_moved: int = 0
     peak_bytes: int = 0  # on the fullest of its devices
+    per_round: Mean = Mean(0, 0)  # tokens that a row has drawn in a round, where they may be several
 
 
 def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | None) -> Done:
@@ -64,12 +64,11 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
     # Each is made ready as it arrives: the call has no second copy of them.
     leaves, bytes_moved = executor.params_for(mfc, slots.prepare_leaf)
     params = slots.join(leaves)
+    batcher = Batcher(slots, params, stop_fn=mfc.stop_fn, fetch_fn=fetch, tail=tail)
     if mfc.turns is None:
-        options = {"stop_fn": mfc.stop_fn, "fetch_fn": fetch, "tail": tail}
-        draw = partial(batching.generate, slots, params, **options)
-        generations, extras = answer_requests(requests, mfc, draw), None
+        generations, extras = answer_requests(requests, mfc, batcher.answer), None
     else:
-        batcher, calls = batching.Batcher(slots, params, fetch_fn=fetch), executor.environments(mfc.turns)
+        calls = executor.environments(mfc.turns)
         dialogues = converse(batcher, requests, mfc.turns, executor.seed, calls)
         requests = [replace(one, tokens=row.prompt) for one, row in zip(requests, dialogues, strict=True)]
         generations, extras = [row.generation for row in dialogues], [row.arrays() for row in dialogues]
@@ -77,7 +76,13 @@ def generate(executor: "Executor", mfc: Generate, prompts: Batch, step: int | No
     rollout = pack_rollout(requests, generations, mfc, shape, sizes=executor.sizes.of(mfc.name), extras=extras)
     peak_bytes = find_peak_bytes(executor, mfc, params, find_slots_bytes(slots, tail, params))
     bytes_moved += tail.bytes_moved - moved_before if tail else 0
-    return Done(batch=rollout, num_tokens=rollout.num_tokens, bytes_moved=bytes_moved, peak_bytes=peak_bytes)
+    return Done(
+        batch=rollout,
+        num_tokens=rollout.num_tokens,
+        bytes_moved=bytes_moved,
+        peak_bytes=peak_bytes,
+        per_round=batcher.per_round,
+    )
 
 
 def infer(executor: "Executor", mfc: Inference, batch: Batch, step: int | None) -> Done:

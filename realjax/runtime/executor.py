@@ -274,6 +274,7 @@ class Executor:
             num_flops=float(per_token * done.num_tokens),
             bytes_moved=done.bytes_moved,
             peak_bytes=done.peak_bytes,
+            per_round=done.per_round,
             after=self._waits_for(mfc),
         )
 

@@ -19,7 +19,7 @@ from realjax.core.layout import Layout
 from realjax.core.lora_config import LoRAConfig
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import map_paths
-from realjax.engine import admission, batching
+from realjax.engine import admission
 from realjax.engine.attention import cudnn
 from realjax.engine.optim import Optimizer
 from realjax.engine.pipeline import num_stage_batches
@@ -117,7 +117,7 @@ def test_figures_of_the_engine_are_its_own():
     assert heads.CHUNK_BYTES == memory.LOGITS_BYTES
     assert apply.CHUNK_BYTES == memory.MOVED_BYTES
     assert cudnn.ROOM == memory.ROOM
-    assert (admission.SHORTEST_PROMPTS, batching.SHORTEST_CACHE) == (memory.SHORTEST_PROMPTS, memory.SHORTEST_CACHE)
+    assert (admission.SHORTEST_PROMPTS, admission.SHORTEST_CACHE) == (memory.SHORTEST_PROMPTS, memory.SHORTEST_CACHE)
 
 
 @pytest.mark.parametrize("num_rows", [8, 24, 56, 64])
@@ -132,8 +132,8 @@ def test_stages_get_the_micro_batches_that_the_engine_cuts(num_rows, pp):
 @pytest.mark.parametrize("num_new", [1, 20, 128, 200, 1024])
 def test_a_slot_has_the_room_that_the_engine_gives_it(prompt, num_new):
     config = GenerationConfig(max_new_tokens=num_new)
-    bucket = admission.bucket_length(prompt + num_new - 1, batching.SHORTEST_CACHE)
-    assert memory.cache_length(prompt, num_new) == min(bucket, batching.most_needed(prompt, config))
+    bucket = admission.bucket_length(prompt + num_new - 1, admission.SHORTEST_CACHE)
+    assert memory.cache_length(prompt, num_new) == min(bucket, admission.most_needed(prompt, config))
 
 
 @pytest.mark.parametrize("sizes", [{}, {"dp": 2, "tp": 2}, {"pp": 2}], ids=str)

@@ -8,6 +8,7 @@ import pytest
 from realjax.allocation.candidates import find_fault
 from realjax.allocation.run_workload import read_workload
 from realjax.allocation.workload import Lengths, ModelShape
+from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import ParallelStrategy
 from realjax.core.trees import map_paths, num_params
 from realjax.dataflow.graph import DataflowGraph, Generate
@@ -84,9 +85,14 @@ def test_the_workload_of_ppo(given, tmp_path):
     assert [name for name, role in work.roles.items() if role.is_trained] == ["actor", "critic"]
 
 
-def test_what_records_routes_stays_on_one_stage(given, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [{"records_routes": True}, {"config": GenerationConfig(prompt_lookup_num_tokens=2)}],
+    ids=["routes", "lookup"],
+)
+def test_what_records_routes_or_proposes_tokens_stays_on_one_stage(given, tmp_path, changes):
     spec = build_rl_spec(given, tmp_path)
-    record = lambda call: replace(call, records_routes=True) if isinstance(call, Generate) else call
+    record = lambda call: replace(call, **changes) if isinstance(call, Generate) else call
     graph = DataflowGraph(tuple(map(record, spec.graph.calls)), spec.graph.dataset_keys)
     generate, *others = read_workload(replace(spec, graph=graph), "cpu").calls
     assert find_fault(generate, ParallelStrategy(pp=2)) == "its layers can be in [1] pipeline stages, not in 2"

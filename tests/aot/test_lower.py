@@ -74,6 +74,7 @@ def make_alike(experiment: str, layout: str, given: Given, root: Path) -> RunSpe
     if (experiment, layout) == ("gen", "data and tensor"):
         # Those of the last prompts that do not fill the slots go on with more tensor parallelism.
         options |= {"dataset.train_bs_n_seqs": 8, "gen.num_slots": 6, "gen.tail_slots": 4}
+        options |= {"gen.prompt_lookup_num_tokens": 3}
     if layout == "halves":
         options |= {f"{role}.zero_stage": 3 for role in ("actor", "critic")}
     return build_spec(experiment, make_options(experiment, given, root, **options))

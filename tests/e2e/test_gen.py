@@ -136,6 +136,16 @@ def test_a_stop_text_saves_decoding(trial, monkeypatch):
     assert trial.metrics()[0]["moved_mib/generate"] > 0
 
 
+def test_proposed_tokens_change_no_answer_and_the_log_says_how_many_are_kept(trial):
+    options = {"gen__max_new_tokens": 60, "gen__greedy": True}
+    assert trial.run(**options) == 0
+    whole = trial.answers()
+    assert not any("tokens_per_round/generate" in record for record in trial.metrics())
+    assert trial.run(**options, gen__prompt_lookup_num_tokens=4, gen__tail_slots=2) == 0
+    assert trial.answers() == whole
+    assert all(record["tokens_per_round/generate"] > 1 for record in trial.metrics())
+
+
 def test_a_run_that_broke_keeps_its_answers_and_goes_on_from_them(trial, monkeypatch, capsys):
     assert replace(trial, name="whole").run(num_samples=2) == 0
     append = AnswerWriter.append
@@ -228,6 +238,14 @@ def test_nothing_to_write_and_nothing_to_go_on_from(trial, capsys):
                 "allocation__parallel__pipeline_parallel_size": 2,
             },
             "gen.tail_slots: found 2, but allocation has 2 pipeline stages",
+        ),
+        (
+            {
+                "gen__prompt_lookup_num_tokens": 2,
+                "allocation__parallel__data_parallel_size": 1,
+                "allocation__parallel__pipeline_parallel_size": 2,
+            },
+            "allocation: prompt_lookup_num_tokens=2 needs one pipeline stage, and there are 2;",
         ),
     ],
 )

@@ -38,7 +38,7 @@ def make_tail(source: SlotPrograms, tp: int, num_slots: int) -> Tail:
     ("sizes", "tp", "config"),
     [
         ({"dp": 4}, 4, SAMPLED),
-        ({"dp": 4}, 2, SAMPLED),
+        ({"dp": 4}, 2, replace(SAMPLED, prompt_lookup_num_tokens=3)),
         ({"dp": 2, "tp": 2}, 4, replace(SAMPLED, greedy=True)),
     ],
     ids=str,
@@ -59,12 +59,22 @@ def test_rows_that_move_are_those_that_stay(sizes, tp, config):
         if batcher.programs is programs:
             num_left = len(batcher.drawn())
         found |= batcher.results()
+        if batcher.programs is tail.programs and config.prompt_lookup_num_tokens:
+            assert_has_texts(batcher)
     found |= batcher.results()
     assert batcher.programs is tail.programs and num_left >= 2, "rows have moved"
     for number, one in zip(numbers, expected, strict=True):
         np.testing.assert_array_equal(found[number].tokens, one.tokens)
         np.testing.assert_allclose(found[number].logprobs, one.logprobs, rtol=0, atol=2e-5)
         assert found[number].ended == one.ended
+
+
+def assert_has_texts(batcher: Batcher) -> None:
+    """The tokens that a row is known to have are there, where what follows them is looked up."""
+    assert batcher._slots is not None and batcher._slots.texts is not None
+    for slot, row in batcher._active.items():
+        known = row.interrupt().enter().tokens[:-1]
+        np.testing.assert_array_equal(np.asarray(batcher._slots.texts)[slot, : len(known)], known)
 
 
 def test_a_move_sends_heads_of_caches_and_no_parameter():

@@ -1,4 +1,4 @@
-"""Prompts and then tokens one by one, through the cache, give the hidden states of a whole forward pass."""
+"""Prompts and then new tokens, through the cache, give the hidden states of a whole forward pass."""
 
 from dataclasses import replace
 
@@ -17,15 +17,18 @@ SLIDING, WIDE = (LayerKind(name=f"window{n}", mixer=AttentionConfig(window=n, si
 
 
 @pytest.mark.parametrize(
-    ("changes", "lengths", "row_len"),
+    ("changes", "lengths", "row_len", "num_new"),
     [
-        (FULL, [3, 7, 5], 12),
-        ({"pattern": (SLIDING, LayerKind())}, [3, 7, 5], 40),  # a ring of 16, shorter at first
-        ({"pattern": (SLIDING, WIDE), "num_layers": 2}, [3, 30, 17], 44),  # rings of 16 and 32, and a longer prompt
+        (FULL, [3, 7, 5], 12, 1),
+        (FULL, [3, 7, 5], 16, 3),
+        ({"pattern": (SLIDING, LayerKind())}, [3, 7, 5], 40, 1),  # a ring of 16, shorter at first
+        ({"pattern": (SLIDING, LayerKind())}, [3, 7, 5], 40, 12),
+        ({"pattern": (SLIDING, WIDE), "num_layers": 2}, [3, 30, 17], 44, 1),  # rings of 16 and 32, a longer prompt
+        ({"pattern": (SLIDING, WIDE), "num_layers": 2}, [3, 30, 17], 60, 12),  # as many more as both have places for
     ],
-    ids=["plain", "window", "windows"],
 )
-def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes, lengths, row_len):
+def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes, lengths, row_len, num_new):
+    """Of `num_new` tokens a row at once, all but the first are wrong every other time, and taken in again."""
     model, forward = make_model(**changes), Forward(attention_fn=dense_attention)
     params, order, room = random_tree(model), model.config.order, max(lengths) + 1
     tokens = np.random.default_rng(0).integers(0, 96, (3, row_len)).astype(np.int32)
@@ -46,16 +49,22 @@ def test_prefill_and_decode_give_the_hidden_states_of_a_forward_pass(changes, le
     unstacked, places = {**params, "layers": layers}, np.array([2, 0, 3])
     hidden, cache = admit(unstacked, tokens[:, : max(lengths) + 2], np.array(lengths), places)
     np.testing.assert_allclose(hidden, [whole[i, n - 1] for i, n in enumerate(lengths)], atol=1e-5, rtol=1e-5)
-    for step in range(row_len - max(lengths)):
+    step, num_right = 0, 1
+    while max(lengths) + step + num_new <= row_len:
         if max(lengths) + step >= cache.length:
             cache = grow_cache(cache, cache.length + 12)
         at = np.zeros(4, np.int32)
         at[places] = np.array(lengths) + step
-        new = np.zeros(4, np.int32)
-        new[places] = tokens[range(3), at[places]]
+        new = np.zeros((4, num_new), np.int32)
+        new[places] = [tokens[i, n : n + num_new] for i, n in enumerate(at[places])]
+        new[:, num_right:] = 95 - new[:, num_right:]
         hidden, cache = advance(unstacked, cache, new, at)
-        expected = [whole[i, n + step] for i, n in enumerate(lengths)]
-        np.testing.assert_allclose(hidden[places], expected, atol=1e-5, rtol=1e-5)
+        # What has no room in the cache is not to be read.
+        num_read = min(num_right, cache.length - max(lengths) - step)
+        expected = [whole[i, n : n + num_read] for i, n in enumerate(at[places])]
+        np.testing.assert_allclose(hidden[places, :num_read], expected, atol=1e-5, rtol=1e-5)
+        step, num_right = step + num_read, 1 if num_right > 1 else num_new
+    assert step > num_new
     places = [count_places(model.config.kinds[name].mixer.window, cache.length) for name in order]
     assert [x.shape[-1] for x in cache.keys] == [x.shape[-2] for x in cache.values] == places
 

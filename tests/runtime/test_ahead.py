@@ -11,6 +11,7 @@ import pytest
 
 from realjax.core.trees import Tree
 from realjax.engine.batching import Batcher, generate
+from realjax.record.timeline import measure_calls
 from realjax.runtime.ahead import Ahead
 from realjax.runtime.executor import Executor, StepResult
 from realjax.runtime.rollouts import make_requests, pack_rollout
@@ -91,7 +92,12 @@ CASES = [
 def test_without_a_learning_rate_age_changes_nothing(staleness, layout, tokens_in_step, given, tmp_path):
     """Answers are those of a run without staleness, interrupted or not; weights are 1 to float32's rounding."""
     sizes = {name: size for name, size in LAYOUTS[layout].items() if not name.startswith("critic")}
-    results = list(take_steps(make_run(given, tmp_path, staleness=staleness, **STILL, **sizes)))
+    # Nor does it change anything that rows interrupted go on with several tokens a round.
+    proposes = {"algo__gen__prompt_lookup_num_tokens": 2} if staleness == 3 else {}
+    executor = make_run(given, tmp_path, staleness=staleness, **STILL, **sizes, **proposes)
+    results = list(take_steps(executor))
+    counted = {name for step in range(STEPS) for name in measure_calls(executor.timeline.of_step(step))}
+    assert ("tokens_per_round/actor_gen" in counted) == bool(proposes)
     for result, expected in zip(results, tokens_in_step, strict=True):
         found = np.asarray(result.batch["tokens"])
         assert sorted(found[found > 0]) == sorted(expected[expected > 0])

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from realjax.engine.admission import SHORTEST_PROMPTS, bucket_length
-from realjax.engine.batching import SHORTEST_CACHE
+from realjax.engine.admission import SHORTEST_CACHE, SHORTEST_PROMPTS, bucket_length
 
 NUM_ANSWERS, NUM_SLOTS, PAGE = 512, 128, 16
 

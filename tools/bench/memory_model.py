@@ -43,8 +43,7 @@ from realjax.core.layout import Layout, ParallelStrategy
 from realjax.core.loss import Loss, LossSums
 from realjax.core.metrics import Mean
 from realjax.core.optimizer_config import OptimizerConfig
-from realjax.engine.admission import Entry, Parts, bucket_length
-from realjax.engine.batching import SHORTEST_CACHE, most_needed
+from realjax.engine.admission import SHORTEST_CACHE, Entry, Parts, bucket_length, most_needed
 from realjax.engine.compiled import abstract_batch
 from realjax.engine.inference import make_inference
 from realjax.engine.optim import Optimizer
