@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from realjax.allocation.cluster import Link
 from realjax.allocation.measured import Collective, CollectivePoint, Span
 from realjax.profiling.clock import Clock, Probe
-from realjax.profiling.machine import fit_link, without_dispatch
+from realjax.profiling.machine import fit_link
 
 CALLS_IN_PROGRAM = 4
+WIDTH = 256  # of the matrices of products between them
 GROUP = "group"
 KINDS: tuple[Collective, ...] = get_args(Collective)
 
@@ -44,41 +45,57 @@ def list_groups(num_nodes: int, devices_per_node: int) -> Iterator[Group]:
             size *= 2
 
 
-def measure_group(
-    clock: Clock, group: Group, mesh: Mesh, sizes: Sequence[int], dispatch_seconds: float
-) -> list[CollectivePoint]:
-    """Returns the collectives of a group for these bytes, see `CollectivePoint`; every process must call this."""
+def measure_group(clock: Clock, group: Group, mesh: Mesh, sizes: Sequence[int]) -> list[CollectivePoint]:
+    """Returns the collectives of a group for these bytes, see `CollectivePoint`; every process must call this.
+
+    They take turns with products, as in a step: what a processor's threads wait for each other, they wait there too.
+    The same program without them is taken off.
+    """
     cases: list[tuple[Collective, int]] = [(kind, size) for kind in KINDS for size in sizes]
-    seconds = clock.measure({(kind, size): _probe(kind, mesh, group.size, size) for kind, size in cases})
+    probes = {(kind, size): _probe(_CALLS[kind], mesh, group.size, _count(kind, group, size)) for kind, size in cases}
+    probes |= {(None, size): _probe(lambda x, _: x, mesh, group.size, size // 4) for size in sizes}
+    seconds = clock.measure(probes)
     return [
         CollectivePoint(
             kind=kind,
             span=group.span,
             num_devices=group.size,
             num_bytes=size,
-            seconds=without_dispatch(seconds[kind, size], dispatch_seconds) / CALLS_IN_PROGRAM,
+            seconds=_less(seconds[kind, size], seconds[None, size]) / CALLS_IN_PROGRAM,
         )
         for kind, size in cases
     ]
 
 
-def _probe(kind: Collective, mesh: Mesh, size: int, num_bytes: int) -> Probe:
-    """Returns the probe of a few collectives, each of which waits for the one before."""
-    num_given = num_bytes // 4 // (size if kind == "all_gather" else 1)
-    spec = PartitionSpec(("others", GROUP))
-    x = jax.jit(lambda: jnp.ones(mesh.devices.size * num_given, jnp.float32), out_shardings=NamedSharding(mesh, spec))()
-    talk = _CALLS[kind]
+def _less(seconds: float, others: float) -> float:
+    """Returns what is left without the others; where these are nearly all, noise alone would be."""
+    return max(seconds - others, seconds / 10)
 
-    def run(x: Array) -> list[Array]:
+
+def _count(kind: Collective, group: Group, num_bytes: int) -> int:
+    """Returns the float32 numbers that a device gives of so many bytes, see `CollectivePoint`."""
+    return num_bytes // 4 // (group.size if kind == "all_gather" else 1)
+
+
+def _probe(talk_fn: Callable[[Array, int], Array], mesh: Mesh, size: int, num_given: int) -> Probe:
+    """Returns the probe of a few collectives with a product behind each, all of which wait for what came before."""
+    spec = PartitionSpec(("others", GROUP))
+    fill = lambda shape: jax.jit(
+        lambda: jnp.ones((mesh.devices.size * shape[0], *shape[1:]), jnp.float32),
+        out_shardings=NamedSharding(mesh, spec),
+    )()
+    x, matrix = fill((num_given,)), fill((WIDTH, WIDTH))
+
+    def run(x: Array, matrix: Array) -> list[Array]:
         results = []
         for _ in range(CALLS_IN_PROGRAM):
-            y = talk(x, size)
-            x, y = jax.lax.optimization_barrier((x, y))
+            x, y, matrix = jax.lax.optimization_barrier((x, talk_fn(x, size), matrix))
             results.append(y[:1])
-        return results
+            matrix, x = jax.lax.optimization_barrier((matrix @ matrix / WIDTH, x))
+        return [*results, matrix]
 
     program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    return lambda: program(x)
+    return lambda: program(x, matrix)
 
 
 def _permute(x: Array, size: int) -> Array:

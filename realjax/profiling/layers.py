@@ -197,16 +197,17 @@ def measure_update(clock: Clock, config: ModelConfig, layout: Layout, sharing: f
 
 
 def probe_update(model: Model, layout: Layout) -> Probe:
-    """Returns the probe of an optimizer's update."""
+    """Returns the probe of an update by gradients, as a training step ends with it."""
     optimizer = Optimizer(config=OptimizerConfig(), total_updates=1000)
     shardings = train_state_shardings(model, optimizer, layout)
     held = [init_train_state(init_params(model, shardings.params, 0), optimizer, shardings)]
     grads = init_params(model, tree_shardings(model.axes, model.abstract, optimizer_rules(layout.strategy), layout), 1)
 
     def update(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        grads, _ = clip_by_norm(grads, 1.0)
+        grads, norm = clip_by_norm(grads, 1.0)
         order = writes_moments_first(layout)
-        return optimizer.update(grads, opt_state, params, jnp.int32(0), jnp.array(True), moments_first=order)
+        # Whether it is applied is not known before, as in a step: the old state is read for that.
+        return optimizer.update(grads, opt_state, params, jnp.int32(0), jnp.isfinite(norm), moments_first=order)
 
     program = jax.jit(update, donate_argnums=(0, 1), out_shardings=(shardings.params, shardings.opt_state))
 

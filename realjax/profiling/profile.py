@@ -160,8 +160,7 @@ class Profile:
 
     def _measure_group(self, group: Group) -> None:
         mesh = group.make_mesh(self.devices, self.settings.devices_per_node)
-        sizes, dispatch = self.sizes.message_bytes, self.dispatch_seconds
-        self.collectives += measure_group(self.clock, group, mesh, sizes, dispatch)
+        self.collectives += measure_group(self.clock, group, mesh, self.sizes.message_bytes)
 
     def _measure_update(self, config: ModelConfig, layout: Layout) -> None:
         self.updates += measure_update(self.clock, config, layout, self.sharing[layout.strategy.tp])

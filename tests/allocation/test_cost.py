@@ -259,6 +259,65 @@ def test_a_cpu_reduces_each_kernel_for_itself():
     assert on_gpu == pytest.approx(7 + 7, rel=0.1) and on_cpu == pytest.approx(9 * (7 + 2 * 7), rel=0.1)
 
 
+# A message takes a second, however long: terms count messages, an all-reduce of two devices as two.
+LATENCIES = replace(H100S, factors={}, within_node=Link(bandwidth=1e30, latency=1.0))
+ON_CPU = replace(LATENCIES, name="messages of a cpu", platform="cpu")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "messages"),
+    [
+        ({}, 0),
+        ({"dp": 2}, 0),  # small sums go with those of gradients
+        ({"tp": 2}, 1),  # the norm
+        ({"pp": 2}, 1 + 2 * 4),  # and two of the head for each of four micro-batches
+    ],
+)
+def test_small_sums_of_an_update_take_time_on_cpus(sizes, messages):
+    work = make_work("train")
+    assert call_cost(work, choose(**sizes), ON_CPU).terms.get("messages", 0.0) == pytest.approx(2 * messages)
+    assert "messages" not in call_cost(work, choose(**sizes), LATENCIES).terms
+
+
+def test_each_round_on_a_cpu_asks_which_rows_run():
+    """All of 64 answers run for 384 rounds; what the host reads are a gather for each of 4 admissions and 12 chunks."""
+    terms = call_cost(make_work("generate"), choose(dp=2), ON_CPU).terms
+    assert terms["messages"] == pytest.approx(2 * 384 + 4 + 12)
+    assert "messages" not in call_cost(make_work("generate"), choose(), ON_CPU).terms
+
+
+def test_a_tied_table_and_a_scalar_head_are_no_matrix_of_their_own():
+    plain, tied, critic = (
+        call_cost(make_work("train", model=replace(LLAMA, **changes)), choose(dp=2, zero_stage=2), ON_CPU).terms["dp"]
+        for changes in ({}, {"is_tied": True}, {"is_critic": True})
+    )
+    assert plain == pytest.approx(9 * 3) and tied == critic == pytest.approx(8 * 3)
+
+
+@pytest.mark.parametrize("num_mbs", [1, 2])
+def test_stages_send_what_compiled_programs_do(num_mbs):
+    """As `tests/aot/test_budgets.py` counts it: M + 2 F permutes and 2 M + 2 F all-reduces; inference those of M, and F
+    permutes."""
+    work, choice = make_work("train"), choose(pp=2, num_mbs=num_mbs)
+    unit = replace(H100S, name="unit", factors={}, within_node=Link(bandwidth=1.0, latency=0.0))
+    hidden, M = 2 * 16 * 2048 * 4096, 4 * num_mbs  # bytes of all rows, in all micro-batches
+    F, each = M + 1, hidden / M
+    assert call_cost(work, choice, unit).terms["pp"] == pytest.approx((M + 2 * F + 2 * M + 2 * F) * each)
+    F = num_mbs * (4 + 1)
+    terms = call_cost(make_work("inference"), choice, unit).terms
+    assert terms["pp"] == pytest.approx((F + 3 * M) * each)
+
+
+def test_masters_are_copied_into_another_dtype_alone():
+    cluster = replace(H100S, name="copies", matmul_flops={"bfloat16": 1e30, "float32": 1e30}, memory_bandwidth=1.0)
+    cluster = replace(cluster, factors={})
+    sizes = {
+        dtype: call_cost(make_work("train", dtype=dtype), choose(), cluster).terms["optimizer"] / LLAMA.num_params
+        for dtype in ("bfloat16", "float32")
+    }
+    assert sizes == pytest.approx({"bfloat16": 36 + 2, "float32": 36}, rel=0.01)
+
+
 def test_a_dtype_without_a_rate_is_refused():
     with pytest.raises(ValueError, match="cluster h100x128: no rate for int4, only for bfloat16"):
         call_cost(make_work("train", dtype="int4"), choose(), H100S)
@@ -293,6 +352,18 @@ def test_moves_are_those_of_the_reshard_plan(source, destination):
     assert terms.get("within_node", 0.0) >= share * 2 * LLAMA.num_params * (1 - 1e-9)
     assert (share == 0) == ("within_node" not in terms)
     assert "between_nodes" not in terms
+
+
+@pytest.mark.parametrize(("is_trained", "zero_stage", "share"), [(True, 0, 0), (True, 2, 0.5), (False, 0, 0)])
+def test_masters_that_zero_splits_are_gathered_for_other_calls(is_trained, zero_stage, share):
+    """On the same two devices: each lacks half of what the other one updates."""
+    role = RoleWork(name="role", model=LLAMA, dtype="bfloat16", is_trained=is_trained)
+    home, call = choose(dp=2, zero_stage=zero_stage), choose(dp=2)
+    cluster = replace(H100S, name="gathers", factors={}, within_node=Link(bandwidth=1.0, latency=0.0))
+    terms = move_cost(role, home, call, cluster).terms
+    assert terms.get("within_node", 0.0) == pytest.approx(share * 2 * LLAMA.num_params)
+    on_cpu = replace(cluster, name="in pieces", platform="cpu", within_node=Link(bandwidth=1e30, latency=1.0))
+    assert move_cost(role, home, call, on_cpu).terms.get("within_node", 0.0) == pytest.approx(9 if share else 0)
 
 
 def test_another_node_is_reached_by_its_own_link():

@@ -8,6 +8,7 @@ from realjax.allocation.memory import SHORTEST_CACHE
 from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.collectives import collective_seconds, find_groups
 from realjax.allocation.terms.measured_layers import find_measured
+from realjax.allocation.terms.messages import LOOP_SUMS, READS, small_seconds
 from realjax.allocation.terms.pass_cost import exchange_seconds
 from realjax.allocation.terms.rates import LayerSplit, find_rates
 from realjax.allocation.workload import CallWork, Lengths
@@ -62,7 +63,12 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
         terms["tail_move"] = _tail_move_seconds(work, choice, tail, cluster)
     terms |= _prefill_terms(work, choice, cluster, slots)
     admissions = max(1, math.ceil(work.num_sequences / max(1, slots // 4)))
-    terms["dispatch"] = cluster.dispatch_seconds * (admissions + math.ceil(rounds / CHUNK_LEN))
+    num_chunks = math.ceil(rounds / CHUNK_LEN)
+    terms["dispatch"] = cluster.dispatch_seconds * (admissions + num_chunks)
+    data = find_groups(choice, cluster.devices_per_node).data
+    terms["messages"] = small_seconds(LOOP_SUMS * rounds, data, cluster) + small_seconds(
+        READS * (admissions + num_chunks), data, cluster, "all_gather"
+    )
     return {name: seconds for name, seconds in terms.items() if seconds}
 
 

@@ -4,10 +4,12 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
+from realjax.allocation.terms.messages import count_kernels
 from realjax.allocation.terms.rates import BYTES
 from realjax.allocation.workload import RoleWork
 from realjax.core.layout import ParallelStrategy
@@ -17,6 +19,8 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
     """Returns a cast to the compute dtype where parameters are float32 masters, then the busiest device's traffic over
     each kind of link, as `reshard/plan.py` moves: what a device holds stays, the rest comes from its own node first."""
     width, kept_as = BYTES[role.dtype], 4 if role.is_trained or role.is_averaged else BYTES[role.dtype]
+    source = _lie_at_home(role, source)
+    num_messages = count_kernels(role.model) if cluster.platform == "cpu" else 1
     size = role.model.num_params * _moved_share(role)
     terms = {}
     if kept_as > width:
@@ -27,10 +31,10 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
     share = cluster.factor("links")
     if within:
         link = cluster.within_node
-        terms["within_node"] = link.latency + within * size * width / (share * link.bandwidth)
+        terms["within_node"] = num_messages * link.latency + within * size * width / (share * link.bandwidth)
     if between:
         link = cluster.between_nodes
-        terms["between_nodes"] = link.latency + between * size * width / (share * link.bandwidth)
+        terms["between_nodes"] = num_messages * link.latency + between * size * width / (share * link.bandwidth)
     return terms | {"dispatch": 3 * cluster.dispatch_seconds}
 
 
@@ -44,7 +48,7 @@ def fetch_terms(role: RoleWork, destination: Choice, cluster: Cluster) -> dict[s
 
 def moved_bytes(role: RoleWork, source: Choice, destination: Choice, cluster: Cluster) -> float:
     """Returns the bytes of a role's parameters that go from one device to another for a copy in another layout."""
-    moved = _traffic_of_all(role, source, destination, cluster)[2] * _moved_share(role)
+    moved = _traffic_of_all(role, _lie_at_home(role, source), destination, cluster)[2] * _moved_share(role)
     return moved * role.model.num_params * BYTES[role.dtype]
 
 
@@ -52,6 +56,13 @@ def fetched_bytes(role: RoleWork, destination: Choice) -> float:
     """Returns the bytes of a role's parameters that go from host memory to all devices of a call."""
     s = destination.strategy
     return role.model.num_params * BYTES[role.dtype] * s.size * _part(role, s)
+
+
+def _lie_at_home(role: RoleWork, home: Choice) -> Choice:
+    """Returns a home's choice, split as its parameters are: from ZeRO's first stage on, masters are over `data`."""
+    if not (role.is_trained and home.strategy.zero_stage):
+        return home
+    return replace(home, strategy=replace(home.strategy, zero_stage=3))
 
 
 def _moved_share(role: RoleWork) -> float:

@@ -8,6 +8,7 @@ from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import Collective, LayerUse
 from realjax.allocation.terms.collectives import Group, Groups, collective_seconds, exposed, find_groups
 from realjax.allocation.terms.measured_layers import Factor, MeasuredLayers, find_measured
+from realjax.allocation.terms.messages import HEAD_SUMS, NORM_SUMS, count_kernels, small_seconds
 from realjax.allocation.terms.rates import Layer, LayerSplit, Rates, find_rates
 from realjax.allocation.workload import CallWork, ModelShape
 
@@ -103,8 +104,10 @@ def inference_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[st
     terms = _layer_terms(passes, layer)
     terms["head"] = passes.num_batches * head_seconds(passes, ("forward",), num_products=1, num_reads=3)
     terms |= _tensor_terms(passes, gathers=2, scatters=2, reduces=2, factor=factor.tensor)
-    terms |= _pipe_terms(passes, ways=1) | _context_terms(passes, layer, times=1) | _expert_terms(passes, times=1)
-    terms |= _shard_terms(passes, layer, gathers=1, scatters=0)
+    terms |= (
+        _pipe_terms(passes, is_train=False) | _context_terms(passes, layer, times=1) | _expert_terms(passes, times=1)
+    )
+    terms |= _shard_terms(passes, layer, gathers=1, scatters=0) | {"messages": _head_messages(passes)}
     return _finish(passes, terms, num_calls=1)
 
 
@@ -126,9 +129,10 @@ def train_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, f
     terms["head"] = passes.num_batches * head_seconds(passes, uses, num_products=3, num_reads=6)
     factor = (2 * there.tensor + (2 + again) * back.tensor) / (4 + again)
     terms |= _tensor_terms(passes, gathers=4 + 2 * again, scatters=4 + again, reduces=4 + again, factor=factor)
-    terms |= _pipe_terms(passes, ways=2) | _context_terms(passes, both, times=3 + again)
+    terms |= _pipe_terms(passes, is_train=True) | _context_terms(passes, both, times=3 + again)
     terms |= _expert_terms(passes, times=2 + again) | _shard_terms(passes, both, gathers=2, scatters=1)
     terms |= {"dp": _gradient_seconds(passes), "optimizer": _optimizer_seconds(passes)}
+    terms["messages"] = _head_messages(passes) + small_seconds(NORM_SUMS, passes.groups.vocab, cluster)
     return _finish(passes, terms, num_calls=work.num_updates)
 
 
@@ -173,16 +177,29 @@ def _tensor_terms(passes: Passes, *, gathers: int, scatters: int, reduces: int, 
     return {"tp": share * (gather * (runs * gathers + passes.ticks) + scatter * (runs * scatters + passes.ticks))}
 
 
-def _pipe_terms(passes: Passes, *, ways: int) -> dict[str, float]:
-    """Returns what goes between stages: each tick hands hidden states on (and gradients back), v times with v parts a
-    stage; they come in from the embedding and go out to the head, whose vocabulary is split over all stages."""
+def _pipe_terms(passes: Passes, *, is_train: bool) -> dict[str, float]:
+    """Returns what goes between stages, of whose vocabulary each has a part.
+
+    Training: F ticks hand hidden states on and gradients back, v times with v parts a stage; M micro-batches go back
+    to the first stage for the head; the embedded rows (F), what comes out (M) and the gradients of both go to all.
+    Inference embeds and reads out all micro-batches of a part at once. `tests/aot/test_budgets.py` counts the same.
+    """
     s = passes.choice.strategy
     if s.pp == 1:
         return {}
     size = passes.hidden_bytes / (s.tp if s.sequence_parallel else 1)
     on = passes.choice.interleave * passes.collective("permute", size, passes.groups.pipe)
-    out = passes.collective("all_reduce", size, passes.groups.pipe)
-    return {"pp": passes.ticks * ways * on + (passes.ticks + passes.num_batches * (ways - 1)) * out}
+    if is_train:
+        first = passes.collective("permute", size, passes.groups.pipe)
+        to_all = passes.collective("all_reduce", size, passes.groups.pipe)
+        return {
+            "pp": passes.ticks * 2 * on + passes.num_batches * first + 2 * (passes.ticks + passes.num_batches) * to_all
+        }
+    num_parts = passes.choice.num_mbs
+    whole = size * passes.num_batches / num_parts
+    first = passes.collective("permute", whole, passes.groups.pipe)
+    to_all = passes.collective("all_reduce", whole, passes.groups.pipe)
+    return {"pp": passes.ticks * on + num_parts * (first + 2 * to_all)}
 
 
 def _context_terms(passes: Passes, layer: Layer, *, times: int) -> dict[str, float]:
@@ -261,28 +278,38 @@ def _gradient_seconds(passes: Passes) -> float:
     zero_stage, width = passes.choice.strategy.zero_stage, passes.rates.weight_bytes
     if zero_stage == 3:
         return 0.0
-    parts = _stage_params(passes)
-    if zero_stage == 0:
-        return sum(passes.collective("all_reduce", 4 * size, group) for size, group in parts)
     is_cpu = passes.cluster.platform == "cpu"
-    kind, num = ("all_reduce", NUM_KERNELS) if is_cpu else ("reduce_scatter", 1)
-    gathered = sum(num * passes.collective("all_gather", width * size / num, group) for size, group in parts)
-    return gathered + sum(num * passes.collective(kind, 4 * size / num, group) for size, group in parts)
+    num = count_kernels(passes.work.model) if is_cpu else 1
+    kind = "all_reduce" if is_cpu or zero_stage == 0 else "reduce_scatter"
+    parts = _stage_params(passes)
+    summed = sum(num * passes.collective(kind, 4 * size / num, group) for size, group in parts)
+    if zero_stage == 0:
+        return summed
+    return summed + sum(num * passes.collective("all_gather", width * size / num, group) for size, group in parts)
 
 
-NUM_KERNELS = 9  # of a decoder whose layers are stacked: four of attention, three of the feed-forward, table and head
+def _head_messages(passes: Passes) -> float:
+    """Returns the small sums of a head whose vocabulary stages share; measured heads have those over tensor."""
+    if passes.choice.strategy.pp == 1 or not passes.work.scores_vocab:
+        return 0.0
+    return small_seconds(HEAD_SUMS * passes.num_batches, passes.groups.vocab, passes.cluster)
 
 
 def _optimizer_seconds(passes: Passes) -> float:
     """Returns an update's passes over memory: Adam reads and writes masters, two moments and gradients (32 bytes), the
-    norm reads gradients (4), the compute copy is written (2); every further micro-batch adds its gradients (12)."""
-    zero_stage, parts = passes.choice.strategy.zero_stage, _stage_params(passes)
+    norm reads gradients (4), a compute copy is written unless it is in the masters' own dtype (2); every further
+    micro-batch adds its gradients (12)."""
+    zero_stage, parts, width = passes.choice.strategy.zero_stage, _stage_params(passes), passes.rates.weight_bytes
     size = sum(size for size, _ in parts)
     own = sum(size / group.size for size, group in parts) if zero_stage else size
     summed = own if zero_stage == 3 else size
-    added = passes.rates.passes(12 * summed * (passes.num_batches - 1) + passes.rates.weight_bytes * size)
+    copied = width * size if width < MASTER_BYTES else 0.0
+    added = passes.rates.passes(12 * summed * (passes.num_batches - 1) + copied)
     measured = passes.measured.update(own)
     return added + (passes.rates.passes(36 * own) if measured is None else measured)
+
+
+MASTER_BYTES = 4  # of a parameter that is trained
 
 
 def _finish(passes: Passes, terms: Mapping[str, float], num_calls: int) -> dict[str, float]:

@@ -1,0 +1,29 @@
+"""Sums of a few bytes, which on CPUs take as long as large ones.
+
+Between processes with a core each a collective wakes threads on all sides, which takes milliseconds however few its
+bytes: `measured.collectives` has it as the smallest. Accelerators take microseconds, which are left out. The counts are
+of operations in programs compiled for two CPU devices (`XLA_FLAGS=--xla_dump_to=FOLDER`), where the arrays that one
+operation sums together add little, and operations that do not wait for each other count once.
+"""
+
+from realjax.allocation.cluster import Cluster
+from realjax.allocation.measured import Collective
+from realjax.allocation.terms.collectives import Group, collective_seconds
+from realjax.allocation.workload import ModelShape
+
+FEW_BYTES = 4
+NORM_SUMS = 1  # an update's, of arrays of which devices have parts
+HEAD_SUMS = 2  # over parts of the vocabulary: the maximum, and the normaliser with the target's logit
+LOOP_SUMS = 1  # in each round of decoding: how many rows run, and whether all have room
+READS = 1  # of what the host looks at after prompts were admitted, and after a chunk of rounds
+
+
+def small_seconds(num: float, group: Group, cluster: Cluster, kind: Collective = "all_reduce") -> float:
+    """Returns seconds of `num` collectives of a few bytes over a group, one after another; none but on CPUs."""
+    return num * collective_seconds(kind, FEW_BYTES, group, cluster) if cluster.platform == "cpu" else 0.0
+
+
+def count_kernels(model: ModelShape) -> int:
+    """Returns the matrices of a decoder whose layers are stacked: attention's, the feed-forward's, table and head."""
+    has_head = not (model.is_tied or model.is_critic)
+    return 4 + (3 if model.is_gated else 2) + 1 + has_head
