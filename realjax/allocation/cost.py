@@ -30,7 +30,7 @@ def call_cost(work: CallWork, choice: Choice, cluster: Cluster) -> Cost:
 
     Measured runs refine the cluster by a factor for each kind of call.
     """
-    factor = cluster.factor(kind_factor(work.kind))
+    factor = cluster.factor(kind_factor(work.kind)) * work.draws
     return Cost({name: factor * seconds for name, seconds in TERMS[work.kind](work, choice, cluster).items()})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 
-from realjax.allocation.measured_answers import has_record, read_answers
+from realjax.allocation.measured_answers import has_record, read_answers, read_share_of_use
 from realjax.allocation.modes import read_mesh
 from realjax.allocation.params import count_params, count_trained
 from realjax.allocation.workload import CallWork, Fixed, Lengths, ModelShape, PackFn, RoleWork, Workload
@@ -53,6 +53,19 @@ def expect_answers(spec: RunSpec) -> Lengths | None:
     return read_answers(spec.paths.logs) if planner.replan and has_record(spec.paths.logs) else None
 
 
+def expect_draws(spec: RunSpec) -> float:
+    """Returns how many times as many prompts as a step wants are drawn for it; 1 where nothing says that it is more.
+
+    Where a share p of them is of use, the k-th draw takes (1 - p)^(k - 1) of those wanted: together, in at most K
+    draws, (1 - (1 - p)^K) / p.
+    """
+    planner, sampling = spec.allocation.planner, spec.sampling
+    record = planner.answers_from or (spec.paths.logs if planner.replan else None)
+    if sampling is None or record is None or (share := read_share_of_use(Path(record))) is None:
+        return 1.0
+    return (1 - (1 - share) ** sampling.max_draws) / share if share else float(sampling.max_draws)
+
+
 def describe_role(spec: RunSpec, role: RoleSpec, platform: str) -> RoleWork:
     """Returns what the planner needs to know of a role."""
     plain, is_trained = role.config.without_adapters(), spec.graph.train_call(role.name) is not None
@@ -84,6 +97,7 @@ class Reader:
         self.examples = Lengths.measure(np.concatenate(batches))
         new = Lengths.all(generate.config.max_new_tokens) if generate else None
         self.answers = answers if generate and answers else new
+        self.draws = expect_draws(spec)
 
     def describe(self, call: Generate | Inference | Train, role: RoleWork) -> CallWork:
         """Returns the work of a call on a role."""
@@ -110,6 +124,7 @@ class Reader:
             scores_vocab=head != "values",
             after=tuple(self.find_sources(call.name)),
             is_ahead=call.name in self.spec.graph.ahead,
+            draws=self.draws if self.is_drawn_again(call.name) else 1.0,
             fixed=self.find_fixed(call),
         )
 
@@ -136,6 +151,13 @@ class Reader:
     def ancestors(self, call: str) -> set[str]:
         """Returns the calls before a call, host calls among them."""
         return nx.ancestors(self.spec.graph.edges, call)
+
+    def is_drawn_again(self, call: str) -> bool:
+        """Returns whether a call works on each draw of prompts: it makes what they are chosen by."""
+        if self.spec.sampling is None:
+            return False
+        judge = self.spec.graph.producers["rewards"]
+        return call == judge or call in self.ancestors(judge)
 
     def find_fixed(self, call: Generate | Inference | Train) -> Fixed:
         """Returns what the user has decided about a call."""

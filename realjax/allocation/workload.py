@@ -198,6 +198,7 @@ class CallWork:
     answers: Lengths | None = None  # generate: the new tokens
     most_new_tokens: int | None = None  # generate: that an answer may have, and has room for; None: as `answers`
     num_updates: int = 1  # train: of a step
+    draws: float = 1.0  # how many times as many sequences it works on, where prompts are drawn again
     passes: int = 1  # train: over the sequences; an update has num_sequences * passes / num_updates of them
     pack_fn: PackFn = field(compare=False, repr=False)  # the rows that the sequences lie in
     scores_vocab: bool = True  # the head is over the vocabulary

@@ -1,14 +1,17 @@
 """Answers as long as those of an earlier run."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from realjax.allocation.choice import Choice
+from realjax.allocation.cluster import find_cluster
+from realjax.allocation.cost import call_cost
 from realjax.allocation.measured_answers import LAST_STEPS, read_answers
 from realjax.allocation.memory import call_memory
-from realjax.allocation.run_workload import read_workload
+from realjax.allocation.run_workload import expect_draws, read_workload
 from realjax.allocation.workload import Lengths
 from realjax.core.layout import ParallelStrategy
 from tests.given.runs import build_rl_spec
@@ -64,3 +67,22 @@ def test_a_run_without_answers_is_refused(given, tmp_path):
         build_rl_spec(given, tmp_path, **options)
     with pytest.raises(ValueError, match="answer_tokens and answers_from"):
         build_rl_spec(given, tmp_path, planner__answer_tokens=3, **options)
+
+
+@pytest.mark.parametrize(("share", "draws"), [(1.0, 1.0), (0.5, 1.75), (0.0, 3.0)])
+def test_prompts_are_drawn_as_often_as_few_were_of_use(given, tmp_path, share, draws):
+    """Half of use: all, then half of them, then a quarter; what learns from them works on as many as ever."""
+    (tmp_path / "earlier").mkdir()
+    lengths = {f"{name}_response_len": 2.0 for name in ("avg", "std", "max")}
+    record = {"step": 1, "kind": "train", "dynamic_sampling/informative_share": share, **lengths}
+    (tmp_path / "earlier" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    options = {"experiment": "grpo", "group_size": 2, "ppo__max_draws": 3, "ppo__drop_uniform_groups": True}
+    plain = build_rl_spec(given, tmp_path, **options)
+    spec = build_rl_spec(given, tmp_path, planner__answers_from=tmp_path / "earlier", **options)
+    assert expect_draws(plain) == 1 and expect_draws(spec) == draws
+    calls = {call.name: call for call in read_workload(spec, "cpu").calls}
+    assert calls["actor_gen"].draws == calls["rew_inf"].draws == draws and calls["actor_train"].draws == 1
+    once = replace(calls["actor_gen"], draws=1.0)
+    choice, cluster = Choice(devices=(0,), strategy=ParallelStrategy()), find_cluster("cpu")
+    again, first = (call_cost(call, choice, cluster).seconds for call in (calls["actor_gen"], once))
+    assert again == pytest.approx(draws * first)
