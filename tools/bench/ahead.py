@@ -12,14 +12,15 @@ import argparse
 import getpass
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.bench.planner import D2, ONE, OTHER, Bench, run
+from tools.bench.planner import Bench, run
+from tools.bench.plans import D2, ONE, OTHER, Calls
 
 JUDGES = ("rew_inf", "ref_inf")
-Calls = Mapping[str, Mapping[str, object]]
+NUM_PROMPTS = 32
 APART: Calls = {"actor_gen": ONE, "actor_train": OTHER, **dict.fromkeys(JUDGES, ONE)}
 CALLS: Sequence[str] = ("actor_gen", "actor_train", *JUDGES)
 BOTH: Calls = dict.fromkeys(CALLS, D2)
@@ -50,7 +51,7 @@ def measure(bench: Bench, name: str, calls: Calls, staleness: int, steps: int) -
         "staleness": staleness,
         # The same work, whether it is needed or not.
         "ppo.recompute_logprobs": True,
-        **bench.describe("grpo"),
+        **bench.describe(bench.models[0], "grpo"),
     }
     options |= {f"{call}.{option}": value for call, own in calls.items() for option, value in own.items()}
     run(["grpo", *(f"{option}={value}" for option, value in options.items())])
@@ -95,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--staleness", type=int, default=1)
     args = parser.parse_args(words)
     args.out.mkdir(parents=True, exist_ok=True)
-    bench, found = Bench(model=args.model, out=args.out), dict[str, Measured]()
+    bench, found = Bench(models=[args.model], out=args.out, num_prompts=NUM_PROMPTS), dict[str, Measured]()
     print(f"{'':22} {'step':>8} {'generate':>8} {'train':>8} {'overlap':>8}")
     for name, calls, staleness in (("both", BOTH, 0), ("in-turn", APART, 0), ("beside", APART, args.staleness)):
         found[name] = one = measure(bench, name, calls, staleness, args.steps)

@@ -1,11 +1,13 @@
 """Holds predictions against runs: two processes with a core each are a real cluster of two devices.
 
-    python -m tools.bench.planner --model DIR --out DIR [--experiments sft,dpo,grpo,ppo] [--profile]
+    python -m tools.bench.planner --models DIR [DIR ...] --out DIR [--experiments sft,dpo,grpo,ppo] [--most N]
+        [--profile] [--again]
 
 With --profile it first measures the two devices into `cluster.json` of the output directory. Each plan is then a run of
 a few steps; predicted and measured seconds of a step are printed beside each other, and for each experiment where the
-plan that the search picks stands among all. A model's directory needs its config.json and a tokenizer. The cores must
-be quiet.
+plans that the search and the rule pick stand among all. With --again nothing is run: steps that were measured before
+are predicted anew, by the cost model of now. A model's directory needs its config.json and a tokenizer. The cores must
+be quiet; programs come from a cache in the output directory, so that a second time takes little more than the steps.
 """
 
 import argparse
@@ -16,65 +18,33 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from realjax.allocation.choice import PLAN_FILE, load_choices
+from realjax.allocation.cluster import find_cluster
+from realjax.allocation.predict import predict
+from realjax.allocation.run_workload import read_workload
+from realjax.apps.plan import build_spec
+from realjax.apps.quickstart import read_command
+from realjax.dataflow.run import METRICS_FILE
 from realjax.launch.environment import COORDINATOR, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
+from tools.bench.plans import PLANS, Calls
 
-NUM_STEPS = 6
-NUM_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 32, 32, 32
-D2, T2, P2 = ({f"parallel.{name}_parallel_size": 2} for name in ("data", "model", "pipeline"))
-ONE, OTHER = {"device_mesh": "NODE01:0"}, {"device_mesh": "NODE01:1"}
-# By experiment and name, options by call; of `n_mbs` 2 or more, of pipeline stages too.
-PLANS: Mapping[str, Mapping[str, Mapping[str, Mapping[str, object]]]] = {
-    "sft": {
-        "d2": {"allocation": D2},
-        "d2, 2 micro-batches": {"allocation": D2 | {"n_mbs": 2}},
-        "t2": {"allocation": T2},
-        "p2": {"allocation": P2},
-        "p2, 2 micro-batches": {"allocation": P2 | {"n_mbs": 2}},
-    },
-    "dpo": {
-        "d2": {"actor_train": D2, "ref_inf": D2},
-        "t2, ref d2": {"actor_train": T2, "ref_inf": D2},
-        "ref on one": {"actor_train": D2, "ref_inf": ONE},
-        "side by side": {"actor_train": ONE, "ref_inf": OTHER},
-        "p2, ref p2": {"actor_train": P2, "ref_inf": P2},
-    },
-    "grpo": {
-        "d2": {"actor_gen": D2, "rew_inf": D2, "ref_inf": D2, "actor_train": D2},
-        "train t2": {"actor_gen": D2, "rew_inf": D2, "ref_inf": D2, "actor_train": T2},
-        "judges apart": {"actor_gen": D2, "rew_inf": ONE, "ref_inf": OTHER, "actor_train": D2},
-        "train on one": {"actor_gen": D2, "rew_inf": OTHER, "ref_inf": OTHER, "actor_train": ONE},
-        "gen on one": {"actor_gen": ONE, "rew_inf": D2, "ref_inf": D2, "actor_train": D2},
-    },
-    "ppo": {
-        "d2": dict.fromkeys(("actor_gen", "rew_inf", "ref_inf", "critic_inf", "actor_train", "critic_train"), D2),
-        "train apart": {
-            "actor_gen": D2, "rew_inf": D2, "ref_inf": D2, "critic_inf": OTHER,
-            "actor_train": ONE, "critic_train": OTHER,
-        },
-        "all apart": {
-            "actor_gen": D2, "rew_inf": ONE, "ref_inf": ONE, "critic_inf": OTHER,
-            "actor_train": ONE, "critic_train": OTHER,
-        },
-        "train t2": {
-            "actor_gen": D2, "rew_inf": D2, "ref_inf": D2, "critic_inf": D2, "actor_train": T2, "critic_train": T2,
-        },
-        "judges p2": {
-            "actor_gen": D2, "rew_inf": P2, "ref_inf": P2, "critic_inf": P2, "actor_train": D2, "critic_train": D2,
-        },
-    },
-}  # fmt: skip
+NUM_STEPS, NUM_FIRST = 6, 2  # the first steps compile
+PROMPT_TOKENS, ANSWER_TOKENS, ROW_TOKENS = 32, 32, 128
+SEARCH, RULE = "search", "heuristic"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """The model, where things are written, and the description of the two devices."""
+    """The models, where things are written, and the description of the two devices."""
 
-    model: Path
+    models: Sequence[Path]
     out: Path
+    num_prompts: int = 16  # of a step, or sequences
 
     @property
     def cluster(self) -> Path:
@@ -82,88 +52,130 @@ class Bench:
 
     def profile(self) -> None:
         """Measures the two devices."""
-        sizes = {"batch_sizes": "[8,16]", "seq_lens": f"[{PROMPT_TOKENS + ANSWER_TOKENS},256]"}
-        run(
-            [
-                "profile",
-                f"models=[{self.model}]",
-                "n_gpus_per_node=2",
-                "model_parallel_sizes=[1,2]",
-                f"output={self.cluster}",
-                *_words(sizes),
-            ]
-        )
-
-    def measure(self, experiment: str, name: str, calls: Mapping[str, Mapping[str, object]] | None) -> "Measured":
-        """Returns what a plan's steps took, and were predicted to; the search's plan where `calls` is None."""
-        trial = name.replace(" ", "-").replace(",", "")
-        options: dict[str, object] = {
-            "experiment_name": f"planner-{experiment}",
-            "trial_name": trial,
-            "fileroot": self.out,
-            "mode": "local",
+        options = {
+            "models": f"[{','.join(map(str, self.models))}]",
             "n_gpus_per_node": 2,
-            "allocation_mode": "search" if calls is None else "manual",
-            "planner.cluster": self.cluster,
-            "benchmark_steps": NUM_STEPS,
-            "total_train_epochs": NUM_STEPS,
-            **self.describe(experiment),
+            "model_parallel_sizes": "[1,2]",
+            "batch_sizes": f"[2,{self.num_prompts}]",
+            "seq_lens": f"[{PROMPT_TOKENS + ANSWER_TOKENS},{ROW_TOKENS}]",
+            "output": self.cluster,
+            "fileroot": self.out,
         }
-        options |= {f"{call}.{option}": value for call, own in (calls or {}).items() for option, value in own.items()}
-        run([experiment, *_words(options)])
-        logs = self.out / "logs" / getpass.getuser() / f"planner-{experiment}" / trial
-        steps = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
-        steps = [step for step in steps if "predicted/seconds" in step]
-        return Measured(
-            experiment=experiment,
-            name=name,
-            predicted=steps[-1]["predicted/seconds"],
-            # The first steps compile; of shapes that vary, later ones may, which the median passes over.
-            measured=statistics.median(step["seconds"] for step in steps[NUM_STEPS // 3 :]),
-        )
+        run(["profile", *_words(options)])
 
-    def describe(self, experiment: str) -> dict[str, object]:
-        """Returns the options of an experiment's models and data."""
-        if experiment == "sft":
-            rows = [{"prompt": "word " * PROMPT_TOKENS, "answer": "word " * ANSWER_TOKENS}]
-            data, models = {"dataset.train_path": self.write("sft", rows), "dataset.max_seqlen": 256}, ["model"]
-        elif experiment == "dpo":
-            pair = {"pos_answers": ["word " * ANSWER_TOKENS], "neg_answers": ["word " * (ANSWER_TOKENS // 2)]}
-            rows = [{"prompt": "word " * PROMPT_TOKENS, **pair}]
-            data, models = {"dataset.train_path": self.write("dpo", rows), "dataset.max_seqlen": 256}, ["actor", "ref"]
-        else:
-            rows, gen = [{"prompt": "word " * PROMPT_TOKENS}], "ppo.gen"
-            data = {"dataset.path": self.write("prompts", rows), "dataset.max_prompt_len": PROMPT_TOKENS}
-            data |= {f"{gen}.max_new_tokens": ANSWER_TOKENS, f"{gen}.min_new_tokens": ANSWER_TOKENS, "ppo.kl_ctl": 0.1}
-            data |= {"critic.type.is_critic": True} if experiment == "ppo" else {}
-            models = ["actor", "ref", "rew", *(["critic"] if experiment == "ppo" else [])]
-        paths = {f"{model}.path": self.model for model in models}
-        return {
-            **data,
-            **paths,
-            **{f"{model}.init_from_scratch": True for model in models},
-            "dataset.train_bs_n_seqs": NUM_PROMPTS,
-        }
+    def list_cases(self, experiments: Sequence[str], most: int | None = None) -> Iterator["Case"]:
+        """Yields the plans of the experiments, the first `most` of each or all, for each model, and those that are
+        found for them.
+        """
+        for experiment in experiments:
+            found = {SEARCH: SEARCH, RULE: RULE} if experiment in ("grpo", "ppo") else {SEARCH: SEARCH}
+            for model in self.models:
+                for name, plan in {**dict(islice(PLANS[experiment].items(), most)), **found}.items():
+                    yield Case(bench=self, model=model, experiment=experiment, name=name, plan=plan)
 
-    def write(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
-        """Writes the rows as often as a batch has them."""
+    def write(self, name: str, row: dict[str, object]) -> Path:
+        """Writes the row as often as a batch has it."""
         path = self.out / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({**row, "id": i}) + "\n" for i in range(NUM_PROMPTS) for row in rows))
+        path.write_text("".join(json.dumps({**row, "id": i}) + "\n" for i in range(self.num_prompts)))
         return path
+
+    def describe(self, model: Path, experiment: str) -> dict[str, object]:
+        """Returns the options of an experiment's models and data."""
+        # A byte-level tokenizer makes several tokens of a word; what is too long is cut.
+        prompt, answer = "word " * (PROMPT_TOKENS // 4), "word " * ANSWER_TOKENS
+        if experiment == "sft":
+            data: dict[str, object] = {
+                "dataset.train_path": self.write("sft", {"prompt": prompt, "answer": answer}),
+                "dataset.max_seqlen": ROW_TOKENS,
+            }
+            roles = ["model"]
+        elif experiment == "dpo":
+            pair = {"prompt": prompt, "pos_answers": [answer], "neg_answers": [answer[: len(answer) // 2]]}
+            data = {"dataset.train_path": self.write("dpo", pair), "dataset.max_seqlen": ROW_TOKENS}
+            roles = ["actor", "ref"]
+        else:
+            data = {"dataset.path": self.write("prompts", {"prompt": answer}), "dataset.max_prompt_len": PROMPT_TOKENS}
+            for bound in ("max", "min"):
+                data[f"ppo.gen.{bound}_new_tokens"] = ANSWER_TOKENS
+            data["ppo.kl_ctl"] = 0.1
+            roles = ["actor", "ref", "rew"]
+            if experiment == "ppo":
+                data["critic.type.is_critic"] = True
+                roles.append("critic")
+        data |= {f"{role}.path": model for role in roles} | {f"{role}.init_from_scratch": True for role in roles}
+        return {**data, "dataset.train_bs_n_seqs": self.num_prompts}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Seconds of a step in one plan."""
+class Case:
+    """A plan of an experiment on a model: options by call, or the mode that finds it."""
 
+    bench: Bench
+    model: Path
     experiment: str
     name: str
+    plan: Calls | str
+
+    @property
+    def words(self) -> list[str]:
+        """The command of the run."""
+        calls = {} if isinstance(self.plan, str) else self.plan
+        options: dict[str, object] = {
+            "experiment_name": f"planner-{self.model.name}-{self.experiment}",
+            "trial_name": self.name.replace(" ", "-").replace(",", ""),
+            "fileroot": self.bench.out,
+            "mode": "local",
+            "n_gpus_per_node": 2,
+            "allocation_mode": self.plan if isinstance(self.plan, str) else "manual",
+            "planner.cluster": self.bench.cluster,
+            "benchmark_steps": NUM_STEPS,
+            "total_train_epochs": NUM_STEPS,
+            **self.bench.describe(self.model, self.experiment),
+        }
+        options |= {f"{call}.{option}": value for call, own in calls.items() for option, value in own.items()}
+        return [self.experiment, *_words(options)]
+
+    @property
+    def logs(self) -> Path:
+        experiment, trial = (word.split("=")[1] for word in self.words[1:3])
+        return self.bench.out / "logs" / getpass.getuser() / experiment / trial
+
+    @property
+    def record(self) -> Path:
+        return self.logs / METRICS_FILE
+
+    def read(self) -> "Row":
+        """Returns what the steps took, and are predicted to with the run's plan and the cost model of now."""
+        lines = [json.loads(line) for line in self.record.read_text().splitlines()]
+        steps = [line for line in lines if line["kind"] == "train"]
+        command = read_command(self.words)
+        assert command, "no help was asked for"
+        workload = read_workload(build_spec(*command), "cpu")
+        choices = load_choices((self.logs / PLAN_FILE).read_text())
+        predicted = predict(workload, choices, find_cluster(str(self.bench.cluster)), source=str(self.bench.cluster))
+        return Row(
+            case=self,
+            predicted=predicted.step_seconds,
+            # Of shapes that vary, later steps may compile too, which the median passes over.
+            measured=statistics.median(step["seconds"] for step in steps[NUM_FIRST:]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Seconds of a step in one plan."""
+
+    case: Case
     predicted: float
     measured: float
 
     @property
     def error(self) -> float:
         return self.predicted / self.measured - 1
+
+    def __str__(self) -> str:
+        case, seconds = self.case, f"{self.predicted:8.3f} {self.measured:8.3f} {self.error:+7.1%}"
+        return f"{case.model.name:10} {case.experiment:5} {case.name:22} {seconds}"
 
 
 def run(words: Sequence[str]) -> None:
@@ -188,29 +200,41 @@ def run(words: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(words)}\n{output[0][-3000:]}\n{output[1][-3000:]}")
 
 
+def describe_picked(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields for each model and experiment how much longer the picked plans took than the fastest."""
+    for key in dict.fromkeys((row.case.model.name, row.case.experiment) for row in rows):
+        own = {row.case.name: row.measured for row in rows if (row.case.model.name, row.case.experiment) == key}
+        picked = ", ".join(f"{name} {own[name] / min(own.values()):.2f}" for name in (SEARCH, RULE) if name in own)
+        yield f"{' '.join(key)}: times the fastest plan: {picked}"
+
+
 def main() -> None:
     """Prints a line for each plan as it is measured, then the errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--models", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--experiments", default=",".join(PLANS))
+    parser.add_argument("--most", type=int, help="plans of each experiment, beside those that are found; else all")
     parser.add_argument("--profile", action="store_true", help="measure the two devices first")
+    parser.add_argument("--again", action="store_true", help="run nothing: predict what was measured before")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    bench, found = Bench(model=args.model, out=args.out), list[Measured]()
+    bench, rows = Bench(models=args.models, out=args.out), list[Row]()
     if args.profile:
         bench.profile()
-    for experiment in args.experiments.split(","):
-        for name, calls in {**PLANS[experiment], "search": None}.items():
-            found.append(one := bench.measure(experiment, name, calls))
-            print(f"{experiment:5} {name:22} {one.predicted:8.3f} {one.measured:8.3f} {one.error:+7.1%}", flush=True)
-        own = {one.name: one.measured for one in found if one.experiment == experiment}
-        print(f"{experiment:5} search / best of all: {own['search'] / min(own.values()):.2f}", flush=True)
-    errors = [abs(one.error) for one in found]
-    print(f"{len(found)} plans: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
+    for case in bench.list_cases(args.experiments.split(","), args.most):
+        if not args.again:
+            run(case.words)
+        elif not case.record.exists():
+            continue
+        rows.append(row := case.read())
+        print(row, flush=True)
+    print(*describe_picked(rows), sep="\n")
+    errors = [abs(row.error) for row in rows]
+    print(f"{len(rows)} plans: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
 
 
-def _words(options: Mapping[str, object]) -> list[str]:
+def _words(options: dict[str, object]) -> list[str]:
     return [f"{name}={value}" for name, value in options.items()]
 
 
