@@ -34,6 +34,11 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
+def removed(path: str | Path) -> FileNotFoundError:
+    """Returns the error of a file or directory that a run relies on, and that somebody has removed."""
+    return FileNotFoundError(errno.ENOENT, "was removed while the run went on", str(path))
+
+
 @contextmanager
 def explain_faults(describe_rest: Callable[[], str]) -> Iterator[None]:
     """While entered, an error that comes from the operating system, or from a device without room, becomes a RunFault,

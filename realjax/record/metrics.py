@@ -1,6 +1,5 @@
 """Metrics of a run on disk: `metrics.jsonl` (the record), TensorBoard events and, when asked for, Weights & Biases."""
 
-import errno
 import importlib
 import json
 import math
@@ -17,7 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
-from realjax.core.faults import naming
+from realjax.core.faults import naming, removed
 from realjax.core.json_text import JsonObject, parse_json
 from realjax.dataflow.run import METRICS_FILE
 from realjax.record.spread import Spread
@@ -71,7 +70,7 @@ class MetricsWriter:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
             if os.fstat(self._file.fileno()).st_nlink == 0:
-                raise FileNotFoundError(errno.ENOENT, "was removed while the run went on")
+                raise removed(self._path)
         self._tensorboard.write(
             step, {f"{kind}/{name}": value for name, value in finite.items() if not isinstance(value, str)}
         )

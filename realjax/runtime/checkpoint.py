@@ -1,6 +1,5 @@
 """The run's state on disk: everything a resumed run needs, in one place, saved whole or not at all."""
 
-import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from realjax.core.faults import removed
 from realjax.core.json_text import JsonObject
 from realjax.core.manifest import find_damage, write_manifest
 from realjax.core.processes import from_first, is_first, largest
@@ -132,8 +132,7 @@ class RunCheckpointer:
             yield
         except ValueError as error:
             if not self.directory.is_dir():
-                said = "was removed while the run went on"
-                raise FileNotFoundError(errno.ENOENT, said, str(self.directory)) from error
+                raise removed(self.directory) from error
             raise RuntimeError(f"{self.directory}: step {self._step} could not be saved") from error
 
 

@@ -1,7 +1,8 @@
 """Directories that a run relies on while it goes on."""
 
-import errno
 from pathlib import Path
+
+from realjax.core.faults import removed
 
 
 class Places:
@@ -18,7 +19,7 @@ class Places:
         """Raises FileNotFoundError for a directory that is gone, or another one of its name."""
         for directory, before in self._seen.items():
             if not directory.is_dir() or _identity(directory) != before:
-                raise FileNotFoundError(errno.ENOENT, "was removed while the run went on", str(directory))
+                raise removed(directory)
 
 
 def describe_saved(recover: Path) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from realjax.aot.hlo import read
 from realjax.core.malloc import keep_freed_memory
 from realjax.engine.compiled import Compiled
-from realjax.engine.slots import CHUNK_LEN
+from realjax.engine.slot_arrays import CHUNK_LEN
 from realjax.runtime.executor import Executor
 from tools.bench import dpo, given, grpo, ppo
 from tools.bench.generate import stream_bandwidth
@@ -34,6 +34,8 @@ from tools.bench.sft import matmul_rate
 BENCHES = {"dpo": dpo, "grpo": grpo, "ppo": ppo}
 NUM_SEQUENCES, PROMPT_LEN, ANSWER_LENS = 8, 32, (16, 160)  # of SFT
 DECODE = ": decode"
+
+Runs = Counter[tuple[str, jax.stages.Compiled]]  # how often each program ran, by its name
 
 
 def main() -> None:
@@ -72,8 +74,8 @@ def write_inputs(experiment: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def take_steps(loader: Any, executor: Executor, num_steps: int) -> tuple[dict[str, float], Counter[tuple[str, str]]]:
-    """Returns the seconds of each call and of the step, and how often each program runs in a step, by name and text."""
+def take_steps(loader: Any, executor: Executor, num_steps: int) -> tuple[dict[str, float], Runs]:
+    """Returns the seconds of each call and of the step, and the programs of a step."""
     taken: list[dict[str, float]] = []
     for step in range(loader.total_steps):
         num_compiled, start = len(executor.compile_log.entries), executor.timeline.now()
@@ -90,9 +92,9 @@ def take_steps(loader: Any, executor: Executor, num_steps: int) -> tuple[dict[st
 
 
 @contextmanager
-def counted() -> Iterator[Counter[tuple[str, str]]]:
-    """While entered, counts the programs that run, by name and text."""
-    runs: Counter[tuple[str, str]] = Counter()
+def counted() -> Iterator[Runs]:
+    """While entered, counts the programs that run."""
+    runs: Runs = Counter()
     call, run = Compiled.__call__, jax.stages.Compiled.__call__
     names: list[str] = []
 
@@ -101,7 +103,7 @@ def counted() -> Iterator[Counter[tuple[str, str]]]:
         return call(self, *args)
 
     def run_and_count(self: jax.stages.Compiled, *args: object) -> Any:
-        runs[names[-1], self.as_text() or ""] += 1
+        runs[names[-1], self] += 1
         return run(self, *args)
 
     with (
@@ -111,14 +113,12 @@ def counted() -> Iterator[Counter[tuple[str, str]]]:
         yield runs
 
 
-def least_seconds(
-    executor: Executor, runs: Counter[tuple[str, str]], rate: float, bandwidth: float
-) -> dict[str, float]:
+def least_seconds(executor: Executor, runs: Runs, rate: float, bandwidth: float) -> dict[str, float]:
     """Returns what each call needs at the least."""
     least: dict[str, float] = {}
     calls = {mfc.name: mfc for mfc in executor.graph.mfcs}
-    for (name, text), times in runs.items():
-        found, call = read(text), name.split(":")[0]
+    for (name, program), times in runs.items():
+        found, call = read(program.as_text() or ""), name.split(":")[0]
         rounds = CHUNK_LEN if name.endswith(DECODE) else 1
         products = (found.matmul_flops - found.open_flops + found.open_flops * rounds) / rate
         weights = executor.roles[calls[call].role].model.num_params * 4 * rounds / bandwidth
