@@ -38,9 +38,9 @@ class Clock:
             for j, (key, probe) in enumerate(probes.items()):
                 from_first(0)
                 samples[i, j] = _seconds(probe, counts[key])
-        medians = np.median(samples, axis=0)
-        slowest = medians if jax.process_count() == 1 else gather(medians).max(axis=0)
-        return dict(zip(probes, slowest.tolist(), strict=True))
+        # Of each sample: what makes one process wait now makes another wait then, and each time all wait.
+        slowest = samples if jax.process_count() == 1 else gather(samples).max(axis=0)
+        return dict(zip(probes, np.median(slowest, axis=0).tolist(), strict=True))
 
 
 def _seconds(probe: Probe, count: int) -> float:
