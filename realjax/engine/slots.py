@@ -267,8 +267,10 @@ class SlotPrograms:
             has_room = slots.lengths < self.cache_length(slots)
             if self.lookup:
                 has_room &= chunk.counts < num_rounds
-            has_room = jnp.all(~slots.is_running | has_room)
-            return has_room & (jnp.sum(slots.is_running) > stop_at) & (chunk.num_rounds < num_rounds)
+            # One sum over the devices, not two: each round waits for it.
+            of_rows = jnp.stack([slots.is_running, slots.is_running & ~has_room])
+            num_running, num_full = jnp.sum(of_rows, axis=1, dtype=jnp.int32)
+            return (num_full == 0) & (num_running > stop_at) & (chunk.num_rounds < num_rounds)
 
         def go_round(carry: tuple[Slots, Chunk[Array]]) -> tuple[Slots, Chunk[Array]]:
             slots, chunk = carry
