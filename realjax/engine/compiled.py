@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from realjax.core.axes import Rules, resolve_sharding
 from realjax.core.batch import Batch, find_dims
 from realjax.core.layout import Layout
+from realjax.core.malloc import give_back_freed_memory
 from realjax.core.progress import Progress
 
 logger = logging.getLogger("realjax.engine")
@@ -74,6 +75,7 @@ class Compiled:
         start = time.perf_counter()
         with self.log.progress.compile(self.name):
             program = self.jitted.lower(*args).compile()
+        give_back_freed_memory()
         seconds = time.perf_counter() - start
         shapes = ", ".join(str(list(arg["tokens"].shape)) for arg in args if isinstance(arg, Batch))
         why = self._say_why_again(args, shapes)

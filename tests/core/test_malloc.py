@@ -1,0 +1,41 @@
+"""Freed memory is kept for the next program, whatever its size, and given back when that is asked for."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes
+from realjax.core.malloc import give_back_freed_memory, keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4 // 1024
+
+def fill(mib):
+    block = libc.malloc(mib * 2**20)
+    assert block, "out of memory"
+    ctypes.memset(block, 1, mib * 2**20)
+    return block
+
+assert keep_freed_memory()
+before = resident()
+libc.free(fill(%d))
+kept = resident() - before
+assert give_back_freed_memory()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the functions are glibc's")
+@pytest.mark.parametrize("mib", [64, 2304])  # of the second an int cannot say the bytes
+def test_freed_memory_stays_until_it_is_given_back(mib: int) -> None:
+    words = [sys.executable, "-c", PROGRAM % mib]
+    kept, left = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert kept > 0.9 * mib
+    assert left < 0.2 * mib
