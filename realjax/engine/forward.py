@@ -107,7 +107,7 @@ def make_outputs(parts: ForwardParts, layout: Layout) -> OutputsFn:
     ) -> tuple[Mapping[str, Array], Mapping[str, Mean | Load]]:
         blocks, stacks = parts.make_stacks(params, None if sinks is None else sinks["layers"])
         x = parts.embed(params, batch, sinks)
-        per_row = read_rows(model.config, batch)
+        per_row = read_rows(model.config, batch, parts.forward.products)
         x, sums = run_layers_fn(blocks, model.config.order, stacks, x, per_row)
         return parts.read_out(params, x, batch, sinks), make_terms(model, sums, batch)
 

@@ -77,7 +77,7 @@ class Schedule:
             stacks = {name: replace(stack, sinks=sinks[name]) for name, stack in given[0].items()}
             return parts.forward.run_layers_fn(blocks, order, stacks, x, given[1])
 
-        read = lambda batch: read_rows(self.config, batch)
+        read = lambda batch: read_rows(self.config, batch, parts.forward.products)
         halves, take = Halves(run_layers, parts.add_gradients), parts.model.take_trained
         self.stage = Stage(halves, read, self.num_stages, self.num_batches, take)
 

@@ -38,6 +38,7 @@ def make_products(rules: Rules, layout: Layout) -> Products:
         over_tokens=over_tokens,
         over_experts=over_experts,
         tied_logits=read_table,
+        share=compute_once,
     )
 
 
@@ -97,6 +98,15 @@ def read_table(hidden_BD: Array, table_VD: Array) -> Array:
     """
     barrier = jax.lax.optimization_barrier
     return barrier(jnp.matmul(table_VD, barrier(hidden_BD.T), preferred_element_type=jnp.float32)).T
+
+
+def compute_once(x: Array) -> Array:
+    """Returns x, computed once for all that read it, as exact sums of one number and zeros.
+
+    XLA's CPU backend computes it in each loop that reads it, such as sines for each head and layer, and drops barriers
+    before it does; a product it leaves out of loops.
+    """
+    return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision="highest")
 
 
 BLOCK_LEN = 128  # rows of a group that are multiplied at once, at most

@@ -13,7 +13,7 @@ from jax import Array
 
 from realjax.models.attention import BlockContext, DecodingFn, Scoring
 from realjax.models.config import ModelConfig, count_places
-from realjax.models.rope import rope_tables
+from realjax.models.rope import make_tables
 from realjax.models.stacks import Aux
 from realjax.models.transformer import Block, Forward, Transformer
 
@@ -149,7 +149,7 @@ def prefill_blocks(
         return forward.attention_fn(q, k, v, segment_ids, scoring, sinks)
 
     context = BlockContext(
-        rotations={rope: rope_tables(rope, config.head_dim, positions) for rope in config.ropes},
+        rotations=dict(zip(config.ropes, make_tables(config.ropes, config.head_dim, positions, forward.products))),
         segment_ids=segment_ids,
         attend_fn=attend_fn,
         constrain=forward.constrain,
@@ -216,7 +216,7 @@ def decode_blocks(
         return jax.vmap(attend, in_axes=1, out_axes=1)(q, positions)
 
     context = BlockContext(
-        rotations={rope: rope_tables(rope, config.head_dim, positions) for rope in config.ropes},
+        rotations=dict(zip(config.ropes, make_tables(config.ropes, config.head_dim, positions, forward.products))),
         segment_ids=jnp.broadcast_to(rows.is_running[:, None], positions.shape).astype(jnp.int32),
         attend_fn=attend_fn,
         constrain=forward.constrain,

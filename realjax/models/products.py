@@ -73,6 +73,11 @@ def tied_logits(hidden_BD: Array, table_VD: Array) -> Array:
     return jnp.matmul(hidden_BD, table_VD.T, preferred_element_type=jnp.float32)
 
 
+def share_as_it_is(x: Array) -> Array:
+    """Returns x; a compiler may compute it anew in each layer."""
+    return x
+
+
 @dataclass(frozen=True, kw_only=True)
 class Products:
     """Functions, any of which a platform may replace by one of the same result."""
@@ -82,3 +87,4 @@ class Products:
     over_tokens: OverTokensFn = apply_as_it_is
     over_experts: OverExpertsFn = run_as_it_is
     tied_logits: Callable[[Array, Array], Array] = tied_logits
+    share: Callable[[Array], Array] = share_as_it_is  # what all layers read

@@ -5,12 +5,13 @@ packed rows, single ones and a cache that grows all agree.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from realjax.models.config import RopeConfig
+from realjax.models.products import Products
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:
@@ -25,6 +26,14 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions_RT: Array) -> tuple[A
     angles = positions_RT[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if rope.attention_factor == 1 else (cos * rope.attention_factor, sin * rope.attention_factor)
+
+
+def make_tables(
+    ropes: Sequence[RopeConfig], head_dim: int, positions_RT: Array, products: Products
+) -> tuple[tuple[Array, Array], ...]:
+    """Returns the tables of each, for all layers."""
+    tables = (rope_tables(rope, head_dim, positions_RT) for rope in ropes)
+    return tuple((products.share(cos), products.share(sin)) for cos, sin in tables)
 
 
 def apply_rope(x_RTNH: Array, cos: Array, sin: Array) -> Array:

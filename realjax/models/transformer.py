@@ -20,7 +20,7 @@ from realjax.models.layers import Linear, make_norm, make_param, scale_by_number
 from realjax.models.mlp import MLP
 from realjax.models.moe import MoE
 from realjax.models.products import Products
-from realjax.models.rope import rope_tables
+from realjax.models.rope import make_tables
 from realjax.models.stacks import (
     Aux,
     BlockFn,
@@ -120,18 +120,18 @@ class StackedKinds(nnx.Module):
             setattr(self, name, stack)
 
 
-def read_rows(config: ModelConfig, batch: Batch) -> PerRow:
+def read_rows(config: ModelConfig, batch: Batch, products: Products) -> PerRow:
     """Returns what every layer reads of packed rows `[R, T]`."""
     routes, words = config.routes, batch.get("routes")
     return replace(
-        read_positions(config, batch["positions"], batch["segment_ids"]),
+        read_positions(config, batch["positions"], batch["segment_ids"], products),
         routes=None if routes is None or words is None else routes.unpack(words),
     )
 
 
-def read_positions(config: ModelConfig, positions: Array, segment_ids: Array) -> PerRow:
+def read_positions(config: ModelConfig, positions: Array, segment_ids: Array, products: Products) -> PerRow:
     """Returns what every layer reads of packed rows `[R, T]`."""
-    return PerRow(tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes), segment_ids)
+    return PerRow(make_tables(config.ropes, config.head_dim, positions, products), segment_ids)
 
 
 def number_routed_layers(config: ModelConfig, kind: str) -> Array | None:
@@ -176,7 +176,8 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: Array, positions: Array, segment_ids: Array, forward: Forward) -> tuple[Array, Aux]:
         """Returns the normed hidden states `[R, T, D]` of packed rows of tokens `[R, T]`, and the layers' terms."""
         blocks, stacks = self.make_stacks(forward)
-        x, per_row = self.embed_rows(tokens, positions, forward), read_positions(self.config, positions, segment_ids)
+        x = self.embed_rows(tokens, positions, forward)
+        per_row = read_positions(self.config, positions, segment_ids, forward.products)
         x, terms = forward.run_layers_fn(blocks, self.config.order, stacks, x, per_row)
         return self.read_out(x, forward.products, "residual_time"), terms
 

@@ -188,5 +188,7 @@ def _plan(examples: Sequence[dict[str, np.ndarray]], row_len: int, num_rows: int
 
 def list_targets(mask: np.ndarray, positions: np.ndarray, sizes: LeastSizes = LEAST) -> np.ndarray | None:
     """Returns the row indices `[R, P]` of the tokens of a mask `[R, T]`, see `data.packing.target_indices`."""
-    most = int(np.count_nonzero(mask & (positions > 0), axis=1).max())
-    return target_indices(mask, positions, sizes.targets(most, mask.shape[1]))
+    is_target, row_len = mask & (positions > 0), mask.shape[1]
+    # A row begins with a sequence, and a sequence with tokens that nobody asks about.
+    most = row_len - int(positions.min(initial=row_len, where=is_target))
+    return target_indices(mask, positions, sizes.targets(int(is_target.sum(axis=1).max()), row_len, most))

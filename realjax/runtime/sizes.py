@@ -24,8 +24,11 @@ class LeastSizes:
         """Returns for how many sequences a row has places."""
         return bucket_rows(needed, 4)
 
-    def targets(self, needed: int, row_len: int) -> int:
-        """Returns how many tokens of a row are asked about at most: an eighth of the row or a multiple of it."""
+    def targets(self, needed: int, row_len: int, most: int) -> int:
+        """Returns how many tokens of a row are asked about at most: an eighth of the row or a multiple of it.
+
+        `most`: as many as a row can have that begins with the shortest prompt.
+        """
         return _round_targets(needed, row_len)
 
 
@@ -53,9 +56,9 @@ class CallSizes(LeastSizes):
     def segments(self, needed: int) -> int:
         return self._take("sequences of a row", super().segments(needed), super().segments(needed + needed // 4))
 
-    def targets(self, needed: int, row_len: int) -> int:
-        with_room = _round_targets(needed + row_len / 4, row_len)
-        return self._take(f"targets of {row_len} tokens", super().targets(needed, row_len), with_room)
+    def targets(self, needed: int, row_len: int, most: int) -> int:
+        with_room = _round_targets(min(needed + row_len / 4, most), row_len)
+        return self._take(f"targets of {row_len} tokens", super().targets(needed, row_len, most), with_room)
 
     def _take(self, what: str, needed: int, with_room: int) -> int:
         met = self.met.setdefault(f"{self.name}: {what}", [])

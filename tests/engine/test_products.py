@@ -67,6 +67,24 @@ def test_a_tied_head_gives_the_same_logits():
     assert_close_in_norm(value_and_grads(read_table, *args), value_and_grads(tied_logits, *args), 1e-6)
 
 
+def test_what_layers_share_is_the_same_to_the_bit_and_no_loop_computes_it_again():
+    angles = 1e3 * random(R, T, D)
+
+    def read_twice(share):
+        def fn(angles, x):
+            table = share(jnp.cos(angles))
+            return jnp.tanh(x @ (x.T @ (x @ table[0].T))) * table.sum(), x * table
+
+        return quick_jit(fn)
+
+    args = angles, random(T, D, seed=1)
+    np.testing.assert_array_equal(quick_jit(lambda x: ON_CPU.share(jnp.cos(x)))(angles), quick_jit(jnp.cos)(angles))
+    counts = [
+        read_twice(share).lower(*args).compile().as_text().count(" cosine(") for share in (ON_CPU.share, lambda x: x)
+    ]
+    assert counts == [1, 3]
+
+
 def test_tokens_are_merged_but_where_the_row_is_split():
     shapes = []
 

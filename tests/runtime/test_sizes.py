@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from realjax.data.packing import pack_rows, rollout_row_len
+from realjax.runtime.rollouts import list_targets
 from realjax.runtime.sizes import LEAST, MANY_TIMES, Sizes
 
 PROMPT, NEW = 64, 256
@@ -36,7 +37,8 @@ def run(kind: str, num_answers: int, num_parts: int, multiple: int, num_steps: i
         for part in parts:
             plan = pack_rows(lengths[part], row_len, num_rows=num_rows, num_shards=multiple)
             asked = max(int(answers[part][list(row)].sum()) for row in plan.rows)
-            met.setdefault((num_rows, min(row_len, sizes.targets(asked, row_len))), step)
+            most = row_len - int((lengths - answers).min())
+            met.setdefault((num_rows, min(row_len, sizes.targets(asked, row_len, most))), step)
         used += int(lengths.sum())
         taken += num_rows * num_parts * row_len
         least += LEAST.rows([lengths[part].tolist() for part in parts], row_len, multiple) * num_parts * row_len
@@ -64,6 +66,15 @@ def test_lengths_that_grow_meet_sizes_in_few_steps():
     steps, share, least = run("growing", 256, 1, 4, 400)
     assert len(steps) <= 12
     assert share < least + 0.1
+
+
+def test_there_is_no_room_for_answers_that_prompts_leave_no_place_for():
+    mask, positions = np.arange(128) >= np.array([[64], [70]]), np.tile(np.arange(128), (2, 1))
+    assert list_targets(mask, positions, Sizes().of("a")).shape == (2, 64)
+    positions[1, 100:] -= 100  # another sequence, of which the first 10 tokens are a prompt
+    mask[1, 100:110] = False
+    assert list_targets(mask, positions, Sizes().of("b")).shape == (2, 96)
+    assert list_targets(mask, positions).shape == (2, 64)
 
 
 def test_a_size_met_before_is_taken_unless_it_is_far_too_large():

@@ -1,5 +1,6 @@
 """Blocks of queries against the keys that they may reach, in plain JAX, with a backward pass that keeps no scores."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -10,46 +11,53 @@ from jax import Array
 from realjax.engine.attention.reference import cap_scores, packed_mask
 from realjax.models.attention import Scoring
 
+# attend_fn(q [R, K, G T, H], k, v [R, K, S, H], mask [R, T, S], sinks [K, G T, 1], softcap) -> [R, K, G T, H]
+AttendFn = Callable[[Array, Array, Array, Array, Array | None, float | None], Array]
 
-def blocked_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array,
-    scoring: Scoring,
-    sinks: Array | None = None,
-    max_segment_len: int | None = None,
-) -> Array:
-    """Blocks of queries against the keys they may reach: a fraction of the work and the memory of `dense`.
 
-    A row much longer than the window is cut into chunks, which are then rows like the others, with the chunk before
-    each as keys that come first: few large products instead of many small ones. No scores are kept for the backward
-    pass, see `_attend`.
+def make_blocked(attend_fn: AttendFn) -> Callable[..., Array]:
+    """Returns attention in blocks of queries, each of which `attend_fn` attends to the keys that it may reach.
+
+    It is a fraction of the work and the memory of `dense`. A row much longer than the window is cut into chunks, which
+    are then rows like the others, with the chunk before each as keys that come first: few large products instead of
+    many small ones.
     """
-    R, T, N, H = q.shape
-    K = k.shape[2]
-    # Segments of at most so many tokens are a window that no token reaches beyond.
-    bounds = (scoring.window, max_segment_len)
-    window = min((bound for bound in bounds if bound is not None and bound < T), default=None)
-    size = block_len(T, T if window is None else window)
-    chunk = _chunk_len(T, T if window is None else window, size)
-    past = 0 if chunk == T else chunk
-    # Heads before time, once and for the small arrays: the scores then come out as the softmax reads them.
-    q = (q * scoring.find_scale(H)).reshape(-1, chunk, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v, k_segments = (_with_chunk_before(x, chunk) for x in (k, v, segment_ids))
-    k, v, q_segments = k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids.reshape(-1, chunk)
-    if sinks is not None:  # of each query of a block
-        sinks = jnp.repeat(sinks.reshape(K, N // K, 1), size, axis=1)
-    outputs = []
-    for start in range(0, chunk, size):
-        end, here = start + size, past + start
-        first = 0 if window is None else max(0, (here - window + 1) // size * size)
-        mask = packed_mask(q_segments[:, start:end], k_segments[:, first : past + end], here - first, window)
-        block = q[:, :, :, start:end].reshape(-1, K, N // K * size, H)
-        seen = slice(first, past + end)
-        attended = cast(Array, _attend(block, k[:, :, seen], v[:, :, seen], mask, sinks, scoring.softcap))
-        outputs.append(attended.reshape(-1, K, N // K, size, H))
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(R, T, N, H)
+
+    def attend(
+        q: Array,
+        k: Array,
+        v: Array,
+        segment_ids: Array,
+        scoring: Scoring,
+        sinks: Array | None = None,
+        max_segment_len: int | None = None,
+    ) -> Array:
+        R, T, N, H = q.shape
+        K = k.shape[2]
+        # Segments of at most so many tokens are a window that no token reaches beyond.
+        bounds = (scoring.window, max_segment_len)
+        window = min((bound for bound in bounds if bound is not None and bound < T), default=None)
+        size = block_len(T, T if window is None else window)
+        chunk = _chunk_len(T, T if window is None else window, size)
+        past = 0 if chunk == T else chunk
+        # Heads before time, once and for the small arrays: the scores then come out as the softmax reads them.
+        q = (q * scoring.find_scale(H)).reshape(-1, chunk, K, N // K, H).transpose(0, 2, 3, 1, 4)
+        k, v, k_segments = (_with_chunk_before(x, chunk) for x in (k, v, segment_ids))
+        k, v, q_segments = k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids.reshape(-1, chunk)
+        if sinks is not None:  # of each query of a block
+            sinks = jnp.repeat(sinks.reshape(K, N // K, 1), size, axis=1)
+        outputs = []
+        for start in range(0, chunk, size):
+            end, here = start + size, past + start
+            first = 0 if window is None else max(0, (here - window + 1) // size * size)
+            mask = packed_mask(q_segments[:, start:end], k_segments[:, first : past + end], here - first, window)
+            block = q[:, :, :, start:end].reshape(-1, K, N // K * size, H)
+            seen = slice(first, past + end)
+            attended = attend_fn(block, k[:, :, seen], v[:, :, seen], mask, sinks, scoring.softcap)
+            outputs.append(attended.reshape(-1, K, N // K, size, H))
+        return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(R, T, N, H)
+
+    return attend
 
 
 def _with_chunk_before(x: Array, chunk: int) -> Array:
@@ -73,7 +81,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, soft
     return attend_forward(q, k, v, mask, sinks, softcap)[0]
 
 
-def _make_scores(q: Array, k: Array, softcap: float | None) -> Array:
+def make_scores(q: Array, k: Array, softcap: float | None) -> Array:
     return cap_scores(jnp.einsum("RKQH,RKSH->RKQS", q, k, preferred_element_type=jnp.float32), softcap)
 
 
@@ -84,11 +92,11 @@ def _mask_scores(scores: Array, mask: Array) -> Array:
     return (scores.reshape(R, K, Q // T, T, S) + bias[:, None, None]).reshape(R, K, Q, S)
 
 
-def attend_forward(
-    q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, softcap: float | None
-) -> tuple[Array, tuple[Array | None, ...]]:
-    """Returns what `_attend` does, and what `attend_backward` needs."""
-    scores = _mask_scores(_make_scores(q, k, softcap), mask)
+def weigh_keys(
+    q: Array, k: Array, mask: Array, sinks: Array | None, softcap: float | None
+) -> tuple[Array, Array, Array]:
+    """Returns the weights of keys `[R, K, Q, S]`, their sums, and the largest scores, which these are relative to."""
+    scores = _mask_scores(make_scores(q, k, softcap), mask)
     largest = scores.max(axis=-1, keepdims=True)
     if sinks is not None:
         largest = jnp.maximum(largest, sinks)
@@ -96,6 +104,14 @@ def attend_forward(
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sinks - largest)
+    return weights, total, largest
+
+
+def attend_forward(
+    q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, softcap: float | None
+) -> tuple[Array, tuple[Array | None, ...]]:
+    """Returns what `_attend` does, and what `attend_backward` needs."""
+    weights, total, largest = weigh_keys(q, k, mask, sinks, softcap)
     summed = jnp.einsum("RKQS,RKSH->RKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     attended = (summed / total).astype(v.dtype)
     return attended, (q, k, v, mask, sinks, largest + jnp.log(total), attended)
@@ -106,7 +122,7 @@ def attend_backward(
 ) -> tuple[Array, Array, Array, None, Array | None]:
     """Returns the gradients of queries, keys, values and sinks."""
     q, k, v, mask, sinks, log_total, attended = residuals
-    scores = _make_scores(q, k, softcap)
+    scores = make_scores(q, k, softcap)
     probs = jnp.exp(_mask_scores(scores, mask) - log_total)
     grad_probs = jnp.einsum("RKQH,RKSH->RKQS", grad, v, preferred_element_type=jnp.float32)
     mean_grad = jnp.sum(grad.astype(jnp.float32) * attended, axis=-1, keepdims=True)
@@ -123,6 +139,7 @@ def attend_backward(
 
 
 _attend.defvjp(attend_forward, attend_backward)
+blocked_attention = make_blocked(cast(AttendFn, _attend))
 
 
 def _chunk_len(row_len: int, reach: int, size: int) -> int:

@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realjax.engine.attention.blocked import attend_backward, attend_forward, block_len, blocked_attention
+from realjax.engine.attention.blocked import attend_backward, attend_forward, block_len
+from realjax.engine.attention.keeping import keeping_attention
 from realjax.engine.attention.reference import packed_mask
 from realjax.models.attention import Scoring
 
 NUM_SPANS = 4  # numbers of keys to choose from, each of which is compiled
-LEAST_REACHES = 2  # of a row: in shorter ones there is little to leave out
+# Of a row: in shorter ones there is little to leave out. Of short reaches it is more, since `keeping` multiplies faster
+# and keeps few weights there.
+LEAST_REACHES, LEAST_SHORT_REACHES, SHORT_REACH = 2, 4, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +87,14 @@ def skipping_attention(
     sinks: Array | None = None,
     max_segment_len: int | None = None,
 ) -> Array:
-    """Packed rows: the work is that of their segments. Rows with little to leave out go to `blocked`."""
+    """Packed rows: the work is that of their segments. Rows with little to leave out go to `keeping`."""
     R, T, N, H = q.shape
     K = k.shape[2]
     reach = min(T if bound is None else bound for bound in (scoring.window, max_segment_len, T))
     blocks = _Blocks.of(T, reach, scoring)
-    if blocks.most < 2 or blocks.before * LEAST_REACHES > T:
-        return blocked_attention(q, k, v, segment_ids, scoring, sinks, max_segment_len)
+    least = LEAST_SHORT_REACHES if reach <= SHORT_REACH else LEAST_REACHES
+    if blocks.most < 2 or blocks.before * least > T:
+        return keeping_attention(q, k, v, segment_ids, scoring, sinks, max_segment_len)
     q = (q * scoring.find_scale(H)).reshape(R, T, K, N // K, H)
     of_queries = None if sinks is None else jnp.repeat(sinks.reshape(K, N // K, 1), blocks.size, axis=1)
     attended = cast(Array, _attend(q, k, v, jnp.asarray(segment_ids), of_queries, blocks))

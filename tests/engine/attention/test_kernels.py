@@ -194,11 +194,11 @@ def test_query_heads_split_over_devices_decode_alike(kernel):
 def test_what_is_left_out_before_a_segment_changes_nothing(name, bound):
     """Rows whose blocks see any number of those before them: values and gradients are those of the definition."""
     rng = np.random.default_rng(2)
-    q, k, v = (rng.standard_normal((3, 512, heads, H)).astype(np.float32) for heads in (N, K, K))
-    segment_ids = np.zeros((3, 512), np.int32)
+    q, k, v = (rng.standard_normal((3, 1024, heads, H)).astype(np.float32) for heads in (N, K, K))
+    segment_ids = np.zeros((3, 1024), np.int32)
     for row, longest in zip(segment_ids, (200, 60, 130), strict=True):
         lengths = rng.integers(1, longest + 1, 60)
-        filled = np.repeat(np.arange(1, 61), lengths)[: 512 - longest]
+        filled = np.repeat(np.arange(1, 61), lengths)[: 1024 - longest]
         row[: len(filled)] = filled
     segment_ids[0, :200] = 1
     scoring, has_sinks = (PLAIN, False) if name is None else SCORINGS[name]
@@ -228,7 +228,7 @@ def test_devices_leave_out_keys_in_their_own_rows_and_heads():
     segment_ids = np.stack([np.arange(512) // length + 1 for length in (60, 50, 33, 7)]).astype(np.int32)
 
     def run(**options):
-        attention_fn = make_attention("skipping", CASE, max_segment_len=150, **options)
+        attention_fn = make_attention("skipping", CASE, max_segment_len=100, **options)
         loss = lambda *qkv: jax.numpy.sin(attention_fn(*qkv, segment_ids, PLAIN, None)).sum()
         return quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
 
