@@ -82,6 +82,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, soft
 
 
 def make_scores(q: Array, k: Array, softcap: float | None) -> Array:
+    """Returns the scores `[R, K, Q, S]`, float32, within the cap if there is one."""
     return cap_scores(jnp.einsum("RKQH,RKSH->RKQS", q, k, preferred_element_type=jnp.float32), softcap)
 
 
