@@ -76,7 +76,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, soft
     with sinks `[K, G T, 1]`.
 
     The backward pass computes the scores again from each query's log normaliser, as in arXiv:2205.14135: compared with
-    differentiating a softmax it passes over them half as often, and compared with keeping them it is no slower.
+    differentiating a softmax it passes over them half as often, and what is kept does not grow with the keys.
     """
     return attend_forward(q, k, v, mask, sinks, softcap)[0]
 
