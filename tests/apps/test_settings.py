@@ -12,12 +12,13 @@ from realjax.launch.environment import ProcessGroup
 from realjax.options.supervised import SFTConfig
 
 AMPERE = Accelerator(name="NVIDIA A100-SXM4-80GB", architecture="ampere")
+QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # set for every run
 
 
 @pytest.fixture
 def environ(monkeypatch):
     """An environment of the test's own, with a GPU's name to be found by the command."""
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", *QUIET)}
     monkeypatch.setattr(os, "environ", environ)
     monkeypatch.setattr(devices, "find_accelerator", lambda environ: AMPERE)
     return environ
@@ -49,10 +50,10 @@ def test_they_are_there_before_the_devices_and_printed_in_a_line(environ, monkey
 
 def test_an_option_leaves_them_out_and_another_adds_determinism(environ, monkeypatch, tmp_path, capsys):
     before = dict(environ)
-    assert plan(monkeypatch, tmp_path, "accelerator_settings=none") == before
+    assert plan(monkeypatch, tmp_path, "accelerator_settings=none") == before | QUIET
     assert "Settings" not in capsys.readouterr().out
     seen = plan(monkeypatch, tmp_path, "accelerator_settings=none", "deterministic=True")
-    assert seen == before | {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
+    assert seen == before | QUIET | {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
 
 
 def test_a_contradiction_is_an_error_of_the_users(environ, monkeypatch, tmp_path, capsys):
@@ -74,7 +75,8 @@ def test_a_process_of_several_counts_its_own_gpus(environ):
     assert prepare(8) is None and prepare(2) == "GROUP"
 
 
-def test_a_run_on_cpu_devices_sets_nothing():
-    before = dict(os.environ)
+def test_a_run_on_cpu_devices_sets_nothing_of_an_accelerator(monkeypatch):
+    before = {name: value for name, value in os.environ.items() if name not in QUIET}
+    monkeypatch.setattr(os, "environ", dict(before))
     assert devices.prepare_environment(SFTConfig(deterministic=True, n_gpus_per_node=8), None) == ()
-    assert dict(os.environ) == before
+    assert os.environ == before | QUIET
