@@ -26,4 +26,9 @@ def small_seconds(num: float, group: Group, cluster: Cluster, kind: Collective =
 def count_kernels(model: ModelShape) -> int:
     """Returns the matrices of a decoder whose layers are stacked: attention's, the feed-forward's, table and head."""
     has_head = not (model.is_tied or model.is_critic)
-    return 4 + (3 if model.is_gated else 2) + 1 + has_head
+    return count_layer_kernels(model) + 1 + has_head
+
+
+def count_layer_kernels(model: ModelShape) -> int:
+    """Returns the matrices of a layer: attention's and the feed-forward's."""
+    return 4 + (3 if model.is_gated else 2)

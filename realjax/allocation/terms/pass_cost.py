@@ -8,7 +8,7 @@ from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import Collective, LayerUse
 from realjax.allocation.terms.collectives import Group, Groups, collective_seconds, exposed, find_groups
 from realjax.allocation.terms.measured_layers import Factor, MeasuredLayers, find_measured
-from realjax.allocation.terms.messages import HEAD_SUMS, NORM_SUMS, count_kernels, small_seconds
+from realjax.allocation.terms.messages import HEAD_SUMS, NORM_SUMS, count_kernels, count_layer_kernels, small_seconds
 from realjax.allocation.terms.rates import Layer, LayerSplit, Rates, find_rates
 from realjax.allocation.workload import CallWork, ModelShape
 
@@ -238,17 +238,20 @@ def _shard_terms(passes: Passes, layer: Layer, *, gathers: int, scatters: int) -
     s, model = passes.choice.strategy, passes.work.model
     if s.zero_stage < 3 or passes.groups.data.size == 1:
         return {}
-    width = passes.rates.weight_bytes
-    comm = 0.0
-    for size, group in _split_experts(passes, model.layer_params / s.tp, 1):
-        comm += gathers * passes.collective("all_gather", width * size, group)
-        comm += scatters * passes.collective("reduce_scatter", 4 * size, group)
-    overlap = passes.cluster.factor("overlap", 0.0)
+    # On CPUs each matrix is a message of its own, and its gradient all-reduced, see `_gradient_seconds`.
+    is_cpu = passes.cluster.platform == "cpu"
+    num, kind = (count_layer_kernels(model), "all_reduce") if is_cpu else (1, "reduce_scatter")
+
+    def exchange(size: float, group: Group, gathers: int, num: int = 1) -> float:
+        gathered = passes.collective("all_gather", passes.rates.weight_bytes * size / num, group)
+        return num * (gathers * gathered + scatters * passes.collective(kind, 4 * size / num, group))
+
+    parts = _split_experts(passes, model.layer_params / s.tp, 1)
+    layers = sum(exchange(size, group, gathers, num) for size, group in parts)
+    hidden = exposed(layers, layer.seconds, passes.cluster.factor("overlap", 0.0))
     # The head's and the first layer's have nothing to hide behind.
-    head = model.head_params / (s.tp * s.pp)
-    outer = passes.collective("all_gather", width * head, passes.groups.data)
-    outer += scatters * passes.collective("reduce_scatter", 4 * head, passes.groups.data)
-    return {"zero": passes.ticks * (passes.num_layers * exposed(comm, layer.seconds, overlap) + outer)}
+    outer = exchange(model.head_params / (s.tp * s.pp), passes.groups.data, 1)
+    return {"zero": passes.ticks * (passes.num_layers * hidden + outer)}
 
 
 def _stage_params(passes: Passes) -> list[tuple[float, Group]]:
