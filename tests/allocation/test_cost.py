@@ -286,6 +286,24 @@ def test_each_round_on_a_cpu_asks_which_rows_run():
     assert "messages" not in call_cost(make_work("generate"), choose(), ON_CPU).terms
 
 
+def test_stages_that_decode_share_the_vocabulary():
+    """In each tick a stage hands on, the last one's states and the table's rows are summed, and logits exchanged."""
+    work, ticks = make_work("generate"), 2 * 384
+    on_cpu, on_gpu = (call_cost(work, choose(pp=2), cluster).terms for cluster in (ON_CPU, LATENCIES))
+    assert on_cpu["pp"] == on_gpu["pp"] == pytest.approx(ticks * (1 + 2))
+    assert on_cpu["vocab"] == on_gpu["vocab"] == pytest.approx(ticks * (2 + 1))
+    assert on_cpu["messages"] == pytest.approx(ticks * 3) and "messages" not in on_gpu
+
+
+def test_zero_3_exchanges_each_matrix_of_a_layer_on_cpus():
+    """Of seven kernels of a layer and the head's gathers and sums: two and one a kernel, one and one of the head."""
+    ticks = 4  # micro-batches
+    of = lambda cluster: call_cost(make_work("train"), choose(dp=2, zero_stage=3, num_mbs=4), cluster).terms["zero"]
+    num_layers = LLAMA.num_layers
+    assert of(ON_CPU) == pytest.approx(ticks * (num_layers * 7 * (2 + 2) + 1 + 2))
+    assert of(LATENCIES) == pytest.approx(ticks * (num_layers * (2 + 1) + 1 + 1))
+
+
 def test_a_tied_table_and_a_scalar_head_are_no_matrix_of_their_own():
     plain, tied, critic = (
         call_cost(make_work("train", model=replace(LLAMA, **changes)), choose(dp=2, zero_stage=2), ON_CPU).terms["dp"]

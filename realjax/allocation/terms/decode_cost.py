@@ -8,7 +8,7 @@ from realjax.allocation.memory import SHORTEST_CACHE
 from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.collectives import collective_seconds, find_groups
 from realjax.allocation.terms.measured_layers import find_measured
-from realjax.allocation.terms.messages import LOOP_SUMS, READS, small_seconds
+from realjax.allocation.terms.messages import DRAWN, LOOP_SUMS, READS, small_seconds
 from realjax.allocation.terms.pass_cost import exchange_seconds
 from realjax.allocation.terms.rates import LayerSplit, find_rates
 from realjax.allocation.workload import CallWork, Lengths
@@ -65,11 +65,16 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
     admissions = max(1, math.ceil(work.num_sequences / max(1, slots // 4)))
     num_chunks = math.ceil(rounds / CHUNK_LEN)
     terms["dispatch"] = cluster.dispatch_seconds * (admissions + num_chunks)
-    data = find_groups(choice, cluster.devices_per_node).data
-    terms["messages"] = small_seconds(LOOP_SUMS * rounds, data, cluster) + small_seconds(
-        READS * (admissions + num_chunks), data, cluster, "all_gather"
-    )
+    terms["messages"] = _message_seconds(choice, cluster, rounds, admissions + num_chunks)
     return {name: seconds for name, seconds in terms.items() if seconds}
+
+
+def _message_seconds(choice: Choice, cluster: Cluster, rounds: float, num_programs: float) -> float:
+    """Returns seconds of the few bytes that rounds exchange and the host reads, see `terms.messages`."""
+    groups = find_groups(choice, cluster.devices_per_node)
+    sums = small_seconds(LOOP_SUMS * rounds, groups.data, cluster)
+    reads = small_seconds(READS * num_programs, groups.data, cluster, "all_gather")
+    return sums + reads + small_seconds(DRAWN * choice.strategy.pp * rounds, groups.vocab, cluster, "all_gather")
 
 
 def count_last_rounds(num_sequences: int, num_slots: int, choice: Choice, answers: Lengths) -> float:
@@ -132,11 +137,16 @@ def _round_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int, r
     collective = lambda kind, num_bytes, group: collective_seconds(kind, num_bytes, group, cluster)
     if s.tp > 1:
         reduce = collective("all_reduce", size, groups.tensor) + cluster.factor("call_seconds", 0.0)
-        terms["tp"] = 2 * runs * factor.tensor * reduce + ticks * collective("all_reduce", size, groups.vocab)
+        terms["tp"] = 2 * runs * factor.tensor * reduce
+    if s.tp * s.pp > 1:
+        # The rows of a table that the devices share, and logits to those that draw.
         logits = 4 * rows * model.vocab_size / (s.tp * s.pp)
-        terms["tp"] += ticks * collective("all_to_all", logits, groups.vocab)
+        shared = collective("all_reduce", size, groups.vocab) + collective("all_to_all", logits, groups.vocab)
+        terms["vocab"] = ticks * shared
     if s.pp > 1:
-        terms["pp"] = ticks * (collective("permute", size, groups.pipe) + cluster.factor("call_seconds", 0.0))
+        # On to the next stage, and what the last one has made of its rows to all, which have a part of the head each.
+        handed = collective("permute", size, groups.pipe) + cluster.factor("call_seconds", 0.0)
+        terms["pp"] = ticks * (handed + collective("all_reduce", size, groups.pipe))
     if choice.expert_shards > 1:
         terms["ep"] = runs * exchange_seconds(size, choice, model, groups, cluster)
     return terms

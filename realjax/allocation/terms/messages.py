@@ -15,6 +15,7 @@ FEW_BYTES = 4
 NORM_SUMS = 1  # an update's, of arrays of which devices have parts
 HEAD_SUMS = 2  # over parts of the vocabulary: the maximum, and the normaliser with the target's logit
 LOOP_SUMS = 1  # in each round of decoding: how many rows run, and whether all have room
+DRAWN = 3  # of a tick's rows over parts of the vocabulary: tokens, log-probabilities, and what they were drawn from
 READS = 1  # of what the host looks at after prompts were admitted, and after a chunk of rounds
 
 
