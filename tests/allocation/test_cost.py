@@ -7,19 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from realjax.allocation.choice import Choice
-from realjax.allocation.cluster import Cluster, Link, find_cluster
+from realjax.allocation.cluster import Cluster, Link
 from realjax.allocation.cost import call_cost, fetch_cost, move_cost
 from realjax.allocation.measured import HeadPoint, LayerPoint, Measured, UpdatePoint
 from realjax.allocation.terms.decode_cost import count_rounds, mean_context
 from realjax.allocation.terms.measured_layers import Point, fit_two, predict_line
-from realjax.allocation.workload import CallWork, Lengths, ModelShape, RoleWork
-from realjax.core.layout import Layout, ParallelStrategy
+from realjax.allocation.workload import Lengths, RoleWork
+from realjax.core.layout import Layout
 from realjax.reshard.plan import plan_reshard
+from tests.given.llama_calls import H100S, LLAMA, choose, make_work
 
-LLAMA = ModelShape(
-    hidden_size=4096, num_layers=32, num_q_heads=32, num_kv_heads=32, head_dim=128, ffn_size=11008, vocab_size=32000
-)
 KINDS = ("train", "inference", "generate")
 # Everything but products is free, and they run at their peak of 1 operation a second.
 PRODUCTS = Cluster(
@@ -33,31 +30,6 @@ PRODUCTS = Cluster(
     between_nodes=Link(bandwidth=1e30, latency=0.0),
     to_host=Link(bandwidth=1e30, latency=0.0),
 )
-H100S = find_cluster("h100x128")
-
-
-def make_work(kind: str, **changes) -> CallWork:
-    """Returns a call on 64 sequences of 512 tokens, four of which lie in a row."""
-    given = {"prompts": Lengths.all(128), "answers": Lengths.all(384)} if kind == "generate" else {}
-    work = CallWork(
-        name="call",
-        role="role",
-        kind=kind,
-        model=LLAMA,
-        dtype="bfloat16",
-        num_sequences=64,
-        prompts=Lengths.all(512),
-        pack_fn=lambda multiple: (-(-16 // multiple) * multiple, 2048),
-    )
-    return replace(work, **{**given, **changes})
-
-
-def choose(first: int = 0, **sizes) -> Choice:
-    """Returns a choice of consecutive devices."""
-    own = {name: sizes.pop(name) for name in list(sizes) if name in ParallelStrategy.__dataclass_fields__}
-    strategy = ParallelStrategy(**own)
-    num = strategy.size * sizes.get("context", 1)
-    return Choice(strategy=strategy, devices=tuple(range(first, first + num)), **sizes)
 
 
 LAYOUTS = [{}, {"tp": 8, "sequence_parallel": True}, {"dp": 4, "pp": 2}, {"pp": 4, "tp": 4}, {"dp": 8, "zero_stage": 3}]
@@ -246,70 +218,6 @@ def test_layers_of_about_the_same_size_count_most():
     assert near == sorted(near) and near[0] == pytest.approx(1.0, rel=0.01) and near[-1] == pytest.approx(3.0, rel=0.01)
     assert predict_line([Point(10, 10, 1.0, 7.0), Point(20, 20, 1.0, 12.0)], 15) == pytest.approx(9.5)
     assert predict_line([Point(10, 10, 1.0, 7.0)], 20) == pytest.approx(14.0, rel=0.02)
-
-
-def test_a_cpu_reduces_each_kernel_for_itself():
-    """XLA makes one reduce-scatter of all gradients on accelerators alone."""
-    work, sharded = make_work("train"), choose(dp=8, zero_stage=2)
-    slow = replace(H100S, name="slow", factors={}, within_node=Link(bandwidth=1e12, latency=1.0))
-    on_gpu, on_cpu = (
-        call_cost(work, sharded, replace(slow, name=platform, platform=platform)).terms["dp"]
-        for platform in ("gpu", "cpu")
-    )
-    assert on_gpu == pytest.approx(7 + 7, rel=0.1) and on_cpu == pytest.approx(9 * (7 + 2 * 7), rel=0.1)
-
-
-# A message takes a second, however long: terms count messages, an all-reduce of two devices as two.
-LATENCIES = replace(H100S, factors={}, within_node=Link(bandwidth=1e30, latency=1.0))
-ON_CPU = replace(LATENCIES, name="messages of a cpu", platform="cpu")
-
-
-@pytest.mark.parametrize(
-    ("sizes", "messages"),
-    [
-        ({}, 0),
-        ({"dp": 2}, 0),  # small sums go with those of gradients
-        ({"tp": 2}, 1),  # the norm
-        ({"pp": 2}, 1 + 2 * 4),  # and two of the head for each of four micro-batches
-    ],
-)
-def test_small_sums_of_an_update_take_time_on_cpus(sizes, messages):
-    work = make_work("train")
-    assert call_cost(work, choose(**sizes), ON_CPU).terms.get("messages", 0.0) == pytest.approx(2 * messages)
-    assert "messages" not in call_cost(work, choose(**sizes), LATENCIES).terms
-
-
-def test_each_round_on_a_cpu_asks_which_rows_run():
-    """All of 64 answers run for 384 rounds; what the host reads are a gather for each of 4 admissions and 12 chunks."""
-    terms = call_cost(make_work("generate"), choose(dp=2), ON_CPU).terms
-    assert terms["messages"] == pytest.approx(2 * 384 + 4 + 12)
-    assert "messages" not in call_cost(make_work("generate"), choose(), ON_CPU).terms
-
-
-def test_stages_that_decode_share_the_vocabulary():
-    """In each tick a stage hands on, the last one's states and the table's rows are summed, and logits exchanged."""
-    work, ticks = make_work("generate"), 2 * 384
-    on_cpu, on_gpu = (call_cost(work, choose(pp=2), cluster).terms for cluster in (ON_CPU, LATENCIES))
-    assert on_cpu["pp"] == on_gpu["pp"] == pytest.approx(ticks * (1 + 2))
-    assert on_cpu["vocab"] == on_gpu["vocab"] == pytest.approx(ticks * (2 + 1))
-    assert on_cpu["messages"] == pytest.approx(ticks * 3) and "messages" not in on_gpu
-
-
-def test_zero_3_exchanges_each_matrix_of_a_layer_on_cpus():
-    """Of seven kernels of a layer and the head's gathers and sums: two and one a kernel, one and one of the head."""
-    ticks = 4  # micro-batches
-    of = lambda cluster: call_cost(make_work("train"), choose(dp=2, zero_stage=3, num_mbs=4), cluster).terms["zero"]
-    num_layers = LLAMA.num_layers
-    assert of(ON_CPU) == pytest.approx(ticks * (num_layers * 7 * (2 + 2) + 1 + 2))
-    assert of(LATENCIES) == pytest.approx(ticks * (num_layers * (2 + 1) + 1 + 1))
-
-
-def test_a_tied_table_and_a_scalar_head_are_no_matrix_of_their_own():
-    plain, tied, critic = (
-        call_cost(make_work("train", model=replace(LLAMA, **changes)), choose(dp=2, zero_stage=2), ON_CPU).terms["dp"]
-        for changes in ({}, {"is_tied": True}, {"is_critic": True})
-    )
-    assert plain == pytest.approx(9 * 3) and tied == critic == pytest.approx(8 * 3)
 
 
 @pytest.mark.parametrize("num_mbs", [1, 2])
