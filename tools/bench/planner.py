@@ -204,8 +204,8 @@ def run(words: Sequence[str]) -> None:
 def describe_picked(rows: Sequence[Row]) -> Iterator[str]:
     """Yields for each model and experiment how much longer the picked plans took than the fastest."""
     for key in dict.fromkeys((row.case.model.name, row.case.experiment) for row in rows):
+        group = [row for row in rows if (row.case.model.name, row.case.experiment) == key]
         for of in MEASURED:
-            group = [row for row in rows if (row.case.model.name, row.case.experiment) == key]
             own = {row.case.name: getattr(row, of) for row in group}
             picked = ", ".join(f"{name} {own[name] / min(own.values()):.2f}" for name in (SEARCH, RULE) if name in own)
             yield f"{' '.join(key)}: times the fastest plan, by the {of}: {picked}"

@@ -238,20 +238,26 @@ def _shard_terms(passes: Passes, layer: Layer, *, gathers: int, scatters: int) -
     s, model = passes.choice.strategy, passes.work.model
     if s.zero_stage < 3 or passes.groups.data.size == 1:
         return {}
-    # On CPUs each matrix is a message of its own, and its gradient all-reduced, see `_gradient_seconds`.
-    is_cpu = passes.cluster.platform == "cpu"
-    num, kind = (count_layer_kernels(model), "all_reduce") if is_cpu else (1, "reduce_scatter")
-
-    def exchange(size: float, group: Group, gathers: int, num: int = 1) -> float:
-        gathered = passes.collective("all_gather", passes.rates.weight_bytes * size / num, group)
-        return num * (gathers * gathered + scatters * passes.collective(kind, 4 * size / num, group))
-
-    parts = _split_experts(passes, model.layer_params / s.tp, 1)
-    layers = sum(exchange(size, group, gathers, num) for size, group in parts)
+    num_kernels, parts = count_layer_kernels(model), _split_experts(passes, model.layer_params / s.tp, 1)
+    layers = sum(_exchange(passes, *part, num_kernels, gathers=gathers, sums=scatters) for part in parts)
     hidden = exposed(layers, layer.seconds, passes.cluster.factor("overlap", 0.0))
     # The head's and the first layer's have nothing to hide behind.
-    outer = exchange(model.head_params / (s.tp * s.pp), passes.groups.data, 1)
+    outer = _exchange(passes, model.head_params / (s.tp * s.pp), passes.groups.data, 1, gathers=1, sums=scatters)
     return {"zero": passes.ticks * (passes.num_layers * hidden + outer)}
+
+
+def _exchange(passes: Passes, size: float, group: Group, num_kernels: int, *, gathers: int, sums: int) -> float:
+    """Returns seconds in which so many parameters are gathered in the compute dtype and their float32 gradients summed:
+    all-reduced without ZeRO, else scattered.
+
+    XLA makes one message of all kernels, and reduce-scatters, for accelerators alone; on CPUs each kernel's gradient is
+    all-reduced, of which each device keeps its part.
+    """
+    is_cpu = passes.cluster.platform == "cpu"
+    num = num_kernels if is_cpu else 1
+    kind = "all_reduce" if is_cpu or passes.choice.strategy.zero_stage == 0 else "reduce_scatter"
+    gathered = passes.collective("all_gather", passes.rates.weight_bytes * size / num, group)
+    return num * (gathers * gathered + sums * passes.collective(kind, 4 * size / num, group))
 
 
 def _stage_params(passes: Passes) -> list[tuple[float, Group]]:
@@ -272,23 +278,13 @@ def _split_experts(passes: Passes, size: float, num_layers: int) -> list[tuple[f
 
 
 def _gradient_seconds(passes: Passes) -> float:
-    """Returns the sum over `data` once an update: float32 gradients all-reduced, or with ZeRO's stages 1 and 2
-    scattered and the parameters gathered in the compute dtype.
-
-    XLA makes one message of all kernels, and reduce-scatters, for accelerators alone; on CPUs each kernel's gradient is
-    all-reduced, of which each device keeps its part.
-    """
-    zero_stage, width = passes.choice.strategy.zero_stage, passes.rates.weight_bytes
+    """Returns the sum over `data` once an update, with ZeRO's stages 1 and 2 the parameters gathered too; the third's
+    are in `_shard_terms`."""
+    zero_stage, num_kernels = passes.choice.strategy.zero_stage, count_kernels(passes.work.model)
     if zero_stage == 3:
         return 0.0
-    is_cpu = passes.cluster.platform == "cpu"
-    num = count_kernels(passes.work.model) if is_cpu else 1
-    kind = "all_reduce" if is_cpu or zero_stage == 0 else "reduce_scatter"
-    parts = _stage_params(passes)
-    summed = sum(num * passes.collective(kind, 4 * size / num, group) for size, group in parts)
-    if zero_stage == 0:
-        return summed
-    return summed + sum(num * passes.collective("all_gather", width * size / num, group) for size, group in parts)
+    gathers = 1 if zero_stage else 0
+    return sum(_exchange(passes, *part, num_kernels, gathers=gathers, sums=1) for part in _stage_params(passes))
 
 
 def _head_messages(passes: Passes) -> float:
