@@ -34,7 +34,7 @@ class ProfileConfig:
     dtype: Literal["float32", "bfloat16"] | None = option(
         None, "what the models compute in; null is bfloat16 on accelerators, float32 on CPUs"
     )
-    repeats: int = option(7, "samples of each measurement, of which the median counts", at_least=1, at_most=1000)
+    repeats: int = option(7, "samples of each measurement, of which the least counts", at_least=1, at_most=1000)
     quick: bool = option(False, "a few small sizes and samples: seconds instead of minutes, and less to rely on")
     fileroot: str | None = option(
         None, "whose cache of compiled programs is used; null takes REALJAX_FILEROOT, else ~/.cache/realjax"

@@ -1,4 +1,4 @@
-"""How long programs take: medians of repeats that take turns, in all processes at once."""
+"""How long programs take: the least of repeats that take turns, in all processes at once."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -23,10 +23,11 @@ class Clock:
     least_seconds: float = 0.02
 
     def measure(self, probes: Mapping[Key, Probe]) -> dict[Key, float]:
-        """Returns the median seconds of one run of each probe.
+        """Returns the least seconds of one run of each probe.
 
-        Samples of the probes alternate, so that a machine that slows down slows all of them. Every process must call
-        this with probes of the same names: they start each sample together, and the slowest of them counts.
+        What else happens on a machine makes a run longer and never shorter, so the least is the program's own. Samples
+        of the probes alternate, so that a machine that slows down slows all of them. Every process must call this with
+        probes of the same names: they start each sample together, and the slowest of them counts.
         """
         counts = {}
         for key, probe in probes.items():
@@ -40,7 +41,7 @@ class Clock:
                 samples[i, j] = _seconds(probe, counts[key])
         # Of each sample: what makes one process wait now makes another wait then, and each time all wait.
         slowest = samples if jax.process_count() == 1 else gather(samples).max(axis=0)
-        return dict(zip(probes, np.median(slowest, axis=0).tolist(), strict=True))
+        return dict(zip(probes, slowest.min(axis=0).tolist(), strict=True))
 
 
 def _seconds(probe: Probe, count: int) -> float:

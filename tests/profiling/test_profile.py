@@ -1,12 +1,12 @@
 """The measurement of a machine, on virtual devices: what comes out, and of what it is put together."""
 
-import time
-
 import jax
 import pytest
 
 from realjax.allocation.cluster import Cluster
 from realjax.core.layout import Layout
+from realjax.profiling import clock as clock_module
+from realjax.profiling import collectives
 from realjax.profiling.clock import Clock
 from realjax.profiling.collectives import KINDS, Group, list_groups
 from realjax.profiling.layers import Case, make_probes, measure_layers, split_uses
@@ -17,16 +17,19 @@ from tests.given.models import make_layout, make_model
 QUICK = Clock(repeats=2, least_seconds=0.001)
 
 
-def test_samples_alternate_and_the_median_counts():
-    order, waits = [], iter([0.0, 0.05, 0.01, 0.01, 0.01])  # two runs before the samples, one of them an outlier
+def test_samples_alternate_and_the_least_counts(monkeypatch):
+    order, now = [], [0.0]
+    # Two runs before the samples: one that compiles, and one that says how many a sample is of.
+    waits = iter([5.0, 4.0, 3.0, 1.0, 2.0])
 
     def slow():
         order.append("slow")
-        time.sleep(next(waits))
+        now[0] += next(waits)
 
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: now[0])
     found = Clock(repeats=3, least_seconds=0.0).measure({"slow": slow, "other": lambda: order.append("other")})
     assert order[4:] == ["slow", "other"] * 3
-    assert 0.01 <= found["slow"] < 0.05 and found["other"] < 0.01
+    assert found == {"slow": 1.0, "other": 0.0}
 
 
 def test_a_link_is_the_line_through_two_messages():
@@ -67,9 +70,32 @@ def test_a_machine_is_measured_and_its_file_read_again():
     assert {point.dtype for point in cluster.measured.products} == {"float32", "bfloat16"}
     points = (*cluster.measured.collectives, *cluster.measured.products)
     assert all(point.seconds > 0 for point in points)
-    # A large message takes longer, and each kind was given as many bytes as it says.
-    of_reduce = {p.num_bytes: p.seconds for p in cluster.measured.collectives if p.kind == "all_reduce"}
-    assert of_reduce[max(of_reduce)] > of_reduce[min(of_reduce)]
+
+
+def test_a_collective_is_given_as_many_bytes_as_its_point_says(monkeypatch):
+    talked = []
+
+    class Running(Clock):
+        def measure(self, probes):
+            for probe in probes.values():
+                jax.block_until_ready(probe())
+            return dict.fromkeys(probes, 1.0)
+
+    def listen(kind, talk_fn):
+        def talk(x, size):
+            result = talk_fn(x, size)
+            talked.append((kind, max(x.nbytes, result.nbytes)))
+            return result
+
+        return talk
+
+    for kind, talk_fn in list(collectives._CALLS.items()):
+        monkeypatch.setitem(collectives._CALLS, kind, listen(kind, talk_fn))
+    group, sizes = Group(span="within_node", size=4), (1024, 4096)
+    points = collectives.measure_group(Running(), group, group.make_mesh(jax.devices()[:8], 8), sizes)
+    assert {(point.kind, point.num_bytes) for point in points} == {(kind, n) for kind in KINDS for n in sizes}
+    # One probe holds several of the same.
+    assert set(talked) == {(point.kind, point.num_bytes) for point in points}
 
 
 class Told(Clock):

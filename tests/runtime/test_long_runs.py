@@ -19,7 +19,8 @@ def test_seconds_and_memory_of_a_step_stay_what_they_are(tmp_path):
         parts, logs = pool.submit(take_steps, tmp_path, 5000).result()
     quarter = len(parts) // 4
     early, late = parts[quarter : 2 * quarter], parts[-quarter:]
-    assert np.median([part.step_seconds for part in late]) < 1.5 * np.median([part.step_seconds for part in early])
+    # By the fastest: what else the machine does only makes steps longer.
+    assert min(part.step_seconds for part in late) < 1.5 * min(part.step_seconds for part in early)
     assert late[-1].resident_mib < early[0].resident_mib + 10
     events = json.loads((logs / "trace.json").read_text())["traceEvents"]
     assert len(events) < 400

@@ -1,6 +1,6 @@
 """Holds predictions against runs: two processes with a core each are a real cluster of two devices.
 
-    python -m tools.bench.planner --models DIR [DIR ...] --out DIR [--experiments sft,dpo,grpo,ppo] [--most N]
+    python -m tools.bench.planner --out DIR [--models DIR [DIR ...]] [--experiments sft,dpo,grpo,ppo] [--most N]
         [--profile] [--again]
 
 With --profile it first measures the two devices into `cluster.json` of the output directory. Each plan is then a run of
@@ -8,8 +8,8 @@ ten steps; predicted seconds of a step are printed beside the median and the lea
 experiment where the plans that the search and the rule pick stand among all. On a virtual machine whose cores are moved
 between real ones the least says more: of equal steps some take half as long again. With --again nothing is run: steps
 that were measured before are predicted anew, by the cost model of now. A model's directory needs its config.json and a
-tokenizer. The cores must be quiet; programs come from a cache in the output directory, so that a second time takes
-little more than the steps.
+tokenizer; without any, two small Llamas are written. The cores must be quiet; programs come from a cache in the output
+directory, so that a second time takes little more than the steps.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from realjax.apps.plan import build_spec
 from realjax.apps.quickstart import read_command
 from realjax.dataflow.run import METRICS_FILE
 from realjax.launch.environment import COORDINATOR, NUM_PROCESSES, PROCESS_ID, PROCESSES_PER_NODE
-from tools.bench.plans import PLANS, Calls
+from tools.bench.plans import PLANS, Calls, write_models
 
 NUM_STEPS, NUM_FIRST = 10, 2  # the first steps compile
 PROMPT_TOKENS, ANSWER_TOKENS, ROW_TOKENS = 32, 32, 128
@@ -214,7 +214,7 @@ def describe_picked(rows: Sequence[Row]) -> Iterator[str]:
 def main() -> None:
     """Prints a line for each plan as it is measured, then the errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", type=Path, nargs="+", required=True)
+    parser.add_argument("--models", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--experiments", default=",".join(PLANS))
     parser.add_argument("--most", type=int, help="plans of each experiment, beside those that are found; else all")
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run nothing: predict what was measured before")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    bench, rows = Bench(models=args.models, out=args.out), list[Row]()
+    bench, rows = Bench(models=args.models or write_models(args.out), out=args.out), list[Row]()
     if args.profile:
         bench.profile()
     for case in bench.list_cases(args.experiments.split(","), args.most):

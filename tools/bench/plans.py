@@ -1,8 +1,19 @@
-"""The plans that `tools.bench.planner` measures, by experiment and name: options by call, for two devices."""
+"""What `tools.bench.planner` measures: two models, and plans for two devices by experiment and name."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+
+from realjax.hf.families import config_to_hf
+from realjax.models.config import ModelConfig
+from tools.bench.data import write_tokenizer
 
 Calls = Mapping[str, Mapping[str, object]]
+
+# By name: layers, size, and size of the feed-forward.
+SHAPES = {"small": (4, 256, 1024), "wide": (6, 384, 1536)}
+HEAD_DIM = 64
+VOCAB_SIZE = 4096
 
 D2, T2, P2 = ({f"parallel.{name}_parallel_size": 2} for name in ("data", "model", "pipeline"))
 ONE, OTHER = {"device_mesh": "NODE01:0"}, {"device_mesh": "NODE01:1"}
@@ -47,3 +58,23 @@ PLANS: Mapping[str, Mapping[str, Calls]] = {
         },
     },
 }  # fmt: skip
+
+
+def write_models(folder: Path) -> list[Path]:
+    """Writes the configurations of the models, Llamas in float32, each with a tokenizer; returns their directories."""
+    for name, (num_layers, hidden_size, ffn_size) in SHAPES.items():
+        num_heads = hidden_size // HEAD_DIM
+        config = ModelConfig(
+            family="llama",
+            vocab_size=VOCAB_SIZE,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_q_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=HEAD_DIM,
+            ffn_size=ffn_size,
+            max_positions=2048,
+        )
+        write_tokenizer(folder / name)
+        (folder / name / "config.json").write_text(json.dumps(config_to_hf(config)))
+    return [folder / name for name in SHAPES]
