@@ -13,6 +13,7 @@ from realjax.allocation.measured import (
     LayerPoint,
     Measured,
     ProductPoint,
+    SyncPoint,
     UpdatePoint,
 )
 
@@ -24,6 +25,7 @@ TABLES = {
     "layers": LayerPoint,
     "heads": HeadPoint,
     "updates": UpdatePoint,
+    "syncs": SyncPoint,
 }
 
 

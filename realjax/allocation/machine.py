@@ -1,6 +1,5 @@
 """The cluster that a run is on: as its options say, else as the kind of its devices is known."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from realjax.allocation.cluster import Cluster, find_cluster
+from realjax.core.processes import count_cores
 from realjax.dataflow.run import AllocationOptions
 
 # What a device is called, and the cluster whose data sheet it has.
@@ -66,9 +66,9 @@ def need_cluster(options: AllocationOptions, devices: Sequence[jax.Device]) -> C
 
 
 def share_cores(cluster: Cluster, devices: Sequence[jax.Device]) -> Cluster:
-    """Returns the default of a CPU, whose figures are a core's, for virtual devices that share this machine's cores."""
+    """Returns the default of a CPU, whose figures are a core's, for virtual devices that share this process's cores."""
     num_local = sum(device.process_index == jax.process_index() for device in devices)
-    share = min(1.0, (os.cpu_count() or 1) / max(1, num_local))
+    share = min(1.0, count_cores() / max(1, num_local))
     return replace(
         cluster,
         matmul_flops={dtype: rate * share for dtype, rate in cluster.matmul_flops.items()},

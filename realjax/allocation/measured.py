@@ -81,6 +81,22 @@ class UpdatePoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SyncPoint:
+    """By how much longer a training step takes on devices that have rows of their own than on one of them alone.
+
+    That is the sum of the gradients of `num_params` parameters and, with ZeRO, the gathering of the parameters, less
+    what an update of a part of them is quicker than one of all.
+    """
+
+    dtype: str
+    span: Span  # the farthest link between the devices
+    num_devices: int
+    zero_stage: int
+    num_params: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """All tables; an empty one is replaced by the data sheet's rates."""
 
@@ -89,3 +105,4 @@ class Measured:
     layers: tuple[LayerPoint, ...] = ()
     heads: tuple[HeadPoint, ...] = ()
     updates: tuple[UpdatePoint, ...] = ()
+    syncs: tuple[SyncPoint, ...] = ()

@@ -9,8 +9,8 @@ import jax
 
 from realjax.apps.present import Machine, count_devices
 from realjax.core.malloc import keep_freed_memory
-from realjax.core.processes import is_first
-from realjax.launch.accelerators import find_accelerator
+from realjax.core.processes import count_cores, is_first
+from realjax.launch.accelerators import find_accelerator, find_cores
 from realjax.launch.environment import ProcessGroup, join
 from realjax.launch.settings import choose_environment
 
@@ -21,11 +21,11 @@ MOST_DEVICES = 1024
 
 def prepare_environment(config: Machine, group: ProcessGroup | None) -> tuple[str, ...]:
     """Sets what XLA, CUDA and NCCL read as they start, and returns what to log of it; ValueError if it cannot be."""
-    num_gpus = count_devices(config) // (1 if group is None else group.num_processes)
+    num_devices = count_devices(config)
     environment = choose_environment(
         os.environ,
-        find_accelerator(os.environ),
-        num_gpus,
+        find_accelerator(os.environ) or find_cores(num_devices // config.n_nodes, count_cores()),
+        num_devices // (1 if group is None else group.num_processes),
         recommend=config.accelerator_settings == "recommended",
         deterministic=config.deterministic,
     )

@@ -1,6 +1,7 @@
 """What the processes of a run agree on: values that only one of them knows, or that each has its own of."""
 
 import importlib
+import os
 import random
 from collections import deque
 from collections.abc import Iterable
@@ -18,6 +19,11 @@ WAIT_SECONDS = 7 * 24 * 3600  # of a process that is lost, the coordinator tells
 def is_first() -> bool:
     """Returns whether this process writes what a run writes once."""
     return jax.process_index() == 0
+
+
+def count_cores() -> int:
+    """Returns how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def from_first(value: float) -> float:

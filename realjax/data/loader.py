@@ -24,7 +24,7 @@ from realjax.data.packing import (
 # Positions in the stream are int32, and each step is planned before the first.
 MOST_SAMPLES = 2**27
 # Of the samples packed to find the best length of rows.
-_MOST_TRIED = 2**17
+_MOST_TRIED = 2**15
 
 
 class Dataset(Protocol):
@@ -321,15 +321,26 @@ class Loader:
 def plan_shapes(batches: Sequence[np.ndarray], row_multiple: int, max_shapes: int = 1) -> Shapes:
     """Returns the shapes that pad least and hold `batches`, the lengths of each step's examples.
 
-    Rows are one to eight times the bucket of the longest example: longer ones pack tighter, and attention looks no
-    further back than the longest example, so they cost no more.
+    Rows are one to eight times as long as the bucket of the longest example: longer ones pack tighter, and attention
+    looks no further back than the longest example, so they cost no more.
     """
     shortest = bucket_len(max(int(lengths.max()) for lengths in batches))
-    # Of many steps some tell which length is best: packing all of them eight times would take minutes.
+    # Of many steps some tell which length is best: packing all of them so often would take minutes.
     tried = batches[:: max(1, sum(map(len, batches)) // _MOST_TRIED)]
-    found = [make_shapes(tried, shortest * times, row_multiple, max_shapes) for times in range(1, 9)]
+    found = [make_shapes(tried, row_len, row_multiple, max_shapes) for row_len in _row_lens(shortest)]
     best = min(found, key=lambda shapes: shapes.num_slots)
     return best if len(tried) == len(batches) else make_shapes(batches, best.row_len, row_multiple, max_shapes)
+
+
+def _row_lens(shortest: int) -> list[int]:
+    """Returns the row lengths to choose from: up to eight times the shortest, in steps of a quarter of it.
+
+    Steps are multiples of 64 tokens, so that rows fall into blocks of attention; short rows go by their own length.
+    """
+    step = max(1, shortest // 256) * 64
+    return sorted(
+        {shortest * times for times in range(1, 9)} | set(range(-(-shortest // step) * step, 8 * shortest, step))
+    )
 
 
 def make_shapes(batches: Sequence[np.ndarray], row_len: int, row_multiple: int, max_shapes: int = 1) -> Shapes:

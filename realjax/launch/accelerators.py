@@ -11,13 +11,16 @@ ARCHITECTURES = {
     "hopper": re.compile(r"\bG?H(100|200|800|20)\b"),
     "blackwell": re.compile(r"\bG?B(100|200|300)\b"),
 }
-OTHER = "other"
+OTHER, CORES = "other", "cores"
 UNKNOWN = "NVIDIA GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """A kind of GPU, named as its driver names it; its `architecture` is one of the table's, or "other"."""
+    """A kind of GPU, named as its driver names it; its `architecture` is one of the table's, or "other".
+
+    Of virtual devices, see `find_cores`, it is "cores".
+    """
 
     name: str
     architecture: str
@@ -42,6 +45,16 @@ def find_accelerator(environ: Mapping[str, str], root: Path = Path("/")) -> Acce
     # A container may hide what the GPUs are called; with several kinds none is every process's.
     is_there = driver.exists() or (root / "dev/nvidiactl").exists() or (root / "dev/dxg").exists()
     return Accelerator(name=UNKNOWN, architecture=OTHER) if is_there or visible is not None else None
+
+
+def find_cores(num_devices: int, num_cores: int) -> Accelerator | None:
+    """Returns the kind of a machine's virtual devices where each can have a core of its own, None where one has more.
+
+    A process that may use a single core has nothing to share out.
+    """
+    if not 1 < num_cores <= num_devices:
+        return None
+    return Accelerator(name=f"{num_devices} virtual devices on {num_cores} cores", architecture=CORES)
 
 
 def count_accelerators(environ: Mapping[str, str], processes_per_node: int = 1, root: Path = Path("/")) -> int:

@@ -1,4 +1,4 @@
-"""What XLA, CUDA and NCCL are told before they start: recommended settings for each accelerator, and determinism.
+"""What XLA, CUDA and NCCL are told before they start: recommended settings for each kind of device, and determinism.
 
 Each was found known to jaxlib 0.10.2, 0.11.2 and 0.12.0: an unknown flag ends the process. docs/accelerators.md has the
 sources, what each changes in compiled programs, and what is left out because it changes nothing.
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from realjax.launch.accelerators import OTHER, Accelerator
+from realjax.launch.accelerators import CORES, OTHER, Accelerator
 
 XLA_FLAGS = "XLA_FLAGS"
 FLAG = re.compile(r"(?<!\S)--?(?P<name>\w+)(?:=(?P<value>\S*))?")
@@ -22,7 +22,7 @@ class Setting:
     name: str
     value: str
     why: str
-    architectures: frozenset[str] | None = None  # None: every NVIDIA GPU
+    architectures: frozenset[str] | None = None  # None: every NVIDIA GPU; CORES: virtual devices, see `find_cores`
     for_several: bool = False  # only where one process drives several GPUs
     other_name: str | None = None  # an older one, by which a user may have set it
 
@@ -60,6 +60,12 @@ RECOMMENDED = (
         why="without cuDNN's attention XLA tries tiles for the softmax of every block: programs compile for minutes",
         architectures=frozenset({"ampere", OTHER}),
     ),
+    Setting(
+        name="xla_cpu_multi_thread_eigen",
+        value="false",
+        why="as many devices as cores: each has one for itself, and no operation waits for a second thread",
+        architectures=frozenset({CORES}),
+    ),
 )
 DETERMINISTIC = Setting(
     name="xla_gpu_deterministic_ops",
@@ -79,14 +85,14 @@ class Environment:
 def choose_environment(
     environ: Mapping[str, str], accelerator: Accelerator | None, num_gpus: int, *, recommend: bool, deterministic: bool
 ) -> Environment:
-    """Returns what a process that drives `num_gpus` of the accelerators sets before its backend starts.
+    """Returns what a process that drives `num_gpus` of the devices sets before its backend starts.
 
     What the user's environment has already stays. Raises ValueError where it says the opposite of `deterministic`.
     """
     if accelerator is None:
         return Environment(variables={})
     wanted = [one for one in RECOMMENDED if recommend and _fits(one, accelerator, num_gpus)]
-    wanted += [DETERMINISTIC] * deterministic
+    wanted += [DETERMINISTIC] * (deterministic and accelerator.architecture != CORES)
     text = read_flags(environ.get(XLA_FLAGS, ""))
     given = {found["name"]: "true" if found["value"] is None else found["value"] for found in FLAG.finditer(text)}
     given |= {name: value for name, value in environ.items() if name != XLA_FLAGS}
@@ -114,7 +120,8 @@ def read_flags(text: str) -> str:
 
 
 def _fits(setting: Setting, accelerator: Accelerator, num_gpus: int) -> bool:
-    is_for_kind = setting.architectures is None or accelerator.architecture in setting.architectures
+    is_gpu = accelerator.architecture != CORES
+    is_for_kind = is_gpu if setting.architectures is None else accelerator.architecture in setting.architectures
     return is_for_kind and (num_gpus > 1 or not setting.for_several)
 
 

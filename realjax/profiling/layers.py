@@ -138,11 +138,12 @@ def _make_forward(model: Model, case: Case) -> Callable[..., Any]:
 
 
 def _make_gradients(model: Model, case: Case, *, head: str, remat: bool) -> Callable[..., Any]:
-    loss = Loss(head=head, fn=partial(_sum_loss, head))  # pyright: ignore[reportArgumentType] - one of its heads
+    loss = Loss(head=head, fn=partial(sum_loss, head))  # pyright: ignore[reportArgumentType] - one of its heads
     return make_gradients(model, loss, case.layout, TrainOptions(compute=replace(case.compute, remat=remat)))
 
 
-def _sum_loss(head: str, outputs: Mapping[str, Array], batch: Batch) -> LossSums:
+def sum_loss(head: str, outputs: Mapping[str, Array], batch: Batch) -> LossSums:
+    """Returns the sum of what a head gives for each token, over the tokens that count."""
     weight = jnp.sum(batch["loss_mask"].astype(jnp.float32))
     return LossSums(loss=Mean(jnp.sum(outputs[head]), weight), metrics={})
 
@@ -155,9 +156,9 @@ _PROGRAMS: dict[Program, Callable[[Model, Case], Callable[..., Any]]] = {
 }
 
 
-def make_batch(case: Case, vocab_size: int) -> Batch:
-    """Returns rows that each hold one sequence, all of whose tokens count."""
-    shape = (case.rows, case.tokens)
+def make_batch(case: Case, vocab_size: int, num_rows: int | None = None) -> Batch:
+    """Returns rows, by default as many as the case has, that each hold one sequence, all of whose tokens count."""
+    shape = (num_rows or case.rows, case.tokens)
     tokens = np.random.default_rng(0).integers(vocab_size, size=shape)
     positions = np.broadcast_to(np.arange(case.tokens), shape)
     ones = np.ones(shape, np.int32)

@@ -9,7 +9,16 @@ from functools import partial
 import jax
 
 from realjax.allocation.cluster import Cluster, Link
-from realjax.allocation.measured import CollectivePoint, HeadPoint, LayerPoint, Measured, ProductPoint, UpdatePoint
+from realjax.allocation.measured import (
+    CollectivePoint,
+    HeadPoint,
+    LayerPoint,
+    Measured,
+    ProductPoint,
+    Span,
+    SyncPoint,
+    UpdatePoint,
+)
 from realjax.core.layout import Layout, ParallelStrategy
 from realjax.models.config import ModelConfig
 from realjax.profiling.clock import Clock
@@ -27,6 +36,7 @@ from realjax.profiling.machine import (
     read_host_bytes,
     read_memory_bytes,
 )
+from realjax.profiling.syncs import measure_syncs
 
 logger = logging.getLogger("realjax.profile")
 TellFn = Callable[[str, int, int], None]  # fn(what is measured, stages done, stages in all)
@@ -99,6 +109,7 @@ class Profile:
         self.layers: list[LayerPoint] = []
         self.heads: list[HeadPoint] = []
         self.updates: list[UpdatePoint] = []
+        self.syncs: list[SyncPoint] = []
 
     def run(self, tell_fn: TellFn) -> Cluster:
         """Returns the cluster as it was measured; `tell_fn` is told before each stage."""
@@ -118,6 +129,8 @@ class Profile:
             where = group.span.replace("_", " ")
             yield f"collectives of {group.size} devices {where}", partial(self._measure_group, group)
         for path, config in self.settings.models.items():
+            if self._shares_cores and "train" in self.settings.programs:
+                yield f"gradients of {path} over devices", partial(self._measure_syncs, config)
             for layout in self._layouts(config):
                 yield f"updates of {path}, {layout.strategy}", partial(self._measure_update, config, layout)
                 for rows in self.settings.rows:
@@ -162,6 +175,28 @@ class Profile:
         mesh = group.make_mesh(self.devices, self.settings.devices_per_node)
         self.collectives += measure_group(self.clock, group, mesh, self.sizes.message_bytes)
 
+    @property
+    def _shares_cores(self) -> bool:
+        """Whether what devices tell each other takes turns with what they compute: on accelerators it does not."""
+        return self.local[0].platform == "cpu" and len(self.devices) > 1
+
+    def _measure_syncs(self, config: ModelConfig) -> None:
+        settings, layout = self.settings, Layout.of(ParallelStrategy(), self.local[:1])
+        # Few tokens: what is computed beside is taken off, and with it what that scatters.
+        case = Case(layout=layout, dtype=settings.dtypes[0], rows=min(settings.rows), tokens=min(settings.tokens))
+        self.syncs += measure_syncs(self.clock, config, case, self._find_groups(), self.sharing.get(1, 1.0))
+
+    def _find_groups(self) -> dict[Span, Sequence[jax.Device]]:
+        """Returns the devices of this process's node, and those of all nodes."""
+        per_node = self.settings.devices_per_node
+        start = self.devices.index(self.local[0]) // per_node * per_node
+        groups: dict[Span, Sequence[jax.Device]] = {}
+        if per_node > 1:
+            groups["within_node"] = self.devices[start : start + per_node]
+        if self.settings.num_nodes > 1:
+            groups["between_nodes"] = self.devices
+        return groups
+
     def _measure_update(self, config: ModelConfig, layout: Layout) -> None:
         self.updates += measure_update(self.clock, config, layout, self.sharing[layout.strategy.tp])
 
@@ -199,6 +234,7 @@ class Profile:
                 layers=tuple(self.layers),
                 heads=tuple(self.heads),
                 updates=tuple(self.updates),
+                syncs=tuple(self.syncs),
             ),
             source=f"measured by realjax profile on {len(self.devices)} x {device.device_kind}, "
             f"{jax.process_count()} process(es), {os.cpu_count()} processor cores a machine",

@@ -133,7 +133,7 @@ def test_a_description_of_another_platform_does_not_say_what_runs_compute_in(tmp
 
 
 def test_virtual_devices_share_the_cores(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("realjax.allocation.machine.count_cores", lambda: 2)
     options = AllocationOptions(mode="manual", n_nodes=1, n_gpus_per_node=8, calls={})
     machine = find_machine(options, [device("cpu", "cpu")] * 8)  # pyright: ignore[reportArgumentType]
     assert machine is not None and "default of a CPU" in machine.source

@@ -75,8 +75,12 @@ def test_a_process_of_several_counts_its_own_gpus(environ):
     assert prepare(8) is None and prepare(2) == "GROUP"
 
 
-def test_a_run_on_cpu_devices_sets_nothing_of_an_accelerator(monkeypatch):
-    before = {name: value for name, value in os.environ.items() if name not in QUIET}
+@pytest.mark.parametrize("num_cores", [2, 16])
+def test_a_run_on_cpu_devices_sets_nothing_of_an_accelerator(monkeypatch, num_cores):
+    """But where each device can have a core, that it keeps to it."""
+    before = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", *QUIET)}
     monkeypatch.setattr(os, "environ", dict(before))
-    assert devices.prepare_environment(SFTConfig(deterministic=True, n_gpus_per_node=8), None) == ()
-    assert os.environ == before | QUIET
+    monkeypatch.setattr(devices, "count_cores", lambda: num_cores)
+    notices = devices.prepare_environment(SFTConfig(deterministic=True, n_gpus_per_node=8), None)
+    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} if num_cores == 2 else {}
+    assert os.environ == before | QUIET | flags and len(notices) == len(flags)

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 
-from realjax.launch.accelerators import OTHER, UNKNOWN, Accelerator
+from realjax.launch.accelerators import CORES, OTHER, UNKNOWN, Accelerator, find_cores
 from realjax.launch.settings import DETERMINISTIC, RECOMMENDED, XLA_FLAGS, Environment, choose_environment
 from tests.given.processes import ROOT
 
 AMPERE = Accelerator(name="NVIDIA A100-SXM4-80GB", architecture="ampere")
 HOPPER = Accelerator(name="NVIDIA H100 80GB HBM3", architecture="hopper")
-VARIABLES = [one for one in RECOMMENDED if not one.is_flag]
-FLAGS = " ".join(str(one) for one in RECOMMENDED if one.is_flag)
+OF_GPUS = [one for one in RECOMMENDED if one.architectures != {CORES}]
+VARIABLES = [one for one in OF_GPUS if not one.is_flag]
+FLAGS = " ".join(str(one) for one in OF_GPUS if one.is_flag)
 
 
 def choose(
@@ -27,11 +28,11 @@ def test_an_a100_gets_every_flag_and_variable_and_a_line_of_them():
     found = choose({"HOME": "home"})
     assert found.variables == {XLA_FLAGS: FLAGS} | {one.name: one.value for one in VARIABLES}
     (line,) = found.notices
-    assert all(str(one) in line for one in RECOMMENDED) and AMPERE.name in line
+    assert all(str(one) in line for one in OF_GPUS) and AMPERE.name in line
 
 
 def test_the_users_own_flags_stay_before_ours_and_ours_of_the_same_name_is_left_out():
-    (flag,) = (one for one in RECOMMENDED if one.is_flag)
+    (flag,) = (one for one in OF_GPUS if one.is_flag)
     assert choose({XLA_FLAGS: "--xla_dump_to=x"}).variables[XLA_FLAGS] == f"--xla_dump_to=x {flag}"
     found = choose({XLA_FLAGS: f"--{flag.name}=false --xla_dump_to=x"})
     assert XLA_FLAGS not in found.variables
@@ -91,6 +92,23 @@ def test_a_process_of_one_gpu_launches_as_nccl_does():
 def test_without_an_accelerator_nothing_is_set_or_said(recommend, deterministic):
     found = choose({XLA_FLAGS: "--xla_dump_to=x"}, None, recommend=recommend, deterministic=deterministic)
     assert found == Environment(variables={})
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_virtual_devices_that_have_a_core_each_keep_to_it(deterministic):
+    """Nothing that is for GPUs is said to them."""
+    cores = find_cores(num_devices=8, num_cores=2)
+    found = choose({"HOME": "home"}, cores, deterministic=deterministic)
+    assert found.variables == {XLA_FLAGS: "--xla_cpu_multi_thread_eigen=false"}
+    assert found.notices[0].startswith("Settings for 8 virtual devices on 2 cores: --xla_cpu_multi_thread_eigen=false ")
+    assert choose({}, cores, recommend=False) == Environment(variables={})
+    own = {XLA_FLAGS: "--xla_cpu_multi_thread_eigen=true"}
+    assert choose(own, cores).variables == {}
+
+
+@pytest.mark.parametrize(("num_devices", "num_cores"), [(1, 2), (2, 4), (1, 1), (4, 1)])
+def test_a_device_that_has_several_cores_or_all_there_is_works_on_them_as_xla_does(num_devices, num_cores):
+    assert find_cores(num_devices, num_cores) is None
 
 
 def test_determinism_is_set_with_and_without_the_recommended():

@@ -12,6 +12,7 @@ from realjax.profiling.collectives import KINDS, Group, list_groups
 from realjax.profiling.layers import Case, make_probes, measure_layers, split_uses
 from realjax.profiling.machine import fit_link, without_dispatch
 from realjax.profiling.profile import Profile, Settings
+from realjax.profiling.syncs import measure_syncs
 from tests.given.models import make_layout, make_model
 
 QUICK = Clock(repeats=2, least_seconds=0.001)
@@ -125,3 +126,27 @@ def test_programs_of_layers_run_again_and_again(tp):
     for _ in range(3):
         chunk = probes["decode"]()
         assert chunk.num_rounds == 32 and chunk.counts.tolist() == [32, 32] and chunk.is_running.all()
+
+
+class Counted(Clock):
+    """Runs each probe twice; seconds by what it computes on: a second on a device alone, and more on several."""
+
+    def measure(self, probes):
+        for probe in probes.values():
+            for _ in range(2):
+                jax.block_until_ready(probe())
+        return {key: 1.0 if key[1] is None else 3.0 + key[2] for key in probes}
+
+
+def test_what_devices_tell_each_other_is_what_a_step_on_several_takes_longer():
+    case = Case(layout=make_layout(), dtype="float32", rows=2, tokens=64)
+    groups = {"within_node": jax.devices()[:2], "between_nodes": jax.devices()[:4]}
+    points = measure_syncs(Counted(), make_model().config, case, groups, sharing=1.5)
+    found = {(p.span, p.num_devices, p.zero_stage): p.seconds for p in points}
+    assert found == {
+        ("within_node", 2, 0): 1.5,
+        ("within_node", 2, 2): 3.5,
+        ("between_nodes", 4, 0): 1.5,
+        ("between_nodes", 4, 2): 3.5,
+    }
+    assert len({p.num_params for p in points}) == 2

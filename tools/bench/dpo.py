@@ -53,7 +53,7 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> float:
 
 
 def run_realjax(args: argparse.Namespace) -> None:
-    """Takes the steps of `realjax dpo` on one device."""
+    """Takes the steps of `realjax dpo`."""
     given.run_realjax("dpo", options(args))
 
 

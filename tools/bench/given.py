@@ -14,7 +14,6 @@ from realjax.allocation.allocate import allocate
 from realjax.apps.quickstart import EXPERIMENTS
 from realjax.core.axes import inference_rules, tree_shardings
 from realjax.core.layout import Layout, ParallelStrategy
-from realjax.core.malloc import keep_freed_memory
 from realjax.data.loader import Loader
 from realjax.hf.families import config_to_hf
 from realjax.hf.save import save_hf
@@ -24,6 +23,7 @@ from realjax.options.checks import resolve_names, validate
 from realjax.options.parsing import parse_overrides
 from realjax.runtime.executor import Executor
 from realjax.runtime.roles import build_roles, load_role
+from tools.bench.devices import start_devices
 from tools.bench.rounds import NUM_WARM, Turns
 
 MODEL = ModelConfig(
@@ -83,8 +83,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def common_options(args: argparse.Namespace, roles: dict[str, str], trained: tuple[str, ...]) -> dict[str, Any]:
-    """Returns what all commands say: one device, `roles` by the model each reads, a constant learning rate."""
-    values = {"fileroot": args.inputs / "runs", "mode": "local", "allocation_mode": "manual", "n_gpus_per_node": 1}
+    """Returns what all commands say: devices, `roles` by the model each reads, a constant learning rate."""
+    values = {"fileroot": args.inputs / "runs", "mode": "local", "n_gpus_per_node": args.devices}
+    values |= {"allocation_mode": args.plan} if args.plan else {}
     values |= {f"{role}.path": args.inputs / name for role, name in roles.items()}
     schedule = {"lr": LR, "lr_scheduler_type": "constant", "warmup_steps_proportion": 0.0}
     for role in trained:
@@ -115,10 +116,9 @@ def trl_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_realjax(experiment: str, values: dict[str, Any]) -> None:
-    """Takes the steps of `realjax <experiment>` with these options, on one device."""
+    """Takes the steps of `realjax <experiment>` with these options."""
     turns = Turns()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()  # as `realjax` does
+    start_devices(values["n_gpus_per_node"])
     loader, executor = make_executor(experiment, values)
     compiled = executor.compile_log
     num_warm = 0
@@ -143,7 +143,7 @@ def make_executor(experiment: str, values: dict[str, Any]) -> tuple[Loader, Exec
     config = resolve_names(parse_overrides(entry.config_cls, words), experiment)
     validate(config)
     spec = entry.build(config)
-    plan = allocate(spec, jax.devices()[:1])
+    plan = allocate(spec, jax.devices()[: values["n_gpus_per_node"]])
     roles = build_roles(spec, plan)
     states = {name: load_role(role, spec.seed) for name, role in roles.items()}
     return plan.loader, Executor(spec, plan, roles, states)

@@ -47,7 +47,7 @@ def count_letters(prompts: Sequence[str], answers: Sequence[str], rows: Sequence
 
 
 def run_realjax(args: argparse.Namespace) -> None:
-    """Takes the steps of `realjax grpo` on one device."""
+    """Takes the steps of `realjax grpo`."""
     given.run_realjax("grpo", options(args))
 
 

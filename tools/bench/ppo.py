@@ -49,7 +49,7 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> float:
 
 
 def run_realjax(args: argparse.Namespace) -> None:
-    """Takes the steps of `realjax ppo` on one device."""
+    """Takes the steps of `realjax ppo`."""
     given.run_realjax("ppo", options(args))
 
 

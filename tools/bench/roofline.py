@@ -67,7 +67,7 @@ def write_inputs(experiment: str, folder: Path) -> dict[str, Any]:
     draw = lambda n: given.draw_text(rng, n)
     given.write_rows(folder, [{"prompt": draw(PROMPT_LEN), "answer": " " + draw(n)} for n in lengths])
     return {
-        **given.common_options(argparse.Namespace(inputs=folder), {"model": given.ACTOR}, trained=("model",)),
+        **given.common_options(argparse.Namespace(inputs=folder, devices=1, plan=None), {"model": given.ACTOR}, trained=("model",)),
         "dataset.train_path": folder / given.ROWS,
         "dataset.max_seqlen": PROMPT_LEN + ANSWER_LENS[1] + 1,
         "dataset.train_bs_n_seqs": NUM_SEQUENCES,

@@ -1,7 +1,7 @@
 """SFT steps of realjax against a plain PyTorch + transformers loop, alternating, on the same model, data and optimizer.
 
     python -m tools.bench.sft                       # 10M and 135M parameters, float32, all cores
-    python -m tools.bench.sft --sizes 10m --rounds 5
+    python -m tools.bench.sft --sizes 10m --rounds 5 --devices 2     # as many virtual devices on a CPU
     python -m tools.bench.sft --sizes 1b --dtype bfloat16 --row-len 4096 --rows 8 --no-torch     # on a GPU
 
 Two PyTorch loops: `padded` (one row per sequence, padded to the longest) and `packed` (all sequences of a batch in
@@ -28,7 +28,6 @@ from realjax.algorithms.sft import SFT_LOSS
 from realjax.core.axes import train_rules
 from realjax.core.compute import Compute
 from realjax.core.layout import Layout, ParallelStrategy
-from realjax.core.malloc import keep_freed_memory
 from realjax.core.optimizer_config import OptimizerConfig
 from realjax.core.trees import num_params
 from realjax.data.loader import plan_shapes
@@ -39,6 +38,7 @@ from realjax.engine.state import init_train_state, train_state_shardings
 from realjax.engine.train import TrainOptions, make_train_step
 from realjax.models.build import build_model, init_params
 from realjax.models.config import ModelConfig
+from tools.bench.devices import start_devices
 from tools.bench.workers import start_workers
 
 SHAPES = {  # hidden, layers, query heads, kv heads, head size, ffn, vocabulary, tied
@@ -80,6 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="fill so many rows of --row-len instead of --batch sequences")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--devices", type=int, default=1, help="devices that share the batch, without PyTorch's part")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--steps", type=int, default=4, help="steps of each loop in a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -121,8 +122,7 @@ def serve(args: argparse.Namespace) -> None:
     config = model_config(args.sizes[0])
     examples = draw_sequences(args, config.vocab_size)
     if args.worker == OURS:
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()  # as `realjax sft` does
+        start_devices(args.devices)
         run, parameters, note = realjax_loop(config, examples, args)
     else:
         run, parameters, note = torch_loop(args.worker, args.sizes[0], examples, args.dtype), 0, ""
@@ -173,9 +173,10 @@ def realjax_loop(
     config: ModelConfig, examples: list, args: argparse.Namespace
 ) -> tuple[Callable[[int], None], int, str]:
     """Returns `run(steps)` of realjax, the number of parameters, and a note on the packing."""
-    model, layout = build_model(config), Layout.of(ParallelStrategy())
+    strategy = ParallelStrategy(dp=args.devices)
+    model, layout = build_model(config), Layout.of(strategy)
     lengths = [len(e["tokens"]) for e in examples]
-    row_len = args.row_len or plan_shapes([np.array(lengths)], row_multiple=1).row_len
+    row_len = args.row_len or plan_shapes([np.array(lengths)], row_multiple=args.devices).row_len
     batch = pack(examples, pack_rows(lengths, row_len))
     optimizer = Optimizer(
         config=OptimizerConfig(lr=LR, lr_scheduler_type="constant", warmup_steps_proportion=0.0), total_updates=1000

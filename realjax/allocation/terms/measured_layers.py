@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.measured import HeadPoint, LayerPoint, LayerUse
+from realjax.allocation.measured import HeadPoint, LayerPoint, LayerUse, Span
 from realjax.allocation.terms.collectives import Group, collective_seconds
 from realjax.allocation.terms.rates import Layer, LayerSplit, Rates, find_rates
 from realjax.allocation.workload import ModelShape
@@ -65,6 +65,19 @@ class MeasuredLayers:
         """Returns seconds of an update of so many parameters of a device; None where none was measured."""
         return predict_line(self._updates, num_params) if self._updates else None
 
+    def sync(self, num_params: float, zero_stage: int, group: Group) -> float | None:
+        """Returns seconds of gradients' sum over a group, see `SyncPoint`; None where no such group was measured.
+
+        Of another number of devices it is scaled as a ring is. The third stage's is not measured.
+        """
+        span, is_sharded = "between_nodes" if group.num_nodes > 1 else "within_node", zero_stage > 0
+        own = self._syncs.get((span, is_sharded))
+        if own is None or zero_stage == 3:
+            return None
+        num_devices, points = own
+        ring = (1 - 1 / group.size) / (1 - 1 / num_devices)
+        return ring * max(predict_line(points, num_params), 0.0)
+
     @cached_property
     def _points(self) -> Mapping[tuple[LayerUse, int], Mapping[tuple[int, int], Sequence["Point"]]]:
         found: dict = defaultdict(lambda: defaultdict(list))
@@ -87,6 +100,15 @@ class MeasuredLayers:
     @cached_property
     def _updates(self) -> Sequence["Point"]:
         return [Point(p.num_params, p.num_params, 1.0, p.seconds) for p in self.cluster.measured.updates]
+
+    @cached_property
+    def _syncs(self) -> Mapping[tuple[Span, bool], tuple[int, Sequence["Point"]]]:
+        found: dict = {}
+        for p in self.cluster.measured.syncs:
+            if p.dtype == self.dtype and p.seconds > 0:
+                _, points = found.setdefault((p.span, p.zero_stage > 0), (p.num_devices, []))
+                points.append(Point(p.num_params, p.num_params, 1.0, p.seconds))
+        return found
 
     def _without_start(self, point: HeadPoint) -> float:
         """A decode program runs many rounds; the way back's start fell away with the way there."""

@@ -283,8 +283,18 @@ def _gradient_seconds(passes: Passes) -> float:
     zero_stage, num_kernels = passes.choice.strategy.zero_stage, count_kernels(passes.work.model)
     if zero_stage == 3:
         return 0.0
+    if (measured := _measured_sync(passes)) is not None:
+        return measured
     gathers = 1 if zero_stage else 0
     return sum(_exchange(passes, *part, num_kernels, gathers=gathers, sums=1) for part in _stage_params(passes))
+
+
+def _measured_sync(passes: Passes) -> float | None:
+    """Returns what steps on several devices were measured to take longer; None where none were."""
+    parts, choice = _stage_params(passes), passes.choice
+    if passes.groups.data.size == 1 or len(parts) > 1:
+        return None
+    return passes.measured.sync(parts[0][0], choice.strategy.zero_stage, passes.groups.data)
 
 
 def _head_messages(passes: Passes) -> float:
@@ -300,7 +310,9 @@ def _optimizer_seconds(passes: Passes) -> float:
     micro-batch adds its gradients (12)."""
     zero_stage, parts, width = passes.choice.strategy.zero_stage, _stage_params(passes), passes.rates.weight_bytes
     size = sum(size for size, _ in parts)
-    own = sum(size / group.size for size, group in parts) if zero_stage else size
+    # What a part's update is quicker is in a measured step.
+    is_whole = not zero_stage or _measured_sync(passes) is not None
+    own = size if is_whole else sum(size / group.size for size, group in parts)
     summed = own if zero_stage == 3 else size
     copied = width * size if width < MASTER_BYTES else 0.0
     added = passes.rates.passes(12 * summed * (passes.num_batches - 1) + copied)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from realjax.allocation.cluster import Link
+from realjax.allocation.cluster import Cluster, Link
 from realjax.allocation.cost import call_cost
+from realjax.allocation.measured import Measured, SyncPoint
 from tests.given.llama_calls import H100S, LLAMA, choose, make_work
 
 
@@ -71,3 +72,32 @@ def test_a_tied_table_and_a_scalar_head_are_no_matrix_of_their_own():
         for changes in ({}, {"is_tied": True}, {"is_critic": True})
     )
     assert plain == pytest.approx(9 * 3) and tied == critic == pytest.approx(8 * 3)
+
+
+def measured_at(num_params: float, seconds: float) -> Cluster:
+    """A cluster of CPUs whose steps of two sizes were measured on four devices with ZeRO 2, on a line through 0."""
+    points = tuple(
+        SyncPoint(
+            dtype="bfloat16",
+            span="within_node",
+            num_devices=4,
+            zero_stage=2,
+            num_params=round(num_params * times),
+            seconds=seconds * times,
+        )
+        for times in (0.5, 2.0)
+    )
+    return replace(ON_CPU, measured=Measured(syncs=points))
+
+
+def test_steps_measured_on_several_devices_say_what_gradients_take():
+    """Scaled as a ring of eight instead of four is; the update is then that of all parameters."""
+    work = make_work("train")
+    cluster = measured_at(LLAMA.num_params, 6.0)
+    sharded, whole = (call_cost(work, choose(dp=8, zero_stage=stage), cluster).terms for stage in (2, 0))
+    assert sharded["dp"] == pytest.approx(6.0 * (1 - 1 / 8) / (1 - 1 / 4), rel=1e-3)
+    assert sharded["optimizer"] == pytest.approx(whole["optimizer"])
+    # Without ZeRO and in the third stage nothing was measured.
+    before = {stage: call_cost(work, choose(dp=8, zero_stage=stage), ON_CPU).terms for stage in (0, 3)}
+    assert whole["dp"] == before[0]["dp"]
+    assert call_cost(work, choose(dp=8, zero_stage=3), cluster).terms == before[3]
