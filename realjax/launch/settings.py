@@ -131,7 +131,8 @@ def _find(setting: Setting, given: Mapping[str, str]) -> str | None:
 
 
 def _describe(accelerator: Accelerator, wanted: list[Setting], own: Mapping[Setting, str]) -> list[str]:
-    if not wanted:
+    # Virtual devices stand in for others: what they are told is no news to who runs on them.
+    if not wanted or accelerator.architecture == CORES:
         return []
     # Found with the wanted value: an earlier run of this process set it, or it makes no difference.
     in_force = [str(one) for one in wanted if own.get(one, one.value) == one.value]

@@ -96,11 +96,10 @@ def test_without_an_accelerator_nothing_is_set_or_said(recommend, deterministic)
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_virtual_devices_that_have_a_core_each_keep_to_it(deterministic):
-    """Nothing that is for GPUs is said to them."""
+    """Nothing that is for GPUs is said to them, and no line is printed."""
     cores = find_cores(num_devices=8, num_cores=2)
     found = choose({"HOME": "home"}, cores, deterministic=deterministic)
-    assert found.variables == {XLA_FLAGS: "--xla_cpu_multi_thread_eigen=false"}
-    assert found.notices[0].startswith("Settings for 8 virtual devices on 2 cores: --xla_cpu_multi_thread_eigen=false ")
+    assert found == Environment(variables={XLA_FLAGS: "--xla_cpu_multi_thread_eigen=false"})
     assert choose({}, cores, recommend=False) == Environment(variables={})
     own = {XLA_FLAGS: "--xla_cpu_multi_thread_eigen=true"}
     assert choose(own, cores).variables == {}
