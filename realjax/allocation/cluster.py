@@ -12,7 +12,9 @@ from realjax.allocation.measured import (
     HeadPoint,
     LayerPoint,
     Measured,
+    MovePoint,
     ProductPoint,
+    RoundPoint,
     SyncPoint,
     UpdatePoint,
 )
@@ -26,6 +28,8 @@ TABLES = {
     "heads": HeadPoint,
     "updates": UpdatePoint,
     "syncs": SyncPoint,
+    "rounds": RoundPoint,
+    "moves": MovePoint,
 }
 
 

@@ -97,6 +97,24 @@ class SyncPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundPoint:
+    """By how much longer a round of decoding takes on devices that have rows of their own than on one of them alone."""
+
+    span: Span  # the farthest link between the devices
+    num_devices: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovePoint:
+    """A model's parameters brought from one device to others, of which the busiest receives so many bytes."""
+
+    span: Span  # the farthest link between the devices
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """All tables; an empty one is replaced by the data sheet's rates."""
 
@@ -106,3 +124,5 @@ class Measured:
     heads: tuple[HeadPoint, ...] = ()
     updates: tuple[UpdatePoint, ...] = ()
     syncs: tuple[SyncPoint, ...] = ()
+    rounds: tuple[RoundPoint, ...] = ()
+    moves: tuple[MovePoint, ...] = ()

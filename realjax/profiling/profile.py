@@ -14,7 +14,9 @@ from realjax.allocation.measured import (
     HeadPoint,
     LayerPoint,
     Measured,
+    MovePoint,
     ProductPoint,
+    RoundPoint,
     Span,
     SyncPoint,
     UpdatePoint,
@@ -36,7 +38,7 @@ from realjax.profiling.machine import (
     read_host_bytes,
     read_memory_bytes,
 )
-from realjax.profiling.syncs import measure_syncs
+from realjax.profiling.syncs import measure_moves, measure_rounds, measure_syncs
 
 logger = logging.getLogger("realjax.profile")
 TellFn = Callable[[str, int, int], None]  # fn(what is measured, stages done, stages in all)
@@ -110,6 +112,8 @@ class Profile:
         self.heads: list[HeadPoint] = []
         self.updates: list[UpdatePoint] = []
         self.syncs: list[SyncPoint] = []
+        self.rounds: list[RoundPoint] = []
+        self.moves: list[MovePoint] = []
 
     def run(self, tell_fn: TellFn) -> Cluster:
         """Returns the cluster as it was measured; `tell_fn` is told before each stage."""
@@ -129,14 +133,22 @@ class Profile:
             where = group.span.replace("_", " ")
             yield f"collectives of {group.size} devices {where}", partial(self._measure_group, group)
         for path, config in self.settings.models.items():
-            if self._shares_cores and "train" in self.settings.programs:
-                yield f"gradients of {path} over devices", partial(self._measure_syncs, config)
+            if self._shares_cores:
+                yield from self._stages_between(path, config)
             for layout in self._layouts(config):
                 yield f"updates of {path}, {layout.strategy}", partial(self._measure_update, config, layout)
                 for rows in self.settings.rows:
                     for tokens in self.settings.tokens:
                         what = f"layers of {path}, {layout.strategy}, {rows} rows of {tokens} tokens"
                         yield what, partial(self._measure_layers, config, layout, rows, tokens)
+
+    def _stages_between(self, path: str, config: ModelConfig) -> Iterator[tuple[str, Callable[[], None]]]:
+        yield f"parameters of {path} between devices", partial(self._measure_moves, config)
+        if "train" in self.settings.programs:
+            yield f"gradients of {path} over devices", partial(self._measure_syncs, config)
+        # What a round tells is the same few bytes of each model.
+        if "decode" in self.settings.programs and path == next(iter(self.settings.models)):
+            yield f"rounds of {path} over devices", partial(self._measure_rounds, config)
 
     def _layouts(self, config: ModelConfig) -> Iterator[Layout]:
         for tp in self.settings.tensor_sizes:
@@ -180,11 +192,22 @@ class Profile:
         """Whether what devices tell each other takes turns with what they compute: on accelerators it does not."""
         return self.local[0].platform == "cpu" and len(self.devices) > 1
 
-    def _measure_syncs(self, config: ModelConfig) -> None:
+    @property
+    def _least_case(self) -> Case:
+        """A case of one device with few tokens: what is computed is taken off, and with it how that scatters."""
         settings, layout = self.settings, Layout.of(ParallelStrategy(), self.local[:1])
-        # Few tokens: what is computed beside is taken off, and with it what that scatters.
-        case = Case(layout=layout, dtype=settings.dtypes[0], rows=min(settings.rows), tokens=min(settings.tokens))
-        self.syncs += measure_syncs(self.clock, config, case, self._find_groups(), self.sharing.get(1, 1.0))
+        return Case(layout=layout, dtype=settings.dtypes[0], rows=min(settings.rows), tokens=min(settings.tokens))
+
+    def _measure_syncs(self, config: ModelConfig) -> None:
+        groups, sharing = self._find_groups(), self.sharing.get(1, 1.0)
+        self.syncs += measure_syncs(self.clock, config, self._least_case, groups, sharing)
+
+    def _measure_rounds(self, config: ModelConfig) -> None:
+        groups, sharing = self._find_groups(), self.sharing.get(1, 1.0)
+        self.rounds += measure_rounds(self.clock, config, self._least_case, groups, sharing)
+
+    def _measure_moves(self, config: ModelConfig) -> None:
+        self.moves += measure_moves(self.clock, config, self.settings.dtypes[0], self._find_groups())
 
     def _find_groups(self) -> dict[Span, Sequence[jax.Device]]:
         """Returns the devices of this process's node, and those of all nodes."""
@@ -235,6 +258,8 @@ class Profile:
                 heads=tuple(self.heads),
                 updates=tuple(self.updates),
                 syncs=tuple(self.syncs),
+                rounds=tuple(self.rounds),
+                moves=tuple(self.moves),
             ),
             source=f"measured by realjax profile on {len(self.devices)} x {device.device_kind}, "
             f"{jax.process_count()} process(es), {os.cpu_count()} processor cores a machine",

@@ -12,7 +12,7 @@ from realjax.profiling.collectives import KINDS, Group, list_groups
 from realjax.profiling.layers import Case, make_probes, measure_layers, split_uses
 from realjax.profiling.machine import fit_link, without_dispatch
 from realjax.profiling.profile import Profile, Settings
-from realjax.profiling.syncs import measure_syncs
+from realjax.profiling.syncs import measure_moves, measure_rounds, measure_syncs
 from tests.given.models import make_layout, make_model
 
 QUICK = Clock(repeats=2, least_seconds=0.001)
@@ -126,6 +126,31 @@ def test_programs_of_layers_run_again_and_again(tp):
     for _ in range(3):
         chunk = probes["decode"]()
         assert chunk.num_rounds == 32 and chunk.counts.tolist() == [32, 32] and chunk.is_running.all()
+
+
+def test_a_move_is_of_all_parameters_in_their_dtype():
+    class Running(Clock):
+        def measure(self, probes):
+            return {key: float(sum(x.nbytes for x in jax.tree.leaves(probe()))) for key, probe in probes.items()}
+
+    groups = {"within_node": jax.devices()[:2], "between_nodes": jax.devices()[:4]}
+    points = measure_moves(Running(), make_model().config, "bfloat16", groups)
+    assert [point.span for point in points] == [*groups, *groups]
+    # The whole array's bytes, which each device has.
+    assert all(point.seconds == point.num_bytes for point in points)
+
+
+def test_a_round_on_several_devices_is_a_chunk_less_that_of_one():
+    class Running(Clock):
+        def measure(self, probes):
+            for probe in probes.values():
+                jax.block_until_ready(probe())
+            return {span: {None: 32.0, "within_node": 96.0, "between_nodes": 40.0}[span] for span in probes}
+
+    case = Case(layout=make_layout(), dtype="float32", rows=2, tokens=64)
+    groups = {"within_node": jax.devices()[:2], "between_nodes": jax.devices()[:4]}
+    points = measure_rounds(Running(), make_model().config, case, groups, sharing=1.5)
+    assert {(p.span, p.num_devices, p.seconds) for p in points} == {("within_node", 2, 1.5), ("between_nodes", 4, 0.0)}
 
 
 class Counted(Clock):

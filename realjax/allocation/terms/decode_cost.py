@@ -6,7 +6,7 @@ from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.memory import SHORTEST_CACHE
 from realjax.allocation.shapes import count_slots
-from realjax.allocation.terms.collectives import collective_seconds, find_groups
+from realjax.allocation.terms.collectives import Group, collective_seconds, find_groups
 from realjax.allocation.terms.measured_layers import find_measured
 from realjax.allocation.terms.messages import DRAWN, LOOP_SUMS, READS, small_seconds
 from realjax.allocation.terms.pass_cost import exchange_seconds
@@ -72,9 +72,19 @@ def generate_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str
 def _message_seconds(choice: Choice, cluster: Cluster, rounds: float, num_programs: float) -> float:
     """Returns seconds of the few bytes that rounds exchange and the host reads, see `terms.messages`."""
     groups = find_groups(choice, cluster.devices_per_node)
-    sums = small_seconds(LOOP_SUMS * rounds, groups.data, cluster)
+    sums = rounds * _sum_seconds(groups.data, cluster)
     reads = small_seconds(READS * num_programs, groups.data, cluster, "all_gather")
     return sums + reads + small_seconds(DRAWN * choice.strategy.pp * rounds, groups.vocab, cluster, "all_gather")
+
+
+def _sum_seconds(group: Group, cluster: Cluster) -> float:
+    """Returns how much longer a round takes where several devices have rows: as measured, of other numbers of devices
+    as a ring takes, else its sum of a few bytes."""
+    span = "between_nodes" if group.num_nodes > 1 else "within_node"
+    measured = next((point for point in cluster.measured.rounds if point.span == span), None)
+    if measured is None or group.size == 1:
+        return small_seconds(LOOP_SUMS, group, cluster)
+    return measured.seconds * (1 - 1 / group.size) / (1 - 1 / measured.num_devices)
 
 
 def count_last_rounds(num_sequences: int, num_slots: int, choice: Choice, answers: Lengths) -> float:

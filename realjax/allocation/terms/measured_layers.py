@@ -78,6 +78,10 @@ class MeasuredLayers:
         ring = (1 - 1 / group.size) / (1 - 1 / num_devices)
         return ring * max(predict_line(points, num_params), 0.0)
 
+    def move(self, num_bytes: float, span: Span) -> float:
+        """Returns seconds in which a device receives so many bytes of parameters, by moves measured over the span."""
+        return max(predict_line(self._moves[span], num_bytes), 0.0)
+
     @cached_property
     def _points(self) -> Mapping[tuple[LayerUse, int], Mapping[tuple[int, int], Sequence["Point"]]]:
         found: dict = defaultdict(lambda: defaultdict(list))
@@ -108,6 +112,13 @@ class MeasuredLayers:
             if p.dtype == self.dtype and p.seconds > 0:
                 _, points = found.setdefault((p.span, p.zero_stage > 0), (p.num_devices, []))
                 points.append(Point(p.num_params, p.num_params, 1.0, p.seconds))
+        return found
+
+    @cached_property
+    def _moves(self) -> Mapping[Span, Sequence["Point"]]:
+        found: dict = defaultdict(list)
+        for p in self.cluster.measured.moves:
+            found[p.span].append(Point(p.num_bytes, p.num_bytes, 1.0, p.seconds))
         return found
 
     def _without_start(self, point: HeadPoint) -> float:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from realjax.allocation.choice import Choice
-from realjax.allocation.cluster import Cluster
+from realjax.allocation.cluster import Cluster, Link
+from realjax.allocation.measured import Span
+from realjax.allocation.terms.measured_layers import find_measured
 from realjax.allocation.terms.messages import count_kernels
 from realjax.allocation.terms.rates import BYTES
 from realjax.allocation.workload import RoleWork
@@ -28,13 +30,17 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
     within, between, moved = _traffic_of_all(role, source, destination, cluster)
     if not moved:
         return terms
-    share = cluster.factor("links")
-    if within:
-        link = cluster.within_node
-        terms["within_node"] = num_messages * link.latency + within * size * width / (share * link.bandwidth)
-    if between:
-        link = cluster.between_nodes
-        terms["between_nodes"] = num_messages * link.latency + between * size * width / (share * link.bandwidth)
+    spans: dict[Span, tuple[float, Link]] = {
+        "within_node": (within, cluster.within_node),
+        "between_nodes": (between, cluster.between_nodes),
+    }
+    for span, (traffic, link) in spans.items():
+        if not traffic:
+            continue
+        num_bytes = traffic * size * width
+        terms[span] = num_messages * link.latency + num_bytes / (cluster.factor("links") * link.bandwidth)
+        if any(point.span == span for point in cluster.measured.moves):
+            terms[span] = find_measured(cluster, role.dtype).move(num_bytes, span)
     return terms | {"dispatch": 3 * cluster.dispatch_seconds}
 
 

@@ -1,12 +1,14 @@
 """What moves between two layouts."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import find_cluster
-from realjax.allocation.terms.move_cost import moved_bytes
+from realjax.allocation.measured import Measured, MovePoint
+from realjax.allocation.terms.move_cost import move_terms, moved_bytes
 from realjax.allocation.workload import ModelShape, RoleWork
 from realjax.core.layout import ParallelStrategy
 from tests.given.models import make_model
@@ -46,3 +48,16 @@ def hold_cells(choice: Choice) -> dict[int, set]:
         sizes = (strategy.pp, strategy.tp, shards)
         cells[device] = set(itertools.product(*(range(p * 8 // n, (p + 1) * 8 // n) for p, n in zip(places, sizes))))
     return cells
+
+
+def test_measured_moves_count_instead_of_the_link():
+    """By the bytes of the busiest device: of two that share the parameters each lacks a half."""
+    h100s, size = find_cluster("h100"), 2 * ROLE.model.num_params
+    points = tuple(MovePoint(span="within_node", num_bytes=round(size * n), seconds=3.0 * n) for n in (0.5, 2.0))
+    measured = replace(h100s, name="measured", measured=Measured(moves=points))
+    sharded, whole = (Choice(strategy=ParallelStrategy(dp=2, zero_stage=stage), devices=(0, 1)) for stage in (3, 0))
+    terms = move_terms(ROLE, sharded, whole, measured)
+    assert terms["within_node"] == pytest.approx(1.5)
+    assert move_terms(ROLE, sharded, whole, h100s)["within_node"] < 1e-3
+    apart = Choice(strategy=ParallelStrategy(), devices=(h100s.devices_per_node,))
+    assert move_terms(ROLE, whole, apart, measured) == move_terms(ROLE, whole, apart, h100s)
