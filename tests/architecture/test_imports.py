@@ -31,7 +31,7 @@ ALLOWED: dict[str, frozenset[str]] = {
         {"core", "models", "engine", "hf", "reshard", "allocation", "dataflow", "data", "environments", "record"}
     ),
     # Measures what runs are made of: no run, no runtime.
-    "profiling": frozenset({"core", "models", "engine", "allocation.cluster", "allocation.measured"}),
+    "profiling": frozenset({"core", "models", "engine", "reshard", "allocation.cluster", "allocation.measured"}),
     # What is compiled is what the runtime would run.
     "aot": frozenset({"core", "models", "engine", "allocation", "dataflow", "data", "runtime"}),
     "apps": frozenset(
