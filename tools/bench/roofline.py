@@ -66,8 +66,9 @@ def write_inputs(experiment: str, folder: Path) -> dict[str, Any]:
     lengths = rng.integers(*ANSWER_LENS, given.NUM_BATCHES * NUM_SEQUENCES)
     draw = lambda n: given.draw_text(rng, n)
     given.write_rows(folder, [{"prompt": draw(PROMPT_LEN), "answer": " " + draw(n)} for n in lengths])
+    args = argparse.Namespace(inputs=folder, devices=1, plan=None)
     return {
-        **given.common_options(argparse.Namespace(inputs=folder, devices=1, plan=None), {"model": given.ACTOR}, trained=("model",)),
+        **given.common_options(args, {"model": given.ACTOR}, trained=("model",)),
         "dataset.train_path": folder / given.ROWS,
         "dataset.max_seqlen": PROMPT_LEN + ANSWER_LENS[1] + 1,
         "dataset.train_bs_n_seqs": NUM_SEQUENCES,
