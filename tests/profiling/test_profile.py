@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from realjax.allocation.cluster import Cluster
+from realjax.allocation.measured import Span
 from realjax.core.layout import Layout
 from realjax.profiling import clock as clock_module
 from realjax.profiling import collectives
@@ -128,14 +129,18 @@ def test_programs_of_layers_run_again_and_again(tp):
         assert chunk.num_rounds == 32 and chunk.counts.tolist() == [32, 32] and chunk.is_running.all()
 
 
+def list_spans() -> dict[Span, list[jax.Device]]:
+    """Two nodes of two devices each."""
+    return {"within_node": jax.devices()[:2], "between_nodes": jax.devices()[:4]}
+
+
 def test_a_move_is_of_all_parameters_in_their_dtype():
     class Running(Clock):
         def measure(self, probes):
             return {key: float(sum(x.nbytes for x in jax.tree.leaves(probe()))) for key, probe in probes.items()}
 
-    groups = {"within_node": jax.devices()[:2], "between_nodes": jax.devices()[:4]}
-    points = measure_moves(Running(), make_model().config, "bfloat16", groups)
-    assert [point.span for point in points] == [*groups, *groups]
+    points = measure_moves(Running(), make_model().config, "bfloat16", list_spans())
+    assert [point.span for point in points] == [*list_spans()] * 2
     # The whole array's bytes, which each device has.
     assert all(point.seconds == point.num_bytes for point in points)
 
@@ -148,8 +153,7 @@ def test_a_round_on_several_devices_is_a_chunk_less_that_of_one():
             return {span: {None: 32.0, "within_node": 96.0, "between_nodes": 40.0}[span] for span in probes}
 
     case = Case(layout=make_layout(), dtype="float32", rows=2, tokens=64)
-    groups = {"within_node": jax.devices()[:2], "between_nodes": jax.devices()[:4]}
-    points = measure_rounds(Running(), make_model().config, case, groups, sharing=1.5)
+    points = measure_rounds(Running(), make_model().config, case, list_spans(), sharing=1.5)
     assert {(p.span, p.num_devices, p.seconds) for p in points} == {("within_node", 2, 1.5), ("between_nodes", 4, 0.0)}
 
 
@@ -165,8 +169,7 @@ class Counted(Clock):
 
 def test_what_devices_tell_each_other_is_what_a_step_on_several_takes_longer():
     case = Case(layout=make_layout(), dtype="float32", rows=2, tokens=64)
-    groups = {"within_node": jax.devices()[:2], "between_nodes": jax.devices()[:4]}
-    points = measure_syncs(Counted(), make_model().config, case, groups, sharing=1.5)
+    points = measure_syncs(Counted(), make_model().config, case, list_spans(), sharing=1.5)
     found = {(p.span, p.num_devices, p.zero_stage): p.seconds for p in points}
     assert found == {
         ("within_node", 2, 0): 1.5,

@@ -27,9 +27,7 @@ WorkerFn = Callable[[argparse.Namespace], None]
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3, help="steps of each in a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--devices", type=int, default=1, help="of realjax, virtual ones on a CPU"
-    )
+    parser.add_argument("--devices", type=int, default=1, help="of realjax, virtual ones on a CPU")
     parser.add_argument("--plan", help="realjax's allocation_mode; default: data parallel")
     parser.add_argument("--worker", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
     parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
