@@ -28,7 +28,7 @@ from realjax.profiling.clock import Clock, Probe
 from realjax.profiling.layers import FEW, MORE, SMALL_VOCAB, Case, cut, make_batch, probe_decode, sum_loss
 from realjax.reshard.apply import reshard
 
-ZERO_STAGES = (0, 2)  # the first sends what the second does, and in the third layers hide it
+ZERO_STAGES = (0, 2)  # stage 1 sends what stage 2 does, and in stage 3 layers hide it
 
 
 def measure_syncs(

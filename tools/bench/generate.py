@@ -32,7 +32,6 @@ from realjax.core.axes import generate_rules, tree_shardings
 from realjax.core.compute import Compute
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout, ParallelStrategy
-from realjax.core.malloc import keep_freed_memory
 from realjax.core.trees import num_params
 from realjax.engine.batching import Request, generate
 from realjax.engine.sampling import Sampler
@@ -40,6 +39,7 @@ from realjax.engine.slots import SlotPrograms
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model, init_params
 from realjax.models.config import ModelConfig
+from tools.bench.devices import start_devices
 from tools.bench.sft import SHAPES, model_config
 
 SAMPLING = {"greedy": {"greedy": True}, "sampled": {"greedy": False, "top_k": 200, "top_p": 0.9, "temperature": 1.0}}
@@ -194,8 +194,7 @@ def serve(name: str, size: str, args: argparse.Namespace, pipe: Connection) -> N
 
 
 def make_realjax(size: str, args: argparse.Namespace) -> Run:
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()  # as `realjax gen` does
+    start_devices()
     layout = Layout.of(ParallelStrategy())
     model = build_model(load_config(args.checkpoint) if args.checkpoint else model_config(size))
     shardings = tree_shardings(model.axes, model.abstract, generate_rules(layout.strategy), layout)

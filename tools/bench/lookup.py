@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from transformers import AutoTokenizer
 
@@ -25,13 +24,13 @@ from realjax.core.axes import generate_rules, tree_shardings
 from realjax.core.compute import Compute
 from realjax.core.generation_config import GenerationConfig
 from realjax.core.layout import Layout, ParallelStrategy
-from realjax.core.malloc import keep_freed_memory
 from realjax.engine.batching import Batcher, Request
 from realjax.engine.sampling import Sampler
 from realjax.engine.slots import SlotPrograms
 from realjax.hf.generation import load_eos_ids
 from realjax.hf.load import load_config, load_params
 from realjax.models.build import build_model
+from tools.bench.devices import start_devices
 from tools.bench.generate import SAMPLING, measure
 
 NUM_PROMPTS = 8
@@ -41,8 +40,7 @@ FUNCTIONS = (*FUNCTIONS, inspect.getmodulename, inspect.cleandoc, inspect.getsou
 
 def main() -> None:
     args = parse_args()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()  # as `realjax gen` does
+    start_devices()
     layout, model = Layout.of(ParallelStrategy()), build_model(load_config(args.model))
     shardings = tree_shardings(model.axes, model.abstract, generate_rules(layout.strategy), layout)
     compute = Compute(dtype=args.dtype)

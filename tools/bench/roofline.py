@@ -23,11 +23,11 @@ import jax
 import numpy as np
 
 from realjax.aot.hlo import read
-from realjax.core.malloc import keep_freed_memory
 from realjax.engine.compiled import Compiled
 from realjax.engine.slot_arrays import CHUNK_LEN
 from realjax.runtime.executor import Executor
 from tools.bench import dpo, given, grpo, ppo
+from tools.bench.devices import start_devices
 from tools.bench.generate import stream_bandwidth
 from tools.bench.sft import matmul_rate
 
@@ -43,8 +43,7 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", default=["sft", *BENCHES], metavar="sft|dpo|grpo|ppo")
     parser.add_argument("--steps", type=int, default=7)
     args = parser.parse_args()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()  # as `realjax` does
+    start_devices()
     rate, bandwidth = matmul_rate("float32").clock, stream_bandwidth(0)
     print(f"matrix products {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s", flush=True)
     for experiment in args.experiments:

@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="fill so many rows of --row-len instead of --batch sequences")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--devices", type=int, default=1, help="devices that share the batch, without PyTorch's part")
+    parser.add_argument("--devices", type=int, default=1, help="of realjax, virtual ones on a CPU")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--steps", type=int, default=4, help="steps of each loop in a round")
     parser.add_argument("--rounds", type=int, default=5)

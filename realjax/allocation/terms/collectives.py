@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.measured import Collective, CollectivePoint
+from realjax.allocation.measured import Collective, CollectivePoint, Span
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,15 @@ class Group:
     def per_node(self) -> float:
         """Devices of the group on one of its nodes."""
         return self.size / self.num_nodes
+
+    @property
+    def span(self) -> Span:
+        """The farthest link that the group crosses."""
+        return "between_nodes" if self.num_nodes > 1 else "within_node"
+
+    def times_ring(self, num_devices: int) -> float:
+        """Returns how many times as long a ring of this group takes as one of so many devices: by (n-1)/n."""
+        return (1 - 1 / self.size) / (1 - 1 / num_devices)
 
 
 @dataclass(frozen=True)
@@ -101,12 +110,11 @@ def _measured(kind: Collective, num_bytes: float, group: Group, cluster: Cluster
 
     Other numbers of devices are scaled as a ring is, by (n-1)/n. None where the table has no such collective.
     """
-    span = "between_nodes" if group.num_nodes > 1 else "within_node"
-    points = [point for point in cluster.measured.collectives if (point.kind, point.span) == (kind, span)]
+    points = [point for point in cluster.measured.collectives if (point.kind, point.span) == (kind, group.span)]
     if not points:
         return None
     nearest = min({point.num_devices for point in points}, key=lambda n: abs(n - group.size))
-    ring = 1.0 if kind == "permute" else (1 - 1 / group.size) / (1 - 1 / nearest)
+    ring = 1.0 if kind == "permute" else group.times_ring(nearest)
     return ring * _between([point for point in points if point.num_devices == nearest], num_bytes)
 
 

@@ -80,11 +80,10 @@ def _message_seconds(choice: Choice, cluster: Cluster, rounds: float, num_progra
 def _sum_seconds(group: Group, cluster: Cluster) -> float:
     """Returns how much longer a round takes where several devices have rows: as measured, of other numbers of devices
     as a ring takes, else its sum of a few bytes."""
-    span = "between_nodes" if group.num_nodes > 1 else "within_node"
-    measured = next((point for point in cluster.measured.rounds if point.span == span), None)
+    measured = next((point for point in cluster.measured.rounds if point.span == group.span), None)
     if measured is None or group.size == 1:
         return small_seconds(LOOP_SUMS, group, cluster)
-    return measured.seconds * (1 - 1 / group.size) / (1 - 1 / measured.num_devices)
+    return measured.seconds * group.times_ring(measured.num_devices)
 
 
 def count_last_rounds(num_sequences: int, num_slots: int, choice: Choice, answers: Lengths) -> float:

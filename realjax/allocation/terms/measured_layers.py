@@ -70,13 +70,11 @@ class MeasuredLayers:
 
         Of another number of devices it is scaled as a ring is. The third stage's is not measured.
         """
-        span, is_sharded = "between_nodes" if group.num_nodes > 1 else "within_node", zero_stage > 0
-        own = self._syncs.get((span, is_sharded))
+        own = self._syncs.get((group.span, zero_stage > 0))
         if own is None or zero_stage == 3:
             return None
         num_devices, points = own
-        ring = (1 - 1 / group.size) / (1 - 1 / num_devices)
-        return ring * max(predict_line(points, num_params), 0.0)
+        return group.times_ring(num_devices) * max(predict_line(points, num_params), 0.0)
 
     def move(self, num_bytes: float, span: Span) -> float:
         """Returns seconds in which a device receives so many bytes of parameters, by moves measured over the span."""

@@ -38,9 +38,10 @@ def move_terms(role: RoleWork, source: Choice, destination: Choice, cluster: Clu
         if not traffic:
             continue
         num_bytes = traffic * size * width
-        terms[span] = num_messages * link.latency + num_bytes / (cluster.factor("links") * link.bandwidth)
         if any(point.span == span for point in cluster.measured.moves):
             terms[span] = find_measured(cluster, role.dtype).move(num_bytes, span)
+        else:
+            terms[span] = num_messages * link.latency + num_bytes / (cluster.factor("links") * link.bandwidth)
     return terms | {"dispatch": 3 * cluster.dispatch_seconds}
 
 

@@ -131,7 +131,10 @@ def train_terms(work: CallWork, choice: Choice, cluster: Cluster) -> dict[str, f
     terms |= _tensor_terms(passes, gathers=4 + 2 * again, scatters=4 + again, reduces=4 + again, factor=factor)
     terms |= _pipe_terms(passes, is_train=True) | _context_terms(passes, both, times=3 + again)
     terms |= _expert_terms(passes, times=2 + again) | _shard_terms(passes, both, gathers=2, scatters=1)
-    terms |= {"dp": _gradient_seconds(passes), "optimizer": _optimizer_seconds(passes)}
+    synced = _measured_sync(passes)
+    terms["dp"] = _gradient_seconds(passes) if synced is None else synced
+    # By how much a part's update is quicker is in a measured step.
+    terms["optimizer"] = _optimizer_seconds(passes, is_whole=synced is not None)
     terms["messages"] = _head_messages(passes) + small_seconds(NORM_SUMS, passes.groups.vocab, cluster)
     return _finish(passes, terms, num_calls=work.num_updates)
 
@@ -283,8 +286,6 @@ def _gradient_seconds(passes: Passes) -> float:
     zero_stage, num_kernels = passes.choice.strategy.zero_stage, count_kernels(passes.work.model)
     if zero_stage == 3:
         return 0.0
-    if (measured := _measured_sync(passes)) is not None:
-        return measured
     gathers = 1 if zero_stage else 0
     return sum(_exchange(passes, *part, num_kernels, gathers=gathers, sums=1) for part in _stage_params(passes))
 
@@ -304,15 +305,13 @@ def _head_messages(passes: Passes) -> float:
     return small_seconds(HEAD_SUMS * passes.num_batches, passes.groups.vocab, passes.cluster)
 
 
-def _optimizer_seconds(passes: Passes) -> float:
+def _optimizer_seconds(passes: Passes, *, is_whole: bool) -> float:
     """Returns an update's passes over memory: Adam reads and writes masters, two moments and gradients (32 bytes), the
     norm reads gradients (4), a compute copy is written unless it is in the masters' own dtype (2); every further
-    micro-batch adds its gradients (12)."""
+    micro-batch adds its gradients (12). `is_whole` is as if ZeRO split nothing."""
     zero_stage, parts, width = passes.choice.strategy.zero_stage, _stage_params(passes), passes.rates.weight_bytes
     size = sum(size for size, _ in parts)
-    # What a part's update is quicker is in a measured step.
-    is_whole = not zero_stage or _measured_sync(passes) is not None
-    own = size if is_whole else sum(size / group.size for size, group in parts)
+    own = sum(size / group.size for size, group in parts) if zero_stage and not is_whole else size
     summed = own if zero_stage == 3 else size
     copied = width * size if width < MASTER_BYTES else 0.0
     added = passes.rates.passes(12 * summed * (passes.num_batches - 1) + copied)
