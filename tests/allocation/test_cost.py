@@ -142,6 +142,13 @@ def test_the_room_that_a_round_reads():
     assert mean_context(work, is_paged=True) == pytest.approx(128 + 192)
 
 
+def test_short_answers_are_given_more_room_than_they_fill():
+    """Of 32 tokens after 32, each round reads the 128 that the shortest cache has."""
+    short = replace(make_work("generate"), prompts=Lengths.all(32), answers=Lengths.all(32), most_new_tokens=32)
+    assert mean_context(short, is_paged=False) == 128
+    assert mean_context(short, is_paged=True) == pytest.approx(32 + 16)
+
+
 def test_decoding_reads_weights_and_caches():
     """With free products, a round takes what its bytes take: all weights of layers, and the rooms of all rows."""
     memory = replace(PRODUCTS, name="memory", matmul_flops={"bfloat16": 1e30}, memory_bandwidth=1.0)

@@ -6,10 +6,11 @@
 With --profile it first measures the two devices into `cluster.json` of the output directory. Each plan is then a run of
 ten steps; predicted seconds of a step are printed beside the median and the least of those measured, and for each
 experiment where the plans that the search and the rule pick stand among all. On a virtual machine whose cores are moved
-between real ones the least says more: of equal steps some take half as long again. With --again nothing is run: steps
-that were measured before are predicted anew, by the cost model of now. A model's directory needs its config.json and a
-tokenizer; without any, two small Llamas are written. The cores must be quiet; programs come from a cache in the output
-directory, so that a second time takes little more than the steps.
+between real ones the least says more: of equal steps some take half as long again. Beside that stands what is predicted
+by the factors that the run of the first plan of its model and experiment left, as `planner.update_cluster` keeps them.
+With --again nothing is run: steps that were measured before are predicted anew, by the cost model of now. A model's
+directory needs its config.json and a tokenizer; without any, two small Llamas are written. The cores must be quiet;
+programs come from a cache in the output directory, so that a second time takes little more than the steps.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 
 from realjax.allocation.choice import PLAN_FILE, load_choices
-from realjax.allocation.cluster import find_cluster
+from realjax.allocation.cluster import Cluster, find_cluster
 from realjax.allocation.predict import predict
 from realjax.allocation.run_workload import read_workload
 from realjax.apps.plan import build_spec
@@ -147,18 +148,34 @@ class Case:
     def record(self) -> Path:
         return self.logs / METRICS_FILE
 
-    def read(self) -> "Row":
-        """Returns what the steps took, and are predicted to with the run's plan and the cost model of now."""
+    def read(self, refined: Cluster | None = None) -> "Row":
+        """Returns what the steps took, and are predicted to with the run's plan and the cost model of now, by the
+        profile and by a cluster that another run has refined.
+        """
         lines = [json.loads(line) for line in self.record.read_text().splitlines()]
         steps = [line for line in lines if line["kind"] == "train"]
         command = read_command(self.words)
         assert command, "no help was asked for"
         workload = read_workload(build_spec(*command), "cpu")
         choices = load_choices((self.logs / PLAN_FILE).read_text())
-        predicted = predict(workload, choices, find_cluster(str(self.bench.cluster)), source=str(self.bench.cluster))
-        # Of shapes that vary, later steps may compile too, which both pass over.
-        seconds = [step["seconds"] for step in steps[NUM_FIRST:]]
-        return Row(case=self, predicted=predicted.step_seconds, median=statistics.median(seconds), least=min(seconds))
+        later = steps[NUM_FIRST:]  # of shapes that vary, these may compile too, which both pass over
+        seconds = [step["seconds"] for step in later]
+        profile = str(self.bench.cluster)
+        predicted = predict(workload, choices, find_cluster(profile), source=profile)
+        measured = {
+            name: statistics.median(values)
+            for name in predicted.metrics()
+            if (values := [step[name] for step in later if name in step])
+        }
+        again = None if refined is None else predict(workload, choices, refined, source=refined.source)
+        return Row(
+            case=self,
+            predicted=predicted.step_seconds,
+            refined=None if again is None else again.step_seconds,
+            cluster=predicted.refined_cluster(measured),
+            median=statistics.median(seconds),
+            least=min(seconds),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,16 +184,21 @@ class Row:
 
     case: Case
     predicted: float
+    refined: float | None  # predicted by the factors of another run
+    cluster: Cluster  # with the factors of this one
     median: float
     least: float
 
-    def error(self, of: str) -> float:
-        """Returns how much too high the prediction is, of the `median` or of the `least`."""
-        return self.predicted / getattr(self, of) - 1
+    def error(self, of: str, by: str = "predicted") -> float:
+        """Returns how much too high a prediction is, of the `median` or of the `least`."""
+        return getattr(self, by) / getattr(self, of) - 1
 
     def __str__(self) -> str:
         case, measured = self.case, [f"{getattr(self, of):8.3f} {self.error(of):+7.1%}" for of in MEASURED]
-        return f"{case.model.name:10} {case.experiment:5} {case.name:22} {self.predicted:8.3f} {' '.join(measured)}"
+        words = [f"{case.model.name:10} {case.experiment:5} {case.name:22} {self.predicted:8.3f}", *measured]
+        if self.refined is not None:
+            words += ["refined", f"{self.refined:8.3f}", *(f"{self.error(of, 'refined'):+7.1%}" for of in MEASURED)]
+        return " ".join(words)
 
 
 def run(words: Sequence[str]) -> None:
@@ -211,6 +233,16 @@ def describe_picked(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{' '.join(key)}: times the fastest plan, by the {of}: {picked}"
 
 
+def describe_errors(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields the errors of all plans: by the profile, and of those for which another run refined it."""
+    for by in ("predicted", "refined"):
+        known = [row for row in rows if getattr(row, by) is not None]
+        for of in MEASURED if known else ():
+            errors = [abs(row.error(of, by)) for row in known]
+            median, worst = statistics.median(errors), max(errors)
+            yield f"{len(known)} plans, {by}, by the {of}: median error {median:.1%}, worst {worst:.1%}"
+
+
 def main() -> None:
     """Prints a line for each plan as it is measured, then the errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -223,6 +255,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     bench, rows = Bench(models=args.models or write_models(args.out), out=args.out), list[Row]()
+    refined: dict[tuple[str, str], Cluster] = {}  # of a model and an experiment, by its first plan
     if args.profile:
         bench.profile()
     for case in bench.list_cases(args.experiments.split(","), args.most):
@@ -230,12 +263,11 @@ def main() -> None:
             run(case.words)
         elif not case.record.exists():
             continue
-        rows.append(row := case.read())
+        key = case.model.name, case.experiment
+        rows.append(row := case.read(refined.get(key)))
+        refined.setdefault(key, row.cluster)
         print(row, flush=True)
-    print(*describe_picked(rows), sep="\n")
-    for of in MEASURED:
-        errors = [abs(row.error(of)) for row in rows]
-        print(f"{len(rows)} plans, by the {of}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
+    print(*describe_picked(rows), *describe_errors(rows), sep="\n")
 
 
 def _words(options: dict[str, object]) -> list[str]:

@@ -4,11 +4,11 @@ import math
 
 from realjax.allocation.choice import Choice
 from realjax.allocation.cluster import Cluster
-from realjax.allocation.memory import SHORTEST_CACHE
+from realjax.allocation.memory import SHORTEST_CACHE, cache_length
 from realjax.allocation.shapes import count_slots
 from realjax.allocation.terms.collectives import Group, collective_seconds, find_groups
 from realjax.allocation.terms.measured_layers import find_measured
-from realjax.allocation.terms.messages import DRAWN, LOOP_SUMS, READS, small_seconds
+from realjax.allocation.terms.messages import DRAWN, LOOP_SUMS, READS, small_seconds, woken_seconds
 from realjax.allocation.terms.pass_cost import exchange_seconds
 from realjax.allocation.terms.rates import LayerSplit, find_rates
 from realjax.allocation.workload import CallWork, Lengths
@@ -33,8 +33,8 @@ def count_rounds(num_sequences: int, num_slots: int, answers: Lengths) -> float:
 def mean_context(work: CallWork, is_paged: bool) -> float:
     """Returns the cached tokens of a row that a round reads.
 
-    Pages hold what is there. realjax reads the room it has: the next of 128, 256, 512 and so on, at most the longest
-    that answers can come to, see `docs/generation.md`.
+    Pages hold what is there. realjax reads the room it has: the next of 128, 256, 512 and so on, at most what the
+    longest answer is given in the end, see `docs/generation.md`.
     """
     assert work.answers
     first, last = work.prompts.mean, work.prompts.mean + work.answers.mean
@@ -42,10 +42,11 @@ def mean_context(work: CallWork, is_paged: bool) -> float:
         # A longer answer is in its slot for longer.
         return first + work.answers.mean_square / work.answers.mean / 2
     first, last = float(work.prompts.longest), float(work.prompts.longest + work.answers.longest)
+    most = cache_length(work.prompts.longest, work.most_new_tokens or work.answers.longest)
     total, at, room = 0.0, first, SHORTEST_CACHE
     while at < last:
         if (top := min(room, last)) > at:
-            total, at = total + (top - at) * top, top
+            total, at = total + (top - at) * min(room, most), top
         room *= 2
     return total / (last - first)
 
@@ -73,8 +74,8 @@ def _message_seconds(choice: Choice, cluster: Cluster, rounds: float, num_progra
     """Returns seconds of the few bytes that rounds exchange and the host reads, see `terms.messages`."""
     groups = find_groups(choice, cluster.devices_per_node)
     sums = rounds * _sum_seconds(groups.data, cluster)
-    reads = small_seconds(READS * num_programs, groups.data, cluster, "all_gather")
-    return sums + reads + small_seconds(DRAWN * choice.strategy.pp * rounds, groups.vocab, cluster, "all_gather")
+    reads = small_seconds(READS * num_programs, groups.data, cluster)
+    return sums + reads + small_seconds(DRAWN * choice.strategy.pp * rounds, groups.vocab, cluster)
 
 
 def _sum_seconds(group: Group, cluster: Cluster) -> float:
@@ -143,7 +144,7 @@ def _round_terms(work: CallWork, choice: Choice, cluster: Cluster, slots: int, r
     if (head := measured.head("decode", model, rows, s.tp)) is not None:
         terms |= {"head": ticks * head / s.pp, "draw": 0.0}
     size = rows * model.hidden_size * rates.itemsize
-    collective = lambda kind, num_bytes, group: collective_seconds(kind, num_bytes, group, cluster)
+    collective = lambda kind, num_bytes, group: woken_seconds(kind, num_bytes, group, cluster)
     if s.tp > 1:
         reduce = collective("all_reduce", size, groups.tensor) + cluster.factor("call_seconds", 0.0)
         terms["tp"] = 2 * runs * factor.tensor * reduce

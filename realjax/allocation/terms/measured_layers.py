@@ -53,7 +53,8 @@ class MeasuredLayers:
             return Factor()
         points = by_sizes.get((model.hidden_size, model.ffn_size)) or list(chain.from_iterable(by_sizes.values()))
         other, attention = fit_two(points, size)
-        return Factor(other, attention, tensor=other if of_tp and tp > 1 else 1.0)
+        # What a layer's parts tell each other takes no less in a run than by itself.
+        return Factor(other, attention, tensor=max(other, 1.0) if of_tp and tp > 1 else 1.0)
 
     def head(self, use: LayerUse, model: ModelShape, size: float, tp: int) -> float | None:
         """Returns seconds of all that a program does beside its layers for so many tokens of a device (decode: rows),

@@ -1,10 +1,14 @@
-"""Sums of a few bytes, which on CPUs take as long as large ones.
+"""Messages of a few bytes, which on CPUs take as long as large ones.
 
 Between processes with a core each a collective wakes threads on all sides, which takes milliseconds however few its
-bytes: `measured.collectives` has it as the smallest. Accelerators take microseconds, which are left out. The counts are
+bytes. By itself, a kind that sends once finds them awake; in a program, where they slept while others computed, all
+kinds take as long as the slowest: of `measured.collectives` with few bytes. Accelerators take microseconds, which are
+left out. The counts are
 of operations in programs compiled for two CPU devices (`XLA_FLAGS=--xla_dump_to=FOLDER`), where the arrays that one
 operation sums together add little, and operations that do not wait for each other count once.
 """
+
+from typing import get_args
 
 from realjax.allocation.cluster import Cluster
 from realjax.allocation.measured import Collective
@@ -19,9 +23,16 @@ DRAWN = 3  # of a tick's rows over parts of the vocabulary: tokens, log-probabil
 READS = 1  # of what the host looks at after prompts were admitted, and after a chunk of rounds
 
 
-def small_seconds(num: float, group: Group, cluster: Cluster, kind: Collective = "all_reduce") -> float:
+def small_seconds(num: float, group: Group, cluster: Cluster) -> float:
     """Returns seconds of `num` collectives of a few bytes over a group, one after another; none but on CPUs."""
-    return num * collective_seconds(kind, FEW_BYTES, group, cluster) if cluster.platform == "cpu" else 0.0
+    if not num or cluster.platform != "cpu":
+        return 0.0
+    return num * max(collective_seconds(kind, FEW_BYTES, group, cluster) for kind in get_args(Collective))
+
+
+def woken_seconds(kind: Collective, num_bytes: float, group: Group, cluster: Cluster) -> float:
+    """Returns seconds of a collective in a loop of small ones: no less than any takes of a few bytes."""
+    return max(collective_seconds(kind, num_bytes, group, cluster), small_seconds(1, group, cluster))
 
 
 def count_kernels(model: ModelShape) -> int:

@@ -118,8 +118,16 @@ def attend_forward(
     return attended, (q, k, v, mask, sinks, largest + jnp.log(total), attended)
 
 
+def _sum_queries(scores: Array, x: Array) -> Array:
+    """Returns the sum over queries of scores `[R, K, Q, S]` times x `[R, K, Q, H]`: `[R, K, S, H]`."""
+    return jnp.einsum("RKQS,RKQH->RKSH", scores, x)
+
+
 def attend_backward(
-    softcap: float | None, residuals: tuple[Array, ...], grad: Array
+    softcap: float | None,
+    residuals: tuple[Array, ...],
+    grad: Array,
+    sum_queries: Callable[[Array, Array], Array] = _sum_queries,
 ) -> tuple[Array, Array, Array, None, Array | None]:
     """Returns the gradients of queries, keys, values and sinks."""
     q, k, v, mask, sinks, log_total, attended = residuals
@@ -132,8 +140,7 @@ def attend_backward(
         grad_scores *= 1 - jnp.square(scores / softcap)
     grad_scores = grad_scores.astype(q.dtype)
     grad_q = jnp.einsum("RKQS,RKSH->RKQH", grad_scores, k)
-    grad_k = jnp.einsum("RKQS,RKQH->RKSH", grad_scores, q)
-    grad_v = jnp.einsum("RKQS,RKQH->RKSH", probs.astype(v.dtype), grad)
+    grad_k, grad_v = sum_queries(grad_scores, q), sum_queries(probs.astype(v.dtype), grad)
     # A sink has a score like a key, and a value of zero.
     grad_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks - log_total) * mean_grad, axis=0)
     return grad_q, grad_k, grad_v, None, grad_sinks

@@ -14,10 +14,10 @@ from jax import Array
 from realjax.engine.attention.blocked import AttendFn, make_blocked, make_scores, weigh_keys
 
 
-def _sum_queries(scores: Array, x: Array) -> Array:
+def sum_queries(scores: Array, x: Array) -> Array:
     """Returns the sum over queries of scores `[R, K, Q, S]` times x `[R, K, Q, H]`: `[R, K, S, H]`.
 
-    The factor on the left is transposed, which x is in half the time. The barrier keeps it there.
+    It is for CPUs: of the factors the left one is transposed, which x is in half the time. The barrier keeps it there.
     """
     return jax.lax.optimization_barrier(jnp.einsum("RKQH,RKQS->RKHS", x, scores)).swapaxes(2, 3)
 
@@ -51,7 +51,7 @@ def _backward(
         grad_scores *= 1 - jnp.square(make_scores(q, k, softcap) / softcap)
     grad_scores = grad_scores.astype(q.dtype)
     grad_q = jnp.einsum("RKQS,RKSH->RKQH", grad_scores, k)
-    grad_k, grad_v = _sum_queries(grad_scores, q), _sum_queries(weights.astype(v.dtype), grad)
+    grad_k, grad_v = sum_queries(grad_scores, q), sum_queries(weights.astype(v.dtype), grad)
     # A sink has a score like a key, and a value of zero.
     grad_sinks = None if share is None else -jnp.sum(share * mean_grad, axis=0)
     return grad_q, grad_k, grad_v, None, grad_sinks

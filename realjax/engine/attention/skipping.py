@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from realjax.engine.attention.blocked import attend_backward, attend_forward, block_len
-from realjax.engine.attention.keeping import keeping_attention
+from realjax.engine.attention.keeping import keeping_attention, sum_queries
 from realjax.engine.attention.reference import packed_mask
 from realjax.models.attention import Scoring
 
@@ -179,7 +179,7 @@ def _backward(
     def differentiate(span: int, block: tuple[Array, ...], *seen: Array) -> tuple[Array, ...]:
         q, log_total, attended, grad = block
         given = (q, *_shorten(blocks, span, seen), sinks, log_total, attended)
-        grad_q, grad_k, grad_v, _, grad_sinks = attend_backward(blocks.softcap, given, grad)
+        grad_q, grad_k, grad_v, _, grad_sinks = attend_backward(blocks.softcap, given, grad, sum_queries)
         left_out = ((0, 0), (0, 0), (blocks.before - span * blocks.size, 0), (0, 0))
         parts = (grad_q, jnp.pad(grad_k, left_out), jnp.pad(grad_v, left_out))
         return parts if grad_sinks is None else (*parts, grad_sinks)
