@@ -216,17 +216,18 @@ class DataflowGraph:
     def order(self) -> tuple[Call, ...]:
         """The calls in an order in which every input exists; ties as they were listed.
 
-        Those that work for the next step come last, of them the host's after the models': when the host gets to wait
-        for these, all devices have their work. So do those that wait for one that runs beside others.
+        The host's come after the models' that can begin as well: when the host gets to wait for what it reads, all
+        devices have their work. Those that work for the next step come last. So do those that wait for one that runs
+        beside others.
         """
         beside = [call.name for call in self.calls if isinstance(call, Host) and call.is_beside]
         late = {name for first in beside for name in nx.descendants(self.edges, first)}
-        is_last = lambda call: (
-            call.name in self.ahead,
-            call.name in self.ahead and isinstance(call, Host) and call.name not in beside,
-            call.name in late,
-        )
-        rank = {call.name: (*is_last(call), i) for i, call in enumerate(self.calls)}
+
+        def list_reasons(call: Call) -> tuple[bool, ...]:
+            is_ahead, waits = call.name in self.ahead, isinstance(call, Host) and not call.is_beside
+            return is_ahead, is_ahead and waits, call.name in late, waits
+
+        rank = {call.name: (*list_reasons(call), i) for i, call in enumerate(self.calls)}
         by_name = {call.name: call for call in self.calls}
         return tuple(by_name[name] for name in nx.lexicographical_topological_sort(self.edges, key=rank.__getitem__))
 

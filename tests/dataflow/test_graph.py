@@ -1,6 +1,7 @@
 """The graph follows from the keys of its calls."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,19 @@ def test_calls_that_do_not_depend_on_each_other_stay_as_listed():
     assert [mfc.name for mfc in PPO.order if mfc.name in inferences] == inferences
     loose = tuple(call(name, "prompts") for name in "cab")
     assert [mfc.name for mfc in DataflowGraph(loose, frozenset({"prompts"})).order] == ["c", "a", "b"]
+
+
+def test_the_host_waits_for_a_model_when_all_that_can_begin_have_begun():
+    """It would wait for the reward model, while devices of the others have nothing to do."""
+    rewards = Host(
+        name="rewards", fn=lambda arrays, state: HostResult(arrays={}), inputs=("scores",), outputs=("shaped",)
+    )
+    calls = (call("rew", "x", "scores"), rewards, call("ref", "x", "logprobs"), train("train", "shaped logprobs", "a"))
+    names = lambda calls: [one.name for one in DataflowGraph(calls, frozenset({"x"})).order]
+    assert names(calls) == ["rew", "ref", "rewards", "train"]
+    # One that is carried out beside others begins at once.
+    beside = replace(rewards, is_beside=True)
+    assert names(tuple(beside if one is rewards else one for one in calls)) == ["rew", "rewards", "ref", "train"]
 
 
 def test_edges_hold_the_keys_that_travel_along_them():
