@@ -16,7 +16,7 @@ from realjax.core.loss import LossSums
 from realjax.core.metrics import summarize
 from realjax.core.progress import Progress
 from realjax.core.trees import Tree, join_trees, map_paths
-from realjax.dataflow.graph import Call, Host, ModelCall, Train
+from realjax.dataflow.graph import Call, Host, Inference, ModelCall, Train
 from realjax.dataflow.run import Evaluation, RunSpec
 from realjax.dataflow.turns import Turns
 from realjax.engine.compiled import CompileLog
@@ -107,6 +107,7 @@ class Executor:
         self._environments: Calls | None = None
         self.sizes = Sizes()
         self._moved: set[str] = set()  # calls whose first move of parameters has been logged
+        self._copies: dict[str, object] = {}  # by call: what is ready when it needs its copy of parameters no more
 
     def step(
         self, batch: Batch, step: int | None, calls: Sequence[Call] | None = None, draw: int | None = None
@@ -166,6 +167,8 @@ class Executor:
         start = self.timeline.now()
         self.progress.begin(call.name, step)
         done: Done = RUN[type(call)](self, call, batch, step if draw is None else draw)
+        if isinstance(call, Inference) and self._has_copy(call):
+            self._copies[call.name] = done.results
         spans = [] if self._environments is None else self._environments.take_spans()
         if step is not None and not isinstance(call, Host):
             self.watch(call, done, start, step)
@@ -217,6 +220,7 @@ class Executor:
             return self._bring(mfc, params, leaf_fn)
         if (shardings := role.copy_shardings(self.plan.layouts[mfc.name])) is None:
             return params if leaf_fn is None else map_paths(leaf_fn, params), 0
+        self._wait_for_copies(mfc)
         is_first = mfc.name not in self._moved
         if is_first:
             self._moved.add(mfc.name)
@@ -227,6 +231,18 @@ class Executor:
             source = "host memory" if role.is_offloaded else f"its home {role.home}"
             logger.info("%s: %s from %s: %s", mfc.name, mfc.role, source, report)
         return copy, report.bytes_moved
+
+    def _has_copy(self, mfc: ModelCall) -> bool:
+        """Returns whether a call has its own copy of parameters, which goes when its program has run."""
+        role = self.roles[mfc.role]
+        return role.spec.base is None and role.copy_shardings(self.plan.layouts[mfc.name]) is not None
+
+    def _wait_for_copies(self, mfc: ModelCall) -> None:
+        """Waits for earlier calls that have copies on devices of this one, so that none ever holds two."""
+        layouts = self.plan.layouts
+        devices = set(layouts[mfc.name].devices)
+        for name in [name for name in self._copies if devices & set(layouts[name].devices)]:
+            jax.block_until_ready(self._copies.pop(name))
 
     def abstract_params_for(self, mfc: ModelCall) -> Tree:
         """Returns what `params_for` does, as shapes with shardings where a copy would be made."""

@@ -1,6 +1,7 @@
 """The executor carries keys from call to call, trains what is to be trained, and compiles each program once."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -192,6 +193,30 @@ def test_a_call_waits_for_those_it_reads_from_and_those_on_its_devices():
     executor = make_executor(DataflowGraph(calls, frozenset({"tokens"})), layouts, {}, {})
     found = {mfc.name: set(executor._waits_for(mfc)) for mfc in calls}
     assert found == {"gen": set(), "ref": set(), "rew": {"gen", "ref"}, "train": {"gen", "rew"}}
+
+
+def test_no_device_holds_two_copies_of_parameters_at_once(monkeypatch):
+    """A call waits for those whose copies lie on its devices, and for no others."""
+    devices, call = jax.devices(), partial(Inference, role="ref", inputs=("tokens",), head="logprobs")
+    layouts = {
+        "one": Layout.of(ParallelStrategy(dp=2), devices[:2]),
+        "other": Layout.of(ParallelStrategy(dp=2), devices[2:4]),
+        "both": Layout.of(ParallelStrategy(dp=4), devices[:4]),
+    }
+    keys = ("logprobs", "ref_logprobs", "old_logprobs")
+    calls = [call(name=name, outputs=(key,)) for name, key in zip(layouts, keys, strict=True)]
+    graph = DataflowGraph(tuple(calls), frozenset({"tokens"}))
+    role = make_role(MODEL, make_layout(tp=2), "ref", is_trained=False)
+    states = {"ref": place_params(MODEL, random_tree(MODEL), role.home)}
+    executor = make_executor(graph, layouts, {"ref": role}, states)
+    executor.step(BATCH, 0)
+    waits = []
+    for each in graph.order:
+        made = {id(results): name for name, results in executor._copies.items()}
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "block_until_ready", lambda x, made=made: waits.append(made.get(id(x))))
+            executor.run_call(each, BATCH, 1)
+    assert [name for name in waits if name] == ["both", "one", "other"]
 
 
 def test_a_key_of_the_step_before_is_not_taken_from_this_one():
