@@ -107,7 +107,7 @@ class Executor:
         self._environments: Calls | None = None
         self.sizes = Sizes()
         self._moved: set[str] = set()  # calls whose first move of parameters has been logged
-        self._copies: dict[str, object] = {}  # by call: what is ready when it needs its copy of parameters no more
+        self._copies: dict[str, Array] = {}  # by call: what is ready when it needs its copy of parameters no more
 
     def step(
         self, batch: Batch, step: int | None, calls: Sequence[Call] | None = None, draw: int | None = None
@@ -168,7 +168,7 @@ class Executor:
         self.progress.begin(call.name, step)
         done: Done = RUN[type(call)](self, call, batch, step if draw is None else draw)
         if isinstance(call, Inference) and self._has_copy(call):
-            self._copies[call.name] = done.results
+            self._copies[call.name] = min(jax.tree.leaves(done.results), key=lambda x: x.size)
         spans = [] if self._environments is None else self._environments.take_spans()
         if step is not None and not isinstance(call, Host):
             self.watch(call, done, start, step)

@@ -193,6 +193,18 @@ def test_measured_layers_come_before_sums_of_parts(kind, use):
         assert sum(measured[term] for term in terms) == pytest.approx(32.0)
 
 
+@pytest.mark.parametrize("seconds", [1e-9, 10.0])
+def test_sums_over_tensor_take_no_less_than_by_themselves(seconds):
+    """A measured layer of two devices that is slow is so in all its parts; one that is quick computes quickly."""
+    work = make_work("inference", num_sequences=16, prompts=Lengths.all(2048))
+    point = LayerPoint(use="forward", dtype="bfloat16", tp=2, rows=16, tokens=2048, seconds=seconds, **LAYER)
+    measured = replace(H100S, name=f"layers of {seconds} s", measured=Measured(layers=(point,)))
+    plain, found = (call_cost(work, choose(tp=2), cluster).terms for cluster in (H100S, measured))
+    share = found["tp"] / plain["tp"]
+    assert share == pytest.approx(max(1.0, found["products"] / plain["products"]))
+    assert (share > 1) == (seconds > 1)
+
+
 def test_measured_heads_and_updates_come_before_formulas():
     head = {"dtype": "bfloat16", "tp": 1, "hidden_size": 4096, "vocab_size": 32000, "rows": 16, "tokens": 2048}
     tables = Measured(

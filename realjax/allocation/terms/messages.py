@@ -3,9 +3,8 @@
 Between processes with a core each a collective wakes threads on all sides, which takes milliseconds however few its
 bytes. By itself, a kind that sends once finds them awake; in a program, where they slept while others computed, all
 kinds take as long as the slowest: of `measured.collectives` with few bytes. Accelerators take microseconds, which are
-left out. The counts are
-of operations in programs compiled for two CPU devices (`XLA_FLAGS=--xla_dump_to=FOLDER`), where the arrays that one
-operation sums together add little, and operations that do not wait for each other count once.
+left out. The counts are of operations in programs compiled for two CPU devices (`XLA_FLAGS=--xla_dump_to=FOLDER`),
+where the arrays that one operation sums together add little, and operations that do not wait for each other count once.
 """
 
 from typing import get_args
