@@ -89,7 +89,11 @@ def work(main: Callable[..., None], num_devices: int) -> None:
                 heartbeat_timeout_seconds=HANG_SECONDS,
             )
         main(*sys.argv[4:])
+        if num_processes > 1:
+            jax.distributed.shutdown()
     except BaseException:
         traceback.print_exc()
         # An orderly end would wait for the other processes, and they for this one.
         leave(1)
+    # Threads of a timeline that nobody asked for still wait for results, which an interpreter that ends would abort.
+    leave(0)

@@ -27,7 +27,9 @@ def test_two_processes_hold_the_conversations_of_one(given, tmp_path):
         for ours, theirs, expected in zip(*(one[name]["records"] for one in (first, second, alone)), strict=True):
             assert ours == theirs
             assert ours.pop("talks") == expected.pop("talks")
+            if name.startswith("ahead"):  # by which parameters a token was drawn
+                ours, expected = ({k: v for k, v in one.items() if "ages/" not in k} for one in (ours, expected))
             assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
             assert ours["conversations/retries"] > 0 and ours["conversations/environment_failed"] == 0
     records = alone["ahead, on a device of their own"]["records"]
-    assert max(record["ages/interrupted_share"] for record in records) > 0
+    assert max(record["ages/max_token_age"] for record in records) >= 1
