@@ -106,7 +106,7 @@ class Executor:
         self.rows: list[Row] = []  # drawn or begun for steps to come, see `runtime/ahead.py`
         self._environments: Calls | None = None
         self.sizes = Sizes()
-        self._moved: set[str] = set()  # calls whose first move of parameters has been logged
+        self._moved: set[str] = set()  # calls that make copies of parameters, the first of which has been logged
         self._copies: dict[str, Array] = {}  # by call: what is ready when it needs its copy of parameters no more
 
     def step(
@@ -167,7 +167,7 @@ class Executor:
         start = self.timeline.now()
         self.progress.begin(call.name, step)
         done: Done = RUN[type(call)](self, call, batch, step if draw is None else draw)
-        if isinstance(call, Inference) and self._has_copy(call):
+        if isinstance(call, Inference) and call.name in self._moved:
             self._copies[call.name] = min(jax.tree.leaves(done.results), key=lambda x: x.size)
         spans = [] if self._environments is None else self._environments.take_spans()
         if step is not None and not isinstance(call, Host):
@@ -231,11 +231,6 @@ class Executor:
             source = "host memory" if role.is_offloaded else f"its home {role.home}"
             logger.info("%s: %s from %s: %s", mfc.name, mfc.role, source, report)
         return copy, report.bytes_moved
-
-    def _has_copy(self, mfc: ModelCall) -> bool:
-        """Returns whether a call has its own copy of parameters, which goes when its program has run."""
-        role = self.roles[mfc.role]
-        return role.spec.base is None and role.copy_shardings(self.plan.layouts[mfc.name]) is not None
 
     def _wait_for_copies(self, mfc: ModelCall) -> None:
         """Waits for earlier calls that have copies on devices of this one, so that none ever holds two."""

@@ -31,5 +31,6 @@ def test_two_processes_hold_the_conversations_of_one(given, tmp_path):
                 ours, expected = ({k: v for k, v in one.items() if "ages/" not in k} for one in (ours, expected))
             assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
             assert ours["conversations/retries"] > 0 and ours["conversations/environment_failed"] == 0
-    records = alone["ahead, on a device of their own"]["records"]
-    assert max(record["ages/max_token_age"] for record in records) >= 1
+    # Whether a row is under way when the parameters change is a matter of time: of four runs, in one at least.
+    ahead = [one[name]["records"] for one in (alone, first) for name in RUNS if name.startswith("ahead")]
+    assert max(record["ages/interrupted_share"] for records in ahead for record in records) > 0

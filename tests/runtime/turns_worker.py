@@ -60,7 +60,7 @@ class Slow(Chatty):
 
     def step(self, answer):
         ASKED.append(self.seed)
-        time.sleep(0.02 * random.random())
+        time.sleep(0.2 * random.random())
         self.tries[self.seed] = self.tries.get(self.seed, 0) + 1
         if self.seed % 3 == 0 and self.tries[self.seed] == 1:
             raise ConnectionError("once more, please")
