@@ -1,7 +1,11 @@
 """What a command's process does before its imports, which take seconds."""
 
 import gc
+import os
 import signal
+
+from realjax.core.malloc import use_one_heap
+from realjax.launch.accelerators import find_accelerator
 
 
 def begin() -> None:
@@ -10,3 +14,5 @@ def begin() -> None:
     # Imports and tracing make objects by the hundred thousand, and hardly any garbage: looked through as often as
     # Python would by itself, they take half a second of a start.
     gc.set_threshold(50_000, 20, 50)
+    if find_accelerator(os.environ) is None:  # what a CPU's programs free is kept for the next one
+        use_one_heap()

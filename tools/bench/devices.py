@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from realjax.apps.devices import prepare_environment
-from realjax.core.malloc import keep_freed_memory
+from realjax.core.malloc import keep_freed_memory, use_one_heap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class _Wanted:
 
 def start_devices(num_devices: int = 1) -> list[jax.Device]:
     """Returns so many devices, virtual ones on a CPU; before JAX's backend has started."""
+    use_one_heap()
     prepare_environment(_Wanted(n_gpus_per_node=num_devices), None)
     jax.config.update("jax_num_cpu_devices", num_devices)
     if jax.default_backend() == "cpu":
