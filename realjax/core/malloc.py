@@ -1,11 +1,14 @@
 """How the C allocator treats the buffers of CPU programs."""
 
 import ctypes
+import resource
 import sys
-from collections.abc import Callable
+from typing import Any
 
 # Parameter numbers of glibc's mallopt, see `man 3 mallopt`.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+_elsewhere = 0  # bytes of `_outside` when freed memory was last given back: the heap is the process's, and so is this
 
 
 def use_one_heap() -> bool:
@@ -34,12 +37,43 @@ def give_back_freed_memory() -> bool:
 
     For a program's start: what loading and compiling have left in pieces fits none of its blocks.
     """
+    global _elsewhere
     trim = _find("malloc_trim")
     if trim is not None:
         trim(0)
+        _elsewhere = _outside()
     return trim is not None
 
 
-def _find(name: str) -> Callable[..., int] | None:
-    """Returns a function of glibc, where there is one."""
+def give_back_beyond(most: int) -> None:
+    """Gives freed memory back where more than `most` bytes of it are kept since it was last given back.
+
+    Does nothing in a process that never gave any back, or where glibc is older than 2.33 and says no sizes.
+    """
+    if _elsewhere and _outside() - _elsewhere > most:
+        give_back_freed_memory()
+
+
+class _Mallinfo(ctypes.Structure):
+    """What `mallinfo2` returns, see `man 3 mallinfo`."""
+
+    _fields_ = [(f"before_{i}", ctypes.c_size_t) for i in range(7)] + [
+        ("uordblks", ctypes.c_size_t),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    ]
+
+
+def _outside() -> int:
+    """Returns the bytes that are resident but in no block in use: what was freed and kept, and all but the heap."""
+    mallinfo = _find("mallinfo2")
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _Mallinfo
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() - mallinfo().uordblks
+
+
+def _find(name: str) -> Any:
+    """Returns a function of glibc, None where there is none."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -15,6 +15,7 @@ from realjax.core.batch import Batch, find_dims
 from realjax.core.layout import Layout
 from realjax.core.malloc import give_back_freed_memory
 from realjax.core.progress import Progress
+from realjax.engine.scratch import HostScratch
 
 logger = logging.getLogger("realjax.engine")
 
@@ -28,6 +29,7 @@ class CompileLog:
 
     entries: list[tuple[str, str, float]] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)  # told when a program is being compiled
+    scratch: HostScratch = field(default_factory=HostScratch)  # of all of them
     call: str = "generate"  # whose programs have no name of their own
 
     def of(self, call: str) -> "CompileLog":
@@ -50,7 +52,7 @@ class Compiled:
         self.name, self.log = name, log
         self.jitted = jax.jit(fn, **jit_options)
         self.programs: dict[Key, jax.stages.Compiled] = {}
-        self._bytes: dict[Key, int] = {}
+        self._bytes: dict[Key, tuple[int, int]] = {}  # of a device, with the arguments and without
         # What the program that ran last takes of a device: its arguments, results and scratch. 0 before the first.
         self.device_bytes = 0
 
@@ -58,7 +60,8 @@ class Compiled:
         key = _key(args)
         if key not in self.programs:
             self._keep(key, self._compile(args))
-        self.device_bytes = self._bytes[key]
+        self.device_bytes, scratch = self._bytes[key]
+        self.log.scratch.make_room(scratch, args)
         return self.programs[key](*args)
 
     def prepare(self, *args: object) -> None:
@@ -101,7 +104,8 @@ class Compiled:
         return f", again: an argument of {_describe_leaf(new)}, {_describe_leaf(old)} so far"
 
     def _keep(self, key: Key, program: jax.stages.Compiled) -> None:
-        self.programs[key], self._bytes[key] = program, program_bytes(program)
+        self.programs[key] = program
+        self._bytes[key] = program_bytes(program), scratch_bytes(program)
 
 
 def _key(args: tuple[object, ...]) -> Key:
@@ -117,11 +121,20 @@ def _describe_leaf(leaf: Leaf) -> str:
 
 def program_bytes(program: jax.stages.Compiled) -> int:
     """Returns the bytes of device memory that a compiled program takes on each device while it runs."""
+    return _sizes(program).argument_size_in_bytes + scratch_bytes(program)
+
+
+def scratch_bytes(program: jax.stages.Compiled) -> int:
+    """Returns what a compiled program takes on each device beside its arguments."""
+    sizes = _sizes(program)
+    # Results that are written over donated arguments take no room of their own.
+    return sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+
+
+def _sizes(program: jax.stages.Compiled) -> Any:
     sizes = program.memory_analysis()
     assert sizes is not None, "a backend says what its programs take"
-    # Results that are written over donated arguments take no room of their own.
-    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+    return sizes
 
 
 def batch_shardings(batch: Batch, rules: Rules, layout: Layout) -> dict[str, NamedSharding]:
