@@ -1,5 +1,6 @@
 """Freed memory is kept for the next program, whatever its size and thread, and given back when that is asked for."""
 
+import ctypes
 import platform
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 HELPERS = """
 import ctypes
-from realjax.core.malloc import give_back_freed_memory, keep_freed_memory
+from realjax.core.malloc import give_back_beyond, give_back_freed_memory, keep_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -57,6 +58,21 @@ print(resident() - before)
 """
 )
 
+BOUNDS = (
+    HELPERS
+    + """
+MIB = 2**20
+assert keep_freed_memory() and give_back_freed_memory()
+used = fill(256)  # what is in use counts for nothing
+before = resident()
+libc.free(fill(128))
+give_back_beyond(192 * MIB)
+kept = resident() - before
+give_back_beyond(64 * MIB)
+print(kept, resident() - before)
+"""
+)
+
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the functions are glibc's")
 
 
@@ -74,3 +90,13 @@ def test_a_command_s_threads_keep_freed_memory_too() -> None:
     words = [sys.executable, "-c", THREADS]
     kept = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     assert kept > 0.9 * 256
+
+
+@needs_glibc
+def test_freed_memory_is_given_back_beyond_a_bound() -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("glibc is older than 2.33")
+    words = [sys.executable, "-c", BOUNDS]
+    kept, left = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert kept > 0.9 * 128
+    assert left < 0.2 * 128
