@@ -1,7 +1,7 @@
 """How the C allocator treats the buffers of CPU programs."""
 
 import ctypes
-import resource
+import os
 import sys
 from typing import Any
 
@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
 
     XLA's CPU backend takes every temporary of a step anew. By default glibc maps such large blocks from the kernel and
     gives them back each time, and the page faults cost more than many of the operations: an elementwise pass over 60
-    MB took five times as long. The process then keeps its largest size until it ends. Only in a process of one heap.
+    MB took five times as long. Only in a process of one heap; what is kept is bounded by `give_back_beyond` alone.
     """
     mallopt = _find("mallopt")
     return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
@@ -71,7 +71,7 @@ def _outside() -> int:
         return 0
     mallinfo.restype = _Mallinfo
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() - mallinfo().uordblks
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") - mallinfo().uordblks
 
 
 def _find(name: str) -> Any:
