@@ -52,7 +52,7 @@ class Compiled:
         self.name, self.log = name, log
         self.jitted = jax.jit(fn, **jit_options)
         self.programs: dict[Key, jax.stages.Compiled] = {}
-        self._bytes: dict[Key, tuple[int, int]] = {}  # of a device, with the arguments and without
+        self._bytes: dict[Key, tuple[int, int]] = {}  # of a device, and of this process without the arguments
         # What the program that ran last takes of a device: its arguments, results and scratch. 0 before the first.
         self.device_bytes = 0
 
@@ -105,7 +105,8 @@ class Compiled:
 
     def _keep(self, key: Key, program: jax.stages.Compiled) -> None:
         self.programs[key] = program
-        self._bytes[key] = program_bytes(program), scratch_bytes(program)
+        num_devices = max((len(place.addressable_devices) for _, _, place in key[1]), default=1)
+        self._bytes[key] = program_bytes(program), scratch_bytes(program) * num_devices
 
 
 def _key(args: tuple[object, ...]) -> Key:

@@ -49,3 +49,10 @@ def test_every_program_of_a_log_makes_room(bounds: list[int]) -> None:
     triple(double(x))
     assert bounds == [900, 900]
     assert log.of("train").scratch is log.scratch
+
+
+def test_a_program_takes_as_much_on_each_device_of_its_process(bounds: list[int]) -> None:
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    x = jax.device_put(jnp.ones(50), jax.NamedSharding(mesh, jax.P("data")))  # 100 bytes on each of two devices
+    Compiled("double", lambda x: 2 * x, CompileLog())(x)
+    assert bounds == [800]
